@@ -1,0 +1,1 @@
+"""Operator registry, microbenchmarks, the machine-code ledger and the roofline."""

@@ -1,0 +1,374 @@
+"""The model's configuration, read from Mistral's ``params.json``.
+
+Everything that has a size comes from here: layer counts, head dims, number of codebooks and of levels. Keys we do not
+know are ignored; keys we need that are missing, of the wrong kind, or that contradict each other are an error that
+names them, because a wrong size that loads is a buzz instead of speech.
+"""
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+from typing import Any, Self
+
+N_SPECIAL_CODES = 2  # every codebook starts with EMPTY and END; real codes are stored from 2 on
+EMPTY_AUDIO, END_AUDIO = 0, 1
+
+
+class ConfigError(ValueError):
+    """A ``params.json`` that is incomplete, contradictory, or describes a model voxkern does not run."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture-of-experts feed-forward of the backbone (Mistral Small 4 keys; Mixtral's are a subset).
+
+    Attributes:
+        num_experts: routed experts E.
+        num_experts_per_tok: experts k that each token uses.
+        num_shared_experts: experts that every token uses, with weight 1.
+        expert_hidden_dim: hidden width of one expert; Mixtral's older form leaves it to ``hidden_dim``.
+        first_k_dense_replace: leading layers that keep the dense feed-forward.
+        routed_scale: factor on the renormalised routing weights.
+        num_expert_groups: groups that the experts are split into; 1 = no groups.
+        num_expert_groups_per_tok: groups that a token may draw experts from.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    expert_hidden_dim: int
+    num_shared_experts: int = 0
+    first_k_dense_replace: int = 0
+    routed_scale: float = 1.0
+    num_expert_groups: int = 1
+    num_expert_groups_per_tok: int = 1
+
+    def problems(self) -> list[str]:
+        """What contradicts itself here, as sentences."""
+        found = []
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            found.append(
+                f"moe.num_experts_per_tok ({self.num_experts_per_tok}) must lie in 1..moe.num_experts "
+                f"({self.num_experts})"
+            )
+        if self.num_expert_groups < 1 or self.num_experts % self.num_expert_groups:
+            found.append(
+                f"moe.num_expert_groups ({self.num_expert_groups}) must divide moe.num_experts ({self.num_experts})"
+            )
+        if not 1 <= self.num_expert_groups_per_tok <= self.num_expert_groups:
+            found.append(
+                f"moe.num_expert_groups_per_tok ({self.num_expert_groups_per_tok}) must lie in "
+                f"1..moe.num_expert_groups ({self.num_expert_groups})"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The autoregressive decoder: grouped-query attention, interleaved RoPE, RMSNorm, SwiGLU (or experts)."""
+
+    dim: int
+    n_layers: int
+    head_dim: int
+    hidden_dim: int
+    n_heads: int
+    n_kv_heads: int
+    rope_theta: float
+    norm_eps: float
+    vocab_size: int
+    max_seq_len: int = 4096
+    moe: MoEConfig | None = None
+
+
+@dataclass(frozen=True)
+class AcousticTransformerConfig:
+    """The flow-matching head's velocity network, and how many times it is evaluated per frame."""
+
+    input_dim: int
+    dim: int
+    n_layers: int
+    head_dim: int
+    hidden_dim: int
+    n_heads: int
+    n_kv_heads: int
+    norm_eps: float = 1e-5
+    n_decoding_steps: int = 7  # absent from the public checkpoint; vLLM-Omni sets 7 as well
+
+
+@dataclass(frozen=True)
+class AudioModelConfig:
+    """Codebooks as the backbone sees them, and the ids of the two audio tokens in the text vocabulary."""
+
+    semantic_codebook_size: int
+    acoustic_codebook_size: int
+    n_acoustic_codebook: int
+    audio_token_id: int = 24
+    begin_audio_token_id: int = 25
+
+    @property
+    def n_codebooks(self) -> int:
+        """Codes of one frame: the semantic one and the acoustic ones."""
+        return 1 + self.n_acoustic_codebook
+
+    @property
+    def semantic_rows(self) -> int:
+        """Rows of ``semantic_codebook_output``: codes and specials, padded to a multiple of 128."""
+        return _round_up(self.semantic_codebook_size + N_SPECIAL_CODES, 128)
+
+    @property
+    def embedding_offsets(self) -> tuple[int, ...]:
+        """First row of each codebook in the summed embedding table."""
+        semantic = self.semantic_codebook_size + N_SPECIAL_CODES
+        acoustic = self.acoustic_codebook_size + N_SPECIAL_CODES
+        return (0, *(semantic + acoustic * j for j in range(self.n_acoustic_codebook)))
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the embedding table: all codebooks with their specials, padded to a multiple of 128."""
+        last = self.embedding_offsets[-1] + self.acoustic_codebook_size + N_SPECIAL_CODES
+        return _round_up(last, 128)
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The neural codec (``audio_tokenizer_args``): causal convolutions and windowed ALiBi transformers."""
+
+    semantic_codebook_size: int
+    semantic_dim: int
+    acoustic_codebook_size: int
+    acoustic_dim: int
+    dim: int
+    hidden_dim: int
+    head_dim: int
+    n_heads: int
+    n_kv_heads: int
+    sampling_rate: int = 24000
+    pretransform_patch_size: int = 240
+    patch_proj_kernel_size: int = 7
+    attn_sliding_window_size: int = 16
+    half_attn_window_upon_downsampling: bool = True
+    qk_norm_eps: float = 1e-6
+    norm_eps: float = 1e-2
+    layer_scale_init: float = 1e-2
+    encoder_transformer_lengths_str: str = "2,2,2,2"
+    encoder_convs_kernels_str: str = "4,4,4,3"
+    encoder_convs_strides_str: str = "2,2,2,1"
+    decoder_transformer_lengths_str: str = "2,2,2,2"
+    decoder_convs_kernels_str: str = "3,4,4,4"
+    decoder_convs_strides_str: str = "1,2,2,2"
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels of the quantised latent: the semantic vector and one channel an acoustic codebook."""
+        return self.semantic_dim + self.acoustic_dim
+
+    @property
+    def encoder_stages(self) -> list[tuple[int, int, int]]:
+        """(transformer layers, kernel, stride) of each encoder stage, in order."""
+        return _stages(self, "encoder")
+
+    @property
+    def decoder_stages(self) -> list[tuple[int, int, int]]:
+        """(transformer layers, kernel, stride) of each decoder stage, in order."""
+        return _stages(self, "decoder")
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Samples that one frame of codes becomes: 1920 in the public model."""
+        return self.pretransform_patch_size * math.prod(stride for _, _, stride in self.decoder_stages)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole Voxtral-class model. Make one with :meth:`from_params`.
+
+    Attributes:
+        voices: names of the preset voices, in the checkpoint's order.
+    """
+
+    backbone: BackboneConfig
+    acoustic_transformer: AcousticTransformerConfig
+    audio: AudioModelConfig
+    codec: CodecConfig
+    voices: tuple[str, ...] = ()
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second: 12.5 in the public model."""
+        return self.codec.sampling_rate / self.codec.samples_per_frame
+
+    @classmethod
+    def from_params(cls, params: dict[str, Any]) -> Self:
+        """Read a ``params.json`` dict.
+
+        Raises:
+            ConfigError: naming every key that is missing, of the wrong kind, contradictory or unsupported.
+        """
+        if not isinstance(params, dict):
+            raise ConfigError(f"params must be the dict of a params.json, got {type(params).__name__}")
+        reader = _Reader()
+        multimodal = reader.section(params, "multimodal")
+        audio_args = reader.section(multimodal, "multimodal.audio_model_args")
+        codec_args = reader.section(multimodal, "multimodal.audio_tokenizer_args")
+        acoustic_args = reader.section(audio_args, "multimodal.audio_model_args.acoustic_transformer_args")
+        backbone = reader.read(BackboneConfig, params, "", skip=("moe",))
+        acoustic = reader.read(
+            AcousticTransformerConfig, acoustic_args, "multimodal.audio_model_args.acoustic_transformer_args."
+        )
+        audio = reader.read(AudioModelConfig, audio_args, "multimodal.audio_model_args.")
+        codec = reader.read(CodecConfig, codec_args, "multimodal.audio_tokenizer_args.")
+        moe = reader.read(MoEConfig, _moe_args(params), "moe.") if params.get("moe") else None
+        reader.unsupported(params, audio_args, codec_args, acoustic_args)
+        reader.raise_problems()
+        config = cls(
+            backbone=BackboneConfig(**backbone, moe=MoEConfig(**moe) if moe else None),
+            acoustic_transformer=AcousticTransformerConfig(**acoustic),
+            audio=AudioModelConfig(**audio),
+            codec=CodecConfig(**codec),
+            voices=tuple(codec_args.get("voice") or ()),
+        )
+        problems = _contradictions(config, audio_args.get("audio_encoding_args") or {})
+        if problems:
+            raise ConfigError("params.json contradicts itself: " + "; ".join(problems))
+        return config
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return (n + multiple - 1) // multiple * multiple
+
+
+def _stages(codec: CodecConfig, side: str) -> list[tuple[int, int, int]]:
+    columns = []
+    for what in ("transformer_lengths", "convs_kernels", "convs_strides"):
+        columns.append([int(part) for part in getattr(codec, f"{side}_{what}_str").split(",")])
+    return list(zip(*columns, strict=True))
+
+
+def _moe_args(params: dict[str, Any]) -> dict[str, Any]:
+    moe = params["moe"]
+    if not isinstance(moe, dict):
+        return {}
+    return {"expert_hidden_dim": params.get("hidden_dim"), **moe}  # Mixtral's form: experts are hidden_dim wide
+
+
+class _Reader:
+    """Collects what is wrong with a params dict, so that one error names all of it."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.wrong: list[str] = []
+
+    def section(self, parent: dict[str, Any], path: str) -> dict[str, Any]:
+        value = parent.get(path.rsplit(".", 1)[-1])
+        if isinstance(value, dict):
+            return value
+        self.missing.append(path) if value is None else self.wrong.append(f"{path} must be an object")
+        return {}
+
+    def read(self, cls: type, args: dict[str, Any], prefix: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+        kinds = typing.get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if field.name in skip:
+                continue
+            value = args.get(field.name)
+            if value is None:
+                if field.default is dataclasses.MISSING:
+                    self.missing.append(prefix + field.name)
+                continue
+            kind = kinds[field.name]
+            if kind is float and type(value) is int:
+                value = float(value)
+            if type(value) is not kind:
+                self.wrong.append(f"{prefix}{field.name} must be {kind.__name__}, got {value!r}")
+            elif kind in (int, float) and value < 0:
+                self.wrong.append(f"{prefix}{field.name} must not be negative, got {value!r}")
+            else:
+                values[field.name] = value
+        return values
+
+    def unsupported(
+        self, params: dict[str, Any], audio: dict[str, Any], codec: dict[str, Any], acoustic: dict[str, Any]
+    ) -> None:
+        """Keys whose other value would be computed wrongly, so that ignoring them is not an option."""
+        checks: list[tuple[dict[str, Any], str, Any]] = [
+            (params, "use_biases", False),
+            (params, "causal", True),
+            (params, "sliding_window", None),
+            (params, "qk_norm", False),
+            (acoustic, "use_biases", False),
+            (audio, "input_embedding_concat_type", "sum"),
+            (audio.get("audio_encoding_args") or {}, "codebook_pattern", "parallel"),
+            (codec, "use_biases", False),
+            (codec, "causal", True),
+            (codec, "qk_norm", True),
+            (codec, "layer_scale", True),
+            (codec, "conv_weight_norm", True),
+            (codec, "channels", 1),
+        ]
+        for args, key, only in checks:
+            if args.get(key, only) != only:
+                self.wrong.append(f"{key} = {args[key]!r} is not supported (only {only!r})")
+
+    def raise_problems(self) -> None:
+        parts = []
+        if self.missing:
+            parts.append("missing keys: " + ", ".join(self.missing))
+        if self.wrong:
+            parts.append("; ".join(self.wrong))
+        if parts:
+            raise ConfigError("params.json: " + "; ".join(parts))
+
+
+def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
+    backbone, acoustic, audio, codec = config.backbone, config.acoustic_transformer, config.audio, config.codec
+    found: list[str] = list(backbone.moe.problems()) if backbone.moe else []
+
+    def same(a_name: str, a: Any, b_name: str, b: Any) -> None:
+        if a != b:
+            found.append(f"{a_name} ({a}) != {b_name} ({b})")
+
+    same("acoustic_transformer_args.input_dim", acoustic.input_dim, "dim", backbone.dim)
+    same("acoustic_transformer_args.dim", acoustic.dim, "acoustic_transformer_args.input_dim", acoustic.input_dim)
+    for name in ("semantic_codebook_size", "acoustic_codebook_size"):
+        same(f"audio_model_args.{name}", getattr(audio, name), f"audio_tokenizer_args.{name}", getattr(codec, name))
+    same(
+        "audio_model_args.n_acoustic_codebook", audio.n_acoustic_codebook,
+        "audio_tokenizer_args.acoustic_dim", codec.acoustic_dim,
+    )  # fmt: skip
+    same("codec n_kv_heads", codec.n_kv_heads, "codec n_heads", codec.n_heads)
+    for name, part in (("", backbone), ("acoustic_transformer_args.", acoustic)):
+        if part.n_kv_heads < 1 or part.n_heads % part.n_kv_heads:
+            found.append(f"{name}n_heads ({part.n_heads}) must be a multiple of n_kv_heads ({part.n_kv_heads})")
+    if backbone.head_dim % 2 or acoustic.dim % 2:
+        found.append("head_dim and acoustic_transformer_args.dim must be even")
+    if not 1 <= acoustic.n_decoding_steps <= 64:
+        found.append(f"n_decoding_steps ({acoustic.n_decoding_steps}) must lie in 1..64")
+    if audio.acoustic_codebook_size < 2:
+        found.append(f"acoustic_codebook_size ({audio.acoustic_codebook_size}) must be at least 2")
+    if max(audio.audio_token_id, audio.begin_audio_token_id) >= backbone.vocab_size:
+        found.append(f"audio token ids must be less than vocab_size ({backbone.vocab_size})")
+    found += _codec_contradictions(codec)
+    if not found:
+        for name, value in (
+            ("num_codebooks", audio.n_codebooks),
+            ("sampling_rate", codec.sampling_rate),
+            ("frame_rate", config.frame_rate),
+        ):
+            same(f"audio_encoding_args.{name}", encoding.get(name, value), "the model's", value)
+    return found
+
+
+def _codec_contradictions(codec: CodecConfig) -> list[str]:
+    try:
+        encoder, decoder = codec.encoder_stages, codec.decoder_stages
+    except ValueError:
+        return ["encoder_*_str and decoder_*_str must be comma-separated integers, equally many of each side"]
+    found = []
+    if math.prod(s for _, _, s in encoder) != math.prod(s for _, _, s in decoder):
+        found.append("the strides of encoder_convs_strides_str and decoder_convs_strides_str multiply to other factors")
+    if any(s not in (1, 2) or k < s for stages in (encoder, decoder) for _, k, s in stages):
+        found.append("codec strides must be 1 or 2, and no kernel shorter than its stride")
+    if decoder[0][2] != 1:
+        found.append("the first decoder stride must be 1")
+    return found

@@ -1,0 +1,1 @@
+"""voxkern: Voxtral-class speech models at the speed of the memory they stream."""
