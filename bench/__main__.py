@@ -9,7 +9,9 @@ def main() -> int:
     """Do what the command line asks; 1 where a check fails."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    ledger = commands.add_parser("ledger", help="compile every kernel for every architecture and write bench/ledger.csv")
+    ledger = commands.add_parser(
+        "ledger", help="compile every kernel for every architecture and write bench/ledger.csv"
+    )
     ledger.add_argument("--check", action="store_true", help="compare with bench/ledger.csv instead of writing it")
     run = commands.add_parser("run", help="time every operator")
     run.add_argument("operators", nargs="*", help="their names; none = all")

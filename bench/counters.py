@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
@@ -24,17 +24,21 @@ Grid = tuple[int, int, int]
 
 @dataclass
 class Block:
-    """What one block touched: per argument its distinct byte addresses, and the bytes its instructions asked for."""
+    """What one block touched: per argument the addresses of each of its loads and stores."""
 
-    distinct: dict[str, np.ndarray] = field(default_factory=dict)
-    asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
-    def touch(self, name: str, addresses: np.ndarray, size: int) -> None:
-        """One load or store of `size` bytes at each address; lanes that share one are served together."""
-        addresses = np.unique(addresses)
-        seen = self.distinct.get(name, np.empty(0, addresses.dtype))
-        self.distinct[name] = np.union1d(seen, addresses)
-        self.asked[name] += size * len(addresses)
+    def touch(self, name: str, addresses: np.ndarray) -> None:
+        """One load or store; lanes that share an address are served together."""
+        self.touched[name].append(np.unique(addresses))
+
+    def asked(self, name: str) -> int:
+        """Elements of an argument that instructions asked for."""
+        return sum(map(len, self.touched[name]))
+
+    def distinct(self, name: str) -> np.ndarray:
+        """Addresses of the elements of an argument that were touched."""
+        return np.unique(np.concatenate([np.empty(0, np.uint64), *self.touched[name]]))
 
 
 @dataclass(frozen=True)
@@ -52,42 +56,50 @@ class Traffic:
 
 @dataclass
 class Launch:
-    """One launch of one kernel: its grid, and its blocks that were run and watched."""
+    """One launch of one kernel: its grid, its constants by name, and its blocks that were run and watched."""
 
     kernel: str
     grid: Grid
+    constants: dict[str, Any] = field(default_factory=dict)
     blocks: dict[Grid, Block] = field(default_factory=dict)
     item_sizes: dict[str, int] = field(default_factory=dict)
+    pointers: dict[str, int] = field(default_factory=dict)
+
+    def of(self, tensor: Tensor) -> Traffic:
+        """Of the argument that `tensor` was passed as."""
+        return self.traffic()[next(name for name, pointer in self.pointers.items() if pointer == tensor.data_ptr())]
 
     def traffic(self) -> dict[str, Traffic]:
         """Per argument, of the whole launch."""
-        names = {name for block in self.blocks.values() for name in block.distinct}
+        names = {name for block in self.blocks.values() for name in block.touched}
         whole = len(self.blocks) == math.prod(self.grid)
         return {name: self._whole(name) if whole else self._scaled(name) for name in sorted(names)}
 
     def _whole(self, name: str) -> Traffic:
-        distinct = np.unique(np.concatenate([_addresses(block, name) for block in self.blocks.values()]))
-        dram = len(distinct) * self.item_sizes[name]
-        return Traffic(dram, sum(block.asked[name] for block in self.blocks.values()) - dram)
+        dram = len(np.unique(np.concatenate([block.distinct(name) for block in self.blocks.values()])))
+        asked = sum(block.asked(name) for block in self.blocks.values())
+        return self._bytes(name, dram, asked)
 
     def _scaled(self, name: str) -> Traffic:
         # along each axis blocks either touch the same addresses or others; the last block may be ragged
-        first = self.blocks[0, 0, 0]
-        dram = float(len(_addresses(first, name)) * self.item_sizes[name])
-        asked = float(first.asked[name])
-        if not dram:
+        first, asked_first = self.blocks[0, 0, 0].distinct(name), self.blocks[0, 0, 0].asked(name)
+        if not asked_first:
             raise ValueError(f"{self.kernel}: the first block does not touch {name}; count the whole grid")
+        dram, asked = float(len(first)), float(asked_first)
         for axis, n in enumerate(self.grid):
             if n == 1:
                 continue
             second, last = (self.blocks[_along(axis, i)] for i in (1, n - 1))
-            asked *= n - 1 + last.asked[name] / first.asked[name]
-            overlap = len(np.intersect1d(_addresses(first, name), _addresses(second, name)))
-            if overlap == 0:
-                dram *= n - 1 + len(_addresses(last, name)) / len(_addresses(first, name))
-            elif overlap < len(_addresses(first, name)):
-                raise ValueError(f"{self.kernel}: blocks share a part of {name} along axis {axis}; count the whole grid")
-        return Traffic(round(dram), round(asked - dram))
+            asked *= n - 1 + last.asked(name) / asked_first
+            overlap = len(np.intersect1d(first, second.distinct(name), assume_unique=True))
+            if 0 < overlap < len(first):
+                raise ValueError(f"{self.kernel}: blocks share a part of {name} along {axis}; count the whole grid")
+            if not overlap:
+                dram *= n - 1 + len(last.distinct(name)) / len(first)
+        return self._bytes(name, round(dram), round(asked))
+
+    def _bytes(self, name: str, dram: int, asked: int) -> Traffic:
+        return Traffic(dram * self.item_sizes[name], (asked - dram) * self.item_sizes[name])
 
 
 @contextmanager
@@ -105,7 +117,8 @@ def counting(whole: bool = False) -> Iterator[list[Launch]]:
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> None:
         grid: Grid = (*self.grid, 1, 1)[:3]
-        launch = Launch(self.fn.__name__, grid)
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launch = Launch(self.fn.__name__, grid, {name: named[name] for name in self.constexprs})
         launches.append(launch)
         chosen = list(np.ndindex(grid)) if whole else _corners(grid)
         self.grid = (len(chosen), 1, 1)
@@ -115,7 +128,7 @@ def counting(whole: bool = False) -> Iterator[list[Launch]]:
             launch.blocks[chosen[i]] = block = Block()
             watch.block = block
 
-        watch = _Watch(dict(zip(self.arg_names, args, strict=False)) | kwargs, launch)
+        watch = _Watch(named, launch)
         builder.set_grid_dim, builder.set_grid_idx = lambda *_: set_grid_dim(*grid), enter
         try:
             with watch.installed(builder), _disable_current_modes():
@@ -140,17 +153,17 @@ class _Watch:
             if isinstance(arg, Tensor) and arg.numel():
                 extent = 1 + sum((n - 1) * stride for n, stride in zip(arg.shape, arg.stride(), strict=True))
                 self.ranges[name] = (arg.data_ptr(), arg.data_ptr() + extent * arg.element_size())
+                launch.pointers[name] = arg.data_ptr()
                 launch.item_sizes[name] = arg.element_size()
 
     def touch(self, pointers: Any, mask: Any = None) -> None:
         addresses = np.asarray(pointers.data, dtype=np.uint64).ravel()
         if mask is not None:
             addresses = addresses[np.broadcast_to(mask.data, pointers.data.shape).ravel()]
-        size = pointers.get_element_ty().primitive_bitwidth // 8
         for name, (start, end) in self.ranges.items():
             inside = (addresses >= start) & (addresses < end)
             if inside.any():
-                self.block.touch(name, addresses[inside], size)
+                self.block.touch(name, addresses[inside])
                 addresses = addresses[~inside]
         if len(addresses):
             raise IndexError(f"{len(addresses)} lanes read or write outside of every argument")
@@ -173,28 +186,36 @@ class _Watch:
                 delattr(builder, name)
 
 
-class NoWork(TorchDispatchMode):
-    """Within the block, whatever is not a kernel of ours raises: aten operators except views, allocations, host reads.
-
-    What a frame does must be launches and nothing else, for it to live in one CUDA graph.
-    """
+class _NoWork(TorchDispatchMode):
+    """Aten operators except views raise: they would start a kernel, allocate or wait for the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let views through."""
         if not func.is_view:
-            raise RuntimeError(f"{func} inside a frame: only views and launches may stand there")
+            raise _not_in_a_frame(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _NoCopies(TorchFunctionMode):
+    """Copies between tensors and the host raise that reach no dispatcher when the tensor is on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("tolist", "numpy", "__array__", "tensor", "as_tensor", "from_numpy"):
+            raise _not_in_a_frame(func.__name__)
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def only_launches(whole: bool = True) -> Iterator[list[Launch]]:
-    """:class:`NoWork` together with :func:`counting`: yields the list of launches."""
-    with counting(whole) as launches, NoWork():
+    """:func:`counting`, and whatever is neither a launch nor a view raises: an operator, an allocation, a host read.
+
+    What a frame does must be launches and nothing else, for it to live in one CUDA graph.
+    """
+    with counting(whole) as launches, _NoCopies(), _NoWork():
         yield launches
 
 
-def _addresses(block: Block, name: str) -> np.ndarray:
-    return block.distinct.get(name, np.empty(0, np.uint64))
+def _not_in_a_frame(what: str) -> RuntimeError:
+    return RuntimeError(f"{what} inside a frame: only views and launches may stand there")
 
 
 def _along(axis: int, i: int) -> Grid:

@@ -167,8 +167,8 @@ def check(file: Path = FILE) -> list[str]:
     found = faults(rows)
     if version != triton.__version__:
         print(
-            f"The committed ledger is triton {version}'s and this is {triton.__version__}: spills, limits, binaries and "
-            "TF32 were checked, changes of machine code were not."
+            f"The committed ledger is triton {version}'s and this is {triton.__version__}: "
+            "spills, limits, binaries and TF32 were checked, changes of machine code were not."
         )
         return found
     return found + [f"{change} (if meant, run python -m bench ledger)" for change in changes(committed, rows)]

@@ -48,7 +48,7 @@ class Binary:
 
     @cached_property
     def listing(self) -> str:
-        """The machine code as text: NVIDIA's disassembled, resource usage at its head; AMD's as the compiler wrote it."""
+        """The machine code as text: NVIDIA's disassembled, with resource usage; AMD's as the compiler wrote it."""
         by_kind = {Path(path).suffix: path for path in self.files.values()}
         if ".amdgcn" in by_kind:
             return Path(by_kind[".amdgcn"]).read_text()

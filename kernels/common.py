@@ -29,12 +29,12 @@ def cast(b_v, dtype: tl.constexpr):
     """fp32 to `dtype`, to nearest and ties to even: the only way down from fp32 in the house.
 
     The interpreter cuts the lower 16 bits off instead of rounding to bf16 (half of all numbers come out wrong, always
-    towards zero), so there they are rounded off first.
+    towards zero), so there it is done on the bits.
     """
     if INTERPRETED and dtype == tl.bfloat16:
         b_bits = b_v.to(tl.uint32, bitcast=True)
-        b_round = ((b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        b_v = tl.where(b_v == b_v, b_round, b_v)
+        b_round = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+        return tl.where(b_v == b_v, b_round, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return b_v.to(dtype)
 
 

@@ -20,8 +20,7 @@ NORM_LINEAR = Table(
     "norm_linear",
     """
     arch         dtype  rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      16   | 16       32       64       4          1
-    interpreter  *      *    | 32       32       64       4          1
+    interpreter  *      *    | 16       32       64       4          1
     gfx*         fp32   *    | 16       32       64       4          2
     gfx*         *      16   | 16       64       128      4          2
     gfx*         *      *    | 64       64       64       4          2

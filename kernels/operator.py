@@ -25,6 +25,7 @@ class Operator(Generic[P, R]):
     Attributes:
         name: its name in ``torch.ops.voxkern``.
         launch: fills the result, its first argument, from the declared arguments, without checks.
+        mutates: names of the arguments that it writes to.
         op: what torch's tools want, such as ``torch.library.opcheck``.
     """
 
@@ -34,6 +35,7 @@ class Operator(Generic[P, R]):
         self.name = declare.__name__
         self.declare = declare
         self.launch = launch
+        self.mutates = tuple(mutates)
 
         @functools.wraps(declare)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
