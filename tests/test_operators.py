@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checks import assert_bytes_once, assert_right, assert_within
+from poison import assert_bands, guarded, poison_pages, spread
 from torch import Tensor
 
 from bench.counters import counting
@@ -98,3 +99,17 @@ def test_gradients_are_refused(entry: Entry, case: Case) -> None:
 @pytest.mark.parametrize(("entry", "case"), named(PUBLIC))
 def test_no_weight_byte_is_loaded_twice(entry: Entry, case: Case) -> None:
     assert_bytes_once(entry, case, "bf16", "sm_90")
+
+
+def test_poison_is_where_it_should_be() -> None:
+    cache = poison_pages(torch.zeros(4, 2, 3), torch.tensor([[3, 1], [1, 1]], dtype=torch.int32))
+    assert cache.isnan().flatten(1).all(1).tolist() == [True, False, True, False]
+    rows = spread(torch.ones(3, 5))
+    assert rows.stride() == (21, 1)
+    assert rows.as_strided((3, 21), (21, 1))[:, 5:].isnan().all()
+    assert torch.empty(3).isnan().all()  # fresh memory
+    whole = guarded(torch.zeros(7, dtype=torch.int64))
+    assert_bands(whole)
+    whole.as_strided((8,), (1,))[7] = 0
+    with pytest.raises(AssertionError, match="1 elements were written around"):
+        assert_bands(whole)
