@@ -41,6 +41,6 @@ def judge(out: Tensor, plain: Tensor, truth: Tensor) -> Verdict:
                          f"and {truth.dtype} {list(truth.shape)}")  # fmt: skip
     rms = truth.square().mean().sqrt().item()
     error = (out.double() - truth).abs().nan_to_num(nan=float("inf"))
-    ratio = error.square().mean().sqrt().item() / rms
+    ratio = error.square().mean().sqrt().item() / max(rms, 1e-30)
     limit = 2 * (plain.double() - truth).abs().max().item() + 1e-6 * rms
     return Verdict(error.max().item(), limit, ratio, CEILINGS[out.dtype])

@@ -69,7 +69,7 @@ def time_case(entry: Entry, case: Case, dtype: str, device: str) -> Iterator[Tim
         RuntimeError: a kernel's result is wrong; a wrong one is not timed.
     """
     args = entry.args(case, Maker(DTYPES[dtype], device))
-    fewest = _bytes(args.values()) + _bytes([entry.op.declare(**args)])
+    fewest = _bytes(args.values()) + _bytes(_outputs(entry.op.declare(**args)))
     providers: dict[str, Callable[..., Any]] = {"torch": entry.reference}
     if device.startswith("cuda"):
         _must_be_right(entry, case, dtype, args)
@@ -117,14 +117,19 @@ def _on_gpu(call: Callable[..., Any], copies: Sequence[Mapping[str, Any]]) -> li
 
 
 def _must_be_right(entry: Entry, case: Case, dtype: str, args: Mapping[str, Any]) -> None:
-    mine, plain = entry.op.run(**args), entry.reference(**args)
-    verdict = judge(mine, plain, entry.reference(**to_dtype(args, torch.float64)))
-    if not verdict.right:
-        raise RuntimeError(f"{entry.name} {case.name} {dtype} is wrong on this device: {verdict}")
+    truth = _outputs(entry.reference(**to_dtype(args, torch.float64)))
+    for out, plain, exact in zip(_outputs(entry.op.run(**args)), _outputs(entry.reference(**args)), truth, strict=True):
+        verdict = judge(out, plain, exact)
+        if not verdict.right:
+            raise RuntimeError(f"{entry.name} {case.name} {dtype} is wrong on this device: {verdict}")
 
 
 def _copies(args: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
     return [{name: a.clone() if isinstance(a, Tensor) else a for name, a in args.items()} for _ in range(n)]
+
+
+def _outputs(returned: Any) -> list[Tensor]:
+    return [returned] if isinstance(returned, Tensor) else list(returned or ())
 
 
 def _bytes(values: Any) -> int:

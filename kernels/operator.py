@@ -43,10 +43,20 @@ class Operator(Generic[P, R]):
 
         self.op = torch.library.custom_op(f"voxkern::{self.name}", run, mutates_args=mutates)
         self.op.register_fake(declare)
-        self.op.register_autograd(_no_backward, setup_context=self._no_gradients)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Check, allocate and launch, through torch's dispatcher."""
+        """Check, allocate and launch, through torch's dispatcher.
+
+        Raises:
+            RuntimeError: an argument requires gradients, or is on the CPU without the interpreter.
+        """
+        if torch.is_grad_enabled():
+            for arg in (*args, *kwargs.values()):
+                if isinstance(arg, Tensor) and arg.requires_grad:
+                    raise RuntimeError(
+                        f"{self.name}: an argument requires gradients, and a kernel has none: call it under "
+                        "torch.no_grad() or torch.inference_mode(), or train with voxkern.reference"
+                    )
         return self.op(*args, **kwargs)  # type: ignore[no-any-return]
 
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -56,12 +66,6 @@ class Operator(Generic[P, R]):
         with _on_device_of(self.name, tensor):
             self.launch(*(() if out is None else (out,)), *args, **kwargs)
         return out
-
-    def _no_gradients(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        raise RuntimeError(
-            f"{self.name}: an argument requires gradients, and a kernel has none: "
-            "call it under torch.no_grad() or torch.inference_mode(), or train with voxkern.reference"
-        )
 
 
 def operator(launch: Callable[..., None], mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
@@ -105,10 +109,6 @@ def expect(
     if got[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name} {got} has strides {tensor.stride()} but its last dimension must have stride 1")
     return tuple(tensor.shape)
-
-
-def _no_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("a kernel has no gradients")
 
 
 def _on_device_of(name: str, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

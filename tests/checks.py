@@ -28,6 +28,8 @@ def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
         out = entry.op.declare(**args)
         if out is None:
             entry.op.launch(**args)
+            for name in entry.op.mutates:
+                assert_bands(args[name])
             return None
         guards = [guarded(one) for one in ([out] if isinstance(out, Tensor) else out)]
         entry.op.launch(guards[0] if isinstance(out, Tensor) else tuple(guards), **args)

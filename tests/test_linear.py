@@ -1,5 +1,8 @@
 """What is the linear family's own; what every operator must do is in test_operators.py."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -90,3 +93,15 @@ def test_settings_are_those_of_the_prepared_rows() -> None:
 def test_errors_name_the_argument(change: dict[str, Tensor | int], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         norm_linear(**(inputs() | change))
+
+
+def test_on_a_cpu_without_the_interpreter_the_way_out_is_named() -> None:
+    code = (
+        "import torch; from voxkern.kernels.linear import norm_linear as f; x = torch.ones(2, 16)\n"
+        "try: f(x, x[0], x, 1e-5, 2)\n"
+        "except RuntimeError as error: print(error)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "norm_linear: tensors are on the CPU" in answer.stdout, answer.stderr
+    assert "TRITON_INTERPRET=1" in answer.stdout

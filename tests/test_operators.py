@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bench.counters import counting
 from bench.registry import DTYPES, Case, Entry, Maker, entries
+from voxkern.kernels import settings
 
 ENTRIES = entries()
 ODD = [(entry, case) for entry in ENTRIES for case in entry.cases if not case.public]
@@ -22,10 +23,12 @@ def per_operator() -> list[object]:
     return [pytest.param(entry, next(c for c in entry.cases if not c.public), id=entry.name) for entry in ENTRIES]
 
 
+@pytest.mark.parametrize("tiles_of", ["interpreter", "sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("entry", "case"), named(ODD))
-def test_right(entry: Entry, case: Case, dtype: str) -> None:
-    assert_right(entry, case, dtype)
+def test_right(entry: Entry, case: Case, dtype: str, tiles_of: str) -> None:
+    with settings.pretend(tiles_of):
+        assert_right(entry, case, dtype)
 
 
 @pytest.mark.parametrize(("entry", "case"), named(ODD))
