@@ -66,9 +66,17 @@ class Audio:
         import soundfile
 
         path = Path(path)
-        formats = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
-        if path.suffix.lower() not in formats:
-            raise ValueError(f"path must end in one of {', '.join(formats)}, got {str(path)!r}")
-        samples = np.clip(self.samples, -1, 1)
-        soundfile.write(path, samples, self.sampling_rate, format=formats[path.suffix.lower()])
+        soundfile.write(path, np.clip(self.samples, -1, 1), self.sampling_rate, format=sound_format(path))
         return path
+
+
+def sound_format(path: Path) -> str:
+    """The format that a file's suffix asks for.
+
+    Raises:
+        ValueError: none that voxkern writes.
+    """
+    formats = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
+    if path.suffix.lower() not in formats:
+        raise ValueError(f"path must end in one of {', '.join(formats)}, got {str(path)!r}")
+    return formats[path.suffix.lower()]

@@ -24,7 +24,6 @@ from .reference import Config, VoxtralTTS
 
 PARAMS, WEIGHTS, TOKENIZER, VOICES = "params.json", "consolidated.safetensors", "tekken.json", "voice_embedding"
 ENCODER = ("audio_tokenizer.input_proj.", "audio_tokenizer.encoder_blocks.")
-MAPPED_BYTES = 1 << 28
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -124,7 +123,8 @@ def read_checkpoint(folder: Path, dtype: torch.dtype | None = None, device: str 
         {name: tuple(t.shape) for name, t in model.state_dict().items()},
     )
     state = {}
-    for name, tensor in _read_tensors(path, sorted(tensors, key=lambda name: -tensors[name].numel)):
+    names = sorted(tensors, key=lambda name: -tensors[name].numel)
+    for name, tensor in _read_tensors(path, names, path.stat().st_size // 32):
         state[name] = tensor.to(device=device, dtype=dtype)
         del tensor  # its pages stay mapped as long as it lives
     model.load_state_dict(state, strict=True, assign=True)
@@ -191,6 +191,7 @@ def write_checkpoint(
     (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
     (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
     for name, voice in voices.items():
         save_file({"embedding": voice.contiguous()}, folder / VOICES / f"{name}.safetensors")
 
@@ -203,14 +204,14 @@ def is_finite(x: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def _read_tensors(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in this order, the file mapped anew every ``MAPPED_BYTES``: what was read before leaves memory."""
+def _read_tensors(path: Path, names: list[str], remap_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in this order, the file mapped anew every `remap_bytes`: what nobody kept of it leaves memory."""
     left = iter(names)
     name = next(left, None)
     while name is not None:
         read = 0
         with safe_open(path, "pt") as file:
-            while name is not None and read < MAPPED_BYTES:
+            while name is not None and read <= remap_bytes:
                 tensor = file.get_tensor(name)
                 if not is_finite(tensor):
                     raise CheckpointError(f"{path}: {name} holds a value that is not finite")

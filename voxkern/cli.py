@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
+from .audio import sound_format
 from .cache import cache_bytes
 from .checkpoint import WEIGHTS, find_folder, read_params, read_voices, tensor_table
 from .maker import make_checkpoint
@@ -61,6 +62,9 @@ def say(
     """Speak a text into a sound file."""
     with _plain_errors():
         words = _text(text, file)
+        sound_format(output)  # before the work, not after it
+        if not output.parent.is_dir():
+            raise ValueError(f"{output.parent}: no such folder")
         with err.status("loading"):
             tts = load(model, device=device, dtype=dtype)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -82,6 +86,7 @@ def say(
         f"real-time factor {audio.real_time_factor:.2f}, seed {audio.seed}"
         + ("" if audio.ended else "; cut off before the model said END"),
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -51,9 +51,7 @@ def load(
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
     _check_int("max_batch", max_batch, 1, None)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but torch finds no GPU; use device='cpu'")
+    target = _device(device)
     if source is not None:
         return TTS(read_checkpoint(find_folder(source), _dtype(dtype), target), max_batch)
     log.warning("No checkpoint given: a tiny model of random weights speaks, and what it says is NOISE.")
@@ -227,6 +225,16 @@ class TTS:
             ended=utterance.ended,
             timings=timings,
         )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: {error}") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no GPU; use device='cpu'")
+    return target
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
