@@ -1,6 +1,7 @@
-"""Kernels run in Triton's interpreter here, and fresh memory is never zero by luck."""
+"""Kernels run in Triton's interpreter here, fresh memory is never zero by luck, and tiny checkpoints are at hand."""
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,13 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; 0 for the tests marked gpu
 
 import torch
+
+import voxkern
+from voxkern.checkpoint import read_checkpoint, read_params
+from voxkern.maker import make_checkpoint
+
+torch.set_num_threads(1)  # what is computed here is tiny: a second thread costs more than it gives
+logging.getLogger("voxkern").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,3 +43,26 @@ def fresh_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in fp32, with the codec's encoder."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), dtype=torch.float32, encoder=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_folder: Path) -> dict:
+    return read_params(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path) -> voxkern.reference.VoxtralTTS:
+    """Its model, fp32. Read only."""
+    return read_checkpoint(tiny_folder).model
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_model: voxkern.reference.VoxtralTTS) -> dict:
+    """Its tensors as fp64 numpy arrays."""
+    return {name: tensor.double().numpy() for name, tensor in tiny_model.state_dict().items()}

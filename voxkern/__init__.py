@@ -1,1 +1,17 @@
-"""voxkern: Voxtral-class speech models at the speed of the memory they stream."""
+"""voxkern: Voxtral-class speech models at the speed of the memory they stream.
+
+>>> import voxkern
+>>> tts = voxkern.load()
+>>> tts.generate("seven three one", seed=7).save("out.wav")  # doctest: +SKIP
+"""
+
+from importlib.metadata import version
+
+from . import reference
+from .audio import Audio, Timings
+from .checkpoint import CheckpointError
+from .reference import Config, ConfigError
+from .tts import TTS, load
+
+__version__ = version("voxkern")
+__all__ = ["TTS", "Audio", "CheckpointError", "Config", "ConfigError", "Timings", "load", "reference"]

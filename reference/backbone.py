@@ -1,0 +1,84 @@
+"""The autoregressive backbone: one hidden state per 80 ms frame, embeddings in, post-norm states out."""
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Attend, PagedCache, TransformerBlock, append, attention, paged_attention, rope_table, rotate
+from .config import AudioModelConfig, BackboneConfig
+from .linear import RMSNorm, wide
+
+
+class CodebookEmbeddings(nn.Module):
+    """One table for all codebooks; a frame is embedded as the sum of its codes' rows."""
+
+    def __init__(self, audio: AudioModelConfig, dim: int) -> None:
+        """The table has one row per code and special of each codebook."""
+        super().__init__()
+        self.embeddings = nn.Embedding(audio.embedding_rows, dim)
+        self.offsets: Tensor  # made on the CPU by name, so that a module built on "meta" has it too
+        self.register_buffer("offsets", torch.tensor(audio.embedding_offsets, device="cpu"), persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """int [..., 37] with the +2 offset -> [..., dim]; summed wide and rounded once."""
+        rows = self.embeddings(codes + self.offsets)  # [..., 37, dim]
+        return wide(rows).sum(-2).to(rows.dtype)
+
+
+class AudioEmbeddings(nn.Module):
+    """Everything the backbone reads: text tokens and frames of codes."""
+
+    def __init__(self, backbone: BackboneConfig, audio: AudioModelConfig) -> None:
+        """Names as in the checkpoint."""
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(backbone.vocab_size, backbone.dim)
+        self.audio_codebook_embeddings = CodebookEmbeddings(audio, backbone.dim)
+
+
+class Backbone(nn.Module):
+    """The decoder-only transformer, without its language-model head: speech never evaluates it."""
+
+    def __init__(self, config: BackboneConfig, audio: AudioModelConfig) -> None:
+        """Layers, final norm and embeddings, named as in the checkpoint."""
+        super().__init__()
+        if config.moe is not None:
+            raise ValueError("params.json has a 'moe' section: this version of voxkern runs dense backbones only")
+        self.backbone_config = config
+        self.mm_audio_embeddings = AudioEmbeddings(config, audio)
+        self.layers = nn.ModuleList(
+            TransformerBlock(
+                config.dim, config.hidden_dim, config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps
+            )
+            for _ in range(config.n_layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def hidden_states(self, u: Tensor, cache: PagedCache | None = None) -> Tensor:
+        """Run the layers over T tokens of each request.
+
+        Args:
+            u: [B, T, dim], embeddings.
+            cache: None for the whole sequence from position 0; otherwise the T tokens are the last of each request's
+                ``cache.lengths`` tokens, and their keys and values are appended.
+
+        Returns:
+            [B, T, dim], after the final norm. Rows of length 0 in the cache hold nothing of meaning.
+        """
+        config, T = self.backbone_config, u.shape[1]
+        positions = torch.arange(T, device=u.device)
+        if cache is not None:
+            positions = positions + cache.lengths.unsqueeze(1) - T  # [B, T]
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta)
+        for i_layer, layer in enumerate(self.layers):
+            u = layer(u, _attend(cos, sin, cache, i_layer))
+        return self.norm(u)  # type: ignore[no-any-return]
+
+
+def _attend(cos: Tensor, sin: Tensor, cache: PagedCache | None, i_layer: int) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            return attention(q, k, v, causal=True)
+        append(cache.pool[i_layer], k, v, cache.block_table, cache.lengths)
+        return paged_attention(q, cache.pool[i_layer], cache.block_table, cache.lengths)
+
+    return attend

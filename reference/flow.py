@@ -1,0 +1,176 @@
+"""The flow-matching head: noise to 36 acoustic codes in a few Euler steps, and the semantic code beside them.
+
+The velocity network is a small bidirectional transformer over three tokens [x, t, h]: the state of the flow, the time,
+and the backbone's hidden state. It is evaluated with and without the hidden state (classifier-free guidance), both in
+one batch. (Voxtral TTS, arXiv 2603.25551; flow matching, arXiv 2210.02747; guidance, arXiv 2207.12598.)
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .attention import TransformerBlock, attention
+from .config import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_CODES, AcousticTransformerConfig, AudioModelConfig
+from .linear import RMSNorm, wide
+
+MAX_STEPS = 64
+
+
+def time_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of the flow time: ``[cos(t w), sin(t w)]`` with ``w_j = 10000^(-j / (dim / 2))``.
+
+    Args:
+        t: [...], in 0..1.
+        dim: even.
+
+    Returns:
+        fp64 [..., dim].
+    """
+    half = dim // 2
+    w = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float64, device=t.device))
+    angle = t.to(torch.float64).unsqueeze(-1) * w
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def guide(v: Tensor, cfg_alpha: Tensor) -> Tensor:
+    """Classifier-free guidance: ``a v_cond + (1 - a) v_uncond``.
+
+    Args:
+        v: [2B, K], the conditional rows first.
+        cfg_alpha: [B].
+    """
+    v_cond, v_uncond = v.chunk(2)
+    alpha = cfg_alpha.to(v.dtype).unsqueeze(1)
+    return alpha * v_cond + (1 - alpha) * v_uncond
+
+
+def euler_step(x: Tensor, v: Tensor, dt: float) -> Tensor:
+    """``x + dt v``."""
+    return x + dt * v
+
+
+def quantise(x: Tensor, levels: int) -> Tensor:
+    """The level of each coordinate: -1 is 0, +1 is ``levels - 1``, half rounds to even.
+
+    Args:
+        x: [..., K], clamped to -1..1 here.
+        levels: 21 in the public model.
+
+    Returns:
+        int64 [..., K].
+    """
+    return ((x.clamp(-1, 1) + 1) / 2 * (levels - 1)).round().long()
+
+
+def lowest_argmax(logits: Tensor) -> Tensor:
+    """Index of the largest of the last dimension, the lowest one where several are equal (argmax promises none)."""
+    index = torch.arange(logits.shape[-1], device=logits.device)
+    is_max = logits == logits.amax(-1, keepdim=True)
+    return torch.where(is_max, index, logits.shape[-1]).amin(-1)
+
+
+class FlowMatchingAudioTransformer(nn.Module):
+    """The head: hidden state in, one frame of 37 codes out."""
+
+    def __init__(self, config: AcousticTransformerConfig, audio: AudioModelConfig) -> None:
+        """Names as in the checkpoint's ``acoustic_transformer``."""
+        super().__init__()
+        self.config, self.audio = config, audio
+        self.input_projection = nn.Linear(audio.n_acoustic_codebook, config.dim, bias=False)
+        self.time_projection = nn.Linear(config.dim, config.dim, bias=False)
+        self.llm_projection = nn.Linear(config.input_dim, config.dim, bias=False)
+        self.layers = nn.ModuleList(
+            TransformerBlock(
+                config.dim, config.hidden_dim, config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps
+            )
+            for _ in range(config.n_layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.semantic_codebook_output = nn.Linear(config.dim, audio.semantic_rows, bias=False)
+        self.acoustic_codebook_output = nn.Linear(config.dim, audio.n_acoustic_codebook, bias=False)
+
+    def semantic_logits(self, h: Tensor) -> Tensor:
+        """Logits of the semantic codebook, [B, dim] -> wide [B, rows]; EMPTY and the padding rows are -inf."""
+        logits = wide(self.semantic_codebook_output(h))
+        n_codes = self.audio.semantic_codebook_size + N_SPECIAL_CODES
+        index = torch.arange(logits.shape[-1], device=h.device)
+        return logits.masked_fill((index == EMPTY_AUDIO) | (index >= n_codes), -torch.inf)
+
+    def velocity(self, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        """The velocity field, for training and for looking at it.
+
+        Args:
+            x: [B, K], the flow's state.
+            t: [B] or [], in 0..1.
+            h: [B, dim], the backbone's hidden state; zeros for the unconditional branch.
+
+        Returns:
+            wide [B, K].
+        """
+        return self._velocity(x, self._project_time(t), self.llm_projection(h))
+
+    def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """Integrate from noise (t = 0) to acoustic latents (t = 1) with Euler steps of equal length.
+
+        Args:
+            h: [B, dim].
+            cfg_alpha: [B].
+            noise: [B, K].
+            steps: evaluations of the velocity, 1..64; each is one pass for both branches of the guidance.
+
+        Returns:
+            wide [B, K], not clamped.
+        """
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"steps must lie in 1..{MAX_STEPS}, got {steps}")
+        times = self._project_time(torch.arange(steps, device=h.device, dtype=torch.float64) / steps)  # [steps, dim]
+        hidden = self.llm_projection(h)
+        hidden = torch.cat((hidden, torch.zeros_like(hidden)))  # [2B, dim]: projecting zeros gives zeros
+        x = wide(noise).to(wide(h).dtype)
+        for time in times:
+            v = self._velocity(torch.cat((x, x)), time, hidden)
+            x = euler_step(x, guide(v, cfg_alpha), 1 / steps)
+        return x
+
+    def forward(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor | None = None, steps: int | None = None) -> Tensor:
+        """One frame of codes.
+
+        Args:
+            h: [B, dim], the backbone's hidden state after its final norm.
+            cfg_alpha: [B], strength of the guidance; 1 is none.
+            noise: [B, K] standard normals; None draws them from torch's generator.
+            steps: evaluations of the velocity; None takes the config's.
+
+        Returns:
+            int64 [B, 1 + K] with the +2 offset. Where the semantic code is END (1) the acoustic ones are 2.
+        """
+        n_acoustic = self.audio.n_acoustic_codebook
+        if h.ndim != 2 or h.shape[1] != self.config.input_dim:
+            raise ValueError(f"h must be [B, {self.config.input_dim}], got {list(h.shape)}")
+        if cfg_alpha.shape != h.shape[:1]:
+            raise ValueError(f"cfg_alpha must be [{h.shape[0]}], got {list(cfg_alpha.shape)}")
+        if noise is None:
+            noise = torch.randn(h.shape[0], n_acoustic, device=h.device)
+        elif noise.shape != (h.shape[0], n_acoustic):
+            raise ValueError(f"noise must be [{h.shape[0]}, {n_acoustic}], got {list(noise.shape)}")
+        semantic = lowest_argmax(self.semantic_logits(h)).unsqueeze(1)  # [B, 1]
+        x = self.solve(h, cfg_alpha, noise, self.config.n_decoding_steps if steps is None else steps)
+        acoustic = quantise(x, self.audio.acoustic_codebook_size) + N_SPECIAL_CODES
+        return torch.cat((semantic, acoustic.where(semantic != END_AUDIO, N_SPECIAL_CODES)), dim=1)
+
+    def _project_time(self, t: Tensor) -> Tensor:
+        weight = self.time_projection.weight
+        return self.time_projection(time_embedding(t, self.config.dim).to(weight.dtype))  # type: ignore[no-any-return]
+
+    def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
+        """Wide [B, K] from the state [B, K] and the projected time [dim] or [B, dim] and hidden state [B, dim]."""
+        x = self.input_projection(x.to(hidden.dtype))
+        tokens = torch.stack((x, time.expand_as(x), hidden), dim=1)  # [B, 3, dim]
+        *layers, last = self.layers
+        attend = partial(attention, causal=False)
+        for layer in layers:
+            tokens = layer(tokens, attend)
+        tokens = last(tokens, attend, n_queries=1)  # only the x token is read
+        return wide(self.acoustic_codebook_output(self.norm(tokens[:, 0])))

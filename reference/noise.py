@@ -1,0 +1,81 @@
+"""The flow head's starting noise: counter-based, so that it depends on a request's seed and frame and nothing else.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Key = the 64-bit seed, counter =
+(codebook // 4, frame, 0, 0): one call gives the four words of four codebooks. A word becomes a normal through a table
+of quantiles, so the kernels' noise equals this one to the bit on every machine.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+QUANTILE_BITS = 16  # the table's outermost quantile is 4.3 sigma; its variance is 1 - 2e-5
+_LOW = 0xFFFFFFFF
+
+
+def seed_tensor(seeds: Iterable[int]) -> Tensor:
+    """Seeds 0 .. 2^64 - 1 as an int64 tensor of the same 64 bits.
+
+    Raises:
+        ValueError: a seed outside that range.
+    """
+    seeds = list(seeds)
+    for seed in seeds:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must lie in 0 .. 2^64 - 1, got {seed}")
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds], dtype=torch.int64)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: four int64 tensors that hold 32-bit words.
+        key: two of them.
+
+    Returns:
+        Four int64 tensors of 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # an int64 product wraps mod 2^64, which leaves all 64 bits of the unsigned product
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) & _LOW ^ c1 ^ k0, p1 & _LOW, (p0 >> 32) & _LOW ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return c0, c1, c2, c3
+
+
+def noise_words(seed: Tensor, frame: Tensor, n_codebooks: int) -> Tensor:
+    """The 32-bit words behind a frame's noise.
+
+    Args:
+        seed: int64 [B], see :func:`seed_tensor`.
+        frame: int [B], counted from 0 in each request.
+        n_codebooks: K acoustic codebooks.
+
+    Returns:
+        int64 [B, K].
+    """
+    frame = frame.long().unsqueeze(1)
+    call = torch.arange(-(-n_codebooks // 4), device=seed.device).unsqueeze(0)
+    zero = torch.zeros_like(frame)
+    key = (seed.unsqueeze(1) & _LOW, (seed.unsqueeze(1) >> 32) & _LOW)
+    words = philox((call, frame, zero, zero), key)
+    return torch.stack(words, dim=-1).flatten(1)[:, :n_codebooks]  # [B, K]
+
+
+@cache
+def quantile_table() -> Tensor:
+    """Standard normal quantiles at (i + 1/2) / 2^16, fp32 [65536]."""
+    n = 1 << QUANTILE_BITS
+    quantiles: Tensor = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    return quantiles.float()
+
+
+def noise(seed: Tensor, frame: Tensor, n_codebooks: int) -> Tensor:
+    """Standard normals, fp32 [B, K]; arguments as in :func:`noise_words`."""
+    index = noise_words(seed, frame, n_codebooks) >> (32 - QUANTILE_BITS)
+    return quantile_table().to(seed.device)[index]

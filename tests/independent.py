@@ -1,0 +1,277 @@
+"""A second derivation of the model, in float64 numpy, from the equations of the specification alone.
+
+It shares no code with the PyTorch reference and says everything the plain way, so that the two agree only if both
+are right. Weights are a mapping from checkpoint names (section 5) to float64 arrays, params is params.json as a dict
+(section 1). Sequences are laid out rows first, [T, channels], the codec included. Section numbers are the
+specification's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Weights = Mapping[str, np.ndarray]
+Params = Mapping[str, Any]
+
+SPECIALS = 2  # EMPTY_AUDIO and END_AUDIO stand before the real codes of every codebook
+EMPTY_AUDIO = 0
+END_AUDIO = 1
+DEFAULT_NORM_EPS = 1e-5
+DEFAULT_ENCODER_STRIDES = "2,2,2,1"
+
+
+def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
+    """[..., n] and gain [n] -> [..., n] (2.1)."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
+
+
+def swiglu(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
+    """[..., n] -> [..., n]: W2(silu(W1 x) * W3 x) (2.1)."""
+    gate = x @ weights[f"{prefix}.w1.weight"].T
+    up = x @ weights[f"{prefix}.w3.weight"].T
+    # silu(g) = g sigmoid(g), and sigmoid through tanh cannot overflow
+    return (gate * 0.5 * (1.0 + np.tanh(gate / 2.0)) * up) @ weights[f"{prefix}.w2.weight"].T
+
+
+def rope(x: np.ndarray, theta: float) -> np.ndarray:
+    """[T, heads, head_dim] -> the same, row p turned by position p in interleaved pairs (2i, 2i+1) (2.1)."""
+    rows, _, head_dim = x.shape
+    inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    angle = (np.arange(rows)[:, None] * inverse)[:, None, :]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = np.empty_like(x)
+    turned[..., 0::2] = even * np.cos(angle) - odd * np.sin(angle)
+    turned[..., 1::2] = even * np.sin(angle) + odd * np.cos(angle)
+    return turned
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """[..., T, heads, d], two of [..., T, kv_heads, d], bias [heads or 1, T, T] -> [..., T, heads * d] (2.1)."""
+    heads, head_dim = q.shape[-2:]
+    group = heads // k.shape[-2]
+    mixed = []
+    for head in range(heads):
+        keys, values = k[..., head // group, :], v[..., head // group, :]
+        scores = q[..., head, :] @ np.swapaxes(keys, -1, -2) / np.sqrt(head_dim) + bias[head % len(bias)]
+        odds = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        mixed.append(odds / odds.sum(axis=-1, keepdims=True) @ values)
+    return np.concatenate(mixed, axis=-1)
+
+
+def split_heads(x: np.ndarray, heads: int) -> np.ndarray:
+    """[..., heads * d] -> [..., heads, d]."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def decoder_layer(
+    weights: Weights, prefix: str, args: Params, u: np.ndarray, bias: np.ndarray, theta: float | None
+) -> np.ndarray:
+    """[..., T, dim] -> [..., T, dim]: a layer of the backbone (2.1), or with theta None of the flow head (3.1)."""
+    eps = args.get("norm_eps", DEFAULT_NORM_EPS)
+    a = rms_norm(u, weights[f"{prefix}.attention_norm.weight"], eps)
+    q = split_heads(a @ weights[f"{prefix}.attention.wq.weight"].T, args["n_heads"])
+    k = split_heads(a @ weights[f"{prefix}.attention.wk.weight"].T, args["n_kv_heads"])
+    v = split_heads(a @ weights[f"{prefix}.attention.wv.weight"].T, args["n_kv_heads"])
+    if theta is not None:
+        q, k = rope(q, theta), rope(k, theta)
+    u = u + attend(q, k, v, bias) @ weights[f"{prefix}.attention.wo.weight"].T
+    return u + swiglu(weights, f"{prefix}.feed_forward", rms_norm(u, weights[f"{prefix}.ffn_norm.weight"], eps))
+
+
+def backbone_hidden(weights: Weights, params: Params, embeddings: np.ndarray) -> np.ndarray:
+    """[T, dim] -> [T, dim], after the final norm: every row sees itself and all before it (2.1)."""
+    u = np.asarray(embeddings, dtype=np.float64)
+    rows = np.arange(len(u))
+    causal = np.where(rows[None, :] <= rows[:, None], 0.0, -np.inf)[None]
+    for layer in range(params["n_layers"]):
+        u = decoder_layer(weights, f"layers.{layer}", params, u, causal, params["rope_theta"])
+    return rms_norm(u, weights["norm.weight"], params.get("norm_eps", DEFAULT_NORM_EPS))
+
+
+def embed_codes(weights: Weights, params: Params, codes: np.ndarray) -> np.ndarray:
+    """[37] codes including the +2 -> [dim]: the next input of the backbone (2.3)."""
+    audio = params["multimodal"]["audio_model_args"]
+    table = weights["mm_audio_embeddings.audio_codebook_embeddings.embeddings.weight"]
+    total = np.zeros(table.shape[1])
+    offset = 0
+    for codebook, code in enumerate(codes):
+        total += table[offset + int(code)]
+        offset += SPECIALS + audio["semantic_codebook_size" if codebook == 0 else "acoustic_codebook_size"]
+    return total
+
+
+def semantic_logits(weights: Weights, params: Params, h: np.ndarray) -> np.ndarray:
+    """[B, dim] -> [B, rows]: EMPTY_AUDIO and the padding rows are -inf (3.2)."""
+    logits = np.asarray(h, dtype=np.float64) @ weights["acoustic_transformer.semantic_codebook_output.weight"].T
+    logits[:, EMPTY_AUDIO] = -np.inf
+    logits[:, SPECIALS + params["multimodal"]["audio_model_args"]["semantic_codebook_size"] :] = -np.inf
+    return logits
+
+
+def time_embedding(t: float, dim: int) -> np.ndarray:
+    """Time in [0, 1] -> [dim], cosines first (3.3)."""
+    half = dim // 2
+    angle = t * np.exp(-np.log(10000.0) * np.arange(half) / half)
+    return np.concatenate([np.cos(angle), np.sin(angle)])
+
+
+def velocity(weights: Weights, params: Params, x: np.ndarray, t: float, h: np.ndarray) -> np.ndarray:
+    """[B, 36], time, [B, dim] -> [B, 36] (3.3)."""
+    args = params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]
+    prefix = "acoustic_transformer"
+    x_row = np.asarray(x, dtype=np.float64) @ weights[f"{prefix}.input_projection.weight"].T
+    t_row = time_embedding(t, args["dim"]) @ weights[f"{prefix}.time_projection.weight"].T
+    h_row = np.asarray(h, dtype=np.float64) @ weights[f"{prefix}.llm_projection.weight"].T
+    y = np.stack([x_row, np.broadcast_to(t_row, x_row.shape), h_row], axis=1)
+    open_to_all = np.zeros((1, 3, 3))
+    for layer in range(args["n_layers"]):
+        y = decoder_layer(weights, f"{prefix}.layers.{layer}", args, y, open_to_all, theta=None)
+    first = rms_norm(y[:, 0], weights[f"{prefix}.norm.weight"], args.get("norm_eps", DEFAULT_NORM_EPS))
+    return first @ weights[f"{prefix}.acoustic_codebook_output.weight"].T
+
+
+def solve(
+    weights: Weights, params: Params, h: np.ndarray, noise: np.ndarray, cfg_alpha: np.ndarray, steps: int
+) -> np.ndarray:
+    """[B, dim], [B, 36], [B] -> x [B, 36] at time 1, not clamped: Euler with guidance (3.4)."""
+    x = np.asarray(noise, dtype=np.float64)
+    alpha = np.asarray(cfg_alpha, dtype=np.float64)[:, None]
+    for step in range(steps):
+        t = step / steps
+        conditional = velocity(weights, params, x, t, h)
+        unconditional = velocity(weights, params, x, t, np.zeros_like(h))
+        x = x + (alpha * conditional + (1.0 - alpha) * unconditional) / steps
+    return x
+
+
+def scaled(x: np.ndarray, levels: int) -> np.ndarray:
+    """Any shape -> the same, clamped and stretched over [0, levels - 1], not rounded (3.4)."""
+    return (np.clip(np.asarray(x, dtype=np.float64), -1.0, 1.0) + 1.0) / 2.0 * (levels - 1)
+
+
+def quantise(x: np.ndarray, levels: int) -> np.ndarray:
+    """Any shape -> integers 0..levels - 1, halves to even (3.4); levels is the codebook size, 21."""
+    return np.rint(scaled(x, levels)).astype(np.int64)
+
+
+def edge_distance(x: np.ndarray, levels: int) -> np.ndarray:
+    """Any shape -> 0..0.5: how far, in levels, the scaled value is from the nearest rounding edge n + 0.5 (3.4)."""
+    value = scaled(x, levels)
+    return np.abs(value - np.floor(value) - 0.5)
+
+
+def frame(
+    weights: Weights, params: Params, h: np.ndarray, noise: np.ndarray, cfg_alpha: np.ndarray, steps: int
+) -> np.ndarray:
+    """[B, dim], [B, 36], [B] -> codes [B, 37] including the +2; an END frame has level 0 throughout (3.2, 3.4)."""
+    levels = params["multimodal"]["audio_model_args"]["acoustic_codebook_size"]
+    semantic = np.argmax(semantic_logits(weights, params, h), axis=-1)[:, None]
+    acoustic = SPECIALS + quantise(solve(weights, params, h, noise, cfg_alpha, steps), levels)
+    return np.concatenate([semantic, np.where(semantic == END_AUDIO, SPECIALS, acoustic)], axis=1)
+
+
+def numbers(text: str) -> list[int]:
+    """Turn "3,4,4,4" into its integers (section 1)."""
+    return [int(part) for part in text.split(",")]
+
+
+def dequantise(weights: Weights, args: Params, codes: np.ndarray) -> np.ndarray:
+    """[37, T] codes without the offset -> [T, semantic_dim + 36] (4.1)."""
+    prefix = "audio_tokenizer.quantizer.semantic_codebook"
+    usage = np.maximum(weights[f"{prefix}.cluster_usage"], 1e-5)
+    semantic = (weights[f"{prefix}.embedding_sum"] / usage[:, None])[codes[0]]
+    acoustic = 2.0 * codes[1:].T / (args["acoustic_codebook_size"] - 1) - 1.0
+    return np.concatenate([semantic, acoustic], axis=1)
+
+
+def normed_kernel(weights: Weights, prefix: str) -> np.ndarray:
+    """Fold g v / |v|, the norm over all but the first axis (4.4).
+
+    The first axis is out channels for a convolution but in channels for a transposed one, [in, out, k].
+    """
+    g = weights[f"{prefix}.conv.parametrizations.weight.original0"]
+    v = weights[f"{prefix}.conv.parametrizations.weight.original1"]
+    return g * v / np.sqrt(np.sum(v * v, axis=(1, 2), keepdims=True))
+
+
+def left_pad(x: np.ndarray, pad: int, mode: str) -> np.ndarray:
+    """[T, n] -> [pad + T, n], replicating row 0 or reflecting about it (4.2).
+
+    Reflection needs rows 1..pad. A frame of the real model has 8 rows for a pad of 6; where a smaller one has too
+    few, the missing rows count as zeros: zeros are added on the right, reflected, and dropped again there.
+    """
+    if mode == "replicate":
+        before = np.repeat(x[:1], pad, axis=0)
+    else:
+        enough = np.concatenate([x, np.zeros((max(0, pad + 1 - len(x)), x.shape[1]))])
+        before = enough[1 : pad + 1][::-1]
+    return np.concatenate([before, x])
+
+
+def causal_conv(x: np.ndarray, kernel: np.ndarray, mode: str) -> np.ndarray:
+    """[T, in], [out, in, k] -> [T, out], stride 1 (4.2)."""
+    taps = kernel.shape[2]
+    padded = left_pad(x, taps - 1, mode)
+    y = np.zeros((len(x), kernel.shape[0]))
+    for tap in range(taps):
+        y += padded[tap : tap + len(x)] @ kernel[:, :, tap].T
+    return y
+
+
+def causal_transposed_conv(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
+    """[T, in], [in, out, k] -> [stride T, out]: the gather form, y[s i + r] = sum_m W[r + s m]^T x[i - m] (4.2)."""
+    rows, taps = len(x), kernel.shape[2]
+    y = np.zeros((stride * rows, kernel.shape[1]))
+    for tap in range(taps):
+        back, phase = divmod(tap, stride)
+        if back < rows:
+            y[stride * back + phase :: stride] += x[: rows - back] @ kernel[:, :, tap]
+    return y
+
+
+def window_bias(rows: int, window: int, heads: int) -> np.ndarray:
+    """-> [heads, rows, rows]: slope (j - i) where i - window <= j <= i, else -inf; slopes r^0, r^1, ... (4.3)."""
+    ratio = 2.0 ** (-8.0 / heads)
+    ahead = np.arange(rows)[None, :] - np.arange(rows)[:, None]
+    seen = (ahead <= 0) & (ahead >= -window)
+    return np.stack([np.where(seen, ratio**head * ahead, -np.inf) for head in range(heads)])
+
+
+def codec_layer(weights: Weights, prefix: str, args: Params, x: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """[T, dim] -> [T, dim]; q and k are normed over all their heads at once (4.3)."""
+    n = rms_norm(x, weights[f"{prefix}.attention_norm.weight"], args["norm_eps"])
+    q, k, v = (n @ weights[f"{prefix}.attention.{name}.weight"].T for name in ("wq", "wk", "wv"))
+    q = rms_norm(q, weights[f"{prefix}.attention.q_norm.weight"], args["qk_norm_eps"])
+    k = rms_norm(k, weights[f"{prefix}.attention.k_norm.weight"], args["qk_norm_eps"])
+    kv_heads = args["n_kv_heads"]
+    mixed = attend(split_heads(q, args["n_heads"]), split_heads(k, kv_heads), split_heads(v, kv_heads), bias)
+    x = x + weights[f"{prefix}.attention_scale"] * (mixed @ weights[f"{prefix}.attention.wo.weight"].T)
+    n = rms_norm(x, weights[f"{prefix}.ffn_norm.weight"], args["norm_eps"])
+    return x + weights[f"{prefix}.ffn_scale"] * swiglu(weights, f"{prefix}.feed_forward", n)
+
+
+def codec_decode(weights: Weights, params: Params, codes: np.ndarray) -> np.ndarray:
+    """[37, T] codes without the offset -> [1920 T] samples (section 4)."""
+    args = params["multimodal"]["audio_tokenizer_args"]
+    halves = args.get("half_attn_window_upon_downsampling", True)
+    window = args["attn_sliding_window_size"]
+    for stride in numbers(args.get("encoder_convs_strides_str", DEFAULT_ENCODER_STRIDES)):
+        if halves and stride > 1:
+            window //= 2
+
+    x = dequantise(weights, args, np.asarray(codes))
+    strides = numbers(args["decoder_convs_strides_str"])
+    lengths = numbers(args["decoder_transformer_lengths_str"])
+    for stage, (stride, layers) in enumerate(zip(strides, lengths, strict=True)):
+        conv = normed_kernel(weights, f"audio_tokenizer.decoder_blocks.{2 * stage}")
+        if stage == 0:
+            x = causal_conv(x, conv, "replicate")
+        else:
+            x = causal_transposed_conv(x, conv, stride)
+            if halves and stride > 1:
+                window *= 2
+        bias = window_bias(len(x), window, args["n_heads"])
+        for layer in range(layers):
+            x = codec_layer(weights, f"audio_tokenizer.decoder_blocks.{2 * stage + 1}.layers.{layer}", args, x, bias)
+    return causal_conv(x, normed_kernel(weights, "audio_tokenizer.output_proj"), "reflect").reshape(-1)

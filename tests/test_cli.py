@@ -1,0 +1,86 @@
+"""The command line, as a user meets it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+from typer.testing import CliRunner
+
+from voxkern.cli import app
+
+run = CliRunner().invoke
+
+
+def test_say(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.wav"
+    options = ["--model", str(tiny_folder), "--voice", "bob", "--seed", "3", "--max-frames", "8", "--steps", "2"]
+    done = run(app, ["say", "seven three one", "-o", str(out), *options])
+    assert done.exit_code == 0, done.output
+    samples, rate = soundfile.read(out)
+    assert rate == 24000
+    assert len(samples) % 1920 == 0
+    assert re.search(r"s of sound in .* real-time factor \d+\.\d+, seed 3", done.stderr)
+    text = tmp_path / "t.txt"
+    text.write_text("seven three one\n")
+    for arguments, stdin in ((["-f", str(text)], None), ([], "seven three one\n"), (["-"], "seven three one")):
+        again = tmp_path / "again.wav"
+        done = run(app, ["say", *arguments, "-o", str(again), *options], input=stdin)
+        assert done.exit_code == 0, done.output
+        assert again.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["say", ""], "text is empty"),
+        (["say", "a", "--voice", "zoe"], "voice 'zoe' is unknown"),
+        (["say", "a", "--model", "/none"], "/none: no such folder"),
+        (["say", "a", "-o", "a.mp3"], "must end in one of .wav"),
+        (["say", "a", "-o", "/none/a.wav"], "/none: no such folder"),
+        (["say", "a", "-f", "b"], "not both"),
+        (["say", "-f", "/none"], "/none"),
+        (["say", "a", "--steps", "65"], "steps must be in 1..64"),
+        (["say", "a", "--seed", "-1"], "seed must be in"),
+        (["say", "a", "--device", "cuda"], "no GPU"),
+        (["say", "a", "--device", "nonsense"], "nonsense"),
+        (["say", "a", "--dtype", "int8"], "dtype must be"),
+        (["info", "/none"], "/none: no such folder"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(arguments: list[str], named: str) -> None:
+    done = run(app, arguments)
+    assert done.exit_code == 1
+    assert named in done.stderr
+    assert "Traceback" not in done.output
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_a_broken_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    done = run(app, ["say", "a", "--model", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "params.json: no such file" in done.stderr
+
+
+def test_info(tiny_folder: Path) -> None:
+    done = run(app, ["info", str(tiny_folder), "--batch", "4", "--seconds", "80"])
+    assert done.exit_code == 0
+    assert "ada, bob" in done.stdout
+    assert "float32" in done.stdout
+    # 1000 frames and 9 tokens of a voice: 16 pages of 64 tokens, 2 layers x 2 x 2 heads x 16 x 4 B a token
+    assert "2.1 MB for 4 x" in done.stdout
+
+
+def test_doctor() -> None:
+    done = run(app, ["doctor"])
+    assert done.exit_code == 0
+    for word in ("torch", "triton", "GPU", "backend"):
+        assert word in done.stdout
+
+
+def test_make(tmp_path: Path) -> None:
+    done = run(app, ["make", str(tmp_path / "m"), "--seed", "3", "--encoder"])
+    assert done.exit_code == 0
+    done = run(app, ["info", str(tmp_path / "m")])
+    assert done.exit_code == 0
+    assert "bfloat16" in done.stdout

@@ -1,0 +1,176 @@
+"""generate(): same seed same sound, batches, ends, and clear errors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import voxkern
+from voxkern.cache import PagePool, pages_for
+from voxkern.reference.attention import PagedCache
+from voxkern.reference.noise import noise, seed_tensor
+
+TEXTS = ["a", "hello there", "x" * 50, "yes\nno", "fünf", "six", "seven three one"]
+SEEDS = [1, 2, 3, 2**64 - 1, 5, 0, 2**63]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def tts(request: pytest.FixtureRequest, tiny_folder: Path) -> voxkern.TTS:
+    return voxkern.load(tiny_folder, dtype=request.param, max_batch=5)
+
+
+def test_equals_the_plain_loop(tiny_folder: Path) -> None:
+    """The paged, blocked frame loop says what the model says when it reads its whole history each frame."""
+    tts = voxkern.load(tiny_folder)
+    audio = tts.generate("seven", voice="bob", seed=11, steps=3, cfg_alpha=1.5, max_frames=12)
+    model = tts.model
+    tokens = torch.tensor([1, 25, *[24] * 9, 36, *(64 + b for b in b"seven"), 35, 25])
+    u = model.embed_tokens(tokens)
+    u[2:11] = tts.voices["bob"]
+    frames: list[torch.Tensor] = []
+    with torch.inference_mode():
+        while len(frames) < 12:
+            h = model.hidden_states(u.unsqueeze(0))[0, -1:]
+            x = noise(seed_tensor([11]), torch.tensor([len(frames)]), 36)
+            codes = model.acoustic_transformer(h, torch.tensor([1.5]), x, 3)
+            if codes[0, 0] == 1:
+                break
+            frames.append(codes[0])
+            u = torch.cat((u, model.embed_codes(codes)))
+        expected = torch.stack(frames, dim=1) - 2
+        wave = model.audio_tokenizer.decode(expected.unsqueeze(0)).flatten()
+    assert len(frames) > 4
+    # the cache sums in another order: a code may differ where it lies on an edge, and would then change what follows
+    np.testing.assert_array_equal(audio.codes, expected.numpy())
+    np.testing.assert_allclose(audio.samples, wave.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_alone_equals_batched(tts: voxkern.TTS) -> None:
+    """At the first, middle and last place of a batch, among others that end early, in a second group."""
+    arguments = {"voice": "ada", "max_frames": 150}
+    alone = [tts.generate(text, seed=seed, **arguments) for text, seed in zip(TEXTS, SEEDS, strict=True)]
+    assert any(a.codes.shape[1] == 150 for a in alone)
+    assert any(a.ended for a in alone)
+    for order in ([6, 5, 4, 3, 2, 1, 0], [3, 0, 6, 1, 5, 2, 4]):
+        batch = tts.generate([TEXTS[i] for i in order], seed=[SEEDS[i] for i in order], **arguments)
+        for i, audio in zip(order, batch, strict=True):
+            np.testing.assert_array_equal(audio.codes, alone[i].codes)
+            np.testing.assert_array_equal(audio.samples, alone[i].samples)
+
+
+def test_per_request_settings_in_one_batch(tts: voxkern.TTS) -> None:
+    voices, alphas, frames = ["ada", "bob", "ada"], [1.2, 0.0, 2.5], [40, 7, 25]
+    batch = tts.generate(["one"] * 3, voice=voices, seed=[9, 9, 9], cfg_alpha=alphas, max_frames=frames, steps=4)
+    for voice, alpha, n, audio in zip(voices, alphas, frames, batch, strict=True):
+        alone = tts.generate("one", voice=voice, seed=9, cfg_alpha=alpha, max_frames=n, steps=4)
+        np.testing.assert_array_equal(audio.codes, alone.codes)
+        assert audio.codes.shape[1] <= n
+
+
+def test_seeds(tts: voxkern.TTS) -> None:
+    first = tts.generate("one two", max_frames=10)
+    assert 0 <= first.seed < 2**64
+    again = tts.generate("one two", seed=first.seed, max_frames=10)
+    np.testing.assert_array_equal(first.codes, again.codes)
+    assert first.seed != tts.generate("one two", max_frames=1).seed
+
+
+def test_audio(tts: voxkern.TTS, tmp_path: Path) -> None:
+    audio = tts.generate("one two", seed=4, max_frames=6)
+    T = audio.codes.shape[1]
+    assert audio.codes.dtype == np.int16
+    assert audio.codes.shape == (37, T)
+    assert audio.codes[1:].min() >= 0
+    assert audio.codes[1:].max() <= 20
+    assert audio.samples.dtype == np.float32
+    assert len(audio.samples) == 1920 * T
+    assert audio.sampling_rate == 24000
+    assert audio.timings.total > 0
+    for suffix, tolerance in ((".wav", 1 / 32767), (".flac", 1 / 32767), (".ogg", None)):
+        samples, rate = soundfile.read(audio.save(tmp_path / f"a{suffix}"))
+        assert rate == 24000
+        assert len(samples) == 1920 * T
+        if tolerance is not None:
+            np.testing.assert_allclose(samples, audio.samples.clip(-1, 1), atol=2 * tolerance)
+    with pytest.raises(ValueError, match=r"\.mp3"):
+        audio.save(tmp_path / "a.mp3")
+
+
+def test_an_end_at_once_is_an_empty_sound(tts: voxkern.TTS) -> None:
+    """The first semantic code hangs on the text alone, so some text in a hundred ends before it begins."""
+    end = next(a for n in range(500) if not (a := tts.generate("x" * (n + 1), max_frames=1, steps=1)).codes.size)
+    assert end.ended
+    assert end.samples.size == 0
+    assert end.real_time_factor == float("inf")
+
+
+def test_on_frame_counts(tts: voxkern.TTS) -> None:
+    seen: list[int] = []
+    audio = tts.generate("one two three", seed=4, max_frames=9, on_frame=seen.append)
+    assert seen == list(range(1, audio.codes.shape[1] + 1 + audio.ended))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"text": ""}, ValueError, "text is empty"),
+        ({"text": ["a", " "]}, ValueError, "text is empty"),
+        ({"text": 3}, TypeError, "text must be"),
+        ({"text": [None]}, TypeError, "text must be"),
+        ({"text": "a", "voice": "zoe"}, ValueError, "voice 'zoe' is unknown"),
+        ({"text": "a", "voice": ["ada"]}, TypeError, "voice is a list"),
+        ({"text": ["a", "b"], "voice": ["ada"]}, ValueError, "voice has 1 entries for 2 texts"),
+        ({"text": ["a", "b"], "seed": [1, 2, 3]}, ValueError, "seed has 3 entries for 2 texts"),
+        ({"text": "a", "seed": -1}, ValueError, "seed must be in"),
+        ({"text": "a", "seed": 2**64}, ValueError, "seed must be in"),
+        ({"text": "a", "seed": 1.5}, TypeError, "seed must be an integer"),
+        ({"text": "a", "steps": 0}, ValueError, "steps must be in 1..64"),
+        ({"text": "a", "steps": True}, TypeError, "steps must be an integer"),
+        ({"text": "a", "cfg_alpha": float("nan")}, ValueError, "cfg_alpha must be a finite number"),
+        ({"text": "a", "max_frames": 0}, ValueError, "max_frames must be in"),
+        ({"text": "a", "max_frames": 1014}, ValueError, "max_frames must be in 1..1013"),
+        ({"text": "a" * 1014}, ValueError, "text is too long"),
+    ],
+)
+def test_wrong_arguments(tiny_folder: Path, arguments: dict, error: type, named: str) -> None:
+    with pytest.raises(error, match=named):
+        voxkern.load(tiny_folder).generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"backend": "cuda"}, ValueError, "backend must be"),
+        ({"dtype": "int8"}, ValueError, "dtype must be"),
+        ({"max_batch": 0}, ValueError, "max_batch must be"),
+        ({"max_batch": 2.0}, TypeError, "max_batch must be"),
+    ],
+)
+def test_wrong_load_arguments(tiny_folder: Path, arguments: dict, error: type, named: str) -> None:
+    with pytest.raises(error, match=named):
+        voxkern.load(tiny_folder, **arguments)
+
+
+def test_empty_list(tts: voxkern.TTS) -> None:
+    assert tts.generate([]) == []
+
+
+def test_the_default_model_says_that_it_is_noise(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="voxkern"):
+        audio = voxkern.load().generate("a", seed=1, max_frames=2)
+    assert "NOISE" in caplog.text
+    assert audio.codes.shape[0] == 37
+
+
+def test_page_pool(tiny_model: voxkern.reference.VoxtralTTS) -> None:
+    assert [pages_for(n) for n in (1, 64, 65)] == [1, 1, 2]
+    pool = PagePool(tiny_model.config.backbone, 4, torch.float32, torch.device("cpu"))
+    first, second = pool.take(100), pool.take(64)
+    assert len({*first.tolist(), *second.tolist()}) == 3
+    with pytest.raises(RuntimeError, match="1 free pages, 2 are needed"):
+        pool.take(65)
+    pool.give_back(first)
+    assert len(pool.take(150)) == 3
+    assert PagedCache(pool.pool, first, second).pool.shape == (2, 4, 2, 2, 64, 16)

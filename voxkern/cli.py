@@ -1,0 +1,178 @@
+"""The command line: ``voxkern say``, ``info``, ``doctor``, ``make``."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import logging
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import __version__
+from .audio import sound_format
+from .cache import cache_bytes
+from .checkpoint import WEIGHTS, find_folder, read_params, read_voices, tensor_table
+from .maker import make_checkpoint
+from .reference import Config
+from .tts import CFG_ALPHA, load
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+out, err = Console(), Console(stderr=True)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A wrong argument or file ends in one sentence, not in a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        err.print(f"voxkern: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@app.callback()
+def main() -> None:
+    """Voxtral-class speech on the command line."""
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)])
+
+
+@app.command()
+def say(
+    text: Annotated[str | None, typer.Argument(help="What to say; '-' or nothing reads standard input.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .wav, .flac or .ogg file.")] = Path("out.wav"),
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the text from a file.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id.")] = None,
+    voice: Annotated[str | None, typer.Option(help="Whose voice; the checkpoint's first by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same sound.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Evaluations of the velocity a frame, 1..64.")] = None,
+    cfg: Annotated[float, typer.Option(help="Strength of the guidance; 1 is none.")] = CFG_ALPHA,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Where it is cut off; a frame is 80 ms.")] = None,
+) -> None:
+    """Speak a text into a sound file."""
+    with _plain_errors():
+        words = _text(text, file)
+        sound_format(output)  # before the work, not after it
+        if not output.parent.is_dir():
+            raise ValueError(f"{output.parent}: no such folder")
+        with err.status("loading"):
+            tts = load(model, device=device, dtype=dtype)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task("frames", total=max_frames)
+            audio = tts.generate(
+                words,
+                voice,
+                seed,
+                steps=steps,
+                cfg_alpha=cfg,
+                max_frames=max_frames,
+                on_frame=lambda n: progress.update(task, completed=n),
+            )
+            progress.update(task, total=audio.codes.shape[1], completed=audio.codes.shape[1])
+        audio.save(output)
+    err.print(
+        f"{output}: {audio.seconds:.2f} s of sound in {audio.timings.total:.2f} s, "
+        f"real-time factor {audio.real_time_factor:.2f}, seed {audio.seed}"
+        + ("" if audio.ended else "; cut off before the model said END"),
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def info(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    batch: Annotated[int, typer.Option(help="Requests side by side.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Length of each.")] = 60.0,
+) -> None:
+    """What a checkpoint holds, and the memory it needs."""
+    with _plain_errors():
+        if batch < 1 or seconds <= 0:
+            raise ValueError(f"batch and seconds must be positive, got {batch} and {seconds}")
+        folder = find_folder(source)
+        config = Config.from_params(read_params(folder))
+        tensors = tensor_table(folder / WEIGHTS)
+        voices = read_voices(folder, config.backbone.dim)
+    weights = sum(t.numel * t.dtype.itemsize for t in tensors.values())
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
+    dtype = next(iter(tensors.values())).dtype
+    n_tokens = int(seconds * config.frame_rate) + max((len(v) for v in voices.values()), default=0)
+    cache = batch * cache_bytes(config.backbone, n_tokens, dtype)
+    table = Table(show_header=False, box=None)
+    for name, value in (
+        ("parameters", f"{sum(t.numel for t in tensors.values()):,} in {len(tensors)} tensors"),
+        ("dtype", ", ".join(dtypes)),
+        ("backbone", f"{config.backbone.n_layers} layers of {config.backbone.dim}"),
+        ("flow head", f"{config.acoustic_transformer.n_layers} layers of {config.acoustic_transformer.dim}"),
+        ("codes", f"{config.audio.n_codebooks} a frame, {config.frame_rate:g} frames a second"),
+        ("voices", ", ".join(voices) or "none"),
+        ("weights", _size(weights)),
+        ("KV cache", f"{_size(cache)} for {batch} x ({seconds:g} s and a voice)"),
+        ("memory", f"{_size(weights + cache)} and the activations"),
+    ):
+        table.add_row(name, value)
+    out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, and which backend would run."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    triton = importlib.util.find_spec("triton") is not None
+    table = Table(show_header=False, box=None)
+    for name, value in (
+        ("voxkern", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("triton", importlib.metadata.version("triton") if triton else "not installed"),
+        ("GPU", gpu),
+        ("backend", "torch: the reference modules"),
+        ("not triton", "no kernels stand behind generate() in this version"),
+    ):
+        table.add_row(name, value)
+    out.print(table)
+
+
+@app.command()
+def make(
+    folder: Annotated[Path, typer.Argument(help="Where to write.")],
+    full: Annotated[bool, typer.Option("--full", help="The exact public shapes, 8.0 GB in bf16.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    encoder: Annotated[bool, typer.Option("--encoder", help="With the codec's encoder.")] = False,
+) -> None:
+    """Make a checkpoint of random weights in the true format. What it says is noise."""
+    with _plain_errors(), err.status("drawing weights"):
+        make_checkpoint(folder, full=full, seed=seed, encoder=encoder)
+    err.print(f"{folder}: {_size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}", highlight=False)
+
+
+def _text(text: str | None, file: Path | None) -> str:
+    if file is not None:
+        if text is not None:
+            raise ValueError("give the text or --file, not both")
+        return file.read_text(encoding="utf-8").strip()
+    if text not in (None, "-"):
+        return str(text)
+    if sys.stdin.isatty():
+        raise ValueError("no text: give it as an argument, with --file, or on standard input")
+    return sys.stdin.read().strip()
+
+
+def _size(n_bytes: int) -> str:
+    value = float(n_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

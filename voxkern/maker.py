@@ -1,0 +1,206 @@
+"""Checkpoints of random weights in the true format: a tiny one for tests, and the exact public shapes."""
+
+import base64
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import write_checkpoint
+from .reference import Config, VoxtralTTS
+
+N_SPECIAL_TOKENS = 64  # of the tiny tokenizer; the public one has 1000
+SPECIAL_TOKENS = {
+    0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 5: "[AVAILABLE_TOOLS]", 6: "[/AVAILABLE_TOOLS]",
+    7: "[TOOL_RESULTS]", 8: "[/TOOL_RESULTS]", 9: "[TOOL_CALLS]", 10: "[IMG]", 11: "<pad>", 12: "[IMG_BREAK]",
+    13: "[IMG_END]", 14: "[PREFIX]", 15: "[MIDDLE]", 16: "[SUFFIX]", 17: "[SYSTEM_PROMPT]", 18: "[/SYSTEM_PROMPT]",
+    19: "[TOOL_CONTENT]", 24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 26: "[OUTPUT_AUDIO]", 34: "[TRANSCRIBE]",
+    35: "[REPEAT_AUDIO_TEXT]", 36: "[NEXT_AUDIO_TEXT]",
+}  # fmt: skip
+
+PUBLIC_VOICES = {
+    "casual_female": 214, "casual_male": 147, "cheerful_female": 132, "neutral_female": 218, "neutral_male": 169,
+    "pt_male": 144, "pt_female": 175, "nl_male": 138, "nl_female": 146, "it_male": 168, "it_female": 172,
+    "fr_male": 97, "fr_female": 97, "es_male": 208, "es_female": 138, "de_male": 163, "de_female": 147,
+    "ar_male": 67, "hi_male": 94, "hi_female": 86,
+}  # fmt: skip
+TINY_VOICES = {"ada": 5, "bob": 9}
+
+
+def public_params() -> dict[str, Any]:
+    """``params.json`` of Voxtral-4B-TTS-2603, as far as it is known and used."""
+    return _params(
+        backbone={
+            "dim": 3072, "n_layers": 26, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32, "n_kv_heads": 8,
+            "vocab_size": 131072, "max_seq_len": 65536,
+        },
+        acoustic={
+            "input_dim": 3072, "dim": 3072, "n_layers": 3, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32,
+            "n_kv_heads": 8,
+        },
+        codec={
+            "semantic_dim": 256, "dim": 1024, "hidden_dim": 4096, "head_dim": 128, "n_heads": 8, "n_kv_heads": 8,
+        },
+        semantic_codebook_size=8192,
+        voices=list(PUBLIC_VOICES),
+    )  # fmt: skip
+
+
+def tiny_params() -> dict[str, Any]:
+    """A model of 0.6 M parameters with the public one's structure; its 62 semantic codes let END come by chance."""
+    return _params(
+        backbone={
+            "dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "n_heads": 4, "n_kv_heads": 2,
+            "vocab_size": N_SPECIAL_TOKENS + 256, "max_seq_len": 1024,
+        },
+        acoustic={
+            "input_dim": 64, "dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "n_heads": 4,
+            "n_kv_heads": 2,
+        },
+        codec={
+            "semantic_dim": 24, "dim": 64, "hidden_dim": 128, "head_dim": 16, "n_heads": 4, "n_kv_heads": 4,
+            "decoder_transformer_lengths_str": "1,1,1,1", "encoder_transformer_lengths_str": "1,1,1,1",
+        },
+        semantic_codebook_size=62,
+        voices=list(TINY_VOICES),
+    )  # fmt: skip
+
+
+def make_checkpoint(
+    folder: Path,
+    full: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    encoder: bool = False,
+    overrides: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint of random weights. What it says is noise.
+
+    Args:
+        folder: made if need be.
+        full: the public shapes (8.0 GB in bf16) instead of a tiny model.
+        seed: of the weights.
+        dtype: of every tensor.
+        encoder: with the codec's encoder, which the public checkpoint lacks.
+        overrides: top-level keys of ``params.json`` to replace.
+
+    Returns:
+        `folder`.
+    """
+    params = {**(public_params() if full else tiny_params()), **(overrides or {})}
+    config = Config.from_params(params)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in VoxtralTTS(config, encoder).state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: random_tensor(name, shape, generator).to(dtype) for name, shape in shapes.items()}
+    lengths = PUBLIC_VOICES if full else TINY_VOICES
+    voices = {
+        name: torch.randn(length, config.backbone.dim, generator=generator).to(dtype)
+        for name, length in lengths.items()
+    }
+    # a public-size random model reads the same small tokenizer: its ids lie within any vocabulary
+    write_checkpoint(folder, params, state, json.dumps(byte_tokenizer(lengths)), voices)
+    return folder
+
+
+def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Weights under which activations keep their size, so that codes spread over all levels."""
+    if name.endswith("cluster_usage"):
+        return torch.rand(shape, generator=generator) * 9 + 1
+    noise = torch.randn(shape, generator=generator)
+    if name.endswith("_scale"):
+        return 0.3 + 0.1 * noise
+    if "norm" in name or name.endswith("original0"):
+        return 1 + 0.1 * noise
+    if "embedding" in name or name.endswith("original1"):
+        return noise
+    return noise / math.sqrt(shape[-1])
+
+
+def byte_tokenizer(voices: dict[str, int]) -> dict[str, Any]:
+    """A ``tekken.json`` whose text tokens are the 256 bytes."""
+    return {
+        "config": {
+            "pattern": "(?s).+",
+            "num_vocab_tokens": 256,
+            "default_vocab_size": N_SPECIAL_TOKENS + 256,
+            "default_num_special_tokens": N_SPECIAL_TOKENS,
+            "version": "v7",
+        },
+        "vocab": [
+            {"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": chr(i) if i < 128 else None}
+            for i in range(256)
+        ],
+        "special_tokens": [
+            {"rank": i, "token_str": SPECIAL_TOKENS.get(i, f"<SPECIAL_{i}>"), "is_control": True}
+            for i in range(N_SPECIAL_TOKENS)
+        ],
+        "audio": {
+            "sampling_rate": 24000,
+            "frame_rate": 12.5,
+            "audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400},
+            "voice_num_audio_tokens": voices,
+        },
+    }
+
+
+def _params(
+    backbone: dict[str, Any],
+    acoustic: dict[str, Any],
+    codec: dict[str, Any],
+    semantic_codebook_size: int,
+    voices: list[str],
+) -> dict[str, Any]:
+    codebooks = {"semantic_codebook_size": semantic_codebook_size, "acoustic_codebook_size": 21}
+    return {
+        **backbone,
+        "use_biases": False,
+        "causal": True,
+        "rope_theta": 1000000.0,
+        "norm_eps": 1e-5,
+        "tied_embeddings": True,
+        "model_type": "voxtral_tts",
+        "multimodal": {
+            "bos_token_id": 1,
+            "audio_model_args": {
+                **codebooks,
+                "n_acoustic_codebook": 36,
+                "audio_encoding_args": {
+                    "codebook_pattern": "parallel",
+                    "num_codebooks": 37,
+                    "sampling_rate": 24000,
+                    "frame_rate": 12.5,
+                },
+                "audio_token_id": 24,
+                "begin_audio_token_id": 25,
+                "input_embedding_concat_type": "sum",
+                "acoustic_transformer_args": {**acoustic, "use_biases": False, "sigma": 1e-5, "sigma_max": 1.0},
+            },
+            "audio_tokenizer_args": {
+                "channels": 1,
+                "sampling_rate": 24000,
+                "pretransform_patch_size": 240,
+                "patch_proj_kernel_size": 7,
+                **codebooks,
+                "acoustic_dim": 36,
+                "conv_weight_norm": True,
+                "causal": True,
+                "attn_sliding_window_size": 16,
+                "half_attn_window_upon_downsampling": True,
+                "qk_norm": True,
+                "qk_norm_eps": 1e-6,
+                "use_biases": False,
+                "norm_eps": 1e-2,
+                "layer_scale": True,
+                "layer_scale_init": 0.01,
+                "decoder_transformer_lengths_str": "2,2,2,2",
+                "decoder_convs_kernels_str": "3,4,4,4",
+                "decoder_convs_strides_str": "1,2,2,2",
+                **codec,
+                "voice": {name: i for i, name in enumerate(voices)},
+            },
+        },
+    }

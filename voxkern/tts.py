@@ -1,0 +1,263 @@
+"""Text to speech: ``load`` a checkpoint, ``generate`` sound."""
+
+import logging
+import math
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast, overload
+
+import torch
+from torch import Tensor
+
+from .audio import Audio, Timings
+from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
+from .generate import BLOCK_ROWS, Request, Utterance, generate_codes
+from .maker import make_checkpoint
+from .prompt import Prompt
+from .reference import VoxtralTTS
+from .reference.config import N_SPECIAL_CODES
+from .reference.flow import MAX_STEPS
+
+MAX_FRAMES = 2048  # 164 s: where vLLM-Omni cuts off as well
+CFG_ALPHA = 1.2
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def load(
+    source: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
+    max_batch: int = 1,
+) -> "TTS":
+    """Load a model.
+
+    Args:
+        source: a checkpoint folder or a hub id; None makes a tiny random model, whose speech is noise.
+        device: None takes the GPU if there is one.
+        dtype: "bfloat16", "float16", "float32" or a torch dtype; None keeps the checkpoint's.
+        backend: "torch", the reference modules; "auto" takes it too, as there are no kernels behind ``generate`` yet.
+        max_batch: requests that run side by side. A sound belongs to its seed and to this number: with another one
+            (1 or more than 1) products are made in another order.
+
+    Raises:
+        ValueError: an argument, or a checkpoint (:class:`CheckpointError`, :class:`ConfigError`), that cannot be used.
+    """
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
+    _check_int("max_batch", max_batch, 1, None)
+    target = _device(device)
+    if source is not None:
+        return TTS(read_checkpoint(find_folder(source), _dtype(dtype), target), max_batch)
+    log.warning("No checkpoint given: a tiny model of random weights speaks, and what it says is NOISE.")
+    with tempfile.TemporaryDirectory(prefix="voxkern-") as folder:
+        return TTS(read_checkpoint(make_checkpoint(Path(folder)), _dtype(dtype), target), max_batch)
+
+
+class TTS:
+    """A loaded model.
+
+    Attributes:
+        model: the host, a reference :class:`VoxtralTTS`.
+        voices: the prefix of each voice, [N, dim].
+        max_batch: requests that run side by side.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, max_batch: int = 1) -> None:
+        """Use :func:`load`."""
+        self.model: VoxtralTTS = checkpoint.model
+        self.voices = checkpoint.voices
+        self.max_batch = max_batch
+        self._prompt = Prompt(
+            checkpoint.folder / TOKENIZER, {name: len(voice) for name, voice in checkpoint.voices.items()}
+        )
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples a second of what is generated."""
+        return self.model.config.codec.sampling_rate
+
+    @overload
+    def generate(
+        self,
+        text: str,
+        voice: str | None = None,
+        seed: int | None = None,
+        *,
+        steps: int | None = None,
+        cfg_alpha: float = CFG_ALPHA,
+        max_frames: int | None = None,
+        on_frame: Callable[[int], None] | None = None,
+    ) -> Audio: ...
+
+    @overload
+    def generate(
+        self,
+        text: list[str],
+        voice: str | list[str] | None = None,
+        seed: int | list[int] | None = None,
+        *,
+        steps: int | None = None,
+        cfg_alpha: float | list[float] = CFG_ALPHA,
+        max_frames: int | list[int] | None = None,
+        on_frame: Callable[[int], None] | None = None,
+    ) -> list[Audio]: ...
+
+    def generate(
+        self,
+        text: str | list[str],
+        voice: str | list[str] | None = None,
+        seed: int | list[int] | None = None,
+        *,
+        steps: int | None = None,
+        cfg_alpha: float | list[float] = CFG_ALPHA,
+        max_frames: int | list[int] | None = None,
+        on_frame: Callable[[int], None] | None = None,
+    ) -> Audio | list[Audio]:
+        """Speak one text, or a list of them side by side.
+
+        Beside a list of texts, `voice`, `seed`, `cfg_alpha` and `max_frames` may be lists of the same length. Texts
+        are spoken as they are: no numbers or abbreviations are written out. Nothing runs if any argument is wrong.
+
+        Args:
+            text: what to say.
+            voice: whose voice; None takes the checkpoint's first.
+            seed: 0 .. 2^64 - 1; None draws one for each text, found in ``Audio.seed``.
+            steps: evaluations of the velocity a frame, 1..64; None takes the checkpoint's (7).
+            cfg_alpha: strength of the guidance; 1 is none.
+            max_frames: 80 ms each, where a request is cut off; None is 2048, or what the model's length leaves.
+            on_frame: called with the number of frames done after each.
+
+        Returns:
+            An Audio for a text, a list of them for a list.
+
+        Raises:
+            ValueError: an argument out of range, named.
+            TypeError: an argument of the wrong kind, named.
+        """
+        if isinstance(text, str):
+            single = {"voice": voice, "seed": seed, "cfg_alpha": cfg_alpha, "max_frames": max_frames}
+            for name, value in single.items():
+                if isinstance(value, list):
+                    raise TypeError(f"{name} is a list but text is one string")
+        elif not isinstance(text, list):
+            raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
+        texts = [text] if isinstance(text, str) else text
+        n_steps = self.model.config.acoustic_transformer.n_decoding_steps if steps is None else steps
+        _check_int("steps", n_steps, 1, MAX_STEPS)
+        requests = [
+            self._request(*arguments)
+            for arguments in zip(
+                texts,
+                _per_text("voice", voice, len(texts)),
+                _per_text("seed", seed, len(texts)),
+                _per_text("cfg_alpha", cfg_alpha, len(texts)),
+                _per_text("max_frames", max_frames, len(texts)),
+                strict=True,
+            )
+        ]
+        audios = []
+        for start in range(0, len(requests), self.max_batch):
+            group = requests[start : start + self.max_batch]
+            block_rows = BLOCK_ROWS if self.max_batch > 1 else 1
+            audios += [self._audio(u) for u in generate_codes(self.model, group, block_rows, n_steps, on_frame)]
+        return audios[0] if isinstance(text, str) else audios
+
+    def _request(
+        self, text: str, voice: str | None, seed: int | None, cfg_alpha: float, max_frames: int | None
+    ) -> Request:
+        """Check one request's arguments and embed its prompt."""
+        if voice is None:
+            if not self.voices:
+                raise ValueError("the checkpoint has no voices (no files in voice_embedding)")
+            named = [name for name in self.model.config.voices if name in self.voices]
+            voice = named[0] if named else next(iter(self.voices))
+        tokens = self._prompt.encode(text, voice)
+        seed = secrets.randbits(64) if seed is None else seed
+        _check_int("seed", seed, 0, 2**64 - 1)
+        if isinstance(cfg_alpha, bool) or not isinstance(cfg_alpha, int | float) or not math.isfinite(cfg_alpha):
+            raise ValueError(f"cfg_alpha must be a finite number, got {cfg_alpha!r}")
+        room = self.model.config.backbone.max_seq_len - len(tokens)
+        if room < 1:
+            raise ValueError(
+                f"text is too long: its prompt of {len(tokens)} tokens leaves no frame in the model's "
+                f"{self.model.config.backbone.max_seq_len} positions; split it"
+            )
+        if max_frames is None:
+            max_frames = min(MAX_FRAMES, room)
+        _check_int("max_frames", max_frames, 1, room)
+        return Request(self._embed(tokens, voice), seed, float(cfg_alpha), max_frames)
+
+    def _embed(self, tokens: list[int], voice: str) -> Tensor:
+        """The prompt's embeddings, [T, dim]: the [AUDIO] rows are the voice's."""
+        prefix = self.voices[voice]
+        ids = torch.tensor(tokens, device=prefix.device)
+        vocabulary = self.model.config.backbone.vocab_size
+        if max(tokens) >= vocabulary:
+            raise ValueError(f"the tokenizer gives id {max(tokens)}, but the model's vocab_size is {vocabulary}")
+        rows = self.model.embed_tokens(ids).clone()
+        rows[ids == self.model.config.audio.audio_token_id] = prefix
+        return rows
+
+    @torch.inference_mode()
+    def _audio(self, utterance: Utterance) -> Audio:
+        """Decode an utterance's codes."""
+        start = time.perf_counter()
+        n_codebooks = self.model.config.audio.n_codebooks
+        device = utterance.hidden.device
+        codes = torch.empty(n_codebooks, 0, dtype=torch.int64, device=device)
+        samples = torch.empty(0)
+        if utterance.frames:
+            codes = torch.stack(utterance.frames, dim=1) - N_SPECIAL_CODES  # [37, T]
+            samples = self.model.audio_tokenizer.decode(codes.unsqueeze(0)).flatten()
+        samples = samples.float().cpu()
+        timings = Timings(utterance.prefill_seconds, utterance.frames_seconds, time.perf_counter() - start)
+        return Audio(
+            samples=samples.numpy(),
+            sampling_rate=self.sampling_rate,
+            codes=codes.to(torch.int16).cpu().numpy(),
+            seed=utterance.request.seed,
+            ended=utterance.ended,
+            timings=timings,
+        )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: {error}") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no GPU; use device='cpu'")
+    return target
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    for known in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype in (known, str(known).removeprefix("torch.")):
+            return known
+    if dtype is not None:
+        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
+    return None
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(
+            f"{name} must be {f'in {low}..{high}' if high is not None else f'at least {low}'}, got {value}"
+        )
+
+
+def _per_text(name: str, value: T | Sequence[T], n: int) -> Sequence[T]:
+    if not isinstance(value, list):
+        return [cast(T, value)] * n
+    if len(value) != n:
+        raise ValueError(f"{name} has {len(value)} entries for {n} texts")
+    return value
