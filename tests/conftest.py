@@ -1,17 +1,48 @@
-"""Fixtures of every room: tiny checkpoints of random weights."""
+"""Kernels run in Triton's interpreter here, fresh memory is never zero by luck, and tiny checkpoints are at hand."""
 
+import importlib.util
 import logging
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; 0 for the tests marked gpu
+
 import torch
 
 import voxkern
-from voxkern.checkpoint import find_folder, read_checkpoint, read_params
+from voxkern.checkpoint import read_checkpoint, read_params
 from voxkern.maker import make_checkpoint
 
-torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it gives
+torch.set_num_threads(1)  # what is computed here is tiny: a second thread costs more than it gives
 logging.getLogger("voxkern").setLevel(logging.ERROR)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _load_bench() -> None:
+    # bench is not installed, and with the root on sys.path bare `kernels` and `reference` would be importable
+    path = ROOT / "bench" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("bench", path, submodule_search_locations=[str(path.parent)])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["bench"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["bench"])
+
+
+_load_bench()
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory() -> Iterator[None]:
+    """``torch.empty`` and its kin give NaN, or the largest integer: an element never written cannot pass for one."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +53,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny_folder: Path) -> dict:
-    return read_params(find_folder(tiny_folder))
+    return read_params(tiny_folder)
 
 
 @pytest.fixture(scope="session")

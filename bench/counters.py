@@ -1,0 +1,236 @@
+"""What a launch costs, counted in the interpreter: bytes from DRAM, bytes read again, launches.
+
+DRAM bytes are distinct addresses. A block's addresses at the true N and K are known after running that block alone, and
+all blocks of a regular grid are alike, so a launch of thousands of blocks is counted by running its first, second and
+last along each axis. Needs ``TRITON_INTERPRET=1``.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime import interpreter
+
+Grid = tuple[int, int, int]
+
+
+@dataclass
+class Block:
+    """What one block touched: per argument the addresses of each of its loads and stores."""
+
+    touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+
+    def touch(self, name: str, addresses: np.ndarray) -> None:
+        """One load or store; lanes that share an address are served together."""
+        self.touched[name].append(np.unique(addresses))
+
+    def asked(self, name: str) -> int:
+        """Elements of an argument that instructions asked for."""
+        return sum(map(len, self.touched[name]))
+
+    def distinct(self, name: str) -> np.ndarray:
+        """Addresses of the elements of an argument that were touched."""
+        return np.unique(np.concatenate([np.empty(0, np.uint64), *self.touched[name]]))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one argument over a launch.
+
+    Attributes:
+        dram: distinct bytes, the least that any cache can bring this down to.
+        again: bytes asked for beyond those, which are L2 traffic.
+    """
+
+    dram: int
+    again: int
+
+
+@dataclass
+class Launch:
+    """One launch of one kernel: its grid, its constants by name, and its blocks that were run and watched."""
+
+    kernel: str
+    grid: Grid
+    constants: dict[str, Any] = field(default_factory=dict)
+    blocks: dict[Grid, Block] = field(default_factory=dict)
+    item_sizes: dict[str, int] = field(default_factory=dict)
+    pointers: dict[str, int] = field(default_factory=dict)
+
+    def of(self, tensor: Tensor) -> Traffic:
+        """Of the argument that `tensor` was passed as."""
+        return self.traffic()[next(name for name, pointer in self.pointers.items() if pointer == tensor.data_ptr())]
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Per argument, of the whole launch."""
+        names = {name for block in self.blocks.values() for name in block.touched}
+        whole = len(self.blocks) == math.prod(self.grid)
+        return {name: self._whole(name) if whole else self._scaled(name) for name in sorted(names)}
+
+    def _whole(self, name: str) -> Traffic:
+        dram = len(np.unique(np.concatenate([block.distinct(name) for block in self.blocks.values()])))
+        asked = sum(block.asked(name) for block in self.blocks.values())
+        return self._bytes(name, dram, asked)
+
+    def _scaled(self, name: str) -> Traffic:
+        # along each axis blocks either touch the same addresses or others; the last block may be ragged
+        first, asked_first = self.blocks[0, 0, 0].distinct(name), self.blocks[0, 0, 0].asked(name)
+        if not asked_first:
+            raise ValueError(f"{self.kernel}: the first block does not touch {name}; count the whole grid")
+        dram, asked = float(len(first)), float(asked_first)
+        for axis, n in enumerate(self.grid):
+            if n == 1:
+                continue
+            second, last = (self.blocks[_along(axis, i)] for i in (1, n - 1))
+            asked *= n - 1 + last.asked(name) / asked_first
+            overlap = len(np.intersect1d(first, second.distinct(name), assume_unique=True))
+            if 0 < overlap < len(first):
+                raise ValueError(f"{self.kernel}: blocks share a part of {name} along {axis}; count the whole grid")
+            if not overlap:
+                dram *= n - 1 + len(last.distinct(name)) / len(first)
+        return self._bytes(name, round(dram), round(asked))
+
+    def _bytes(self, name: str, dram: int, asked: int) -> Traffic:
+        return Traffic(dram * self.item_sizes[name], (asked - dram) * self.item_sizes[name])
+
+
+@contextmanager
+def counting(whole: bool = False) -> Iterator[list[Launch]]:
+    """Watch every launch within the block.
+
+    Args:
+        whole: run all blocks. Otherwise only the first, second and last along each axis, so that results are NOT
+            computed: a launch must not depend on what an earlier one wrote.
+    """
+    launches: list[Launch] = []
+    call = interpreter.GridExecutor.__call__
+    builder = interpreter.interpreter_builder
+    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        grid: Grid = (*self.grid, 1, 1)[:3]
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launch = Launch(self.fn.__name__, grid, {name: named[name] for name in self.constexprs})
+        launches.append(launch)
+        chosen = list(np.ndindex(grid)) if whole else _corners(grid)
+        self.grid = (len(chosen), 1, 1)
+
+        def enter(i: int, _y: int, _z: int) -> None:
+            set_grid_idx(*chosen[i])
+            launch.blocks[chosen[i]] = block = Block()
+            watch.block = block
+
+        watch = _Watch(named, launch)
+        builder.set_grid_dim, builder.set_grid_idx = lambda *_: set_grid_dim(*grid), enter
+        try:
+            with watch.installed(builder), _disable_current_modes():
+                call(self, *args, **kwargs)
+        finally:
+            del builder.set_grid_dim, builder.set_grid_idx
+
+    interpreter.GridExecutor.__call__ = counted
+    try:
+        yield launches
+    finally:
+        interpreter.GridExecutor.__call__ = call
+
+
+class _Watch:
+    """Sorts the addresses of loads and stores by the argument they fall into."""
+
+    def __init__(self, args: Mapping[str, Any], launch: Launch) -> None:
+        self.block = Block()
+        self.ranges = {}
+        for name, arg in args.items():
+            if isinstance(arg, Tensor) and arg.numel():
+                extent = 1 + sum((n - 1) * stride for n, stride in zip(arg.shape, arg.stride(), strict=True))
+                self.ranges[name] = (arg.data_ptr(), arg.data_ptr() + extent * arg.element_size())
+                launch.pointers[name] = arg.data_ptr()
+                launch.item_sizes[name] = arg.element_size()
+
+    def touch(self, pointers: Any, mask: Any = None) -> None:
+        addresses = np.asarray(pointers.data, dtype=np.uint64).ravel()
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(mask.data, pointers.data.shape).ravel()]
+        for name, (start, end) in self.ranges.items():
+            inside = (addresses >= start) & (addresses < end)
+            if inside.any():
+                self.block.touch(name, addresses[inside])
+                addresses = addresses[~inside]
+        if len(addresses):
+            raise IndexError(f"{len(addresses)} lanes read or write outside of every argument")
+
+    @contextmanager
+    def installed(self, builder: Any) -> Iterator[None]:
+        # unmasked and descriptor accesses go through the masked two inside the interpreter
+        masks: dict[str, Callable[..., Any]] = {
+            "create_masked_load": lambda ptrs, mask, *_, **__: self.touch(ptrs, mask),
+            "create_masked_store": lambda ptrs, value, mask, *_, **__: self.touch(ptrs, mask),
+            "create_atomic_rmw": lambda op, ptr, value, mask, *_, **__: self.touch(ptr, mask),
+            "create_atomic_cas": lambda ptr, *_, **__: self.touch(ptr),
+        }
+        for name, see in masks.items():
+            setattr(builder, name, _after(see, getattr(builder, name)))
+        try:
+            yield
+        finally:
+            for name in masks:
+                delattr(builder, name)
+
+
+class _NoWork(TorchDispatchMode):
+    """Aten operators except views raise: they would start a kernel, allocate or wait for the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            raise _not_in_a_frame(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _NoCopies(TorchFunctionMode):
+    """Copies between tensors and the host raise that reach no dispatcher when the tensor is on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("tolist", "numpy", "__array__", "tensor", "as_tensor", "from_numpy"):
+            raise _not_in_a_frame(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def only_launches(whole: bool = True) -> Iterator[list[Launch]]:
+    """:func:`counting`, and whatever is neither a launch nor a view raises: an operator, an allocation, a host read.
+
+    What a frame does must be launches and nothing else, for it to live in one CUDA graph.
+    """
+    with counting(whole) as launches, _NoCopies(), _NoWork():
+        yield launches
+
+
+def _not_in_a_frame(what: str) -> RuntimeError:
+    return RuntimeError(f"{what} inside a frame: only views and launches may stand there")
+
+
+def _along(axis: int, i: int) -> Grid:
+    x, y, z = (i if a == axis else 0 for a in range(3))
+    return x, y, z
+
+
+def _corners(grid: Grid) -> list[Grid]:
+    wanted = itertools.product(range(3), (0, 1, -1))
+    return sorted({_along(axis, i % grid[axis]) for axis, i in wanted})
+
+
+def _after(see: Callable[..., None], do: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*args: Any, **kwargs: Any) -> Any:
+        see(*args, **kwargs)
+        return do(*args, **kwargs)
+
+    return both

@@ -1,0 +1,228 @@
+"""The ledger: what the compiler makes of every kernel, for every GPU it may meet, without one.
+
+Each operator's own launcher runs at its public shapes on a stub driver (``bench/stub.py``), and one row is written for
+each launch and architecture. The committed ``bench/ledger.csv`` is compared with a fresh one by
+``python -m bench ledger --check``: a change of machine code then stands in the diff of the commit that made it.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+
+from bench.machines import MACHINES
+from bench.registry import DTYPES, Case, Entry, Maker, entries
+from bench.stub import Binary, Launch, standing_in
+
+FILE = Path(__file__).with_suffix(".csv")
+MATRIX = r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w?MMA)[\w.]*|v_s?mfma_\w+|v_wmma_\w+"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch of one operator on one architecture.
+
+    Attributes:
+        operator: its name.
+        case: of its shapes in the registry.
+        dtype: bf16, fp16 or fp32.
+        arch: what it was compiled for.
+        launch: its place among the launches of one call, and the kernel's name.
+        binaries: compiled for this launch over calls of 1 row to as many as the case has.
+        grid: blocks along x, y and z.
+        warps: of a block.
+        stages: of the software pipeline.
+        registers: of a thread; 32-bit.
+        spill: bytes of registers that a thread keeps in memory.
+        shared: bytes of shared memory of a block.
+        limit: what a block may have.
+        resident: blocks that a multiprocessor holds at once.
+        in_flight: bytes of weights under way per multiprocessor, min(resident, grid / multiprocessors) x (stages - 1) x
+            bytes a stage.
+        loads: kinds of loads from memory and their widths in bits, those that carry most bytes first. LDGSTS is the
+            asynchronous copy; a narrow LDG among them stalls the loop it stands in.
+        matrix: the matrix instruction, or ``-``.
+        code: bytes of machine code.
+    """
+
+    operator: str
+    case: str
+    dtype: str
+    arch: str
+    launch: str
+    binaries: int
+    grid: str
+    warps: int
+    stages: int
+    registers: int
+    spill: int
+    shared: int
+    limit: int
+    resident: int
+    in_flight: int
+    loads: str
+    matrix: str
+    code: int
+
+    @property
+    def key(self) -> str:
+        """What names the row."""
+        return " ".join((self.operator, self.case, self.dtype, self.arch, self.launch))
+
+    def faults(self, product: bool = True) -> list[str]:
+        """What no kernel may do, whatever was committed."""
+        found = []
+        if self.spill:
+            found.append(f"spills {self.spill} bytes of registers")
+        if self.shared > self.limit:
+            found.append(f"needs {self.shared:,} bytes of shared memory, {self.arch} has {self.limit:,}")
+        if self.resident == 0 and self.shared <= self.limit:
+            found.append(f"does not fit: {self.warps} warps of {self.registers} registers")
+        if self.binaries != 1:
+            found.append(f"{self.binaries} binaries where there may be one: an argument is specialised on")
+        nvidia = self.arch.startswith("sm_")
+        if self.dtype == "fp32" and (self.matrix != "-" if nvidia else "xf32" in self.matrix):
+            found.append(f"multiplies fp32 as TF32 ({self.matrix})")  # NVIDIA's matrix units take no other fp32
+        if self.dtype != "fp32" and product and self.matrix == "-":
+            found.append("multiplies without a matrix instruction")
+        return found
+
+
+def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[Row]:
+    """Compile every launch of one call, and of calls with fewer rows."""
+    most = case.sizes[entry.rows]
+    with standing_in(arch) as launches:
+        made: dict[int, set[str]] = {}
+        for n in sorted({n for n in (1, 2, 3, 7, 16, most) if n <= most}):
+            launches.clear()
+            entry.op.run(**entry.args(case, Maker(DTYPES[dtype], "meta"), **{entry.rows: n}))
+            for i, launch in enumerate(launches):
+                made.setdefault(i, set()).add(launch.binary.hash)
+        return [
+            _row(entry, case, dtype, arch, f"{i}:{launch.binary.kernel}", launch, len(made[i]))
+            for i, launch in enumerate(launches)
+        ]
+
+
+def compute(archs: Iterable[str] = MACHINES, processes: int = 2) -> list[Row]:
+    """The whole ledger: operators, cases and dtypes in the order of the registry, each for all `archs`."""
+    archs = list(archs)
+    with ProcessPoolExecutor(min(processes, len(archs)), mp_context=get_context("spawn")) as pool:
+        rows = [row for part in pool.map(_of_arch, archs) for row in part]
+    order = [(entry.name, case.name, dtype) for entry in entries() for case in entry.cases for dtype in case.dtypes]
+    return sorted(rows, key=lambda row: order.index((row.operator, row.case, row.dtype)))
+
+
+def faults(rows: Iterable[Row]) -> list[str]:
+    """What is wrong with these rows by themselves."""
+    product = {entry.name: entry.product for entry in entries()}
+    return [f"{row.key}: {fault}" for row in rows for fault in row.faults(product.get(row.operator, True))]
+
+
+def changes(committed: Iterable[Row], rows: Iterable[Row]) -> list[str]:
+    """What differs between two ledgers."""
+    old, new = ({row.key: row for row in part} for part in (committed, rows))
+    found = [f"{key}: no longer there" for key in old if key not in new]
+    for key, row in new.items():
+        if key not in old:
+            found.append(f"{key}: not in the committed ledger")
+            continue
+        was, now = asdict(old[key]), asdict(row)
+        parts = [f"{name} {was[name]} -> {now[name]}" for name in now if was[name] != now[name]]
+        if parts:
+            found.append(f"{key}: " + ", ".join(parts))
+    return found
+
+
+def write(rows: Iterable[Row]) -> str:
+    """The ledger as text: the version of Triton that made it, then one row a line."""
+    text = io.StringIO()
+    text.write(f"# triton {triton.__version__}; compiled, not run: python -m bench ledger\n")
+    table = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    table.writeheader()
+    table.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def read(text: str) -> tuple[str, list[Row]]:
+    """The version of Triton and the rows of a written ledger."""
+    head, _, table = text.partition("\n")
+    numbers = {field.name for field in fields(Row) if field.type is int}
+    rows = [
+        Row(**{name: int(value) if name in numbers else value for name, value in line.items()})
+        for line in csv.DictReader(io.StringIO(table))
+    ]
+    return head.split()[2].rstrip(";"), rows
+
+
+def check(file: Path = FILE) -> list[str]:
+    """Compute the ledger again; what is wrong with it, or differs from the committed one."""
+    version, committed = read(file.read_text())
+    rows = compute()
+    found = faults(rows)
+    if version != triton.__version__:
+        print(
+            f"The committed ledger is triton {version}'s and this is {triton.__version__}: "
+            "spills, limits, binaries and TF32 were checked, changes of machine code were not."
+        )
+        return found
+    return found + [f"{change} (if meant, run python -m bench ledger)" for change in changes(committed, rows)]
+
+
+def _of_arch(arch: str) -> list[Row]:
+    return [
+        row
+        for entry in entries()
+        for case in entry.cases
+        if case.public
+        for dtype in case.dtypes
+        for row in rows_of(entry, case, dtype, arch)
+    ]
+
+
+def _row(entry: Entry, case: Case, dtype: str, arch: str, name: str, launch: Launch, binaries: int) -> Row:
+    binary, machine = launch.binary, MACHINES[arch]
+    registers, spill, code = _resources(binary)
+    blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    resident = machine.resident_blocks(binary.warps, registers, binary.shared)
+    stage = entry.stage(binary.constants) * DTYPES[dtype].itemsize
+    in_flight = min(resident, blocks / machine.multiprocessors) * (binary.stages - 1) * stage
+    matrix = sorted(set(re.findall(MATRIX, binary.listing)))
+    return Row(
+        entry.name, case.name, dtype, arch, name, binaries, "x".join(map(str, launch.grid)), binary.warps,
+        binary.stages, registers, spill, binary.shared, machine.block_shared, resident, round(in_flight),
+        _loads(binary.listing), " ".join(matrix) or "-", code,
+    )  # fmt: skip
+
+
+def _resources(binary: Binary) -> tuple[int, int, int]:
+    """Registers, bytes of spill, bytes of code."""
+    text = binary.listing
+    if binary.arch.startswith("sm_"):
+        used = re.search(r"REG:(\d+) STACK:(\d+)", text)
+        last = [int(address, 16) for address in re.findall(r"/\*([0-9a-f]{4,})\*/", text)][-1]
+        assert used is not None
+        return int(used[1]), int(used[2]), last + 16
+    number = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    length = re.search(r"codeLenInByte = (\d+)", text)
+    assert length is not None
+    spill = number["private_segment_fixed_size"] + 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
+    return number["vgpr_count"] + number.get("agpr_count", 0), spill, int(length[1])
+
+
+def _loads(listing: str) -> str:
+    """Every kind of load with its width in bits, those that carry most bytes first."""
+    carried: dict[str, int] = {}
+    for name in re.findall(r"\bLDG(?:STS)?\.[\w.]+|\b(?:global|buffer)_load_\w+", listing):
+        words = re.search(r"dword(?:x([234]))?", name)
+        bits = re.search(r"\.U?(8|16|64|128)\b|_[us]?(?:byte|short)", name)
+        width = 32 * int(words[1] or 1) if words else int(bits[1] or 16) if bits else 32
+        kind = f"{re.split('[.]|_load', name)[0]}.{width}"
+        carried[kind] = carried.get(kind, 0) + width
+    return " ".join(sorted(carried, key=lambda kind: -carried[kind])) or "-"

@@ -1,0 +1,69 @@
+"""The machines that the ledger compiles for, as far as occupancy needs them known. None of them is here.
+
+Figures are the makers' own: the compute-capability tables of NVIDIA's CUDA C++ programming guide, and AMD's CDNA 3 and
+CDNA 4 architecture papers.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One GPU and its multiprocessors.
+
+    Attributes:
+        product: whose number of multiprocessors this is.
+        multiprocessors: SMs, or AMD's compute units.
+        block_shared: shared memory that one block may have, bytes.
+        shared: shared memory that the blocks of one multiprocessor share, bytes.
+        warps: most resident warps of a multiprocessor.
+        blocks: most resident blocks of a multiprocessor.
+        warp_size: threads of a warp.
+        registers: 32-bit registers of a multiprocessor.
+        register_unit: registers are given to a warp in multiples of this many.
+        block_reserve: shared memory that the system takes for each block, bytes.
+    """
+
+    product: str
+    multiprocessors: int
+    block_shared: int
+    shared: int
+    warps: int
+    blocks: int
+    warp_size: int = 32
+    registers: int = 65536
+    register_unit: int = 256
+    block_reserve: int = 1024
+
+    def resident_blocks(self, warps: int, registers: int, shared: int) -> int:
+        """Blocks that one multiprocessor holds at once.
+
+        Args:
+            warps: of a block.
+            registers: of a thread.
+            shared: bytes of a block.
+        """
+        of_warp = -(-max(registers, 1) * self.warp_size // self.register_unit) * self.register_unit
+        by_registers = self.registers // of_warp // warps
+        by_shared = self.shared // (shared + self.block_reserve) if shared + self.block_reserve else self.blocks
+        return min(self.blocks, self.warps // warps, by_registers, by_shared)
+
+
+def _amd(product: str, units: int, lds: int) -> Machine:
+    # four SIMDs a compute unit, each with 512 vector registers a lane and at most 8 waves
+    return Machine(
+        product, units, lds, lds, warps=32, blocks=16, warp_size=64,
+        registers=4 * 512 * 64, register_unit=8 * 64, block_reserve=0,
+    )  # fmt: skip
+
+
+MACHINES = {
+    "sm_80": Machine("A100", 108, 166_912, 167_936, warps=64, blocks=32),
+    "sm_86": Machine("RTX A6000", 84, 101_376, 102_400, warps=48, blocks=16),
+    "sm_89": Machine("L40S", 142, 101_376, 102_400, warps=48, blocks=24),
+    "sm_90": Machine("H100 SXM", 132, 232_448, 233_472, warps=64, blocks=32),
+    "sm_100": Machine("B200", 148, 232_448, 233_472, warps=64, blocks=32),
+    "sm_120": Machine("RTX PRO 6000", 188, 101_376, 102_400, warps=48, blocks=24),
+    "gfx942": _amd("MI300X", 304, 65_536),
+    "gfx950": _amd("MI355X", 256, 163_840),
+}

@@ -1,0 +1,75 @@
+"""What is asked of every operator. The tests of the registry hold these, and the planted faults must break them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from poison import assert_bands, guarded, guarded_args, spread
+from torch import Tensor
+
+from bench.accuracy import judge
+from bench.counters import counting
+from bench.registry import DTYPES, Case, Entry, Maker, to_dtype
+from voxkern.kernels import settings
+
+
+def results(entry: Entry, call: Callable[..., Any], args: dict[str, Any]) -> list[Tensor]:
+    """What a call returns and what it writes to, in order."""
+    returned = call(**args)
+    if isinstance(returned, Tensor):
+        returned = [returned]
+    return [*(returned or []), *(args[name] for name in entry.op.mutates)]
+
+
+def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
+    """The launcher's results, into memory that is guarded and full of NaN."""
+
+    def call(**args: Any) -> Any:
+        out = entry.op.declare(**args)
+        if out is None:
+            entry.op.launch(**args)
+            for name in entry.op.mutates:
+                assert_bands(args[name])
+            return None
+        guards = [guarded(one) for one in ([out] if isinstance(out, Tensor) else out)]
+        entry.op.launch(guards[0] if isinstance(out, Tensor) else tuple(guards), **args)
+        for guard in guards:
+            assert_bands(guard)
+        return guards
+
+    return results(entry, call, args)
+
+
+def assert_right(entry: Entry, case: Case, dtype: str, apart: str | None = None) -> None:
+    """DESIGN rule 1 against fp64, from guarded arguments; `apart` names one whose rows are to lie apart."""
+    args = entry.args(case, Maker(DTYPES[dtype]))
+    truth = results(entry, entry.reference, to_dtype(args, torch.float64))
+    plain = results(entry, entry.reference, guarded_args(args))
+    mine = guarded_args(args)
+    if apart is not None:
+        mine[apart] = spread(args[apart])
+    for out, same_dtype, exact in zip(launched(entry, mine), plain, truth, strict=True):
+        if not out.dtype.is_floating_point:
+            assert torch.equal(out, same_dtype)
+            continue
+        verdict = judge(out, same_dtype, exact)
+        assert verdict.right, f"{entry.name} {case.name} {dtype}: {verdict}"
+
+
+def assert_within(entry: Entry, case: Case) -> None:
+    """No lane of any block reads or writes outside of the arguments, masked lanes aside."""
+    with counting(whole=True):
+        entry.op.run(**entry.args(case, Maker()))
+
+
+def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
+    """DESIGN rule 5 at the true sizes with the tiles of `arch`: one row tile loads each weight byte once."""
+    args = entry.args(case, Maker(DTYPES[dtype]))
+    with settings.pretend(arch), counting() as launches:
+        entry.op.run(**args)
+    row_tiles = -(-case.sizes[entry.rows] // launches[0].constants[f"BLOCK_{entry.rows}"])
+    for name in entry.once:
+        traffic = [launch.of(args[name]) for launch in launches if args[name].data_ptr() in launch.pointers.values()]
+        least = args[name].numel() * args[name].element_size()
+        assert sum(t.dram for t in traffic) == least, f"{name}: {traffic} where {least:,} bytes would do"
+        assert sum(t.again for t in traffic) == least * (row_tiles - 1), f"{name} is loaded more than once: {traffic}"

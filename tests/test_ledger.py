@@ -1,0 +1,86 @@
+"""The ledger's arithmetic and its verdicts; what it says of the house's kernels is checked by the ledger itself."""
+
+import dataclasses
+
+import pytest
+import triton
+
+from bench import ledger
+from bench.machines import MACHINES
+from bench.registry import entries
+
+ROW = ledger.Row(
+    operator="norm_linear", case="q-b1", dtype="bf16", arch="sm_89", launch="0:_norm_linear_kernel", binaries=1,
+    grid="1x64x1", warps=4, stages=4, registers=113, spill=0, shared=101_376, limit=101_376, resident=1,
+    in_flight=22_153, loads="LDGSTS.128", matrix="HMMA.16816.F32.BF16", code=7168,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"shared": 101_377}, "needs 101,377 bytes of shared memory, sm_89 has 101,376"),
+        ({"spill": 8}, "spills 8 bytes"),
+        ({"binaries": 2}, "2 binaries"),
+        ({"resident": 0}, "does not fit"),
+        ({"dtype": "fp32"}, "as TF32"),
+        ({"dtype": "fp32", "arch": "gfx942", "matrix": "v_mfma_f32_16x16x8_xf32"}, "as TF32"),
+        ({"matrix": "-"}, "without a matrix instruction"),
+    ],
+)
+def test_what_no_kernel_may_do(change: dict[str, object], fault: str) -> None:
+    assert ROW.faults() == []
+    (found,) = dataclasses.replace(ROW, **change).faults()
+    assert fault in found
+
+
+def test_amd_multiplies_fp32_as_fp32_on_its_matrix_units() -> None:
+    row = dataclasses.replace(ROW, dtype="fp32", arch="gfx942", matrix="v_mfma_f32_16x16x4_f32")
+    assert row.faults() == []
+
+
+def test_a_change_of_machine_code_is_named() -> None:
+    other = dataclasses.replace(ROW, case="q-b32")
+    assert ledger.changes([ROW, other], [ROW, other]) == []
+    (change,) = ledger.changes([ROW], [dataclasses.replace(ROW, registers=120, code=7200)])
+    assert "registers 113 -> 120, code 7168 -> 7200" in change
+    assert ledger.changes([ROW], []) == [f"{ROW.key}: no longer there"]
+    assert ledger.changes([], [ROW]) == [f"{ROW.key}: not in the committed ledger"]
+
+
+def test_another_triton_is_held_to_the_limits_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ledger.csv"  # type: ignore[operator]
+    file.write_text(ledger.write([ROW]))
+    now = [dataclasses.replace(ROW, registers=120)]
+    monkeypatch.setattr(ledger, "compute", lambda: now)
+    assert "registers 113 -> 120" in ledger.check(file)[0]
+    monkeypatch.setattr(triton, "__version__", "9.9.9")
+    assert ledger.check(file) == []
+    assert "changes of machine code were not" in capsys.readouterr().out
+    now[0] = dataclasses.replace(ROW, spill=4)
+    assert "spills 4 bytes" in ledger.check(file)[0]
+
+
+def test_the_committed_ledger_is_clean_and_whole() -> None:
+    text = ledger.FILE.read_text()
+    version, rows = ledger.read(text)
+    assert ledger.faults(rows) == []
+    wanted = {
+        (entry.name, case.name, dtype, arch)
+        for entry in entries() for case in entry.cases if case.public for dtype in case.dtypes for arch in MACHINES
+    }  # fmt: skip
+    assert {(row.operator, row.case, row.dtype, row.arch) for row in rows} == wanted
+    if version == triton.__version__:
+        assert ledger.write(rows) == text
+
+
+def test_resident_blocks() -> None:
+    h100 = MACHINES["sm_90"]
+    assert h100.resident_blocks(warps=4, registers=56, shared=73_728) == 3  # by shared memory
+    assert h100.resident_blocks(warps=4, registers=122, shared=20_864) == 4  # by registers
+    assert h100.resident_blocks(warps=8, registers=32, shared=0) == 8  # by warps
+    assert h100.resident_blocks(warps=1, registers=16, shared=0) == 32  # by blocks
+    assert h100.resident_blocks(warps=32, registers=128, shared=0) == 0
+    assert MACHINES["gfx942"].resident_blocks(warps=4, registers=102, shared=20_480) == 3

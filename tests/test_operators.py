@@ -1,0 +1,118 @@
+"""Every registered operator, held to the same questions. No operator is named here."""
+
+import pytest
+import torch
+from checks import assert_bytes_once, assert_right, assert_within
+from poison import assert_bands, guarded, poison_pages, spread
+from torch import Tensor
+
+from bench.counters import counting
+from bench.registry import DTYPES, Case, Entry, Maker, entries
+from voxkern.kernels import settings
+
+ENTRIES = entries()
+ODD = [(entry, case) for entry in ENTRIES for case in entry.cases if not case.public]
+PUBLIC = [(entry, case) for entry in ENTRIES for case in entry.cases if case.public]
+
+
+def named(pairs: list[tuple[Entry, Case]]) -> list[object]:
+    return [pytest.param(entry, case, id=f"{entry.name}-{case.name}") for entry, case in pairs]
+
+
+def per_operator() -> list[object]:
+    return [pytest.param(entry, next(c for c in entry.cases if not c.public), id=entry.name) for entry in ENTRIES]
+
+
+@pytest.mark.parametrize("tiles_of", ["interpreter", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("entry", "case"), named(ODD))
+def test_right(entry: Entry, case: Case, dtype: str, tiles_of: str) -> None:
+    with settings.pretend(tiles_of):
+        assert_right(entry, case, dtype)
+
+
+@pytest.mark.parametrize(("entry", "case"), named(ODD))
+def test_no_lane_leaves_its_arguments(entry: Entry, case: Case) -> None:
+    assert_within(entry, case)
+
+
+@pytest.mark.parametrize(("entry", "case"), per_operator())
+def test_rows_apart_are_right_or_refused(entry: Entry, case: Case) -> None:
+    for name, arg in entry.args(case, Maker()).items():
+        if isinstance(arg, Tensor) and arg.ndim > 1:
+            refusal = None
+            try:
+                assert_right(entry, case, "fp32", apart=name)
+            except ValueError as error:
+                refusal = str(error)
+            assert refusal is None or (name in refusal and "must be contiguous" in refusal)
+
+
+@pytest.mark.parametrize(("entry", "case"), named(ODD))
+def test_odd_shapes_have_two_tiles_and_a_ragged_tail(entry: Entry, case: Case) -> None:
+    with counting() as launches:
+        entry.op.run(**entry.args(case, Maker()))
+    for launch in launches:
+        tiles = {name[6:]: size for name, size in launch.constants.items() if name.startswith("BLOCK_")}
+        for dim, tile in tiles.items():
+            size = case.sizes.get(dim, tile + 1)
+            assert size > tile, f"{dim} = {size} is one tile of {tile}"
+            assert size % tile or tile == 1, f"{dim} = {size} is whole tiles of {tile}"
+
+
+def test_every_operator_has_its_shapes() -> None:
+    for entry in ENTRIES:
+        assert sum(not case.public for case in entry.cases) >= 2, entry.name
+        assert {"b1", "b32"} <= {case.name.rpartition("-")[2] for case in entry.cases if case.public}, entry.name
+        assert entry.op.__doc__, entry.name
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("entry", "case"), per_operator())
+def test_opcheck(entry: Entry, case: Case, dtype: str) -> None:
+    torch.library.opcheck(entry.op.op, (), entry.args(case, Maker(DTYPES[dtype])))
+
+
+@pytest.mark.parametrize(("entry", "case"), per_operator())
+def test_compiles_into_one_graph(entry: Entry, case: Case) -> None:
+    torch._dynamo.reset()
+    args = entry.args(case, Maker())
+    mine, theirs = ({name: a.clone() if isinstance(a, Tensor) else a for name, a in args.items()} for _ in range(2))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(lambda: entry.op(**mine), fullgraph=True, backend="aot_eager")(), entry.op(**theirs)
+        )
+    for name in entry.op.mutates:
+        torch.testing.assert_close(mine[name], theirs[name])
+
+
+@pytest.mark.parametrize(("entry", "case"), per_operator())
+def test_gradients_are_refused(entry: Entry, case: Case) -> None:
+    args = entry.args(case, Maker())
+    asked = {
+        name: a.requires_grad_() if isinstance(a, Tensor) and name in entry.once else a for name, a in args.items()
+    }
+    with pytest.raises(RuntimeError, match=f"{entry.name}: an argument requires gradients"):
+        entry.op(**asked)
+    with torch.inference_mode():
+        entry.op(**asked)
+
+
+@pytest.mark.parametrize(("entry", "case"), named(PUBLIC))
+def test_no_weight_byte_is_loaded_twice(entry: Entry, case: Case) -> None:
+    assert_bytes_once(entry, case, "bf16", "sm_90")
+
+
+def test_poison_is_where_it_should_be() -> None:
+    cache = poison_pages(torch.zeros(4, 2, 3), torch.tensor([[3, 1], [1, 1]], dtype=torch.int32))
+    assert cache.isnan().flatten(1).all(1).tolist() == [True, False, True, False]
+    rows = spread(torch.ones(3, 5))
+    assert rows.stride() == (21, 1)
+    assert rows.as_strided((3, 21), (21, 1))[:, 5:].isnan().all()
+    assert torch.empty(3).isnan().all()  # fresh memory
+    whole = guarded(torch.zeros(7, dtype=torch.int64))
+    assert_bands(whole)
+    whole.as_strided((8,), (1,))[7] = 0
+    with pytest.raises(AssertionError, match="1 elements were written around"):
+        assert_bands(whole)
