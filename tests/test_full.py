@@ -46,7 +46,8 @@ def test_say(full_folder: Path, tmp_path: Path) -> None:
 
 def test_change_of_dtype(full_folder: Path) -> None:
     code = "import sys, voxkern; voxkern.load(sys.argv[1], dtype='float32')"
-    memory = next(int(line.split()[1]) for line in Path("/proc/meminfo").open() if line.startswith("MemAvailable"))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    memory = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     if memory * 1024 < 2.5 * WEIGHTS:
         pytest.skip("16 GB of weights in fp32 do not fit this machine's memory")
     _, peak = _run(code, str(full_folder))
