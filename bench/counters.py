@@ -172,10 +172,10 @@ class _Watch:
     def installed(self, builder: Any) -> Iterator[None]:
         # unmasked and descriptor accesses go through the masked two inside the interpreter
         masks: dict[str, Callable[..., Any]] = {
-            "create_masked_load": lambda ptrs, mask, *_: self.touch(ptrs, mask),
-            "create_masked_store": lambda ptrs, value, mask, *_: self.touch(ptrs, mask),
-            "create_atomic_rmw": lambda op, ptr, value, mask, *_: self.touch(ptr, mask),
-            "create_atomic_cas": lambda ptr, *_: self.touch(ptr),
+            "create_masked_load": lambda ptrs, mask, *_, **__: self.touch(ptrs, mask),
+            "create_masked_store": lambda ptrs, value, mask, *_, **__: self.touch(ptrs, mask),
+            "create_atomic_rmw": lambda op, ptr, value, mask, *_, **__: self.touch(ptr, mask),
+            "create_atomic_cas": lambda ptr, *_, **__: self.touch(ptr),
         }
         for name, see in masks.items():
             setattr(builder, name, _after(see, getattr(builder, name)))

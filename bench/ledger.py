@@ -34,7 +34,7 @@ class Row:
         dtype: bf16, fp16 or fp32.
         arch: what it was compiled for.
         launch: its place among the launches of one call, and the kernel's name.
-        binaries: compiled over calls of 1 row to as many as the case has; one a kernel.
+        binaries: compiled for this launch over calls of 1 row to as many as the case has.
         grid: blocks along x, y and z.
         warps: of a block.
         stages: of the software pipeline.
@@ -45,7 +45,8 @@ class Row:
         resident: blocks that a multiprocessor holds at once.
         in_flight: bytes of weights under way per multiprocessor, min(resident, grid / multiprocessors) x (stages - 1) x
             bytes a stage.
-        loads: kind and width in bits of the loads that carry most bytes; LDGSTS is the asynchronous copy.
+        loads: kinds of loads from memory and their widths in bits, those that carry most bytes first. LDGSTS is the
+            asynchronous copy; a narrow LDG among them stalls the loop it stands in.
         matrix: the matrix instruction, or ``-``.
         code: bytes of machine code.
     """
@@ -97,14 +98,14 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[Row]:
     """Compile every launch of one call, and of calls with fewer rows."""
     most = case.sizes[entry.rows]
     with standing_in(arch) as launches:
-        made: dict[str, set[str]] = {}
+        made: dict[int, set[str]] = {}
         for n in sorted({n for n in (1, 2, 3, 7, 16, most) if n <= most}):
             launches.clear()
             entry.op.run(**entry.args(case, Maker(DTYPES[dtype], "meta"), **{entry.rows: n}))
-            for launch in launches:
-                made.setdefault(launch.binary.kernel, set()).add(launch.binary.hash)
+            for i, launch in enumerate(launches):
+                made.setdefault(i, set()).add(launch.binary.hash)
         return [
-            _row(entry, case, dtype, arch, f"{i}:{launch.binary.kernel}", launch, len(made[launch.binary.kernel]))
+            _row(entry, case, dtype, arch, f"{i}:{launch.binary.kernel}", launch, len(made[i]))
             for i, launch in enumerate(launches)
         ]
 
@@ -216,11 +217,12 @@ def _resources(binary: Binary) -> tuple[int, int, int]:
 
 
 def _loads(listing: str) -> str:
-    """The load that carries most bytes, by instruction and width."""
+    """Every kind of load with its width in bits, those that carry most bytes first."""
     carried: dict[str, int] = {}
-    for name in re.findall(r"\bLDG(?:STS)?\.[\w.]+|\b(?:global|buffer)_load_dword\w*", listing):
-        wide = re.search(r"\.(64|128)\b|x([234])", name)
-        width = (int(wide[1] or 0) or 32 * int(wide[2])) if wide else 32
-        kind = f"{re.split('[.]|_dword', name)[0]}.{width}"
+    for name in re.findall(r"\bLDG(?:STS)?\.[\w.]+|\b(?:global|buffer)_load_\w+", listing):
+        words = re.search(r"dword(?:x([234]))?", name)
+        bits = re.search(r"\.U?(8|16|64|128)\b|_[us]?(?:byte|short)", name)
+        width = 32 * int(words[1] or 1) if words else int(bits[1] or 16) if bits else 32
+        kind = f"{re.split('[.]|_load', name)[0]}.{width}"
         carried[kind] = carried.get(kind, 0) + width
-    return max(carried, key=lambda name: carried[name]) if carried else "-"
+    return " ".join(sorted(carried, key=lambda kind: -carried[kind])) or "-"

@@ -37,6 +37,8 @@ ENTRIES = [
             Case("odd-deep", {"M": 17, "N": 40, "K": 3001, "max_rows": 17}),
             # the flow head carries six rows a request: three tokens, with and without condition
             Case("q-b1", {"M": 6, "N": 4096, "K": 3072, "max_rows": 6}, public=True),
+            Case("q-b2", {"M": 12, "N": 4096, "K": 3072, "max_rows": 12}, public=True, dtypes=("bf16",)),
+            Case("q-b4", {"M": 24, "N": 4096, "K": 3072, "max_rows": 24}, public=True, dtypes=("bf16",)),
             Case("q-b32", {"M": 192, "N": 4096, "K": 3072, "max_rows": 192}, public=True),
             Case("w1-b1", {"M": 6, "N": 9216, "K": 3072, "max_rows": 6}, public=True, dtypes=("bf16",)),
             Case("w1-b32", {"M": 192, "N": 9216, "K": 3072, "max_rows": 192}, public=True, dtypes=("bf16",)),

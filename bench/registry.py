@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import bench
+
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -85,8 +87,6 @@ class Maker:
 
 def entries() -> list[Entry]:
     """Every operator, room by room."""
-    import bench
-
     rooms = sorted(info.name for info in pkgutil.iter_modules(bench.__path__))
     found: list[Entry] = []
     for room in rooms:

@@ -13,9 +13,11 @@ from .common import cast, dot
 from .operator import expect, operator
 from .settings import Table
 
-# Few rows: 16 KB of weights a stage, and as many stages as the 101,376 bytes of sm_86, 89 and 120 hold; N = 4096 has
-# only 64 blocks for 132 multiprocessors, so each must keep 32 KB and more under way. Four warps on 64 rows spill on
-# sm_120. fp32 products run on the plain units, whose operands live in registers: small tiles, or they spill.
+# Few rows: 8 to 16 KB of weights a stage, and as many stages as the 101,376 bytes of sm_86, 89 and 120 hold; N = 4096
+# has only 64 blocks for 132 multiprocessors, so each must keep 32 KB and more under way. BLOCK_K is less than a block's
+# threads: a longer tile of `norm` would be loaded one element a thread, which cannot be pipelined and stalls every
+# step. 64 rows on four warps, and 32 on tiles of 128, spill on sm_120. fp32 products run on the plain units, whose
+# operands live in registers: small tiles, or they spill.
 NORM_LINEAR = Table(
     "norm_linear",
     """
@@ -24,10 +26,10 @@ NORM_LINEAR = Table(
     gfx*         fp32   *    | 16       32       64       4          2
     gfx*         *      16   | 16       64       128      4          2
     gfx*         *      *    | 64       64       64       4          2
-    sm_*         fp32   *    | 16       32       32       4          4
-    sm_*         *      8    | 8        64       128      4          6
-    sm_*         *      16   | 16       64       128      4          5
-    sm_*         *      32   | 32       64       128      4          3
+    sm_*         fp32   *    | 16       32       32       4          6
+    sm_*         *      8    | 8        64       128      8          6
+    sm_*         *      16   | 16       64       128      8          5
+    sm_*         *      32   | 32       64       64       4          8
     sm_*         *      *    | 64       64       64       8          4
     """,
 )

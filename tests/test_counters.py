@@ -4,13 +4,24 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from plant import case_of, entry_of
 
-from bench.counters import counting, only_launches
+from bench.counters import Traffic, counting, only_launches
 from bench.linear import norm_linear_inputs
 from bench.registry import Maker
 from voxkern.kernels import settings
 from voxkern.kernels.linear import launch_norm_linear, norm_linear
+
+
+@triton.jit
+def _mixed_kernel(p_x, p_count, p_y, BLOCK: tl.constexpr):
+    i = tl.program_id(0)
+    tl.atomic_add(p_count, 1)
+    tl.atomic_cas(p_count, -1, 0)
+    rows = tl.make_tensor_descriptor(p_x, [6, 16], [16, 1], [4, 16])
+    tl.store(p_y + i * BLOCK + tl.arange(0, BLOCK), tl.sum(rows.load([4 * i, 0]), 0))
 
 
 class Sizes:
@@ -48,6 +59,18 @@ def test_bytes_of_the_public_shape_are_the_fewest() -> None:
     (launch,) = launches
     fewest = 2 * (6 * 3072 + 3072 + 4096 * 3072 + 6 * 4096)
     assert sum(t.dram for t in launch.traffic().values()) == fewest
+
+
+def test_atomics_and_descriptors_are_counted() -> None:
+    x, count, y = torch.ones(6, 16), torch.zeros(1, dtype=torch.int32), torch.empty(2, 16)
+    with counting(whole=True) as launches:
+        _mixed_kernel[(2,)](x, count, y, 16)
+    assert count.item() == 2
+    assert y.tolist() == [[4.0] * 16, [2.0] * 16]
+    (launch,) = launches
+    assert launch.of(x) == Traffic(dram=6 * 16 * 4, again=0)
+    assert launch.of(count) == Traffic(dram=4, again=3 * 4)
+    assert launch.of(y) == Traffic(dram=2 * 16 * 4, again=0)
 
 
 def test_a_lane_outside_of_every_argument_is_an_error() -> None:

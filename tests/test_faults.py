@@ -69,7 +69,7 @@ def complaints() -> dict[str, list[str]]:
     """The ledger's, about planted kernels compiled in a process of their own: the interpreter cannot show these."""
     asks: dict[str, tuple[str, str, list[Edit]]] = {
         "nothing": ("sm_89", "bf16", []),
-        "shared": ("sm_89", "bf16", [("128      4          6", "128      4          7")]),
+        "shared": ("sm_89", "bf16", [("128      8          6", "128      8          7")]),
         "binaries": ("sm_89", "bf16", [(JIT, "@triton.jit")]),
         "TF32 on sm_80": ("sm_80", "fp32", [(DOT, "b_acc = tl.dot(b_w, tl.trans(b_a), b_acc)")]),
         "TF32 on sm_90": ("sm_90", "fp32", [(DOT, "b_acc = tl.dot(b_w, tl.trans(b_a), b_acc)")]),

@@ -1,0 +1,54 @@
+"""The public shapes themselves: 8 GB of random weights written, loaded and spoken with. Slow."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from voxkern.checkpoint import tensor_table
+from voxkern.maker import make_checkpoint
+
+WEIGHTS = 4_002_353_392 * 2  # bytes in bf16
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def full_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("full"), full=True)
+
+
+def test_inventory(full_folder: Path) -> None:
+    path = full_folder / "consolidated.safetensors"
+    table = tensor_table(path)
+    assert len(table) == 386
+    assert sum(t.numel for t in table.values()) * 2 == WEIGHTS
+    assert path.stat().st_size == 8_004_752_248  # the published file's size
+
+
+def _run(code: str, *arguments: str) -> tuple[str, int]:
+    """Output and peak resident bytes of a fresh process."""
+    code += "\nimport sys; print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stderr, int(done.stdout.split()[-1]) * 1024
+
+
+def test_say(full_folder: Path, tmp_path: Path) -> None:
+    code = "import sys; from voxkern.cli import app; app(sys.argv[1:], standalone_mode=False)"
+    out = tmp_path / "hello.wav"
+    said, peak = _run(code, "say", "Hello", "--model", str(full_folder), "--max-frames", "3", "-o", str(out))
+    print(said.splitlines()[-1], f"peak {peak / 1e9:.2f} GB")
+    assert out.stat().st_size == 44 + 3 * 1920 * 2
+    assert peak < 1.2 * WEIGHTS
+
+
+def test_change_of_dtype(full_folder: Path) -> None:
+    code = "import sys, voxkern; voxkern.load(sys.argv[1], dtype='float32')"
+    memory = next(int(line.split()[1]) for line in Path("/proc/meminfo").open() if line.startswith("MemAvailable"))
+    if memory * 1024 < 2.5 * WEIGHTS:
+        pytest.skip("16 GB of weights in fp32 do not fit this machine's memory")
+    _, peak = _run(code, str(full_folder))
+    print(f"peak {peak / 1e9:.2f} GB")
+    assert peak < 1.2 * 2 * WEIGHTS
