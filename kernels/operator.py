@@ -111,6 +111,18 @@ def expect(
     return tuple(tensor.shape)
 
 
+def expect_batch(name: str, rows: int, each: int, max_batch: int) -> None:
+    """Raise unless argument `name` has `each` rows a request, and as many requests as the operator is prepared for.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not 1 <= max_batch <= 64:
+        raise ValueError(f"max_batch is {max_batch} but must lie in 1..64")
+    if rows % each or not each <= rows <= each * max_batch:
+        raise ValueError(f"{name} has {rows} rows but must have {each} each for 1..{max_batch} requests (max_batch)")
+
+
 def _on_device_of(name: str, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)

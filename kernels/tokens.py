@@ -1,0 +1,164 @@
+"""Attention over the flow head's three tokens, [x, t, h]: so small that it is done where its result is used.
+
+Rows of activations are token-major: row = token * 2B + branch * B + request, token 0 = x, 1 = t, 2 = h, branch 0 = with
+the condition. What is the same for many pairs (branch, request) is kept once: x before the first layer has no branch
+yet, and the time is one row for all.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast
+from .operator import expect, expect_batch, operator
+from .settings import Table
+
+# A block holds all that asks of BLOCK_B requests and one key head, so that each element is loaded by one block: 2
+# branches x 3 tokens x 4 query heads (32 rows a request, 8 of them idle) of 128 columns, in registers as fp32.
+TOKEN_ATTENTION = Table(
+    "token_attention",
+    """
+    arch         rows | BLOCK_B  num_warps
+    interpreter  *    | 2        4
+    *            *    | 1        4
+    """,
+)
+
+
+@triton.jit
+def _rows_of(p_x, p_t, p_h, token, i, n_x, n_t, W: tl.constexpr):
+    """Pointers to the first element of each row's q | k | v: [rows]."""
+    p_row = tl.where(token == 0, p_x + (i % n_x).to(tl.int64) * W, p_h + i.to(tl.int64) * W)
+    return tl.where(token == 1, p_t + (i % n_t).to(tl.int64) * W, p_row)
+
+
+@triton.jit
+def attend_tokens(
+    p_x, p_t, p_h, o_row, m_row, B2, n_x, n_t, i_head,
+    W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """What one head gives to some rows: ``softmax(q k^T / sqrt(D)) v`` over the three tokens of the row's own pair.
+
+    Args:
+        p_x: [n_x, W], q | k | v of the x tokens; pair i reads row i % n_x.
+        p_t: [n_t, W], of the t tokens; pair i reads row i % n_t.
+        p_h: [2B, W], of the h tokens.
+        o_row: int block [rows], token-major row numbers.
+        m_row: [rows], which of them are there; the others give zeros.
+        B2: 2B, the number of pairs.
+        n_x: B or 2B.
+        n_t: 1 or 2B.
+        i_head: query head, an int or a block [rows] of them.
+        W: (H + 2 HKV) * D.
+        H: query heads.
+        HKV: key heads.
+        D: columns of a head.
+
+    Returns:
+        fp32 [rows, D], or as many columns as the power of two not below D, zeros past D.
+    """
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)
+    o_d = tl.arange(0, COLUMNS)
+    m_d = m_row[:, None] & (o_d < D)[None, :]
+    token = o_row.to(tl.int32) // B2  # a division of 64 bits is a hundred instructions
+    i = o_row.to(tl.int32) % B2
+    i_kv = i_head // (H // HKV)
+    p_q = _rows_of(p_x, p_t, p_h, token, i, n_x, n_t, W) + i_head * D
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32) * (D**-0.5)
+
+    p_kv_x = p_x + (i % n_x).to(tl.int64) * W + (H + i_kv) * D
+    p_kv_t = p_t + (i % n_t).to(tl.int64) * W + (H + i_kv) * D
+    p_kv_h = p_h + i.to(tl.int64) * W + (H + i_kv) * D
+    b_s_x = tl.sum(b_q * tl.load(p_kv_x[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32), 1)  # [rows]
+    b_s_t = tl.sum(b_q * tl.load(p_kv_t[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32), 1)
+    b_s_h = tl.sum(b_q * tl.load(p_kv_h[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32), 1)
+    b_max = tl.maximum(tl.maximum(b_s_x, b_s_t), b_s_h)
+    b_s_x, b_s_t, b_s_h = tl.exp(b_s_x - b_max), tl.exp(b_s_t - b_max), tl.exp(b_s_h - b_max)
+    b_scale = 1.0 / (b_s_x + b_s_t + b_s_h)
+
+    V: tl.constexpr = HKV * D  # values stand this far behind their keys
+    b_x = tl.load(p_kv_x[:, None] + (V + o_d)[None, :], mask=m_d, other=0.0).to(tl.float32)
+    b_t = tl.load(p_kv_t[:, None] + (V + o_d)[None, :], mask=m_d, other=0.0).to(tl.float32)
+    b_h = tl.load(p_kv_h[:, None] + (V + o_d)[None, :], mask=m_d, other=0.0).to(tl.float32)
+    return (b_s_x * b_scale)[:, None] * b_x + (b_s_t * b_scale)[:, None] * b_t + (b_s_h * b_scale)[:, None] * b_h
+
+
+@triton.jit(do_not_specialize=["B2", "n_x", "n_t"])
+def _token_attention_kernel(
+    p_x, p_t, p_h, p_out,
+    B2, n_x, n_t,
+    W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, N_TOKENS: tl.constexpr,
+    ASKING: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    # a row of the block = (request, branch, token, head of the group), the last two padded to powers of two
+    i_b, i_kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o = tl.arange(0, BLOCK_B * 2 * ASKING * GROUP)
+    o_group, o_token, o_branch = o % GROUP, o // GROUP % ASKING, o // (GROUP * ASKING) % 2
+    o_b = i_b * BLOCK_B + o // (GROUP * ASKING * 2)
+    m_row = (o_b < B2 // 2) & (o_token < N_TOKENS) & (o_group < H // HKV)
+    i_head = i_kv * (H // HKV) + o_group
+    o_row = o_token * B2 + o_branch * (B2 // 2) + o_b
+    b_o = attend_tokens(p_x, p_t, p_h, o_row, m_row, B2, n_x, n_t, i_head, W, H, HKV, D)
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)
+    o_d = tl.arange(0, COLUMNS)
+    p_row = p_out + o_row * (H * D) + i_head * D
+    m_o = m_row[:, None] & (o_d < D)[None, :]
+    tl.store(p_row[:, None] + o_d[None, :], cast(b_o, p_out.dtype.element_ty), mask=m_o)
+
+
+def launch_token_attention(
+    out: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor,
+    n_heads: int, n_kv_heads: int, n_tokens: int, max_batch: int,
+) -> None:  # fmt: skip
+    """Fill `out`, contiguous [n_tokens * 2B, H * D]; the other arguments are :func:`token_attention`'s, unchecked."""
+    B2, W = h_qkv.shape
+    D = W // (n_heads + 2 * n_kv_heads)
+    constants = TOKEN_ATTENTION(N=W, K=D, dtype=h_qkv.dtype, rows=max_batch)
+    del constants["N"], constants["K"]
+    grid = (triton.cdiv(B2 // 2, constants["BLOCK_B"]), n_kv_heads)
+    _token_attention_kernel[grid](
+        x_qkv, t_qkv, h_qkv, out, B2, x_qkv.shape[0], t_qkv.shape[0],
+        W=W, H=n_heads, HKV=n_kv_heads, D=D, N_TOKENS=n_tokens,
+        ASKING=triton.next_power_of_2(n_tokens), GROUP=triton.next_power_of_2(n_heads // n_kv_heads), **constants,
+    )  # fmt: skip
+
+
+@operator(launch_token_attention)
+def token_attention(
+    x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, n_heads: int, n_kv_heads: int, n_tokens: int, max_batch: int
+) -> Tensor:
+    """Attention over the three tokens [x, t, h] of each pair (branch, request): no mask, no positions.
+
+    Args:
+        x_qkv: [n_x, W] fp32, bf16 or fp16, n_x = B or 2B: q | k | v of the x tokens, W = (H + 2 Hkv) * D.
+        t_qkv: [n_t, W], n_t = 1 or 2B: of the t tokens.
+        h_qkv: [2B, W], of the h tokens.
+        n_heads: H query heads.
+        n_kv_heads: Hkv key heads, a divisor of H; query head h reads key head ``h // (H / Hkv)``.
+        n_tokens: 3, or 1 where only the x tokens ask.
+        max_batch: the most requests this is prepared for; B may be any of 1..max_batch, and a request's result does
+            not depend on the others.
+
+    Returns:
+        [n_tokens * 2B, H * D], token-major, softmax and sums in fp32, rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from h_qkv's.
+        ValueError: a shape, stride or device is wrong, or a number is not one of those above.
+    """
+    B2, W = expect("h_qkv", h_qkv, ("2B", "W"))
+    n_x, _ = expect("x_qkv", x_qkv, ("n_x", W), like=h_qkv)
+    n_t, _ = expect("t_qkv", t_qkv, ("n_t", W), like=h_qkv)
+    if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads or W % (n_heads + 2 * n_kv_heads):
+        raise ValueError(
+            f"h_qkv has {W} columns, which are no ({n_heads} + 2 * {n_kv_heads}) heads (n_heads, n_kv_heads)"
+        )
+    if n_tokens not in (1, 3):
+        raise ValueError(f"n_tokens is {n_tokens} but must be 3, or 1 for the x tokens alone")
+    expect_batch("h_qkv", B2, 2, max_batch)
+    if n_x not in (B2, B2 // 2):
+        raise ValueError(f"x_qkv has {n_x} rows but must have B = {B2 // 2} or 2B = {B2}")
+    if n_t not in (1, B2):
+        raise ValueError(f"t_qkv has {n_t} rows but must have 1 or 2B = {B2}")
+    return h_qkv.new_empty(n_tokens * B2, n_heads * (W // (n_heads + 2 * n_kv_heads)))
