@@ -43,6 +43,8 @@ class Entry:
         rows: the size that varies from call to call, for which there may be one binary only.
         stage: launch constants -> elements of the weights that one stage of the pipeline loads.
         once: arguments of which no byte may be loaded twice by one row tile: the weights.
+        alike: whether blocks along each axis of the grid do the same on other addresses, so that three of them tell
+            what all load; where not, all are counted, and only at the odd shapes.
         product: whether the kernel multiplies matrices, so that bf16 and fp16 must reach the matrix units.
     """
 
@@ -53,6 +55,7 @@ class Entry:
     rows: str = "M"
     stage: Callable[[Mapping[str, Any]], int] = lambda c: c["BLOCK_N"] * c["BLOCK_K"]
     once: tuple[str, ...] = ("weight",)
+    alike: bool = True
     product: bool = True
 
     @property

@@ -65,11 +65,11 @@ def assert_within(entry: Entry, case: Case) -> None:
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
     """DESIGN rule 5 at the true sizes with the tiles of `arch`: one row tile loads each weight byte once."""
     args = entry.args(case, Maker(DTYPES[dtype]))
-    with settings.pretend(arch), counting() as launches:
+    with settings.pretend(arch), counting(whole=not entry.alike) as launches:
         entry.op.run(**args)
     row_tiles = -(-case.sizes[entry.rows] // launches[0].constants[f"BLOCK_{entry.rows}"])
     for name in entry.once:
         traffic = [launch.of(args[name]) for launch in launches if args[name].data_ptr() in launch.pointers.values()]
         least = args[name].numel() * args[name].element_size()
         assert sum(t.dram for t in traffic) == least, f"{name}: {traffic} where {least:,} bytes would do"
-        assert sum(t.again for t in traffic) == least * (row_tiles - 1), f"{name} is loaded more than once: {traffic}"
+        assert sum(t.again for t in traffic) <= least * (row_tiles - 1), f"{name} is loaded more than once: {traffic}"

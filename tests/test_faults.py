@@ -18,7 +18,7 @@ from voxkern.kernels.linear import launch_norm_linear
 DOT = "b_acc = dot(b_w, tl.trans(b_a), b_acc)"
 LOAD = "b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)"
 STORE = "mask=m_m[None, :] & m_n[:, None])"
-JIT = '@triton.jit(do_not_specialize=["M"])'
+JIT = '@triton.jit(do_not_specialize=["M", "q_rows"])'
 NORM_LINEAR = entry_of("norm_linear")
 ODD, PUBLIC = case_of(NORM_LINEAR, "odd"), case_of(NORM_LINEAR, "q-b1")
 
