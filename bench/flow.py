@@ -21,7 +21,7 @@ def enter(x: Tensor, w_in: Tensor, time: Tensor, tokens: Tensor) -> None:
 
 
 def euler(y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, x: Tensor) -> None:
-    """The step in place. The kernels round nothing on the way, and neither does this: the stricter thing to be held to."""
+    """The step in place. The kernels round nothing on the way and neither does this, so they are held to more."""
     v = F.linear(rms_norm(wide(y[: 2 * len(x)]), wide(norm), eps), wide(w_out))
     x.copy_(euler_step(x, guide(v, cfg_alpha), dt))
 
@@ -137,7 +137,7 @@ def _entry(op: Any, reference: Any, inputs: Any, once: tuple[str, ...]) -> Entry
         inputs=inputs,
         cases=CASES,
         rows="B",
-        stage=lambda c: c["BLOCK_N"] * c["K"],
+        stage=lambda c: c.get("BLOCK_K", 0) * c["N"],
         once=once,
         product=False,  # with a state of one row a request, these are sums over bytes that stream by
     )

@@ -43,7 +43,7 @@ class Entry:
         rows: the size that varies from call to call, for which there may be one binary only.
         stage: launch constants -> elements of the weights that one stage of the pipeline loads.
         once: arguments of which no byte may be loaded twice by one row tile: the weights.
-        product: whether the kernel multiplies matrices, so that bf16 and fp16 must reach the matrix units.
+        product: whether its first launch multiplies matrices, so that bf16 and fp16 must reach the matrix units.
     """
 
     op: Any

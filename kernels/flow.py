@@ -24,16 +24,18 @@ FLOW_START = Table(
     *            | 64       4
     """,
 )
-# A block has its multiprocessor to itself: a tile is 64 rows or columns of K = 36 (the power of two above) by BLOCK_N,
-# and PIPE of them are under way at once.
+# A block has its multiprocessor to itself, and one multiprocessor draws some 64 bytes a cycle: what counts is how many
+# are under way. A tile of BLOCK_K whole rows of w_out is 24 KB of bf16 in the public model (32 KB with the columns up
+# to a power of two), and three of them fit into the 101,376 bytes of sm_86, 89 and 120.
 FLOW_STEP = Table(
     "flow_step",
     """
-    arch         dtype | BLOCK_N  PIPE  num_warps
-    interpreter  *     | 64       1     4
-    gfx*         *     | 128      2     8
-    sm_*         fp32  | 64       4     16
-    sm_*         *     | 128      4     16
+    arch         dtype N    | BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *     *    | 64       4        4          1
+    gfx*         *     *    | 128      4        8          2
+    sm_*         fp32  4096 | 64       2        16         4
+    sm_*         *     4096 | 128      4        16         4
+    sm_*         *     *    | 64       2        16         2
     """,
 )
 
@@ -42,72 +44,77 @@ FLOW_STEP = Table(
 def _velocity(
     p_y, p_norm, p_w_out, p_alpha, i_b, B, eps,
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, PIPE: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """The guided velocity of one request, from the last layer's x tokens: fp32 [PAD_K].
 
     Guidance is linear and so is the projection: combining the two normalised rows first halves the multiply-adds.
     """
-    p_cond, p_uncond = p_y + i_b * N, p_y + (B + i_b) * N
-    o_row = tl.arange(0, PAD_N)
-    b_cond = tl.load(p_cond + o_row, mask=o_row < N, other=0.0).to(tl.float32)
-    b_uncond = tl.load(p_uncond + o_row, mask=o_row < N, other=0.0).to(tl.float32)
+    o_n, o_k = tl.arange(0, PAD_N), tl.arange(0, PAD_K)
+    m_n = o_n < N
+    b_cond = tl.load(p_y + i_b * N + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_uncond = tl.load(p_y + (B + i_b) * N + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_norm = tl.load(p_norm + o_n, mask=m_n, other=0.0).to(tl.float32)
     alpha = tl.load(p_alpha + i_b)
-    scale_cond = alpha * tl.rsqrt(tl.sum(b_cond * b_cond, 0) / N + eps)
-    scale_uncond = (1 - alpha) * tl.rsqrt(tl.sum(b_uncond * b_uncond, 0) / N + eps)
+    b_cond *= alpha * tl.rsqrt(tl.sum(b_cond * b_cond, 0) / N + eps)
+    b_uncond *= (1 - alpha) * tl.rsqrt(tl.sum(b_uncond * b_uncond, 0) / N + eps)
+    b_y = (b_cond + b_uncond) * b_norm  # [N]
 
-    o_k = tl.arange(0, PAD_K)
-    b_acc = tl.zeros([PAD_K, BLOCK_N], dtype=tl.float32)
-    for n in tl.range(0, N, BLOCK_N, num_stages=PIPE):
-        o_n = n + tl.arange(0, BLOCK_N)
-        m_n = o_n < N
-        b_w = tl.load(p_w_out + o_k[:, None] * N + o_n[None, :], mask=(o_k < K)[:, None] & m_n[None, :], other=0.0)
-        b_y = scale_cond * tl.load(p_cond + o_n, mask=m_n, other=0.0).to(tl.float32)
-        b_y += scale_uncond * tl.load(p_uncond + o_n, mask=m_n, other=0.0).to(tl.float32)
-        b_y *= tl.load(p_norm + o_n, mask=m_n, other=0.0).to(tl.float32)  # [N]
-        b_acc += b_w.to(tl.float32) * b_y[None, :]  # [K, N]
-    return tl.sum(b_acc, 1)
+    b_v = tl.zeros([PAD_K], dtype=tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
+        o_row = k + tl.arange(0, BLOCK_K)
+        m_w = (o_row < K)[:, None] & m_n[None, :]
+        b_w = tl.load(p_w_out + o_row[:, None] * N + o_n[None, :], mask=m_w, other=0.0).to(tl.float32)
+        b_some = tl.sum(b_w * b_y[None, :], 1)  # [BLOCK_K]
+        b_v += tl.sum(tl.where(o_k[:, None] == o_row[None, :], b_some[None, :], 0.0), 1)
+    return b_v
 
 
 @triton.jit
 def _euler(
     p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt,
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, PIPE: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """``x += dt * velocity`` in memory, and the new x: fp32 [PAD_K], zeros past K."""
     eps, dt = tl.full([], eps, tl.float32), tl.full([], dt, tl.float32)  # torch.compile passes them as fp64
     o_k = tl.arange(0, PAD_K)
     b_x = tl.load(p_x + i_b * K + o_k, mask=o_k < K, other=0.0)
     tl.debug_barrier()  # several warps hold the same x: all have read it before one writes it
-    b_x += dt * _velocity(p_y, p_norm, p_w_out, p_alpha, i_b, B, eps, N, K, PAD_N, PAD_K, BLOCK_N, PIPE)
+    b_x += dt * _velocity(p_y, p_norm, p_w_out, p_alpha, i_b, B, eps, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
     tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
     return b_x
 
 
 @triton.jit
+def _enter_time(p_time, p_tokens, i_b, B, N: tl.constexpr, PAD_N: tl.constexpr):
+    """Write a request's t tokens, both branches."""
+    o_n = tl.arange(0, PAD_N)
+    b_time = tl.load(p_time + o_n, mask=o_n < N, other=0.0)
+    tl.store(p_tokens + (2 * B + i_b) * N + o_n, b_time, mask=o_n < N)
+    tl.store(p_tokens + (3 * B + i_b) * N + o_n, b_time, mask=o_n < N)
+
+
+@triton.jit
 def _enter(
-    p_w_in, p_time, p_tokens, b_x, i_b, n, B,
+    p_w_in, p_tokens, b_x, i_b, n, B,
     N: tl.constexpr, K: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write columns n .. n + BLOCK_N of a request's x and t tokens, both branches; `b_x` is fp32 [PAD_K]."""
+    """Write columns n .. n + BLOCK_N of a request's x tokens, both branches; `b_x` is fp32 [PAD_K]."""
     o_n, o_k = n + tl.arange(0, BLOCK_N), tl.arange(0, PAD_K)
     m_n = o_n < N
     b_w = tl.load(p_w_in + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
     b_x = cast(b_x, b_w.dtype).to(tl.float32)  # the network's input is an activation
     b_token = cast(tl.sum(b_w.to(tl.float32) * b_x[None, :], 1), p_tokens.dtype.element_ty)  # [N]
-    b_time = tl.load(p_time + o_n, mask=m_n, other=0.0)
     tl.store(p_tokens + i_b * N + o_n, b_token, mask=m_n)
     tl.store(p_tokens + (B + i_b) * N + o_n, b_token, mask=m_n)
-    tl.store(p_tokens + (2 * B + i_b) * N + o_n, b_time, mask=m_n)
-    tl.store(p_tokens + (3 * B + i_b) * N + o_n, b_time, mask=m_n)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _flow_start_kernel(
     p_seed, p_frame, p_noise, p_quantiles, p_w_in, p_time, p_x, p_tokens,
     B,
-    N: tl.constexpr, K: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_k = tl.arange(0, PAD_K)
@@ -121,7 +128,8 @@ def _flow_start_kernel(
         b_x = tl.load(p_noise + i_b * K + o_k, mask=o_k < K, other=0.0)
     if i_n == 0:
         tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
-    _enter(p_w_in, p_time, p_tokens, b_x, i_b, i_n * BLOCK_N, B, N, K, PAD_K, BLOCK_N)
+        _enter_time(p_time, p_tokens, i_b, B, N, PAD_N)
+    _enter(p_w_in, p_tokens, b_x, i_b, i_n * BLOCK_N, B, N, K, PAD_K, BLOCK_N)
 
 
 def launch_flow_start(
@@ -132,8 +140,9 @@ def launch_flow_start(
     B, (N, K) = x.shape[0], w_in.shape
     constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch)
     _flow_start_kernel[(B, triton.cdiv(N, constants["BLOCK_N"]))](
-        seed, frame, noise, quantiles, w_in, time, x, tokens, B, PAD_K=_pad(K), **constants
-    )
+        seed, frame, noise, quantiles, w_in, time, x, tokens, B,
+        PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), **constants,
+    )  # fmt: skip
 
 
 @operator(launch_flow_start, mutates=("x", "tokens"))
@@ -180,12 +189,13 @@ def _flow_step_kernel(
     p_y, p_norm, p_w_out, p_alpha, p_x, p_w_in, p_time, p_tokens,
     B, eps, dt,
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, PIPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    b_x = _euler(p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt, N, K, PAD_N, PAD_K, BLOCK_N, PIPE)
+    _enter_time(p_time, p_tokens, i_b, B, N, PAD_N)
+    b_x = _euler(p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
     for n in tl.range(0, N, BLOCK_N, num_stages=PIPE):
-        _enter(p_w_in, p_time, p_tokens, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
+        _enter(p_w_in, p_tokens, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
 
 
 def launch_flow_step(
@@ -197,7 +207,7 @@ def launch_flow_step(
     constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch)
     _flow_step_kernel[(B,)](
         y, norm, w_out, cfg_alpha, x, w_in, time, tokens, B, eps, dt,
-        PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), **constants,
+        PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), PIPE=constants["num_stages"], **constants,
     )  # fmt: skip
 
 
@@ -242,29 +252,32 @@ def flow_step(
 def _flow_finish_kernel(
     p_y, p_norm, p_w_out, p_alpha, p_x, p_semantic, p_embeddings, p_codes, p_next,
     B, eps, dt,
-    N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
-    LEVELS: tl.constexpr, SEMANTIC_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, PIPE: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    PAD_N: tl.constexpr, PAD_K: tl.constexpr, PAD_E: tl.constexpr,
+    LEVELS: tl.constexpr, SEMANTIC_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    b_x = _euler(p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt, N, K, PAD_N, PAD_K, BLOCK_N, PIPE)
+    b_x = _euler(p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
     b_x = tl.where(b_x > -1.0, b_x, -1.0)  # NaN as well: it must not become an address
     b_x = tl.where(b_x < 1.0, b_x, 1.0)
     b_level = round_half_even((b_x + 1) / 2 * (LEVELS - 1)).to(tl.int64)
     semantic = tl.load(p_semantic + i_b)
     b_code = tl.where(semantic == END, 0, b_level) + EMBED_OFFSET  # [K]
-    o_k = tl.arange(0, PAD_K)
+    o_k, o_e = tl.arange(0, PAD_K), tl.arange(0, PAD_E)
     tl.store(p_codes + i_b * (1 + K), semantic)
     tl.store(p_codes + i_b * (1 + K) + 1 + o_k, b_code, mask=o_k < K)
 
+    m_e = o_e < E
+    b_next = tl.load(p_embeddings + semantic * E + o_e, mask=m_e, other=0.0).to(tl.float32)
     b_row = SEMANTIC_SIZE + EMBED_OFFSET + (LEVELS + EMBED_OFFSET) * o_k + b_code  # [K], int64
-    for e in tl.range(0, E, BLOCK_N, num_stages=PIPE):
-        o_e = e + tl.arange(0, BLOCK_N)
-        m_e = o_e < E
-        m_b = (o_k < K)[:, None] & m_e[None, :]
-        b_acoustic = tl.load(p_embeddings + b_row[:, None] * E + o_e[None, :], mask=m_b, other=0.0).to(tl.float32)
-        b_semantic = tl.load(p_embeddings + semantic * E + o_e, mask=m_e, other=0.0).to(tl.float32)
-        b_next = cast(b_semantic + tl.sum(b_acoustic, 0), p_next.dtype.element_ty)  # [E]
-        tl.store(p_next + i_b * E + o_e, b_next, mask=m_e)
+    for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
+        o_some = k + tl.arange(0, BLOCK_K)
+        o_row = tl.sum(tl.where(o_some[:, None] == o_k[None, :], b_row[None, :], 0), 1)  # [BLOCK_K] of b_row
+        m_b = (o_some < K)[:, None] & m_e[None, :]
+        b_next += tl.sum(
+            tl.load(p_embeddings + o_row[:, None] * E + o_e[None, :], mask=m_b, other=0.0).to(tl.float32), 0
+        )
+    tl.store(p_next + i_b * E + o_e, cast(b_next, p_next.dtype.element_ty), mask=m_e)
 
 
 def launch_flow_finish(
@@ -275,11 +288,13 @@ def launch_flow_finish(
     """Fill `out`, codes [B, 1 + K] and next [B, E], and update `x`; the others are :func:`flow_finish`'s, unchecked."""
     codes, following = out
     B, (K, N) = x.shape[0], w_out.shape
-    constants = FLOW_STEP(N=N, K=K, dtype=w_out.dtype, rows=max_batch)
+    E = embeddings.shape[1]
+    constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | {"N": N}
+    del constants["BLOCK_N"]  # of the input projection, which is not done here
     _flow_finish_kernel[(B,)](
         y, norm, w_out, cfg_alpha, x, semantic, embeddings, codes, following, B, eps, dt,
-        E=embeddings.shape[1], PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K),
-        LEVELS=levels, SEMANTIC_SIZE=semantic_size, **constants,
+        E=E, PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), PAD_E=triton.next_power_of_2(E),
+        LEVELS=levels, SEMANTIC_SIZE=semantic_size, PIPE=constants["num_stages"], **constants,
     )  # fmt: skip
 
 

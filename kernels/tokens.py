@@ -5,7 +5,6 @@ the condition. What is the same for many pairs (branch, request) is kept once: x
 yet, and the time is one row for all.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
