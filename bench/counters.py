@@ -67,13 +67,15 @@ class Launch:
 
     def of(self, tensor: Tensor) -> Traffic:
         """Of the argument that `tensor` was passed as."""
-        return self.traffic()[next(name for name, pointer in self.pointers.items() if pointer == tensor.data_ptr())]
+        return self._traffic(next(name for name, pointer in self.pointers.items() if pointer == tensor.data_ptr()))
 
     def traffic(self) -> dict[str, Traffic]:
         """Per argument, of the whole launch."""
         names = {name for block in self.blocks.values() for name in block.touched}
-        whole = len(self.blocks) == math.prod(self.grid)
-        return {name: self._whole(name) if whole else self._scaled(name) for name in sorted(names)}
+        return {name: self._traffic(name) for name in sorted(names)}
+
+    def _traffic(self, name: str) -> Traffic:
+        return self._whole(name) if len(self.blocks) == math.prod(self.grid) else self._scaled(name)
 
     def _whole(self, name: str) -> Traffic:
         dram = len(np.unique(np.concatenate([block.distinct(name) for block in self.blocks.values()])))

@@ -89,7 +89,7 @@ class Row:
         nvidia = self.arch.startswith("sm_")
         if self.dtype == "fp32" and (self.matrix != "-" if nvidia else "xf32" in self.matrix):
             found.append(f"multiplies fp32 as TF32 ({self.matrix})")  # NVIDIA's matrix units take no other fp32
-        if self.dtype != "fp32" and product and self.matrix == "-":
+        if self.dtype != "fp32" and product and self.launch.startswith("0:") and self.matrix == "-":
             found.append("multiplies without a matrix instruction")
         return found
 

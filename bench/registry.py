@@ -45,7 +45,7 @@ class Entry:
         once: arguments of which no byte may be loaded twice by one row tile: the weights.
         alike: whether blocks along each axis of the grid do the same on other addresses, so that three of them tell
             what all load; where not, all are counted, and only at the odd shapes.
-        product: whether the kernel multiplies matrices, so that bf16 and fp16 must reach the matrix units.
+        product: whether its first launch multiplies matrices, so that bf16 and fp16 must reach the matrix units.
     """
 
     op: Any

@@ -79,7 +79,12 @@ def operator(launch: Callable[..., None], mutates: Sequence[str] = ()) -> Callab
 
 
 def expect(
-    name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor | None = None, contiguous: bool = True
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | str, ...],
+    like: Tensor | None = None,
+    contiguous: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> tuple[int, ...]:
     """Raise unless argument `name` is what a kernel can read; its shape otherwise.
 
@@ -89,6 +94,7 @@ def expect(
         shape: sizes it must have; a string names a size that may be any.
         like: a tensor whose dtype and device it must share; without one, any of fp32, bf16 and fp16 will do.
         contiguous: all of it must be; otherwise only its last dimension.
+        dtype: that it must have, whatever `like` has.
 
     Raises:
         TypeError: it is no tensor, or of another dtype.
@@ -99,7 +105,7 @@ def expect(
     got, want = list(tensor.shape), "[" + ", ".join(map(str, shape)) + "]"
     if len(got) != len(shape) or any(isinstance(b, int) and a != b for a, b in zip(got, shape, strict=True)):
         raise ValueError(f"{name} is {got} but must be {want}")
-    dtypes = DTYPES if like is None else [like.dtype]
+    dtypes = [dtype] if dtype is not None else DTYPES if like is None else [like.dtype]
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} is {tensor.dtype} but must be " + " or ".join(map(str, dtypes)))
     if like is not None and tensor.device != like.device:

@@ -67,7 +67,7 @@ def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
     args = entry.args(case, Maker(DTYPES[dtype]))
     with settings.pretend(arch), counting(whole=not entry.alike) as launches:
         entry.op.run(**args)
-    row_tiles = -(-case.sizes[entry.rows] // launches[0].constants[f"BLOCK_{entry.rows}"])
+    row_tiles = -(-case.sizes[entry.rows] // launches[0].constants.get(f"BLOCK_{entry.rows}", 1))
     for name in entry.once:
         traffic = [launch.of(args[name]) for launch in launches if args[name].data_ptr() in launch.pointers.values()]
         least = args[name].numel() * args[name].element_size()

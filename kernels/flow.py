@@ -1,0 +1,375 @@
+"""What surrounds the flow head's layers: noise and tokens at the start of a frame, an Euler step, codes at its end.
+
+The velocity's projection and the input projection of the next x are 221 KB each in the public model, and the second
+waits for the first: one block does both for one request, so that a step is one launch and no block waits for another.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast, normals, round_half_even
+from .operator import expect, expect_batch, operator
+from .settings import Table
+
+EMBED_OFFSET = tl.constexpr(2)  # codes of EMPTY and END stand before those of sound, in every codebook
+END = tl.constexpr(1)
+
+FLOW_START = Table(
+    "flow_start",
+    """
+    arch         | BLOCK_N  num_warps
+    interpreter  | 64       4
+    *            | 64       4
+    """,
+)
+# A block has its multiprocessor to itself, and one multiprocessor draws some 64 bytes a cycle: what counts is how many
+# are under way. A tile of BLOCK_K whole rows of w_out is 24 KB of bf16 in the public model (32 KB with the columns up
+# to a power of two), and three of them fit into the 101,376 bytes of sm_86, 89 and 120.
+FLOW_STEP = Table(
+    "flow_step",
+    """
+    arch         dtype N    | BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *     *    | 64       4        4          1
+    gfx*         *     *    | 128      4        8          2
+    sm_*         fp32  4096 | 64       2        16         4
+    sm_*         *     4096 | 128      4        16         4
+    sm_*         *     *    | 64       2        16         2
+    """,
+)
+
+
+@triton.jit
+def _velocity(
+    p_y, p_norm, p_w_out, p_alpha, i_b, B, eps,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    """The guided velocity of one request, from the last layer's x tokens: fp32 [PAD_K].
+
+    Guidance is linear and so is the projection: combining the two normalised rows first halves the multiply-adds.
+    """
+    o_n, o_k = tl.arange(0, PAD_N), tl.arange(0, PAD_K)
+    m_n = o_n < N
+    b_cond = tl.load(p_y + i_b * N + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_uncond = tl.load(p_y + (B + i_b) * N + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_norm = tl.load(p_norm + o_n, mask=m_n, other=0.0).to(tl.float32)
+    alpha = tl.load(p_alpha + i_b)
+    b_cond *= alpha * tl.rsqrt(tl.sum(b_cond * b_cond, 0) / N + eps)
+    b_uncond *= (1 - alpha) * tl.rsqrt(tl.sum(b_uncond * b_uncond, 0) / N + eps)
+    b_y = (b_cond + b_uncond) * b_norm  # [N]
+
+    b_v = tl.zeros([PAD_K], dtype=tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
+        o_row = k + tl.arange(0, BLOCK_K)
+        m_w = (o_row < K)[:, None] & m_n[None, :]
+        b_w = tl.load(p_w_out + o_row[:, None] * N + o_n[None, :], mask=m_w, other=0.0).to(tl.float32)
+        b_some = tl.sum(b_w * b_y[None, :], 1)  # [BLOCK_K]
+        b_v += tl.sum(tl.where(o_k[:, None] == o_row[None, :], b_some[None, :], 0.0), 1)
+    return b_v
+
+
+@triton.jit
+def _euler(
+    p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    """``x += dt * velocity`` in memory, and the new x: fp32 [PAD_K], zeros past K."""
+    eps, dt = tl.full([], eps, tl.float32), tl.full([], dt, tl.float32)  # torch.compile passes them as fp64
+    o_k = tl.arange(0, PAD_K)
+    b_x = tl.load(p_x + i_b * K + o_k, mask=o_k < K, other=0.0)
+    tl.debug_barrier()  # several warps hold the same x: all have read it before one writes it
+    b_x += dt * _velocity(p_y, p_norm, p_w_out, p_alpha, i_b, B, eps, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
+    tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
+    return b_x
+
+
+@triton.jit
+def _enter_time(p_time, p_tokens, i_b, B, N: tl.constexpr, PAD_N: tl.constexpr):
+    """Write a request's t tokens, both branches."""
+    o_n = tl.arange(0, PAD_N)
+    b_time = tl.load(p_time + o_n, mask=o_n < N, other=0.0)
+    tl.store(p_tokens + (2 * B + i_b) * N + o_n, b_time, mask=o_n < N)
+    tl.store(p_tokens + (3 * B + i_b) * N + o_n, b_time, mask=o_n < N)
+
+
+@triton.jit
+def _enter(
+    p_w_in, p_tokens, b_x, i_b, n, B,
+    N: tl.constexpr, K: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write columns n .. n + BLOCK_N of a request's x tokens, both branches; `b_x` is fp32 [PAD_K]."""
+    o_n, o_k = n + tl.arange(0, BLOCK_N), tl.arange(0, PAD_K)
+    m_n = o_n < N
+    b_w = tl.load(p_w_in + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+    b_x = cast(b_x, b_w.dtype).to(tl.float32)  # the network's input is an activation
+    b_token = cast(tl.sum(b_w.to(tl.float32) * b_x[None, :], 1), p_tokens.dtype.element_ty)  # [N]
+    tl.store(p_tokens + i_b * N + o_n, b_token, mask=m_n)
+    tl.store(p_tokens + (B + i_b) * N + o_n, b_token, mask=m_n)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _flow_start_kernel(
+    p_seed, p_frame, p_noise, p_quantiles, p_w_in, p_time, p_x, p_tokens,
+    B,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_k = tl.arange(0, PAD_K)
+    if p_noise is None:
+        b_n0, b_n1, b_n2, b_n3 = normals(
+            tl.load(p_seed + i_b), tl.load(p_frame + i_b), tl.arange(0, PAD_K // 4), p_quantiles
+        )  # each [K / 4]: every fourth codebook
+        b_x = tl.interleave(tl.interleave(b_n0, b_n2), tl.interleave(b_n1, b_n3))  # [K]
+        b_x = tl.where(o_k < K, b_x, 0.0)
+    else:
+        b_x = tl.load(p_noise + i_b * K + o_k, mask=o_k < K, other=0.0)
+    if i_n == 0:
+        tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
+        _enter_time(p_time, p_tokens, i_b, B, N, PAD_N)
+    _enter(p_w_in, p_tokens, b_x, i_b, i_n * BLOCK_N, B, N, K, PAD_K, BLOCK_N)
+
+
+def launch_flow_start(
+    seed: Tensor, frame: Tensor, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, time: Tensor,
+    x: Tensor, tokens: Tensor, max_batch: int,
+) -> None:  # fmt: skip
+    """Fill `x` and the first 4B rows of `tokens`; the arguments are those of :func:`flow_start`, unchecked."""
+    B, (N, K) = x.shape[0], w_in.shape
+    constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch)
+    _flow_start_kernel[(B, triton.cdiv(N, constants["BLOCK_N"]))](
+        seed, frame, noise, quantiles, w_in, time, x, tokens, B,
+        PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), **constants,
+    )  # fmt: skip
+
+
+@operator(launch_flow_start, mutates=("x", "tokens"))
+def flow_start(
+    seed: Tensor,
+    frame: Tensor,
+    noise: Tensor | None,
+    quantiles: Tensor,
+    w_in: Tensor,
+    time: Tensor,
+    x: Tensor,
+    tokens: Tensor,
+    max_batch: int,
+) -> None:
+    """Begin a frame: x is noise, and the x and t tokens of the first step are written.
+
+    Args:
+        seed: int64 [B], a request's own; with `frame` it decides the noise, whatever the batch.
+        frame: int64 [B], counted from 0 in each request.
+        noise: fp32 [B, K] to begin with instead, or None to draw it.
+        quantiles: fp32 [65536], the normal's quantiles at (i + 1/2) / 65536.
+        w_in: [dim, K] fp32, bf16 or fp16, the input projection.
+        time: [dim], the projected time of the first step.
+        x: fp32 [B, K], written: the flow's state.
+        tokens: [6B, dim], token-major (row = token * 2B + branch * B + request). The first 4B rows are written, those
+            of x and t; those of the hidden state are left alone.
+        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, stride or device is wrong, or B is not in 1..max_batch.
+    """
+    B = _expect_entrance(w_in, time, x, tokens, max_batch)
+    K = w_in.shape[1]
+    expect("seed", seed, (B,), like=w_in, dtype=torch.int64)
+    expect("frame", frame, (B,), like=w_in, dtype=torch.int64)
+    expect("quantiles", quantiles, (65536,), like=w_in, dtype=torch.float32)
+    if noise is not None:
+        expect("noise", noise, (B, K), like=w_in, dtype=torch.float32)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _flow_step_kernel(
+    p_y, p_norm, p_w_out, p_alpha, p_x, p_w_in, p_time, p_tokens,
+    B, eps, dt,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0).to(tl.int64)
+    _enter_time(p_time, p_tokens, i_b, B, N, PAD_N)
+    b_x = _euler(p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
+    for n in tl.range(0, N, BLOCK_N, num_stages=PIPE):
+        _enter(p_w_in, p_tokens, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
+
+
+def launch_flow_step(
+    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, x: Tensor,
+    w_in: Tensor, time: Tensor, tokens: Tensor, max_batch: int,
+) -> None:  # fmt: skip
+    """Update `x` and the first 4B rows of `tokens`; the arguments are those of :func:`flow_step`, unchecked."""
+    B, (N, K) = x.shape[0], w_in.shape
+    constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch)
+    _flow_step_kernel[(B,)](
+        y, norm, w_out, cfg_alpha, x, w_in, time, tokens, B, eps, dt,
+        PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), PIPE=constants["num_stages"], **constants,
+    )  # fmt: skip
+
+
+@operator(launch_flow_step, mutates=("x", "tokens"))
+def flow_step(
+    y: Tensor,
+    norm: Tensor,
+    w_out: Tensor,
+    eps: float,
+    cfg_alpha: Tensor,
+    dt: float,
+    x: Tensor,
+    w_in: Tensor,
+    time: Tensor,
+    tokens: Tensor,
+    max_batch: int,
+) -> None:
+    """An Euler step, ``x += dt * (a v_cond + (1 - a) v_uncond)``, and the x and t tokens of the next one.
+
+    Args:
+        y: [2B or more rows, dim] fp32, bf16 or fp16, what the last layer gives; the first 2B rows are the x tokens,
+            the conditional ones first.
+        norm: [dim], the final RMSNorm's weight.
+        w_out: [K, dim], the velocity's projection.
+        eps: added to the mean square.
+        cfg_alpha: fp32 [B], strength of the guidance a; 1 is none.
+        dt: length of the step.
+        x: fp32 [B, K], the flow's state, updated.
+        w_in: [dim, K], the input projection.
+        time: [dim], the projected time of the next step.
+        tokens: [6B, dim], as in :func:`flow_start`: the first 4B rows are written.
+        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, stride or device is wrong, or B is not in 1..max_batch.
+    """
+    _expect_head(y, norm, w_out, cfg_alpha, _expect_entrance(w_in, time, x, tokens, max_batch))
+
+
+@triton.jit(do_not_specialize=["B"])
+def _flow_finish_kernel(
+    p_y, p_norm, p_w_out, p_alpha, p_x, p_semantic, p_embeddings, p_codes, p_next,
+    B, eps, dt,
+    N: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    PAD_N: tl.constexpr, PAD_K: tl.constexpr, PAD_E: tl.constexpr,
+    LEVELS: tl.constexpr, SEMANTIC_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0).to(tl.int64)
+    b_x = _euler(p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
+    b_x = tl.where(b_x > -1.0, b_x, -1.0)  # NaN as well: it must not become an address
+    b_x = tl.where(b_x < 1.0, b_x, 1.0)
+    b_level = round_half_even((b_x + 1) / 2 * (LEVELS - 1)).to(tl.int64)
+    semantic = tl.load(p_semantic + i_b)
+    b_code = tl.where(semantic == END, 0, b_level) + EMBED_OFFSET  # [K]
+    o_k, o_e = tl.arange(0, PAD_K), tl.arange(0, PAD_E)
+    tl.store(p_codes + i_b * (1 + K), semantic)
+    tl.store(p_codes + i_b * (1 + K) + 1 + o_k, b_code, mask=o_k < K)
+
+    m_e = o_e < E
+    b_next = tl.load(p_embeddings + semantic * E + o_e, mask=m_e, other=0.0).to(tl.float32)
+    b_row = SEMANTIC_SIZE + EMBED_OFFSET + (LEVELS + EMBED_OFFSET) * o_k + b_code  # [K], int64
+    for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
+        o_some = k + tl.arange(0, BLOCK_K)
+        o_row = tl.sum(tl.where(o_some[:, None] == o_k[None, :], b_row[None, :], 0), 1)  # [BLOCK_K] of b_row
+        m_b = (o_some < K)[:, None] & m_e[None, :]
+        b_next += tl.sum(
+            tl.load(p_embeddings + o_row[:, None] * E + o_e[None, :], mask=m_b, other=0.0).to(tl.float32), 0
+        )
+    tl.store(p_next + i_b * E + o_e, cast(b_next, p_next.dtype.element_ty), mask=m_e)
+
+
+def launch_flow_finish(
+    out: tuple[Tensor, Tensor],
+    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, x: Tensor,
+    semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int, max_batch: int,
+) -> None:  # fmt: skip
+    """Fill `out`, codes [B, 1 + K] and next [B, E], and update `x`; the others are :func:`flow_finish`'s, unchecked."""
+    codes, following = out
+    B, (K, N) = x.shape[0], w_out.shape
+    E = embeddings.shape[1]
+    constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | {"N": N}
+    del constants["BLOCK_N"]  # of the input projection, which is not done here
+    _flow_finish_kernel[(B,)](
+        y, norm, w_out, cfg_alpha, x, semantic, embeddings, codes, following, B, eps, dt,
+        E=E, PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), PAD_E=triton.next_power_of_2(E),
+        LEVELS=levels, SEMANTIC_SIZE=semantic_size, PIPE=constants["num_stages"], **constants,
+    )  # fmt: skip
+
+
+@operator(launch_flow_finish, mutates=("x",))
+def flow_finish(
+    y: Tensor,
+    norm: Tensor,
+    w_out: Tensor,
+    eps: float,
+    cfg_alpha: Tensor,
+    dt: float,
+    x: Tensor,
+    semantic: Tensor,
+    levels: int,
+    embeddings: Tensor,
+    semantic_size: int,
+    max_batch: int,
+) -> tuple[Tensor, Tensor]:
+    """The last Euler step, its codes, and what they are to the backbone: the sum of their embeddings.
+
+    Args:
+        y: as in :func:`flow_step`, and so are `norm`, `w_out`, `eps`, `cfg_alpha` and `dt`.
+        norm: [dim].
+        w_out: [K, dim].
+        eps: added to the mean square.
+        cfg_alpha: fp32 [B].
+        dt: length of the step.
+        x: fp32 [B, K], updated; what is left in it is not clamped.
+        semantic: int64 [B], the semantic codes with the offset of 2; where one is 1 (END) all acoustic codes are 2.
+        levels: of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
+        embeddings: [rows, E]: ``semantic_size + 2`` rows, then ``levels + 2`` for each acoustic codebook.
+        semantic_size: codes of the semantic codebook, without the 2 special ones.
+        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+
+    Returns:
+        int64 [B, 1 + K], the codes with the offset of 2; [B, E], summed in fp32 and rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, stride, device or size is wrong, or B is not in 1..max_batch.
+    """
+    K, _ = expect("w_out", w_out, ("K", "dim"))
+    B, _ = expect("x", x, ("B", K), like=w_out, dtype=torch.float32)
+    expect_batch("x", B, 1, max_batch)
+    _expect_head(y, norm, w_out, cfg_alpha, B)
+    expect("semantic", semantic, (B,), like=w_out, dtype=torch.int64)
+    rows, E = expect("embeddings", embeddings, ("rows", "E"), like=w_out)
+    least = semantic_size + 2 + K * (levels + 2)
+    if levels < 2 or semantic_size < 1 or rows < least:
+        raise ValueError(
+            f"embeddings has {rows} rows but must have {least} or more: {semantic_size} + 2 semantic codes "
+            f"(semantic_size) and {K} x ({levels} + 2) acoustic ones (levels)"
+        )
+    return x.new_empty((B, 1 + K), dtype=torch.int64), w_out.new_empty(B, E)
+
+
+def _pad(K: int) -> int:
+    return max(16, triton.next_power_of_2(K))
+
+
+def _expect_entrance(w_in: Tensor, time: Tensor, x: Tensor, tokens: Tensor, max_batch: int) -> int:
+    """Check what :func:`_enter` writes and reads; B."""
+    N, K = expect("w_in", w_in, ("dim", "K"))
+    expect("time", time, (N,), like=w_in)
+    B, _ = expect("x", x, ("B", K), like=w_in, dtype=torch.float32)
+    expect_batch("x", B, 1, max_batch)
+    expect("tokens", tokens, (6 * B, N), like=w_in)
+    return B
+
+
+def _expect_head(y: Tensor, norm: Tensor, w_out: Tensor, cfg_alpha: Tensor, B: int) -> None:
+    """Check what :func:`_velocity` reads."""
+    _, N = expect("w_out", w_out, ("K", "dim"))
+    rows, _ = expect("y", y, ("rows", N), like=w_out)
+    if rows < 2 * B:
+        raise ValueError(f"y has {rows} rows but must have 2B = {2 * B} or more")
+    expect("norm", norm, (N,), like=w_out)
+    expect("cfg_alpha", cfg_alpha, (B,), like=w_out, dtype=torch.float32)
