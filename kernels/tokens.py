@@ -5,11 +5,12 @@ the condition. What is the same for many pairs (branch, request) is kept once: x
 yet, and the time is one row for all.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cast
+from .common import cast, dot
 from .operator import expect, expect_batch, operator
 from .settings import Table
 
@@ -21,6 +22,23 @@ TOKEN_ATTENTION = Table(
     arch         rows | BLOCK_B  num_warps
     interpreter  *    | 2        4
     *            *    | 1        4
+    """,
+)
+
+# wo with the attention before it, a head at a time: 96 blocks of 32 rows for N = 3072, 8 KB of weights a head. Each
+# block attends anew, 0.2 MFLOP; a stage holds seven tiles of q, k and v beside the weights, 21 KB in all for 8 rows and
+# 33 KB for 16, so the machines with 101,376 bytes a block have fewer stages.
+TOKEN_ATTENTION_LINEAR = Table(
+    "token_attention_linear",
+    """
+    arch         rows | BLOCK_M  BLOCK_N  num_warps  num_stages
+    interpreter  *    | 16       32       4          1
+    gfx*         *    | 16       32       4          2
+    sm_?6        8    | 8        32       4          5
+    sm_?9        8    | 8        32       4          5
+    sm_120       8    | 8        32       4          5
+    sm_*         8    | 8        32       4          7
+    sm_*         *    | 16       32       4          3
     """,
 )
 
@@ -161,3 +179,84 @@ def token_attention(
     if n_t not in (1, B2):
         raise ValueError(f"t_qkv has {n_t} rows but must have 1 or 2B = {B2}")
     return h_qkv.new_empty(n_tokens * B2, n_heads * (W // (n_heads + 2 * n_kv_heads)))
+
+
+@triton.jit(do_not_specialize=["M", "B2", "n_x", "n_t"])
+def _token_attention_linear_kernel(
+    p_x, p_t, p_h, p_w, p_residual, p_y,
+    M, B2, n_x, n_t,
+    N: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)
+    o_d = tl.arange(0, COLUMNS)
+    m_m, m_n = o_m < M, o_n < N
+    b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for i_head in range(0, H):
+        m_w = m_n[:, None] & (o_d < D)[None, :]
+        b_w = tl.load(p_w + o_n[:, None] * (H * D) + i_head * D + o_d[None, :], mask=m_w, other=0.0)  # [N, D]
+        b_o = attend_tokens(p_x, p_t, p_h, o_m, m_m, B2, n_x, n_t, i_head, W, H, HKV, D)  # [M, D]
+        b_acc = dot(b_w, tl.trans(cast(b_o, b_w.dtype)), b_acc)  # [N, M]
+    m_y = m_m[None, :] & m_n[:, None]
+    o_y = o_m[None, :] * N + o_n[:, None]
+    b_acc += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + o_y, cast(b_acc, p_y.dtype.element_ty), mask=m_y)
+
+
+def launch_token_attention_linear(
+    out: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, wo: Tensor, residual: Tensor,
+    n_heads: int, n_kv_heads: int, max_batch: int,
+) -> None:  # fmt: skip
+    """Fill `out`, contiguous [M, dim]; the other arguments are :func:`token_attention_linear`'s, unchecked."""
+    (B2, W), (M, N) = h_qkv.shape, out.shape
+    D = W // (n_heads + 2 * n_kv_heads)
+    constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6 * max_batch)
+    del constants["K"]
+    grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
+    _token_attention_linear_kernel[grid](
+        x_qkv, t_qkv, h_qkv, wo, residual, out, M, B2, x_qkv.shape[0], t_qkv.shape[0],
+        W=W, H=n_heads, HKV=n_kv_heads, D=D, **constants,
+    )  # fmt: skip
+
+
+@operator(launch_token_attention_linear)
+def token_attention_linear(
+    x_qkv: Tensor,
+    t_qkv: Tensor,
+    h_qkv: Tensor,
+    wo: Tensor,
+    residual: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    max_batch: int,
+) -> Tensor:
+    """``residual + attention @ wo.T`` in one launch, for few requests: each block attends for itself.
+
+    Args:
+        x_qkv: [n_x, W] bf16 or fp16, see :func:`token_attention`, also for `n_heads`, `n_kv_heads` and `max_batch`.
+        t_qkv: [n_t, W].
+        h_qkv: [2B, W].
+        wo: [dim, H * D].
+        residual: [6B, dim], or [2B, dim] where only the x tokens ask.
+        n_heads: H.
+        n_kv_heads: Hkv.
+        max_batch: prepared for.
+
+    Returns:
+        As `residual`: token-major, summed in fp32 and rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from h_qkv's.
+        ValueError: a shape, stride or device is wrong, or a number is not one of those above.
+    """
+    if h_qkv.dtype == torch.float32:  # a product of 128 fp32 columns takes more registers than a thread has
+        raise TypeError("h_qkv is torch.float32: call token_attention and linear")
+    attended = token_attention.declare(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, 3, max_batch)
+    N, _ = expect("wo", wo, ("dim", attended.shape[1]), like=h_qkv)
+    M, _ = expect("residual", residual, ("M", N), like=h_qkv)
+    if M not in (len(h_qkv), 3 * len(h_qkv)):
+        raise ValueError(f"residual has {M} rows but must have 2B = {len(h_qkv)} or 6B = {3 * len(h_qkv)}")
+    return residual.new_empty(M, N)

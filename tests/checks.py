@@ -59,7 +59,7 @@ def assert_right(entry: Entry, case: Case, dtype: str, apart: str | None = None)
 def assert_within(entry: Entry, case: Case) -> None:
     """No lane of any block reads or writes outside of the arguments, masked lanes aside."""
     with counting(whole=True):
-        entry.op.run(**entry.args(case, Maker()))
+        entry.op.run(**entry.args(case, Maker(DTYPES[case.dtypes[-1]])))
 
 
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:

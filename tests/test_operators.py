@@ -12,6 +12,7 @@ from voxkern.kernels import settings
 
 ENTRIES = entries()
 ODD = [(entry, case) for entry in ENTRIES for case in entry.cases if not case.public]
+FIRST = [(entry, next(case for case in entry.cases if not case.public)) for entry in ENTRIES]
 PUBLIC = [(entry, case) for entry in ENTRIES for case in entry.cases if case.public]
 
 
@@ -19,13 +20,25 @@ def named(pairs: list[tuple[Entry, Case]]) -> list[object]:
     return [pytest.param(entry, case, id=f"{entry.name}-{case.name}") for entry, case in pairs]
 
 
+def make(case: Case) -> Maker:
+    """In fp32, or in what the case is for."""
+    return Maker(DTYPES[case.dtypes[-1]])
+
+
 def per_operator() -> list[object]:
-    return [pytest.param(entry, next(c for c in entry.cases if not c.public), id=entry.name) for entry in ENTRIES]
+    return [pytest.param(entry, case, id=entry.name) for entry, case in FIRST]
+
+
+def in_each_dtype(pairs: list[tuple[Entry, Case]]) -> list[object]:
+    return [
+        pytest.param(entry, case, dtype, id=f"{entry.name}-{case.name}-{dtype}")
+        for entry, case in pairs
+        for dtype in case.dtypes
+    ]
 
 
 @pytest.mark.parametrize("tiles_of", ["interpreter", "sm_90", "gfx942"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("entry", "case"), named(ODD))
+@pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(ODD))
 def test_right(entry: Entry, case: Case, dtype: str, tiles_of: str) -> None:
     with settings.pretend(tiles_of):
         assert_right(entry, case, dtype)
@@ -38,11 +51,11 @@ def test_no_lane_leaves_its_arguments(entry: Entry, case: Case) -> None:
 
 @pytest.mark.parametrize(("entry", "case"), per_operator())
 def test_rows_apart_are_right_or_refused(entry: Entry, case: Case) -> None:
-    for name, arg in entry.args(case, Maker()).items():
+    for name, arg in entry.args(case, make(case)).items():
         if isinstance(arg, Tensor) and arg.ndim > 1:
             refusal = None
             try:
-                assert_right(entry, case, "fp32", apart=name)
+                assert_right(entry, case, case.dtypes[-1], apart=name)
             except ValueError as error:
                 refusal = str(error)
             assert refusal is None or (name in refusal and "must be contiguous" in refusal)
@@ -51,7 +64,7 @@ def test_rows_apart_are_right_or_refused(entry: Entry, case: Case) -> None:
 @pytest.mark.parametrize(("entry", "case"), named(ODD))
 def test_odd_shapes_have_two_tiles_and_a_ragged_tail(entry: Entry, case: Case) -> None:
     with counting() as launches:
-        entry.op.run(**entry.args(case, Maker()))
+        entry.op.run(**entry.args(case, make(case)))
     for launch in launches:
         tiles = {name[6:]: size for name, size in launch.constants.items() if name.startswith("BLOCK_")}
         for dim, tile in tiles.items():
@@ -68,8 +81,7 @@ def test_every_operator_has_its_shapes() -> None:
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("entry", "case"), per_operator())
+@pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(FIRST))
 def test_opcheck(entry: Entry, case: Case, dtype: str) -> None:
     torch.library.opcheck(entry.op.op, (), entry.args(case, Maker(DTYPES[dtype])))
 
@@ -77,7 +89,7 @@ def test_opcheck(entry: Entry, case: Case, dtype: str) -> None:
 @pytest.mark.parametrize(("entry", "case"), per_operator())
 def test_compiles_into_one_graph(entry: Entry, case: Case) -> None:
     torch._dynamo.reset()
-    args = entry.args(case, Maker())
+    args = entry.args(case, make(case))
     mine, theirs = ({name: a.clone() if isinstance(a, Tensor) else a for name, a in args.items()} for _ in range(2))
     with torch.no_grad():
         torch.testing.assert_close(
@@ -89,7 +101,7 @@ def test_compiles_into_one_graph(entry: Entry, case: Case) -> None:
 
 @pytest.mark.parametrize(("entry", "case"), per_operator())
 def test_gradients_are_refused(entry: Entry, case: Case) -> None:
-    args = entry.args(case, Maker())
+    args = entry.args(case, make(case))
     weights = entry.once or [name for name, a in args.items() if isinstance(a, Tensor) and a.is_floating_point()]
     asked = {name: a.requires_grad_() if name in weights else a for name, a in args.items()}
     with pytest.raises(RuntimeError, match=f"{entry.name}: an argument requires gradients"):
@@ -98,7 +110,7 @@ def test_gradients_are_refused(entry: Entry, case: Case) -> None:
         entry.op(**asked)
 
 
-@pytest.mark.parametrize(("entry", "case"), named([e for e in PUBLIC if e[0].alike] + [e for e in ODD if not e[0].alike]))
+@pytest.mark.parametrize(("entry", "case"), named([pair for pair in PUBLIC + ODD if pair[0].alike == pair[1].public]))
 def test_no_weight_byte_is_loaded_twice(entry: Entry, case: Case) -> None:
     assert_bytes_once(entry, case, "bf16", "sm_90")
 
