@@ -267,6 +267,8 @@ def _flow_finish_kernel(
     tl.store(p_codes + i_b * (1 + K), semantic)
     tl.store(p_codes + i_b * (1 + K) + 1 + o_k, b_code, mask=o_k < K)
 
+    if p_embeddings is None:
+        return
     m_e = o_e < E
     b_next = tl.load(p_embeddings + semantic * E + o_e, mask=m_e, other=0.0).to(tl.float32)
     b_row = SEMANTIC_SIZE + EMBED_OFFSET + (LEVELS + EMBED_OFFSET) * o_k + b_code  # [K], int64
@@ -283,17 +285,17 @@ def _flow_finish_kernel(
 def launch_flow_finish(
     out: tuple[Tensor, Tensor],
     y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, x: Tensor,
-    semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int, max_batch: int,
+    semantic: Tensor, levels: int, embeddings: Tensor | None, semantic_size: int, max_batch: int,
 ) -> None:  # fmt: skip
     """Fill `out`, codes [B, 1 + K] and next [B, E], and update `x`; the others are :func:`flow_finish`'s, unchecked."""
     codes, following = out
     B, (K, N) = x.shape[0], w_out.shape
-    E = embeddings.shape[1]
+    E = following.shape[1]
     constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | {"N": N}
     del constants["BLOCK_N"]  # of the input projection, which is not done here
     _flow_finish_kernel[(B,)](
         y, norm, w_out, cfg_alpha, x, semantic, embeddings, codes, following, B, eps, dt,
-        E=E, PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), PAD_E=triton.next_power_of_2(E),
+        E=E, PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), PAD_E=triton.next_power_of_2(max(E, 1)),
         LEVELS=levels, SEMANTIC_SIZE=semantic_size, PIPE=constants["num_stages"], **constants,
     )  # fmt: skip
 
@@ -309,7 +311,7 @@ def flow_finish(
     x: Tensor,
     semantic: Tensor,
     levels: int,
-    embeddings: Tensor,
+    embeddings: Tensor | None,
     semantic_size: int,
     max_batch: int,
 ) -> tuple[Tensor, Tensor]:
@@ -325,7 +327,8 @@ def flow_finish(
         x: fp32 [B, K], updated; what is left in it is not clamped.
         semantic: int64 [B], the semantic codes with the offset of 2; where one is 1 (END) all acoustic codes are 2.
         levels: of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
-        embeddings: [rows, E]: ``semantic_size + 2`` rows, then ``levels + 2`` for each acoustic codebook.
+        embeddings: [rows, E]: ``semantic_size + 2`` rows, then ``levels + 2`` for each acoustic codebook. None:
+            no sum is made, E = 0.
         semantic_size: codes of the semantic codebook, without the 2 special ones.
         max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
 
@@ -341,6 +344,9 @@ def flow_finish(
     expect_batch("x", B, 1, max_batch)
     _expect_head(y, norm, w_out, cfg_alpha, B)
     expect("semantic", semantic, (B,), like=w_out, dtype=torch.int64)
+    codes = x.new_empty((B, 1 + K), dtype=torch.int64)
+    if embeddings is None:
+        return codes, w_out.new_empty(B, 0)
     rows, E = expect("embeddings", embeddings, ("rows", "E"), like=w_out)
     least = semantic_size + 2 + K * (levels + 2)
     if levels < 2 or semantic_size < 1 or rows < least:
@@ -348,7 +354,7 @@ def flow_finish(
             f"embeddings has {rows} rows but must have {least} or more: {semantic_size} + 2 semantic codes "
             f"(semantic_size) and {K} x ({levels} + 2) acoustic ones (levels)"
         )
-    return x.new_empty((B, 1 + K), dtype=torch.int64), w_out.new_empty(B, E)
+    return codes, w_out.new_empty(B, E)
 
 
 def _pad(K: int) -> int:

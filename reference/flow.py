@@ -109,7 +109,12 @@ class FlowMatchingAudioTransformer(nn.Module):
         Returns:
             wide [B, K].
         """
-        return self._velocity(x, self._project_time(t), self.llm_projection(h))
+        return self._velocity(x, self.project_time(t), self.llm_projection(h))
+
+    def project_time(self, t: Tensor) -> Tensor:
+        """The t token of a flow time: [...] in 0..1 -> [..., dim]."""
+        weight = self.time_projection.weight
+        return self.time_projection(time_embedding(t, self.config.dim).to(weight.dtype))  # type: ignore[no-any-return]
 
     def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Integrate from noise (t = 0) to acoustic latents (t = 1) with Euler steps of equal length.
@@ -125,7 +130,7 @@ class FlowMatchingAudioTransformer(nn.Module):
         """
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"steps must lie in 1..{MAX_STEPS}, got {steps}")
-        times = self._project_time(torch.arange(steps, device=h.device, dtype=torch.float64) / steps)  # [steps, dim]
+        times = self.project_time(torch.arange(steps, device=h.device, dtype=torch.float64) / steps)  # [steps, dim]
         hidden = self.llm_projection(h)
         hidden = torch.cat((hidden, torch.zeros_like(hidden)))  # [2B, dim]: projecting zeros gives zeros
         x = wide(noise).to(wide(h).dtype)
@@ -159,10 +164,6 @@ class FlowMatchingAudioTransformer(nn.Module):
         x = self.solve(h, cfg_alpha, noise, self.config.n_decoding_steps if steps is None else steps)
         acoustic = quantise(x, self.audio.acoustic_codebook_size) + N_SPECIAL_CODES
         return torch.cat((semantic, acoustic.where(semantic != END_AUDIO, N_SPECIAL_CODES)), dim=1)
-
-    def _project_time(self, t: Tensor) -> Tensor:
-        weight = self.time_projection.weight
-        return self.time_projection(time_embedding(t, self.config.dim).to(weight.dtype))  # type: ignore[no-any-return]
 
     def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
         """Wide [B, K] from the state [B, K] and the projected time [dim] or [B, dim] and hidden state [B, dim]."""

@@ -8,10 +8,13 @@
 from importlib.metadata import version
 
 from . import reference
+from .accelerate import accelerate, restore
 from .audio import Audio, Timings
 from .checkpoint import CheckpointError
 from .reference import Config, ConfigError
 from .tts import TTS, load
 
 __version__ = version("voxkern")
-__all__ = ["TTS", "Audio", "CheckpointError", "Config", "ConfigError", "Timings", "load", "reference"]
+__all__ = [
+    "TTS", "Audio", "CheckpointError", "Config", "ConfigError", "Timings", "accelerate", "load", "reference", "restore",
+]  # fmt: skip

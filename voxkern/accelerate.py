@@ -1,0 +1,57 @@
+"""Put twins in the place of a model's own computation, and take them out again."""
+
+import importlib.util
+import logging
+
+from torch import nn
+
+from .reference.flow import FlowMatchingAudioTransformer
+
+log = logging.getLogger(__name__)
+
+
+def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
+    """Run what voxkern has kernels for through them, on the model's own weights.
+
+    Weights may be loaded, moved, copied and saved as before. A model that is accelerated already is prepared anew.
+
+    Args:
+        model: a :class:`voxkern.reference.VoxtralTTS`, or any module that holds its parts.
+        max_batch: the most requests a call may have, 1..85. Settings, and so the last bits of a result, belong to it.
+
+    Returns:
+        Names of the modules that were replaced.
+
+    Raises:
+        ValueError: the model has no part that voxkern knows.
+        RuntimeError: Triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("triton is not installed, and kernels need it; the model runs without them as it is")
+    from .twins.flow import FlowTwin
+
+    embeddings = dict(model.named_modules()).get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
+    replaced = []
+    for name, module in model.named_modules():
+        if isinstance(module, FlowMatchingAudioTransformer):
+            table = embeddings if isinstance(embeddings, nn.Embedding) else None
+            module.forward = FlowTwin(module, max_batch, table)  # type: ignore[method-assign, assignment]
+            replaced.append(name or type(module).__name__)
+    if not replaced:
+        raise ValueError(f"{type(model).__name__} has no part that voxkern has kernels for")
+    log.info("accelerated: %s", ", ".join(replaced))
+    return replaced
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undo :func:`accelerate`.
+
+    Returns:
+        Names of the modules that were put back.
+    """
+    restored = []
+    for name, module in model.named_modules():
+        if isinstance(module, FlowMatchingAudioTransformer) and "forward" in vars(module):
+            del module.forward
+            restored.append(name or type(module).__name__)
+    return restored
