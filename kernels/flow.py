@@ -133,16 +133,15 @@ def _flow_start_kernel(
 
 
 def launch_flow_start(
-    seed: Tensor, frame: Tensor, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, time: Tensor,
+    seed: Tensor | None, frame: Tensor | None, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, time: Tensor,
     x: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
     """Fill `x` and the first 4B rows of `tokens`; the arguments are those of :func:`flow_start`, unchecked."""
     B, (N, K) = x.shape[0], w_in.shape
-    constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch)
+    constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | _padded(N, K)
     _flow_start_kernel[(B, triton.cdiv(N, constants["BLOCK_N"]))](
-        seed, frame, noise, quantiles, w_in, time, x, tokens, B,
-        PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), **constants,
-    )  # fmt: skip
+        seed, frame, noise, quantiles, w_in, time, x, tokens, B, **constants
+    )
 
 
 @operator(launch_flow_start, mutates=("x", "tokens"))
@@ -204,11 +203,9 @@ def launch_flow_step(
 ) -> None:  # fmt: skip
     """Update `x` and the first 4B rows of `tokens`; the arguments are those of :func:`flow_step`, unchecked."""
     B, (N, K) = x.shape[0], w_in.shape
-    constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch)
-    _flow_step_kernel[(B,)](
-        y, norm, w_out, cfg_alpha, x, w_in, time, tokens, B, eps, dt,
-        PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), PIPE=constants["num_stages"], **constants,
-    )  # fmt: skip
+    constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | _padded(N, K)
+    constants["PIPE"] = constants["num_stages"]
+    _flow_step_kernel[(B,)](y, norm, w_out, cfg_alpha, x, w_in, time, tokens, B, eps, dt, **constants)
 
 
 @operator(launch_flow_step, mutates=("x", "tokens"))
@@ -291,13 +288,13 @@ def launch_flow_finish(
     codes, following = out
     B, (K, N) = x.shape[0], w_out.shape
     E = following.shape[1]
-    constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | {"N": N}
+    constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | _padded(N, K)
+    constants |= {"E": E, "PAD_E": triton.next_power_of_2(max(E, 1)), "PIPE": constants["num_stages"]}
+    constants |= {"LEVELS": levels, "SEMANTIC_SIZE": semantic_size}
     del constants["BLOCK_N"]  # of the input projection, which is not done here
     _flow_finish_kernel[(B,)](
-        y, norm, w_out, cfg_alpha, x, semantic, embeddings, codes, following, B, eps, dt,
-        E=E, PAD_N=triton.next_power_of_2(N), PAD_K=_pad(K), PAD_E=triton.next_power_of_2(max(E, 1)),
-        LEVELS=levels, SEMANTIC_SIZE=semantic_size, PIPE=constants["num_stages"], **constants,
-    )  # fmt: skip
+        y, norm, w_out, cfg_alpha, x, semantic, embeddings, codes, following, B, eps, dt, **constants
+    )
 
 
 @operator(launch_flow_finish, mutates=("x",))
@@ -357,8 +354,9 @@ def flow_finish(
     return codes, w_out.new_empty(B, E)
 
 
-def _pad(K: int) -> int:
-    return max(16, triton.next_power_of_2(K))
+def _padded(N: int, K: int) -> dict[str, int]:
+    # blocks have powers of two: of columns, and of codebooks, which come in groups of four
+    return {"N": N, "PAD_N": triton.next_power_of_2(N), "PAD_K": max(4, triton.next_power_of_2(K))}
 
 
 def _expect_entrance(w_in: Tensor, time: Tensor, x: Tensor, tokens: Tensor, max_batch: int) -> int:

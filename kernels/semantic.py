@@ -1,5 +1,7 @@
 """The semantic head: the largest logit of each request, without the logits ever being in memory."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -68,7 +70,7 @@ def _semantic_best_kernel(p_best, p_codes, TILES: tl.constexpr, PAD_TILES: tl.co
     tl.store(p_codes + i_b, tl.where(best == -0x8000000000000000, END, index))  # all NaN: the request ends
 
 
-def _constants(weight: Tensor, n_codes: int, max_batch: int) -> dict[str, int]:
+def _constants(weight: Tensor, n_codes: int, max_batch: int) -> dict[str, Any]:
     # rows from n_codes on are padding: they are not read
     constants = SEMANTIC(N=n_codes, K=weight.shape[1], dtype=weight.dtype, rows=max_batch)
     return constants | {"TILES": triton.cdiv(n_codes, constants["BLOCK_N"])}
@@ -99,9 +101,8 @@ def launch_semantic_codes(
     grid = (triton.cdiv(B, constants["BLOCK_B"]), constants["TILES"])
     _semantic_tile_kernel[grid](h, weight, scratch, B, stride_h, **constants)
     tiles = constants["TILES"]
-    _semantic_best_kernel[(B,)](
-        scratch, out, TILES=tiles, PAD_TILES=triton.next_power_of_2(tiles), enable_fp_fusion=FP_FUSION
-    )
+    of_all = {"TILES": tiles, "PAD_TILES": triton.next_power_of_2(tiles), "enable_fp_fusion": FP_FUSION}
+    _semantic_best_kernel[(B,)](scratch, out, **of_all)
 
 
 @operator(launch_semantic_codes)

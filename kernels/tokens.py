@@ -44,13 +44,6 @@ TOKEN_ATTENTION_LINEAR = Table(
 
 
 @triton.jit
-def _rows_of(p_x, p_t, p_h, token, i, n_x, n_t, W: tl.constexpr):
-    """Pointers to the first element of each row's q | k | v: [rows]."""
-    p_row = tl.where(token == 0, p_x + (i % n_x).to(tl.int64) * W, p_h + i.to(tl.int64) * W)
-    return tl.where(token == 1, p_t + (i % n_t).to(tl.int64) * W, p_row)
-
-
-@triton.jit
 def attend_tokens(
     p_x, p_t, p_h, o_row, m_row, B2, n_x, n_t, i_head,
     W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
@@ -75,30 +68,36 @@ def attend_tokens(
     Returns:
         fp32 [rows, D], or as many columns as the power of two not below D, zeros past D.
     """
-    COLUMNS: tl.constexpr = triton.next_power_of_2(D)
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
     o_d = tl.arange(0, COLUMNS)
     m_d = m_row[:, None] & (o_d < D)[None, :]
     token = o_row.to(tl.int32) // B2  # a division of 64 bits is a hundred instructions
     i = o_row.to(tl.int32) % B2
-    i_kv = i_head // (H // HKV)
-    p_q = _rows_of(p_x, p_t, p_h, token, i, n_x, n_t, W) + i_head * D
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32) * (D**-0.5)
+    o_x = (i % n_x).to(tl.int64)[:, None] * W + o_d[None, :]  # [rows, D]
+    o_t = (i % n_t).to(tl.int64)[:, None] * W + o_d[None, :]
+    o_h = i.to(tl.int64)[:, None] * W + o_d[None, :]
+    b_head = i_head + tl.zeros_like(i)
+    o_q = (b_head * D)[:, None]
+    o_k = ((H + b_head // (H // HKV)) * D)[:, None]
+    o_v = o_k + HKV * D
 
-    p_kv_x = p_x + (i % n_x).to(tl.int64) * W + (H + i_kv) * D
-    p_kv_t = p_t + (i % n_t).to(tl.int64) * W + (H + i_kv) * D
-    p_kv_h = p_h + i.to(tl.int64) * W + (H + i_kv) * D
-    b_s_x = tl.sum(b_q * tl.load(p_kv_x[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32), 1)  # [rows]
-    b_s_t = tl.sum(b_q * tl.load(p_kv_t[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32), 1)
-    b_s_h = tl.sum(b_q * tl.load(p_kv_h[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32), 1)
+    # two of three loads are masked off: of a pointer chosen among three the compiler would not know the alignment
+    b_q = tl.load(p_x + o_x + o_q, mask=m_d & (token == 0)[:, None], other=0.0).to(tl.float32)
+    b_q += tl.load(p_t + o_t + o_q, mask=m_d & (token == 1)[:, None], other=0.0).to(tl.float32)
+    b_q += tl.load(p_h + o_h + o_q, mask=m_d & (token == 2)[:, None], other=0.0).to(tl.float32)
+    b_q *= D**-0.5
+
+    b_s_x = tl.sum(b_q * tl.load(p_x + o_x + o_k, mask=m_d, other=0.0).to(tl.float32), 1)  # [rows]
+    b_s_t = tl.sum(b_q * tl.load(p_t + o_t + o_k, mask=m_d, other=0.0).to(tl.float32), 1)
+    b_s_h = tl.sum(b_q * tl.load(p_h + o_h + o_k, mask=m_d, other=0.0).to(tl.float32), 1)
     b_max = tl.maximum(tl.maximum(b_s_x, b_s_t), b_s_h)
     b_s_x, b_s_t, b_s_h = tl.exp(b_s_x - b_max), tl.exp(b_s_t - b_max), tl.exp(b_s_h - b_max)
     b_scale = 1.0 / (b_s_x + b_s_t + b_s_h)
 
-    V: tl.constexpr = HKV * D  # values stand this far behind their keys
-    b_x = tl.load(p_kv_x[:, None] + (V + o_d)[None, :], mask=m_d, other=0.0).to(tl.float32)
-    b_t = tl.load(p_kv_t[:, None] + (V + o_d)[None, :], mask=m_d, other=0.0).to(tl.float32)
-    b_h = tl.load(p_kv_h[:, None] + (V + o_d)[None, :], mask=m_d, other=0.0).to(tl.float32)
-    return (b_s_x * b_scale)[:, None] * b_x + (b_s_t * b_scale)[:, None] * b_t + (b_s_h * b_scale)[:, None] * b_h
+    b_o = (b_s_x * b_scale)[:, None] * tl.load(p_x + o_x + o_v, mask=m_d, other=0.0).to(tl.float32)
+    b_o += (b_s_t * b_scale)[:, None] * tl.load(p_t + o_t + o_v, mask=m_d, other=0.0).to(tl.float32)
+    b_o += (b_s_h * b_scale)[:, None] * tl.load(p_h + o_h + o_v, mask=m_d, other=0.0).to(tl.float32)
+    return b_o
 
 
 @triton.jit(do_not_specialize=["B2", "n_x", "n_t"])
@@ -117,7 +116,7 @@ def _token_attention_kernel(
     i_head = i_kv * (H // HKV) + o_group
     o_row = o_token * B2 + o_branch * (B2 // 2) + o_b
     b_o = attend_tokens(p_x, p_t, p_h, o_row, m_row, B2, n_x, n_t, i_head, W, H, HKV, D)
-    COLUMNS: tl.constexpr = triton.next_power_of_2(D)
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
     o_d = tl.arange(0, COLUMNS)
     p_row = p_out + o_row * (H * D) + i_head * D
     m_o = m_row[:, None] & (o_d < D)[None, :]
@@ -133,12 +132,11 @@ def launch_token_attention(
     D = W // (n_heads + 2 * n_kv_heads)
     constants = TOKEN_ATTENTION(N=W, K=D, dtype=h_qkv.dtype, rows=max_batch)
     del constants["N"], constants["K"]
+    constants |= {"W": W, "H": n_heads, "HKV": n_kv_heads, "D": D, "N_TOKENS": n_tokens}
+    constants["ASKING"] = triton.next_power_of_2(n_tokens)
+    constants["GROUP"] = triton.next_power_of_2(n_heads // n_kv_heads)
     grid = (triton.cdiv(B2 // 2, constants["BLOCK_B"]), n_kv_heads)
-    _token_attention_kernel[grid](
-        x_qkv, t_qkv, h_qkv, out, B2, x_qkv.shape[0], t_qkv.shape[0],
-        W=W, H=n_heads, HKV=n_kv_heads, D=D, N_TOKENS=n_tokens,
-        ASKING=triton.next_power_of_2(n_tokens), GROUP=triton.next_power_of_2(n_heads // n_kv_heads), **constants,
-    )  # fmt: skip
+    _token_attention_kernel[grid](x_qkv, t_qkv, h_qkv, out, B2, x_qkv.shape[0], t_qkv.shape[0], **constants)
 
 
 @operator(launch_token_attention)
@@ -191,7 +189,7 @@ def _token_attention_linear_kernel(
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    COLUMNS: tl.constexpr = triton.next_power_of_2(D)
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
     o_d = tl.arange(0, COLUMNS)
     m_m, m_n = o_m < M, o_n < N
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
@@ -215,11 +213,11 @@ def launch_token_attention_linear(
     D = W // (n_heads + 2 * n_kv_heads)
     constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6 * max_batch)
     del constants["K"]
+    constants |= {"W": W, "H": n_heads, "HKV": n_kv_heads, "D": D}
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
     _token_attention_linear_kernel[grid](
-        x_qkv, t_qkv, h_qkv, wo, residual, out, M, B2, x_qkv.shape[0], t_qkv.shape[0],
-        W=W, H=n_heads, HKV=n_kv_heads, D=D, **constants,
-    )  # fmt: skip
+        x_qkv, t_qkv, h_qkv, wo, residual, out, M, B2, x_qkv.shape[0], t_qkv.shape[0], **constants
+    )
 
 
 @operator(launch_token_attention_linear)

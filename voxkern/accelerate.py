@@ -35,7 +35,7 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, FlowMatchingAudioTransformer):
             table = embeddings if isinstance(embeddings, nn.Embedding) else None
-            module.forward = FlowTwin(module, max_batch, table)  # type: ignore[method-assign, assignment]
+            module.forward = FlowTwin(module, max_batch, table)  # type: ignore[method-assign]
             replaced.append(name or type(module).__name__)
     if not replaced:
         raise ValueError(f"{type(model).__name__} has no part that voxkern has kernels for")

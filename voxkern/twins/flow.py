@@ -7,7 +7,7 @@ layer the x token has no branch; and in the last layer only the x tokens go on p
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..kernels.flow import launch_flow_finish, launch_flow_start, launch_flow_st
 from ..kernels.linear import launch_linear, launch_norm_qkv, launch_norm_swiglu
 from ..kernels.semantic import launch_semantic_codes, semantic_scratch
 from ..kernels.tokens import launch_token_attention, launch_token_attention_linear
+from ..reference.attention import TransformerBlock
 from ..reference.config import N_SPECIAL_CODES
 from ..reference.flow import MAX_STEPS, FlowMatchingAudioTransformer
 from ..reference.noise import quantile_table
@@ -170,24 +171,27 @@ class FlowTwin:
 
     def times(self, steps: int) -> Times:
         """The tables of `steps` steps; made anew when a weight that they come from has changed."""
-        host, first = self.host, self.host.layers[0]
+        host, first = self.host, self._blocks[0]
         attention = first.attention
-        weights = [host.time_projection.weight, first.attention_norm.weight]
-        weights += [attention.wq.weight, attention.wk.weight, attention.wv.weight]
+        norm, wq, wk, wv = first.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight
+        weights = [host.time_projection.weight, norm, wq, wk, wv]
         key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
         if steps not in self._times or self._times[steps].key != key:
             with torch.no_grad():
                 t = torch.arange(steps, dtype=torch.float64, device=weights[0].device) / steps
                 tokens = host.project_time(t)
-                width = sum(w.shape[0] for w in weights[2:])
-                qkv = torch.empty(steps, width, dtype=tokens.dtype, device=tokens.device)
-                launch_norm_qkv(qkv, tokens, *weights[1:], self._eps, steps, self._max_rows)
+                qkv = tokens.new_empty(steps, len(wq) + len(wk) + len(wv))
+                launch_norm_qkv(qkv, tokens, norm, wq, wk, wv, self._eps, steps, self._max_rows)
             self._times[steps] = Times(key, tokens, qkv)
         return self._times[steps]
 
     @property
     def _n_codes(self) -> int:
         return self.host.audio.semantic_codebook_size + N_SPECIAL_CODES
+
+    @property
+    def _blocks(self) -> list[TransformerBlock]:
+        return cast(list[TransformerBlock], list(self.host.layers))
 
     @property
     def _eps(self) -> float:
@@ -207,13 +211,13 @@ class FlowTwin:
         )
         hidden = b.tokens[4 * B : 5 * B]
         launch_linear(hidden, h, host.llm_projection.weight, None, None, self._max_rows)
-        self._qkv(b.h_qkv[:B], hidden, host.layers[0], B)
+        self._qkv(b.h_qkv[:B], hidden, self._blocks[0], B)
         if self._quantiles is None or self._quantiles.device != h.device:
             self._quantiles = quantile_table().to(h.device)
         w_in = host.input_projection.weight
         launch_flow_start(seed, frame, noise, self._quantiles, w_in, times.tokens[0], b.x, b.tokens, self.max_batch)
 
-    def _qkv(self, out: Tensor, x: Tensor, layer: nn.Module, q_rows: int) -> None:
+    def _qkv(self, out: Tensor, x: Tensor, layer: TransformerBlock, q_rows: int) -> None:
         attention = layer.attention
         launch_norm_qkv(
             out, x, layer.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight,
@@ -222,7 +226,7 @@ class FlowTwin:
 
     def _layers(self, b: Buffers, t_qkv: Tensor) -> None:
         """All layers of one evaluation: 4 launches each, 5 when prepared for more than one request."""
-        B, layers = len(b.x), self.host.layers
+        B, layers = len(b.x), self._blocks
         for i, layer in enumerate(layers):
             rows = 2 * B if i == len(layers) - 1 else 6 * B  # in the last layer only the x tokens ask
             if i == 0:
@@ -238,7 +242,7 @@ class FlowTwin:
             launch_linear(stream, gated, feed.w2.weight, None, stream, self._max_rows)
 
     def _attend(
-        self, b: Buffers, residual: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, layer: nn.Module
+        self, b: Buffers, residual: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, layer: TransformerBlock
     ) -> None:
         """``stream = residual + wo(attention)`` on the residual's rows."""
         config, wo, rows = self.host.config, layer.attention.wo.weight, len(residual)
