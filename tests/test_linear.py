@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from checks import assert_right
+from plant import case_of, entry_of
 from torch import Tensor
 
 from bench.linear import norm_linear_inputs, norm_linear_reference
-from bench.registry import Maker
+from bench.registry import Case, Maker
 from voxkern.kernels import settings
 from voxkern.kernels.linear import NORM_LINEAR, norm_linear
 
@@ -32,6 +34,16 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
         for first, last in ((0, 1), (7, 8), (18, 19), (3, 19)):
             part = norm_linear(**(args | {"x": args["x"][first:last]}))
             assert torch.equal(part, whole[first:last])
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7, 48, 192])
+@pytest.mark.parametrize("operator", ["norm_linear", "norm_qkv", "norm_swiglu", "linear"])
+def test_right_for_these_rows(operator: str, rows: int) -> None:
+    """The flow head's: one token, one request, an odd number, 8 and 32 requests."""
+    entry = entry_of(operator)
+    sizes = {**case_of(entry, "odd").sizes, "M": rows, "max_rows": rows}
+    with settings.pretend("sm_90"):
+        assert_right(entry, Case(f"rows-{rows}", sizes), "bf16")
 
 
 def test_fp16_normalises_before_the_cast() -> None:

@@ -17,7 +17,7 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
 
     Args:
         model: a :class:`voxkern.reference.VoxtralTTS`, or any module that holds its parts.
-        max_batch: the most requests a call may have, 1..85. Settings, and so the last bits of a result, belong to it.
+        max_batch: the most requests a call may have, 1..64. Settings, and so the last bits of a result, belong to it.
 
     Returns:
         Names of the modules that were replaced.

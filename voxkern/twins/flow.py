@@ -21,7 +21,7 @@ from ..reference.config import N_SPECIAL_CODES
 from ..reference.flow import MAX_STEPS, FlowMatchingAudioTransformer
 from ..reference.noise import quantile_table
 
-MAX_BATCH = 85  # six rows a request, and the linear family is made for 512
+MAX_BATCH = 64  # six rows a request, and the linear family is made for 512
 FUSED_ROWS = 8  # up to here wo attends for itself; from 16 rows on a stage of it holds too little of the weights
 
 
@@ -87,7 +87,7 @@ class FlowTwin:
         """`embeddings`: the table of codes, for the next input of the backbone; without it there is none.
 
         Raises:
-            ValueError: `max_batch` is not in 1..85.
+            ValueError: `max_batch` is not in 1..64.
         """
         if not 1 <= max_batch <= MAX_BATCH:
             raise ValueError(f"max_batch must lie in 1..{MAX_BATCH}, got {max_batch}")
