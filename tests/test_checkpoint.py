@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import voxkern
@@ -155,6 +156,27 @@ def test_no_such_folder(tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(CheckpointError, match="no such folder"):
             find_folder(source)
+
+
+def test_a_hub_id_is_downloaded(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        return str(tiny_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_folder("owner/name") == tiny_folder
+    assert asked == [("owner/name", ["params.json", "consolidated.safetensors", "tekken.json", "voice_embedding/*"])]
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(CheckpointError, match="owner/name: not a folder, and the hub says: no connection"):
+        find_folder("owner/name")
 
 
 def test_finite() -> None:

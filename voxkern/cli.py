@@ -138,7 +138,7 @@ def doctor() -> None:
         ("triton", importlib.metadata.version("triton") if triton else "not installed"),
         ("GPU", gpu),
         ("backend", "torch: the reference modules"),
-        ("not triton", "no kernels stand behind generate() in this version"),
+        ("not triton", "generate() has kernels for the flow head only (voxkern.accelerate), not for the backbone"),
     ):
         table.add_row(name, value)
     out.print(table)
