@@ -20,10 +20,14 @@ def enter(x: Tensor, w_in: Tensor, time: Tensor, tokens: Tensor) -> None:
     tokens[: 4 * len(x)] = torch.cat((projected, projected, time.expand(2 * len(x), -1)))
 
 
-def euler(y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, x: Tensor) -> None:
+def advance(
+    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ratio: float,
+    x: Tensor, v_last: Tensor,
+) -> None:  # fmt: skip
     """The step in place. The kernels round nothing on the way and neither does this, so they are held to more."""
-    v = F.linear(rms_norm(wide(y[: 2 * len(x)]), wide(norm), eps), wide(w_out))
-    x.copy_(euler_step(x, guide(v, cfg_alpha), dt))
+    v = guide(F.linear(rms_norm(wide(y[: 2 * len(x)]), wide(norm), eps), wide(w_out)), cfg_alpha)
+    x.copy_(euler_step(x, v + ratio * (v - v_last) if ratio else v, dt))
+    v_last.copy_(v)
 
 
 def flow_start_reference(
@@ -36,20 +40,20 @@ def flow_start_reference(
 
 
 def flow_step_reference(
-    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, x: Tensor,
-    w_in: Tensor, time: Tensor, tokens: Tensor, max_batch: int,
+    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ratio: float,
+    x: Tensor, v_last: Tensor, w_in: Tensor, time: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
     """The step, then the tokens of the next."""
-    euler(y, norm, w_out, eps, cfg_alpha, dt, x)
+    advance(y, norm, w_out, eps, cfg_alpha, dt, ratio, x, v_last)
     enter(x, w_in, time, tokens)
 
 
 def flow_finish_reference(
-    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, x: Tensor,
-    semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int, max_batch: int,
+    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ratio: float,
+    x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int, max_batch: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The step, its codes, and the sum of their embeddings."""
-    euler(y, norm, w_out, eps, cfg_alpha, dt, x)
+    advance(y, norm, w_out, eps, cfg_alpha, dt, ratio, x, v_last)
     acoustic = quantise(x, levels) + 2
     codes = torch.cat((semantic[:, None], acoustic.where(semantic[:, None] != 1, 2)), dim=1)
     offset = torch.arange(x.shape[1], device=x.device) * (levels + 2) + semantic_size + 2
@@ -68,7 +72,7 @@ def state(s: Any, make: Maker) -> Tensor:
 
 
 def flow_start_inputs(s: Any, make: Maker) -> dict[str, Any]:
-    """`s.given`: whether the noise is handed in."""
+    """`s.given`: whether the noise is handed in (and, in a step, whether it has a last one)."""
     return {
         "seed": integers(make, s.B, -3 << 40, 0x5DEECE66D1234),
         "frame": integers(make, s.B, 2047, 3),
@@ -91,7 +95,9 @@ def head_inputs(s: Any, make: Maker) -> dict[str, Any]:
         "eps": 1e-5,
         "cfg_alpha": 1.2 - 0.2 * (torch.arange(s.B, device=make.device) % 7).float(),
         "dt": 1 / 7,
+        "ratio": 0.4 if s.given else 0.0,
         "x": state(s, make),
+        "v_last": make(s.B, s.K).float(),
     }
 
 

@@ -71,18 +71,22 @@ def _velocity(
 
 
 @triton.jit
-def _euler(
-    p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt,
+def _advance(
+    p_y, p_norm, p_w_out, p_alpha, p_x, p_last, i_b, B, eps, dt, ratio,
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
     BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """``x += dt * velocity`` in memory, and the new x: fp32 [PAD_K], zeros past K."""
+    """``x += dt * (v + ratio * (v - v_last))`` in memory, v_last = v, and the new x: fp32 [PAD_K], zeros past K."""
     eps, dt = tl.full([], eps, tl.float32), tl.full([], dt, tl.float32)  # torch.compile passes them as fp64
+    ratio = tl.full([], ratio, tl.float32)
     o_k = tl.arange(0, PAD_K)
     b_x = tl.load(p_x + i_b * K + o_k, mask=o_k < K, other=0.0)
+    b_last = tl.load(p_last + i_b * K + o_k, mask=o_k < K, other=0.0)
     tl.debug_barrier()  # several warps hold the same x: all have read it before one writes it
-    b_x += dt * _velocity(p_y, p_norm, p_w_out, p_alpha, i_b, B, eps, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
+    b_v = _velocity(p_y, p_norm, p_w_out, p_alpha, i_b, B, eps, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
+    b_x += dt * tl.where(ratio == 0.0, b_v, b_v + ratio * (b_v - b_last))  # a first step has no last: it may be NaN
     tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
+    tl.store(p_last + i_b * K + o_k, b_v, mask=o_k < K)
     return b_x
 
 
@@ -185,30 +189,32 @@ def flow_start(
 
 @triton.jit(do_not_specialize=["B"])
 def _flow_step_kernel(
-    p_y, p_norm, p_w_out, p_alpha, p_x, p_w_in, p_time, p_tokens,
-    B, eps, dt,
+    p_y, p_norm, p_w_out, p_alpha, p_x, p_last, p_w_in, p_time, p_tokens,
+    B, eps, dt, ratio,
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     _enter_time(p_time, p_tokens, i_b, B, N, PAD_N)
-    b_x = _euler(p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
+    b_x = _advance(
+        p_y, p_norm, p_w_out, p_alpha, p_x, p_last, i_b, B, eps, dt, ratio, N, K, PAD_N, PAD_K, BLOCK_K, PIPE
+    )
     for n in tl.range(0, N, BLOCK_N, num_stages=PIPE):
         _enter(p_w_in, p_tokens, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
 
 
 def launch_flow_step(
-    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, x: Tensor,
-    w_in: Tensor, time: Tensor, tokens: Tensor, max_batch: int,
+    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ratio: float,
+    x: Tensor, v_last: Tensor, w_in: Tensor, time: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
     """Update `x` and the first 4B rows of `tokens`; the arguments are those of :func:`flow_step`, unchecked."""
     B, (N, K) = x.shape[0], w_in.shape
     constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | _padded(N, K)
     constants["PIPE"] = constants["num_stages"]
-    _flow_step_kernel[(B,)](y, norm, w_out, cfg_alpha, x, w_in, time, tokens, B, eps, dt, **constants)
+    _flow_step_kernel[(B,)](y, norm, w_out, cfg_alpha, x, v_last, w_in, time, tokens, B, eps, dt, ratio, **constants)
 
 
-@operator(launch_flow_step, mutates=("x", "tokens"))
+@operator(launch_flow_step, mutates=("x", "v_last", "tokens"))
 def flow_step(
     y: Tensor,
     norm: Tensor,
@@ -216,13 +222,18 @@ def flow_step(
     eps: float,
     cfg_alpha: Tensor,
     dt: float,
+    ratio: float,
     x: Tensor,
+    v_last: Tensor,
     w_in: Tensor,
     time: Tensor,
     tokens: Tensor,
     max_batch: int,
 ) -> None:
-    """An Euler step, ``x += dt * (a v_cond + (1 - a) v_uncond)``, and the x and t tokens of the next one.
+    """A solver's step, ``x += dt * (v + ratio * (v - v_last))``, and the x and t tokens of the next one.
+
+    The velocity is guided, ``v = a v_cond + (1 - a) v_uncond``; ratio 0 is Euler's step, see
+    ``voxkern.reference.flow.integrate``.
 
     Args:
         y: [2B or more rows, dim] fp32, bf16 or fp16, what the last layer gives; the first 2B rows are the x tokens,
@@ -232,7 +243,9 @@ def flow_step(
         eps: added to the mean square.
         cfg_alpha: fp32 [B], strength of the guidance a; 1 is none.
         dt: length of the step.
+        ratio: of the velocity's last change, that is added to it.
         x: fp32 [B, K], the flow's state, updated.
+        v_last: fp32 [B, K], the last step's velocity, replaced by this one's; not used where `ratio` is 0.
         w_in: [dim, K], the input projection.
         time: [dim], the projected time of the next step.
         tokens: [6B, dim], as in :func:`flow_start`: the first 4B rows are written.
@@ -242,19 +255,22 @@ def flow_step(
         TypeError: a dtype is wrong.
         ValueError: a shape, stride or device is wrong, or B is not in 1..max_batch.
     """
-    _expect_head(y, norm, w_out, cfg_alpha, _expect_entrance(w_in, time, x, tokens, max_batch))
+    B = _expect_entrance(w_in, time, x, tokens, max_batch)
+    _expect_head(y, norm, w_out, cfg_alpha, v_last, B)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _flow_finish_kernel(
-    p_y, p_norm, p_w_out, p_alpha, p_x, p_semantic, p_embeddings, p_codes, p_next,
-    B, eps, dt,
+    p_y, p_norm, p_w_out, p_alpha, p_x, p_last, p_semantic, p_embeddings, p_codes, p_next,
+    B, eps, dt, ratio,
     N: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
     PAD_N: tl.constexpr, PAD_K: tl.constexpr, PAD_E: tl.constexpr,
     LEVELS: tl.constexpr, SEMANTIC_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    b_x = _euler(p_y, p_norm, p_w_out, p_alpha, p_x, i_b, B, eps, dt, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
+    b_x = _advance(
+        p_y, p_norm, p_w_out, p_alpha, p_x, p_last, i_b, B, eps, dt, ratio, N, K, PAD_N, PAD_K, BLOCK_K, PIPE
+    )
     b_x = tl.where(b_x > -1.0, b_x, -1.0)  # NaN as well: it must not become an address
     b_x = tl.where(b_x < 1.0, b_x, 1.0)
     b_level = round_half_even((b_x + 1) / 2 * (LEVELS - 1)).to(tl.int64)
@@ -281,10 +297,11 @@ def _flow_finish_kernel(
 
 def launch_flow_finish(
     out: tuple[Tensor, Tensor],
-    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, x: Tensor,
-    semantic: Tensor, levels: int, embeddings: Tensor | None, semantic_size: int, max_batch: int,
+    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ratio: float,
+    x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor | None, semantic_size: int,
+    max_batch: int,
 ) -> None:  # fmt: skip
-    """Fill `out`, codes [B, 1 + K] and next [B, E], and update `x`; the others are :func:`flow_finish`'s, unchecked."""
+    """Fill `out`, codes [B, 1 + K] and next [B, E], update `x` and `v_last`; the rest is :func:`flow_finish`'s."""
     codes, following = out
     B, (K, N) = x.shape[0], w_out.shape
     E = following.shape[1]
@@ -293,11 +310,11 @@ def launch_flow_finish(
     constants |= {"LEVELS": levels, "SEMANTIC_SIZE": semantic_size}
     del constants["BLOCK_N"]  # of the input projection, which is not done here
     _flow_finish_kernel[(B,)](
-        y, norm, w_out, cfg_alpha, x, semantic, embeddings, codes, following, B, eps, dt, **constants
+        y, norm, w_out, cfg_alpha, x, v_last, semantic, embeddings, codes, following, B, eps, dt, ratio, **constants
     )
 
 
-@operator(launch_flow_finish, mutates=("x",))
+@operator(launch_flow_finish, mutates=("x", "v_last"))
 def flow_finish(
     y: Tensor,
     norm: Tensor,
@@ -305,22 +322,26 @@ def flow_finish(
     eps: float,
     cfg_alpha: Tensor,
     dt: float,
+    ratio: float,
     x: Tensor,
+    v_last: Tensor,
     semantic: Tensor,
     levels: int,
     embeddings: Tensor | None,
     semantic_size: int,
     max_batch: int,
 ) -> tuple[Tensor, Tensor]:
-    """The last Euler step, its codes, and what they are to the backbone: the sum of their embeddings.
+    """The last step, its codes, and what they are to the backbone: the sum of their embeddings.
 
     Args:
-        y: as in :func:`flow_step`, and so are `norm`, `w_out`, `eps`, `cfg_alpha` and `dt`.
+        y: as in :func:`flow_step`, and so are the next six.
         norm: [dim].
         w_out: [K, dim].
         eps: added to the mean square.
         cfg_alpha: fp32 [B].
         dt: length of the step.
+        ratio: as there.
+        v_last: fp32 [B, K], as there.
         x: fp32 [B, K], updated; what is left in it is not clamped.
         semantic: int64 [B], the semantic codes with the offset of 2; where one is 1 (END) all acoustic codes are 2.
         levels: of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
@@ -339,7 +360,7 @@ def flow_finish(
     K, _ = expect("w_out", w_out, ("K", "dim"))
     B, _ = expect("x", x, ("B", K), like=w_out, dtype=torch.float32)
     expect_batch("x", B, 1, max_batch)
-    _expect_head(y, norm, w_out, cfg_alpha, B)
+    _expect_head(y, norm, w_out, cfg_alpha, v_last, B)
     expect("semantic", semantic, (B,), like=w_out, dtype=torch.int64)
     codes = x.new_empty((B, 1 + K), dtype=torch.int64)
     if embeddings is None:
@@ -369,9 +390,10 @@ def _expect_entrance(w_in: Tensor, time: Tensor, x: Tensor, tokens: Tensor, max_
     return B
 
 
-def _expect_head(y: Tensor, norm: Tensor, w_out: Tensor, cfg_alpha: Tensor, B: int) -> None:
-    """Check what :func:`_velocity` reads."""
-    _, N = expect("w_out", w_out, ("K", "dim"))
+def _expect_head(y: Tensor, norm: Tensor, w_out: Tensor, cfg_alpha: Tensor, v_last: Tensor, B: int) -> None:
+    """Check what :func:`_advance` reads."""
+    K, N = expect("w_out", w_out, ("K", "dim"))
+    expect("v_last", v_last, (B, K), like=w_out, dtype=torch.float32)
     rows, _ = expect("y", y, ("rows", N), like=w_out)
     if rows < 2 * B:
         raise ValueError(f"y has {rows} rows but must have 2B = {2 * B} or more")

@@ -1,12 +1,24 @@
 """The flow head against a second derivation, its rules one by one, and what it refuses."""
 
+import itertools
+import math
+from collections.abc import Callable
+
 import independent
 import numpy as np
 import pytest
 import torch
 
 from voxkern.reference import VoxtralTTS
-from voxkern.reference.flow import guide, lowest_argmax, quantise, time_embedding
+from voxkern.reference.flow import (
+    guide,
+    integrate,
+    lowest_argmax,
+    quantise,
+    step_ratios,
+    time_embedding,
+    time_grid,
+)
 
 
 def _inputs(B: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,6 +110,49 @@ def test_time_embedding() -> None:
     w = 10000 ** (-torch.arange(3, dtype=torch.float64) / 3)
     torch.testing.assert_close(embedding[0], torch.tensor([1, 1, 1, 0, 0, 0], dtype=torch.float64))
     torch.testing.assert_close(embedding[1], torch.cat(((w / 2).cos(), (w / 2).sin())))
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2)])
+def test_order_of_convergence(solver: str, order: int) -> None:
+    """On x' = x cos(3t) + t, in fp64: halving the steps' length divides the error by 2 and by 4."""
+
+    def velocity_at(times: list[float]) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        return lambda x, k: x * math.cos(3 * times[k]) + times[k]
+
+    errors = []
+    start = torch.tensor([0.3, -1.0], dtype=torch.float64)
+    fine = [k / 2**16 for k in range(2**16 + 1)]
+    exact = integrate(velocity_at(fine), start, "ab2", fine)
+    for steps in (16, 32, 64):
+        times = time_grid(solver, steps)
+        errors.append(float((integrate(velocity_at(times), start, solver, times) - exact).abs().max()))
+    measured = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert all(abs(found - order) < 0.2 for found in measured), measured
+
+
+def test_a_line_is_followed_exactly() -> None:
+    """A velocity linear in time: the two-step method is exact on uneven steps, but for its first, Euler's."""
+    times = time_grid("ab2", 5)
+    x = integrate(lambda x, k: torch.full_like(x, 2 * times[k]), torch.zeros(1, dtype=torch.float64), "ab2", times)
+    assert float(x) == pytest.approx(1 - times[1] ** 2)
+
+
+def test_time_grids() -> None:
+    assert time_grid("euler", 4) == [0, 0.25, 0.5, 0.75, 1]
+    warped = time_grid("ab2", 4)
+    assert warped == pytest.approx([0, 1 - 0.75**1.5, 1 - 0.5**1.5, 1 - 0.25**1.5, 1])
+    assert step_ratios("euler", warped) == [0] * 4
+    assert step_ratios("ab2", [0, 1, 3, 4]) == [0, 1, 0.25]
+    with pytest.raises(ValueError, match="solver must be one of euler, ab2, got 'heun'"):
+        time_grid("heun", 4)
+
+
+def test_ab2_with_one_step_is_euler(tiny_model: VoxtralTTS) -> None:
+    h, alpha, noise = _inputs(4, 64, 6)
+    with torch.inference_mode():
+        head = tiny_model.acoustic_transformer
+        assert torch.equal(head(h, alpha, noise, 1, "ab2"), head(h, alpha, noise, 1))
+        assert not torch.equal(head(h, alpha, noise, 3, "ab2"), head(h, alpha, noise, 3))
 
 
 def test_noise_from_torch_when_none_is_given(tiny_model: VoxtralTTS) -> None:

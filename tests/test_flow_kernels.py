@@ -58,8 +58,9 @@ CASES: dict[str, tuple[Any, Callable[[Maker], dict[str, Any]], tuple[str, ...]]]
     "tokens-last": (token_attention, lambda make: tokens.token_attention_inputs(token_sizes(n_tokens=1), make),
                     ("x_qkv", "t_qkv", "h_qkv")),
     "start": (flow_start, lambda make: flow.flow_start_inputs(sizes(), make), ("seed", "frame", "x", "tokens")),
-    "step": (flow_step, lambda make: flow.flow_step_inputs(sizes(), make), ("y", "cfg_alpha", "x", "tokens")),
-    "finish": (flow_finish, lambda make: flow.flow_finish_inputs(sizes(), make), ("y", "cfg_alpha", "x", "semantic")),
+    "step": (flow_step, lambda make: flow.flow_step_inputs(sizes(), make), ("y", "cfg_alpha", "x", "v_last", "tokens")),
+    "finish": (flow_finish, lambda make: flow.flow_finish_inputs(sizes(), make),
+               ("y", "cfg_alpha", "x", "v_last", "semantic")),
     "semantic": (semantic_codes, lambda make: semantic.semantic_codes_inputs(semantic_sizes(), make), ("h",)),
 }  # fmt: skip
 
@@ -115,9 +116,16 @@ def test_guidance_of_one_reads_the_condition_alone_and_of_zero_the_other(op: Any
         assert all(map(torch.equal, run(op, args | {"y": y}), expected))
 
 
+def test_a_first_step_does_not_read_the_last_velocity() -> None:
+    args = flow.flow_step_inputs(sizes(), Maker())
+    assert args["ratio"] == 0
+    expected = run(flow_step, args)
+    assert all(map(torch.equal, run(flow_step, args | {"v_last": torch.full_like(args["x"], NAN)}), expected))
+
+
 def test_end_gives_codes_of_two_and_their_embeddings() -> None:
     args = flow.flow_finish_inputs(sizes(), Maker())
-    codes, following, x = run(flow_finish, args)
+    codes, following, x, _ = run(flow_finish, args)
     assert args["semantic"].tolist()[1] == 1
     assert codes[1].tolist() == [1] + [2] * 37
     rows = torch.tensor([1] + [52 + 23 * j + 2 for j in range(37)])
@@ -129,7 +137,7 @@ def test_end_gives_codes_of_two_and_their_embeddings() -> None:
 def finish_at(x: Tensor, levels: int) -> Tensor:
     """The acoustic levels of a state that a step of no length leaves as it is."""
     args = flow.flow_finish_inputs(sizes(B=1, max_batch=1, K=x.shape[1], levels=levels), Maker())
-    codes, _, left = run(flow_finish, args | {"x": x, "dt": 0.0})
+    codes, _, left, _ = run(flow_finish, args | {"x": x, "dt": 0.0})
     assert torch.equal(left.nan_to_num(7.0), x.nan_to_num(7.0))
     return codes[:, 1:] - 2
 
@@ -150,12 +158,13 @@ def test_a_state_of_nan_or_infinity_has_levels() -> None:
 def test_fp16_does_not_overflow_inside() -> None:
     args = flow.flow_step_inputs(sizes(), Maker(torch.float16))
     args["y"], args["norm"] = (args["y"] * 12000).clamp(-60000, 60000), args["norm"] * 30
-    x, written = run(flow_step, args)
+    x, _, written = run(flow_step, args)
     assert x.isfinite().all()
     assert written.isfinite().all()
     args["w_out"] = args["w_out"].float()
     expected = args["x"].clone()
-    flow.euler(args["y"], args["norm"], args["w_out"], 1e-5, args["cfg_alpha"], args["dt"], expected)
+    head = (args["y"], args["norm"], args["w_out"], 1e-5, args["cfg_alpha"], args["dt"], args["ratio"])
+    flow.advance(*head, expected, args["v_last"].clone())
     torch.testing.assert_close(x, expected)
 
 

@@ -69,6 +69,14 @@ def test_per_request_settings_in_one_batch(tts: voxkern.TTS) -> None:
         assert audio.codes.shape[1] <= n
 
 
+def test_solver(tts: voxkern.TTS) -> None:
+    euler, ab2, again = (
+        tts.generate("one", seed=9, max_frames=8, steps=4, solver=solver) for solver in ("euler", "ab2", "ab2")
+    )
+    np.testing.assert_array_equal(ab2.codes, again.codes)
+    assert (euler.codes[:, 0] != ab2.codes[:, 0]).any()
+
+
 def test_seeds(tts: voxkern.TTS) -> None:
     first = tts.generate("one two", max_frames=10)
     assert 0 <= first.seed < 2**64
@@ -128,6 +136,7 @@ def test_on_frame_counts(tts: voxkern.TTS) -> None:
         ({"text": "a", "seed": 1.5}, TypeError, "seed must be an integer"),
         ({"text": "a", "steps": 0}, ValueError, "steps must be in 1..64"),
         ({"text": "a", "steps": True}, TypeError, "steps must be an integer"),
+        ({"text": "a", "solver": "heun"}, ValueError, "solver must be one of euler, ab2"),
         ({"text": "a", "cfg_alpha": float("nan")}, ValueError, "cfg_alpha must be a finite number"),
         ({"text": "a", "max_frames": 0}, ValueError, "max_frames must be in"),
         ({"text": "a", "max_frames": 1014}, ValueError, "max_frames must be in 1..1013"),

@@ -32,23 +32,35 @@ def inputs(B: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[T
 
 
 @torch.inference_mode()
-def distances(head: FlowMatchingAudioTransformer, h: Tensor, alpha: Tensor, x: Tensor, steps: int) -> Tensor:
+def distances(
+    head: FlowMatchingAudioTransformer, h: Tensor, alpha: Tensor, x: Tensor, steps: int, solver: str
+) -> Tensor:
     """Levels from each coordinate of the host's solution to the nearest rounding edge, in fp64."""
     exact = copy.deepcopy(head).double()
-    scaled = (exact.solve(h.double(), alpha.double(), x.double(), steps).clamp(-1, 1) + 1) * 10
+    scaled = (exact.solve(h.double(), alpha.double(), x.double(), steps, solver).clamp(-1, 1) + 1) * 10
     return (scaled - scaled.floor() - 0.5).abs()
 
 
-@pytest.mark.parametrize(("B", "max_batch", "steps"), [(1, 1, 7), (3, 4, 1), (2, 2, 4), (5, 5, 16)])
-def test_codes_are_the_hosts(model: VoxtralTTS, B: int, max_batch: int, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("B", "max_batch", "steps", "solver"),
+    [
+        (1, 1, 7, "euler"),
+        (3, 4, 1, "euler"),
+        (2, 2, 4, "euler"),
+        (5, 5, 16, "euler"),
+        (1, 1, 4, "ab2"),
+        (3, 3, 5, "ab2"),
+    ],
+)
+def test_codes_are_the_hosts(model: VoxtralTTS, B: int, max_batch: int, steps: int, solver: str) -> None:
     head = model.acoustic_transformer
     h, alpha, x = inputs(B, seed=B)
     with torch.inference_mode():
-        expected = head(h, alpha, x, steps)
+        expected = head(h, alpha, x, steps, solver)
         assert voxkern.accelerate(model, max_batch) == ["acoustic_transformer"]
-        codes = head(h, alpha, x, steps)
-        _, following = head.forward.frame(h, alpha, noise=x, steps=steps)
-    at_edge = distances(head, h, alpha, x, steps) < 1e-4
+        codes = head(h, alpha, x, steps, solver)
+        _, following = head.forward.frame(h, alpha, noise=x, steps=steps, solver=solver)
+    at_edge = distances(head, h, alpha, x, steps, solver) < 1e-4
     assert torch.equal(codes[:, 0], expected[:, 0])
     assert bool(((codes == expected)[:, 1:] | at_edge).all())
     assert int(at_edge.sum()) <= 2
@@ -190,6 +202,7 @@ def test_errors(model: VoxtralTTS) -> None:
             ((h[:2], alpha, x[:2]), ValueError, r"cfg_alpha must be contiguous torch.float32 \[2\]"),
             ((h[:2], alpha[:2], x[:2, :35]), ValueError, "noise must be contiguous"),
             ((h[:2], alpha[:2], x[:2], 65), ValueError, "steps must lie in 1..64"),
+            ((h[:2], alpha[:2], x[:2], 4, "heun"), ValueError, "solver must be one of"),
         ):
             with pytest.raises(error, match=message):
                 head(*arguments)

@@ -68,6 +68,7 @@ def generate_codes(
     requests: list[Request],
     block_rows: int,
     steps: int,
+    solver: str,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[Utterance]:
     """Speak a group of requests side by side; each leaves when it ends.
@@ -77,6 +78,7 @@ def generate_codes(
         requests: at least one.
         block_rows: rows that are computed at once, see the module's docstring.
         steps: evaluations of the velocity a frame.
+        solver: "euler" or "ab2".
         on_frame: called with the number of frames done after each.
 
     Returns:
@@ -95,7 +97,7 @@ def generate_codes(
     running = utterances
     for n_frames in range(1, max(request.max_frames for request in requests) + 1):
         for block in blocks(running, block_rows):
-            speak_frame(model, block, block_rows, steps)
+            speak_frame(model, block, block_rows, steps, solver)
         done = [u for u in running if u.ended or len(u.frames) == u.request.max_frames]
         running = [u for u in running if u not in done]
         for utterance in done:
@@ -118,14 +120,14 @@ def prefill(model: VoxtralTTS, pool: PagePool, request: Request, pages: Tensor) 
     return Utterance(request, states[0, -1], pages, length)
 
 
-def speak_frame(model: VoxtralTTS, block: list[Utterance], rows: int, steps: int) -> None:
+def speak_frame(model: VoxtralTTS, block: list[Utterance], rows: int, steps: int, solver: str) -> None:
     """Turn the hidden states of a block into a frame of codes each, or into its end."""
     device = block[0].hidden.device
     seeds = seed_tensor([u.request.seed for u in block] + [0] * (rows - len(block))).to(device)
     frames = torch.tensor([len(u.frames) for u in block] + [0] * (rows - len(block)), device=device)
     alpha = torch.tensor([u.request.cfg_alpha for u in block] + [0.0] * (rows - len(block)), device=device)
     x = noise(seeds, frames, model.config.audio.n_acoustic_codebook)
-    codes = model.acoustic_transformer(_padded([u.hidden for u in block], rows), alpha, x, steps)
+    codes = model.acoustic_transformer(_padded([u.hidden for u in block], rows), alpha, x, steps, solver)
     ended = (codes[:, 0] == END_AUDIO).tolist()
     for i, utterance in enumerate(block):
         utterance.ended = ended[i]

@@ -6,6 +6,7 @@ layer the x token has no branch; and in the last layer only the x tokens go on p
 """
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from ..kernels.semantic import launch_semantic_codes, semantic_scratch
 from ..kernels.tokens import launch_token_attention, launch_token_attention_linear
 from ..reference.attention import TransformerBlock
 from ..reference.config import N_SPECIAL_CODES
-from ..reference.flow import MAX_STEPS, FlowMatchingAudioTransformer
+from ..reference.flow import FlowMatchingAudioTransformer, step_ratios, time_grid
 from ..reference.noise import quantile_table
 
 MAX_BATCH = 64  # six rows a request, and the linear family is made for 512
@@ -31,6 +32,7 @@ class Buffers:
 
     Attributes:
         x: fp32 [B, K], the flow's state.
+        v_last: fp32 [B, K], the last step's velocity.
         tokens: [6B, dim], what enters the first layer. The last B rows, no condition, are zero and stay so.
         stream: [6B, dim], what the layers make of it.
         x_qkv: [B, W], q | k | v of the x tokens in the first layer.
@@ -45,6 +47,7 @@ class Buffers:
     """
 
     x: Tensor
+    v_last: Tensor
     tokens: Tensor
     stream: Tensor
     x_qkv: Tensor
@@ -60,17 +63,21 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Times:
-    """What depends on weights and steps alone.
+    """What depends on weights, solver and steps alone.
 
     Attributes:
         key: of the weights that it was made from.
         tokens: [steps, dim], the t tokens.
         qkv: [steps, W], their first layer's q | k | v.
+        lengths: of the steps.
+        ratios: of each step, see :func:`voxkern.reference.flow.integrate`.
     """
 
     key: tuple[Any, ...]
     tokens: Tensor
     qkv: Tensor
+    lengths: list[float]
+    ratios: list[float]
 
 
 class FlowTwin:
@@ -93,10 +100,17 @@ class FlowTwin:
             raise ValueError(f"max_batch must lie in 1..{MAX_BATCH}, got {max_batch}")
         self.host, self.embeddings, self.max_batch = host, embeddings, max_batch
         self._buffers: dict[tuple[int, torch.dtype, torch.device], Buffers] = {}
-        self._times: dict[int, Times] = {}
+        self._times: dict[tuple[str, int], Times] = {}
         self._quantiles: Tensor | None = None
 
-    def __call__(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor | None = None, steps: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        h: Tensor,
+        cfg_alpha: Tensor,
+        noise: Tensor | None = None,
+        steps: int | None = None,
+        solver: str = "euler",
+    ) -> Tensor:
         """One frame of codes, as :meth:`FlowMatchingAudioTransformer.forward` says them.
 
         Raises:
@@ -107,7 +121,7 @@ class FlowTwin:
         n_acoustic = self.host.audio.n_acoustic_codebook
         if noise is None:
             noise = torch.randn(h.shape[0], n_acoustic, device=h.device)
-        codes, _ = self.frame(h, cfg_alpha.float(), steps=steps, noise=noise.float())
+        codes, _ = self.frame(h, cfg_alpha.float(), steps=steps, solver=solver, noise=noise.float())
         return codes.clone()
 
     def frame(
@@ -116,6 +130,7 @@ class FlowTwin:
         cfg_alpha: Tensor,
         *,
         steps: int | None = None,
+        solver: str = "euler",
         noise: Tensor | None = None,
         seed: Tensor | None = None,
         frame: Tensor | None = None,
@@ -126,6 +141,7 @@ class FlowTwin:
             h: [B, dim] in the weights' dtype.
             cfg_alpha: fp32 [B].
             steps: evaluations of the velocity; None takes the config's.
+            solver: "euler" or "ab2".
             noise: fp32 [B, K]; None draws it from `seed` and `frame`.
             seed: int64 [B], see :func:`voxkern.reference.noise.seed_tensor`.
             frame: int64 [B].
@@ -135,13 +151,13 @@ class FlowTwin:
             of as many requests writes again.
         """
         steps = self.host.config.n_decoding_steps if steps is None else steps
-        self._check(h, cfg_alpha, steps, noise, seed, frame)
+        self._check(h, cfg_alpha, noise, seed, frame)
         with torch.cuda.device(h.device) if h.is_cuda else contextlib.nullcontext():
-            buffers, times = self.buffers(len(h), h.dtype, h.device), self.times(steps)
+            buffers, times = self.buffers(len(h), h.dtype, h.device), self.times(solver, steps)
             self._begin(buffers, times, h, noise, seed, frame)
             for step in range(steps):
                 self._layers(buffers, times.qkv[step : step + 1])
-                self._step(buffers, times, cfg_alpha, step, steps)
+                self._step(buffers, times, cfg_alpha, step)
         return buffers.codes, buffers.following
 
     def buffers(self, B: int, dtype: torch.dtype, device: torch.device) -> Buffers:
@@ -155,6 +171,7 @@ class FlowTwin:
             width, K = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, audio.n_acoustic_codebook
             self._buffers[B, dtype, device] = Buffers(
                 x=zeros(B, K, dtype=torch.float32),
+                v_last=zeros(B, K, dtype=torch.float32),
                 tokens=zeros(6 * B, config.dim),
                 stream=zeros(6 * B, config.dim),
                 x_qkv=zeros(B, width),
@@ -169,21 +186,22 @@ class FlowTwin:
             )
         return self._buffers[B, dtype, device]
 
-    def times(self, steps: int) -> Times:
-        """The tables of `steps` steps; made anew when a weight that they come from has changed."""
+    def times(self, solver: str, steps: int) -> Times:
+        """The tables of a solver's steps; made anew when a weight that they come from has changed."""
         host, first = self.host, self._blocks[0]
         attention = first.attention
         norm, wq, wk, wv = first.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight
         weights = [host.time_projection.weight, norm, wq, wk, wv]
         key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
-        if steps not in self._times or self._times[steps].key != key:
+        if (solver, steps) not in self._times or self._times[solver, steps].key != key:
+            times = time_grid(solver, steps)
             with torch.no_grad():
-                t = torch.arange(steps, dtype=torch.float64, device=weights[0].device) / steps
-                tokens = host.project_time(t)
+                tokens = host.project_time(torch.tensor(times[:-1], dtype=torch.float64, device=wq.device))
                 qkv = tokens.new_empty(steps, len(wq) + len(wk) + len(wv))
                 launch_norm_qkv(qkv, tokens, norm, wq, wk, wv, self._eps, steps, self._max_rows)
-            self._times[steps] = Times(key, tokens, qkv)
-        return self._times[steps]
+            lengths = [end - start for start, end in itertools.pairwise(times)]
+            self._times[solver, steps] = Times(key, tokens, qkv, lengths, step_ratios(solver, times))
+        return self._times[solver, steps]
 
     @property
     def _n_codes(self) -> int:
@@ -254,24 +272,24 @@ class FlowTwin:
         launch_token_attention(attended, x_qkv, t_qkv, h_qkv, *heads, rows // len(h_qkv), self.max_batch)
         launch_linear(b.stream[:rows], attended, wo, None, residual, self._max_rows)
 
-    def _step(self, b: Buffers, times: Times, cfg_alpha: Tensor, step: int, steps: int) -> None:
-        """The Euler step and the next tokens, or the codes."""
-        host, dt = self.host, 1 / steps
+    def _step(self, b: Buffers, times: Times, cfg_alpha: Tensor, step: int) -> None:
+        """The solver's step and the next tokens, or the codes."""
+        host, dt, ratio = self.host, times.lengths[step], times.ratios[step]
         norm, w_out = host.norm.weight, host.acoustic_codebook_output.weight
-        if step + 1 < steps:
+        if step + 1 < len(times.lengths):
             launch_flow_step(
-                b.stream, norm, w_out, self._eps, cfg_alpha, dt, b.x, host.input_projection.weight,
+                b.stream, norm, w_out, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last, host.input_projection.weight,
                 times.tokens[step + 1], b.tokens, self.max_batch,
             )  # fmt: skip
             return
         embeddings = None if self.embeddings is None else self.embeddings.weight
         launch_flow_finish(
-            (b.codes, b.following), b.stream, norm, w_out, self._eps, cfg_alpha, dt, b.x, b.semantic,
+            (b.codes, b.following), b.stream, norm, w_out, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last, b.semantic,
             host.audio.acoustic_codebook_size, embeddings, host.audio.semantic_codebook_size, self.max_batch,
         )  # fmt: skip
 
     def _check(
-        self, h: Tensor, cfg_alpha: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None, frame: Tensor | None
+        self, h: Tensor, cfg_alpha: Tensor, noise: Tensor | None, seed: Tensor | None, frame: Tensor | None
     ) -> None:
         weight, audio = self.host.llm_projection.weight, self.host.audio
         if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
@@ -288,8 +306,6 @@ class FlowTwin:
             raise TypeError(f"h is {h.dtype} on {h.device}, the weights are {weight.dtype} on {weight.device}")
         if h.stride(1) != 1:
             raise ValueError(f"h has strides {h.stride()} but its last dimension must have stride 1")
-        if not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"steps must lie in 1..{MAX_STEPS}, got {steps}")
         if noise is None and (seed is None or frame is None):
             raise ValueError("give noise, or seed and frame to draw it from")
         shapes = {"cfg_alpha": (cfg_alpha, [B]), "noise": (noise, [B, audio.n_acoustic_codebook])}
