@@ -1,0 +1,200 @@
+"""What a frame of the flow head costs at the public shapes: launches, multiply-adds, bytes.
+
+``python -m bench.frame`` runs the twin's own code in the interpreter with the tiles of sm_90, on a head of the public
+shapes, and counts. Launches of regular grids are counted by their first, second and last blocks: nothing is computed.
+The fewest bytes are: every weight a launch uses once, every activation it is given or fills once.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the counters watch the interpreter
+
+import torch
+from torch import Tensor
+
+from bench.counters import counting
+from voxkern.kernels import settings
+from voxkern.kernels.linear import launch_norm_linear
+from voxkern.maker import public_params
+from voxkern.reference import Config
+from voxkern.reference.flow import FlowMatchingAudioTransformer
+from voxkern.twins import flow as twins
+
+STEPS = 7
+# launchers whose blocks are alike along each axis; of the others all blocks are counted
+ALIKE = {"norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_codes"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call of a launcher: kernels launched, multiply-adds of products, DRAM bytes, and the fewest possible."""
+
+    launches: int
+    products: int
+    dram: int = 0
+    fewest: int = 0
+
+
+def frame_cost(
+    head: FlowMatchingAudioTransformer, B: int, embeddings: torch.nn.Embedding, count_bytes: bool = True
+) -> Cost:
+    """A frame of `B` requests, prepared for as many: a frame of two steps is counted, and its middle repeated."""
+    calls: dict[str, list[Cost]] = defaultdict(list)
+    twin = twins.FlowTwin(head, B, embeddings)
+    weight = head.llm_projection.weight
+    h = torch.zeros(B, head.config.dim, dtype=weight.dtype, device=weight.device)
+    alpha = torch.ones(B, device=weight.device)
+    seed, frame = (torch.zeros(B, dtype=torch.int64, device=weight.device) for _ in range(2))
+    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, count_bytes):
+        with mock.patch.object(twins, "launch_norm_qkv"):
+            twin.times("euler", 2)  # tables are made once, not in a frame
+        twin.frame(h, alpha, seed=seed, frame=frame, steps=2)
+    once = {"semantic_codes", "flow_start", "flow_finish"}
+    begun = {"norm_qkv": 1, "linear": 1}  # of the hidden states, before the steps
+    total = [0, 0, 0, 0]
+    for name, costs in calls.items():
+        first = begun.get(name, 0)
+        for i, cost in enumerate(costs):
+            times = 1.0 if name in once or i < first else STEPS - 1 if name == "flow_step" else STEPS / 2
+            for j, value in enumerate((cost.launches, cost.products, cost.dram, cost.fewest)):
+                total[j] += value * times  # type: ignore[assignment]
+    return Cost(*(round(value) for value in total))
+
+
+@contextmanager
+def recorded(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
+    """Within the block, the twin's launchers are counted into `calls` by name."""
+    names = [name.removeprefix("launch_") for name in vars(twins) if name.startswith("launch_")]
+    with ExitStack() as stack:
+        for name in names:
+            recorder = _recorder(name, getattr(twins, f"launch_{name}"), calls, count_bytes)
+            stack.enter_context(mock.patch.object(twins, f"launch_{name}", recorder))
+        yield
+
+
+def _recorder(
+    name: str, launch: Callable[..., None], calls: dict[str, list[Cost]], count_bytes: bool
+) -> Callable[..., None]:
+    def record(*args: Any) -> None:
+        launches = 2 if name == "semantic_codes" else 1
+        dram = fewest = 0
+        if name == "flow_finish" and count_bytes:
+            args[10].zero_()  # semantic codes become addresses, and the launches that make them were not run whole
+        if count_bytes:
+            dram = sum(_dram(one, *some) for one, some in _parts(name, launch, args))
+            fewest = _fewest(name, args)
+        calls[name].append(Cost(launches, products(name, args), dram, fewest))
+
+    return record
+
+
+def _parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
+    """q | k | v in one grid is three grids of the same kernel, each of which is regular (tests/test_frame.py)."""
+    if name != "norm_qkv":
+        return [(name, (launch, *args))]
+    out, x, norm, wq, wk, wv, eps, q_rows, max_rows = args
+    parts = []
+    for weight, rows in ((wq, q_rows), (wk, len(x)), (wv, len(x))):
+        result = out.new_empty(rows, len(weight))
+        parts.append(("norm_linear", (launch_norm_linear, result, x[:rows], norm, weight, eps, max_rows)))
+    return parts
+
+
+def _dram(name: str, launch: Callable[..., None], *args: Any) -> int:
+    with counting(whole=name not in ALIKE) as launches:
+        launch(*args)
+    return sum(traffic.dram for one in launches for traffic in one.traffic().values())
+
+
+def _fewest(name: str, args: tuple[Any, ...]) -> int:
+    tensors: list[Tensor] = []
+    for arg in args:
+        tensors += [t for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
+    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # in place is one tensor
+    if name == "norm_qkv":  # x and the norm are read by each of three grids in our count, but once would do
+        out, _, _, wq, *_, q_rows, _ = args
+        sizes[out.data_ptr()] -= (len(out) - q_rows) * len(wq) * out.element_size()
+    if name == "semantic_codes":  # padding rows of the table are not needed, and partial results are
+        _, _, weight, n_codes, *_ = args
+        sizes[weight.data_ptr()] = n_codes * weight.shape[1] * weight.element_size()
+    if name == "flow_finish":  # 37 rows a request of the embeddings, and of y the x tokens
+        _, y, _, w_out, *_, embeddings, _, _ = args
+        B = len(args[8])
+        sizes[embeddings.data_ptr()] = (1 + len(w_out)) * B * embeddings.shape[1] * embeddings.element_size()
+        sizes[y.data_ptr()] = 2 * B * y.shape[1] * y.element_size()
+    if name in ("flow_start", "flow_step"):  # the hidden state's tokens are left alone
+        tokens = args[-2]
+        sizes[tokens.data_ptr()] = tokens.numel() * tokens.element_size() * 4 // 6
+    if name == "flow_step":
+        sizes[args[0].data_ptr()] = 2 * len(args[7]) * args[0].shape[1] * args[0].element_size()
+    if name == "flow_start":
+        sizes.pop(args[3].data_ptr())  # a few quantiles of a table
+    return sum(sizes.values())
+
+
+def products(name: str, args: tuple[Any, ...]) -> int:
+    """Multiply-adds that a call asks of its matrices: rows x N x K."""
+    if name == "norm_qkv":
+        _, x, _, wq, wk, wv, _, q_rows, _ = args
+        return q_rows * wq.numel() + len(x) * (wk.numel() + wv.numel())
+    if name == "norm_swiglu":
+        return len(args[1]) * (args[3].numel() + args[4].numel())  # type: ignore[no-any-return]
+    if name == "linear":
+        return len(args[1]) * args[2].numel()  # type: ignore[no-any-return]
+    if name == "token_attention_linear":
+        return len(args[0]) * args[4].numel()  # type: ignore[no-any-return]
+    if name == "semantic_codes":
+        return len(args[1]) * args[2].shape[1] * args[3]  # type: ignore[no-any-return]
+    if name == "flow_start":
+        return len(args[6]) * args[4].numel()  # type: ignore[no-any-return]
+    if name == "flow_step":
+        return len(args[7]) * (2 * args[2].numel() + args[9].numel())  # type: ignore[no-any-return]
+    return len(args[8]) * 2 * args[3].numel() if name == "flow_finish" else 0
+
+
+def plain_products(head: FlowMatchingAudioTransformer, B: int) -> int:
+    """Multiply-adds of the head as it is usually written: 6B rows through everything, every step."""
+    layer = sum(p.numel() for name, p in head.layers[0].named_parameters() if "norm" not in name)
+    step = 6 * B * layer * len(head.layers)
+    step += 2 * B * (head.input_projection.weight.numel() + head.acoustic_codebook_output.weight.numel())
+    once = B * head.semantic_codebook_output.weight.numel() + 2 * B * head.llm_projection.weight.numel()
+    return STEPS * step + once
+
+
+def public_head(device: str = "cpu") -> tuple[FlowMatchingAudioTransformer, torch.nn.Embedding]:
+    """The public shapes in bf16, zeros."""
+    config = Config.from_params(public_params())
+    with torch.device("meta"):
+        head = FlowMatchingAudioTransformer(config.acoustic_transformer, config.audio).bfloat16()
+        embeddings = torch.nn.Embedding(config.audio.embedding_rows, config.backbone.dim).bfloat16()
+    for module in (head, embeddings):
+        if device != "meta":
+            module.to_empty(device=device)
+            for parameter in module.parameters():
+                torch.nn.init.zeros_(parameter)
+        module.requires_grad_(False)
+    return head, embeddings
+
+
+def main() -> None:
+    """Print a row a batch size."""
+    head, embeddings = public_head()
+    print("batch  launches  GB from DRAM  fewest  ratio  multiply-adds, G  as usually written  ratio")
+    for B in (1, 32):
+        cost, plain = frame_cost(head, B, embeddings), plain_products(head, B)
+        print(
+            f"{B:5d}  {cost.launches:8d}  {cost.dram / 1e9:12.3f}  {cost.fewest / 1e9:6.3f}  "
+            f"{cost.dram / cost.fewest:5.3f}  {cost.products / 1e9:16.1f}  {plain / 1e9:18.1f}  "
+            f"{cost.products / plain:5.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What a frame of the flow head costs, held to its limits."""
+
+import copy
+
+import pytest
+import torch
+from plant import case_of, entry_of
+
+from bench.counters import counting, only_launches
+from bench.frame import frame_cost, plain_products, public_head
+from bench.registry import Maker
+from voxkern.kernels.linear import norm_linear
+from voxkern.maker import tiny_params
+from voxkern.reference import Config
+from voxkern.reference.flow import FlowMatchingAudioTransformer
+from voxkern.reference.noise import seed_tensor
+from voxkern.twins.flow import FlowTwin
+
+LIMITS = {1: 96, 32: 117}  # launches of a frame, by the batch it is prepared for
+
+
+@pytest.mark.parametrize("max_batch", LIMITS)
+def test_launches_and_nothing_else(max_batch: int) -> None:
+    """Three layers and seven steps, as in the public model; the widths do not change what is launched."""
+    params = copy.deepcopy(tiny_params())
+    params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]["n_layers"] = 3
+    config = Config.from_params(params)
+    head = FlowMatchingAudioTransformer(config.acoustic_transformer, config.audio).bfloat16()
+    twin = FlowTwin(head, max_batch, torch.nn.Embedding(config.audio.embedding_rows, 64).bfloat16())
+    B = min(max_batch, 2)
+    h, alpha = torch.zeros(B, 64, dtype=torch.bfloat16), torch.ones(B)
+    seed, frame = seed_tensor([5] * B), torch.zeros(B, dtype=torch.int64)
+    with torch.inference_mode():
+        twin.frame(h, alpha, seed=seed, frame=frame)
+        with only_launches() as launches:
+            twin.frame(h, alpha, seed=seed, frame=frame)
+    assert len(launches) <= LIMITS[max_batch]
+
+
+@pytest.mark.parametrize("B", LIMITS)
+def test_public_shapes(B: int) -> None:
+    """By the launches' own shapes; their bytes are counted in the slow test."""
+    head, embeddings = public_head("meta")
+    cost = frame_cost(head, B, embeddings, count_bytes=False)
+    assert cost.launches <= LIMITS[B]
+    assert cost.products <= 0.76 * plain_products(head, B)
+
+
+def test_products_as_usually_written() -> None:
+    """7 steps x 6 rows x 349.2 M and the heads, as the specification's roofline has it: 29.4 GFLOP at batch 1."""
+    head, _ = public_head("meta")
+    assert 2 * plain_products(head, 1) == pytest.approx(29.4e9, rel=0.01)
+
+
+@pytest.mark.parametrize("case", ["odd", "odd-some-ask"])
+def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
+    """Bytes of the weights, and of the results, counted whole: what the frame's count rests on."""
+    entry = entry_of("norm_qkv")
+    args = entry.args(case_of(entry, case), Maker(torch.bfloat16))
+    with counting(whole=True) as together:
+        entry.op.run(**args)
+    x, norm, eps, max_rows = (args[name] for name in ("x", "norm", "eps", "max_rows"))
+    written = 0
+    for name, rows in (("wq", args["q_rows"]), ("wk", len(x)), ("wv", len(x))):
+        with counting(whole=True) as alone:
+            norm_linear(x[:rows], norm, args[name], eps, max_rows)
+        assert together[0].of(args[name]) == alone[0].of(args[name])
+        written += alone[0].traffic()["p_y"].dram
+    assert together[0].traffic()["p_y"].dram == written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("B", LIMITS)
+def test_bytes_at_the_public_shapes(B: int) -> None:
+    head, embeddings = public_head()
+    cost = frame_cost(head, B, embeddings)
+    print(f"batch {B}: {cost}")
+    assert cost.dram <= 1.05 * cost.fewest
