@@ -76,6 +76,22 @@ def test_the_committed_ledger_is_clean_and_whole() -> None:
         assert ledger.write(rows) == text
 
 
+@pytest.mark.parametrize(
+    ("operator", "case"),
+    [("norm_qkv", "b1"), ("token_attention_linear", "wo-b1"), ("norm_swiglu", "b1"), ("linear", "down-b1")],
+)
+def test_the_flow_heads_products_keep_memory_busy(operator: str, case: str) -> None:
+    """At batch 1 on an H100: 32 KB of weights under way a multiprocessor, by asynchronous copies, to matrix units."""
+    _, rows = ledger.read(ledger.FILE.read_text())
+    found = [row for row in rows if (row.operator, row.case, row.arch) == (operator, case, "sm_90")]
+    for row in found:
+        if row.dtype != "fp32":
+            assert row.in_flight >= 32 << 10
+            assert "LDGSTS.128" in row.loads
+            assert row.matrix != "-"
+    assert "bf16" in {row.dtype for row in found}
+
+
 def test_resident_blocks() -> None:
     h100 = MACHINES["sm_90"]
     assert h100.resident_blocks(warps=4, registers=56, shared=73_728) == 3  # by shared memory
