@@ -2,16 +2,22 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.registry import Case, Entry, Maker
-from voxkern.kernels.linear import linear, norm_linear, norm_qkv, norm_swiglu
+from voxkern.kernels.linear import linear, norm_linear, norm_swiglu
 from voxkern.reference.linear import rms_norm
 
 
-def norm_linear_reference(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int) -> Tensor:
+def phase_of(s: Any) -> str:
+    """`s.prefill`, where there is one, says that many rows come."""
+    return "prefill" if getattr(s, "prefill", 0) else "decode"
+
+
+def norm_linear_reference(
+    x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode"
+) -> Tensor:
     """RMSNorm, rounded, then the product: what the public servers run as two kernels."""
     return F.linear(rms_norm(x, norm, eps), weight)
 
@@ -24,34 +30,13 @@ def norm_linear_inputs(s: Any, make: Maker) -> dict[str, Any]:
         "weight": make(s.N, s.K, std=s.K**-0.5),
         "eps": 1e-5,
         "max_rows": s.max_rows,
+        "phase": phase_of(s),
     }
 
 
-def norm_qkv_reference(
-    x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float, q_rows: int, max_rows: int
+def norm_swiglu_reference(
+    x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
 ) -> Tensor:
-    """One norm, three products, side by side."""
-    n = rms_norm(x, norm, eps)
-    q = F.linear(n, wq)
-    asks = torch.arange(len(x), device=x.device).unsqueeze(1) < q_rows
-    return torch.cat((q.where(asks, 0), F.linear(n, wk), F.linear(n, wv)), dim=1)
-
-
-def norm_qkv_inputs(s: Any, make: Maker) -> dict[str, Any]:
-    """As above; `s.asking` is the part of the rows that ask, in thirds."""
-    return {
-        "x": make(s.M, s.K),
-        "norm": make(s.K, mean=1.0, std=0.1),
-        "wq": make(s.N, s.K, std=s.K**-0.5),
-        "wk": make(s.N_KV, s.K, std=s.K**-0.5),
-        "wv": make(s.N_KV, s.K, std=s.K**-0.5),
-        "eps": 1e-5,
-        "q_rows": -(-s.M * s.asking // 3),
-        "max_rows": s.max_rows,
-    }
-
-
-def norm_swiglu_reference(x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int) -> Tensor:
     """As the reference's feed-forward does it, each part rounded."""
     n = rms_norm(x, norm, eps)
     return F.silu(F.linear(n, w1)) * F.linear(n, w3)
@@ -66,10 +51,18 @@ def norm_swiglu_inputs(s: Any, make: Maker) -> dict[str, Any]:
         "w3": make(s.N, s.K, std=s.K**-0.5),
         "eps": 1e-5,
         "max_rows": s.max_rows,
+        "phase": phase_of(s),
     }
 
 
-def linear_reference(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None, max_rows: int) -> Tensor:
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    max_rows: int,
+    phase: str = "decode",
+) -> Tensor:
     """Product, scale and sum, each rounded."""
     y = F.linear(x, weight)
     y = y if scale is None else scale * y
@@ -84,11 +77,10 @@ def linear_inputs(s: Any, make: Maker) -> dict[str, Any]:
         "scale": make(s.N) if s.scale else None,
         "residual": make(s.M, s.N) if s.residual else None,
         "max_rows": s.max_rows,
+        "phase": phase_of(s),
     }
 
 
-QKV = {"N": 4096, "N_KV": 1024, "K": 3072}
-ODD_QKV = {"N": 75, "N_KV": 40, "K": 150}
 UP = {"N": 9216, "K": 3072}
 DOWN = {"N": 3072, "K": 9216, "scale": 0, "residual": 1}
 
@@ -107,20 +99,6 @@ ENTRIES = [
         ),
     ),
     Entry(
-        op=norm_qkv,
-        reference=norm_qkv_reference,
-        inputs=norm_qkv_inputs,
-        cases=(
-            Case("odd", {"M": 19, **ODD_QKV, "asking": 3, "max_rows": 19}),
-            Case("odd-some-ask", {"M": 70, **ODD_QKV, "asking": 1, "max_rows": 100}),
-            Case("b1", {"M": 6, **QKV, "asking": 3, "max_rows": 6}, public=True, dtypes=("bf16",)),
-            Case("b32", {"M": 192, **QKV, "asking": 3, "max_rows": 192}, public=True, dtypes=("bf16",)),
-            Case("last-b32", {"M": 192, **QKV, "asking": 1, "max_rows": 192}, public=True, dtypes=("bf16",)),
-        ),
-        once=("wq", "wk", "wv"),
-        alike=False,
-    ),
-    Entry(
         op=norm_swiglu,
         reference=norm_swiglu_reference,
         inputs=norm_swiglu_inputs,
@@ -131,6 +109,8 @@ ENTRIES = [
             Case("b2", {"M": 12, **UP, "max_rows": 12}, public=True, dtypes=("bf16",)),
             Case("b4", {"M": 24, **UP, "max_rows": 24}, public=True, dtypes=("bf16",)),
             Case("b32", {"M": 192, **UP, "max_rows": 192}, public=True, dtypes=("bf16",)),
+            Case("odd-prefill", {"M": 150, "N": 75, "K": 150, "max_rows": 150, "prefill": 1}, dtypes=("bf16",)),
+            Case("prefill", {"M": 230, **UP, "max_rows": 230, "prefill": 1}, public=True, dtypes=("bf16",)),
         ),
         stage=lambda c: 2 * c["BLOCK_N"] * c["BLOCK_K"],
         once=("w1", "w3"),
@@ -147,6 +127,12 @@ ENTRIES = [
             Case("down-b2", {"M": 12, **DOWN, "max_rows": 12}, public=True, dtypes=("bf16",)),
             Case("down-b4", {"M": 24, **DOWN, "max_rows": 24}, public=True, dtypes=("bf16",)),
             Case("down-b32", {"M": 192, **DOWN, "max_rows": 192}, public=True, dtypes=("bf16",)),
+            Case(
+                "odd-prefill",
+                {"M": 150, "N": 75, "K": 150, "scale": 0, "residual": 1, "max_rows": 150, "prefill": 1},
+                dtypes=("bf16",),
+            ),
+            Case("prefill", {"M": 230, **DOWN, "max_rows": 230, "prefill": 1}, public=True, dtypes=("bf16",)),
             Case(
                 "llm-b1",
                 {"M": 1, "N": 3072, "K": 3072, "scale": 0, "residual": 0, "max_rows": 6},

@@ -3,8 +3,11 @@
 A tile is [BLOCK_N, BLOCK_M], the weight's rows first: the matrix instructions want 16 or 64 rows on their left side and
 make do with 8 columns on their right, so that six rows of activations cost eight and not sixty-four.
 
-Two kernels: after RMSNorm (``norm_linear``, ``norm_qkv``, ``norm_swiglu``), and into the residual stream (``linear``).
+Two kernels: after RMSNorm (``norm_linear``, ``norm_swiglu``), and into the residual stream (``linear``). In a prefill
+there are many rows, and tiles as large as the matrix units want them.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -18,56 +21,65 @@ from .settings import Table
 # Few rows: 8 to 16 KB of weights a stage, and as many stages as the 101,376 bytes of sm_86, 89 and 120 hold; N = 4096
 # has only 64 blocks for 132 multiprocessors, so each must keep 32 KB and more under way. BLOCK_K is less than a block's
 # threads: a longer tile of `norm` would be loaded one element a thread, which cannot be pipelined and stalls every
-# step. 64 rows on four warps, and 32 on tiles of 128, spill on sm_120. fp32 products run on the plain units, whose
-# operands live in registers: small tiles, or they spill.
+# step. 64 rows on four warps, 32 on tiles of 128, and 32 on four warps with a rotation spill on sm_120. fp32 products
+# run on the plain units, whose operands live in registers: small tiles, or they spill.
 NORM_LINEAR = Table(
     "norm_linear",
     """
-    arch         dtype  rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      *    | 16       32       64       4          1
-    gfx*         fp32   *    | 16       32       64       4          2
-    gfx*         *      16   | 16       64       128      4          2
-    gfx*         *      *    | 64       64       64       4          2
-    sm_*         fp32   *    | 16       32       32       4          6
-    sm_*         *      8    | 8        64       128      8          6
-    sm_*         *      16   | 16       64       128      8          5
-    sm_*         *      32   | 32       64       64       4          8
-    sm_*         *      *    | 64       64       64       8          4
+    arch         dtype  phase    rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      *        *    | 16       32       64       4          1
+    gfx*         fp32   *        *    | 16       32       64       4          2
+    gfx*         *      prefill  *    | 64       128      64       8          2
+    gfx*         *      *        16   | 16       64       128      4          2
+    gfx*         *      *        *    | 64       64       64       4          2
+    sm_*         fp32   *        *    | 16       32       32       4          6
+    sm_*         *      prefill  *    | 128      128      64       8          3
+    sm_*         *      *        8    | 8        64       128      8          6
+    sm_*         *      *        16   | 16       64       128      8          5
+    sm_120       *      *        32   | 32       64       64       8          8
+    sm_*         *      *        32   | 32       64       64       4          8
+    sm_*         *      *        *    | 64       64       64       8          4
     """,
 )
 
 
 # Two tiles of weights a step, the gate's and what it gates, and two accumulators.
+
 NORM_SWIGLU = Table(
     "norm_swiglu",
     """
-    arch         dtype  rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      *    | 16       32       64       4          1
-    gfx*         fp32   *    | 16       32       32       4          2
-    gfx*         *      16   | 16       64       64       4          2
-    gfx*         *      *    | 64       64       32       4          2
-    sm_*         fp32   *    | 16       32       32       4          4
-    sm_*         *      8    | 8        32       128      8          5
-    sm_*         *      16   | 16       32       128      8          4
-    sm_*         *      32   | 32       64       64       4          4
-    sm_*         *      *    | 64       64       64       8          3
+    arch         dtype  phase    rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      *        *    | 16       32       64       4          1
+    gfx*         fp32   *        *    | 16       32       32       4          2
+    gfx*         *      prefill  *    | 64       64       64       8          2
+    gfx*         *      *        16   | 16       64       64       4          2
+    gfx*         *      *        *    | 64       64       32       4          2
+    sm_*         fp32   *        *    | 16       32       32       4          4
+    sm_*         *      prefill  *    | 64       128      64       8          3
+    sm_*         *      *        8    | 8        32       128      8          5
+    sm_*         *      *        16   | 16       32       128      8          4
+    sm_*         *      *        32   | 32       64       64       4          4
+    sm_*         *      *        *    | 64       64       64       8          3
     """,
 )
 
 LINEAR = Table(
     "linear",
     """
-    arch         dtype  rows | SPLIT  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      32   | 2      16       32       32       4          1
-    interpreter  *      *    | 1      16       32       64       4          1
-    gfx*         fp32   *    | 1      16       32       64       4          2
-    gfx*         *      16   | 4      16       16       64       4          2
-    gfx*         *      *    | 1      64       64       64       4          2
-    sm_*         fp32   *    | 1      16       32       32       4          6
-    sm_*         *      8    | 4      8        16       64       4          8
-    sm_*         *      16   | 4      16       16       64       4          6
-    sm_*         *      32   | 1      32       64       64       4          8
-    sm_*         *      *    | 1      64       64       64       8          4
+    arch         dtype  phase    rows | SPLIT  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      prefill  *    | 1      16       32       64       4          1
+    interpreter  *      *        32   | 2      16       32       32       4          1
+    interpreter  *      *        *    | 1      16       32       64       4          1
+    gfx*         fp32   *        *    | 1      16       32       64       4          2
+    gfx*         *      prefill  *    | 1      64       128      64       8          2
+    gfx*         *      *        16   | 4      16       16       64       4          2
+    gfx*         *      *        *    | 1      64       64       64       4          2
+    sm_*         fp32   *        *    | 1      16       32       32       4          6
+    sm_*         *      prefill  *    | 1      128      128      64       8          3
+    sm_*         *      *        8    | 4      8        16       64       4          8
+    sm_*         *      *        16   | 4      16       16       64       4          6
+    sm_*         *      *        32   | 1      32       64       64       4          8
+    sm_*         *      *        *    | 1      64       64       64       8          4
     """,
 )
 
@@ -87,33 +99,14 @@ def _row_scale(
     return tl.rsqrt(tl.sum(b_square, 1) / K + eps)
 
 
-@triton.jit(do_not_specialize=["M", "q_rows"])
-def _norm_linear_kernel(
-    p_x, p_norm, p_w, p_k, p_v, p_up, p_y,
-    M, q_rows, stride_x, eps,
-    N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def norm_product(
+    p_x, p_norm, p_w, p_up, o_m, o_n, m_m, m_n, stride_x, eps,
+    K: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # row tiles are neighbours in launch order, so that all but the first find the weights in the L2 cache
-    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_y, n = i_n * 0, N  # first column of y that this weight fills, and its rows
-    if p_k is not None:  # three weights side by side; a tile lies in one of them
-        T_Q: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-        T_KV: tl.constexpr = (N_KV + BLOCK_N - 1) // BLOCK_N
-        is_q, is_k = i_n < T_Q, i_n < T_Q + T_KV
-        p_w = tl.where(is_q, p_w, tl.where(is_k, p_k, p_v))
-        o_y = tl.where(is_q, 0, tl.where(is_k, N, N + N_KV)).to(tl.int64)
-        n = tl.where(is_q, N, N_KV)
-        i_n -= tl.where(is_q, 0, tl.where(is_k, T_Q, T_Q + T_KV))
-        M = tl.where(is_q, q_rows, M)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    """``w RMSNorm(x)^T`` of a tile, fp32 [N, M], and the same of a second weight, `p_up`; zeros where that is None."""
     o_k = tl.arange(0, BLOCK_K)
-    m_m, m_n = o_m < M, o_n < n
-    if i_m * BLOCK_M >= M:
-        return
     eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
-
     if NORM_FIRST:
         b_scale = _row_scale(p_x, o_m, m_m, stride_x, eps, K, BLOCK_M, BLOCK_K)  # [M]
     b_square = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
@@ -139,33 +132,56 @@ def _norm_linear_kernel(
         # the scale is a row's own, so it may as well be applied to the finished sum: one pass over x
         b_scale = tl.rsqrt(tl.sum(b_square, 1) / K + eps)
         b_acc, b_up = b_acc * b_scale[None, :], b_up * b_scale[None, :]
+    return b_acc, b_up
+
+
+@triton.jit(do_not_specialize=["M"])
+def _norm_linear_kernel(
+    p_x, p_norm, p_w, p_up, p_y,
+    M, stride_x, eps,
+    N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # row tiles are neighbours in launch order, so that all but the first find the weights in the L2 cache
+    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m, m_n = o_m < M, o_n < N
+    b_acc, b_up = norm_product(
+        p_x, p_norm, p_w, p_up, o_m, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     if p_up is not None:
         b_acc = b_acc * tl.sigmoid(b_acc) * b_up
-    p_tile = p_y + o_m[None, :] * (N + 2 * N_KV) + o_y + o_n[:, None]
+    p_tile = p_y + o_m[None, :] * N + o_n[:, None]
     tl.store(p_tile, cast(b_acc, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
 
 
+def norm_constants(table: Table, x: Tensor, weight: Tensor, max_rows: int, phase: str) -> dict[str, Any]:
+    """The constants of a product after RMSNorm."""
+    constants = table(N=weight.shape[0], K=weight.shape[1], dtype=x.dtype, rows=max_rows, phase=phase)
+    return constants | {"NORM_FIRST": x.dtype == torch.float16}  # x * norm may pass fp16's 65,504 before it is scaled
+
+
 def _launch_norm(
-    table: Table, out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, wk: Tensor | None, wv: Tensor | None,
-    w_up: Tensor | None, q_rows: int, eps: float, max_rows: int,
+    table: Table, out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, w_up: Tensor | None, eps: float, max_rows: int,
+    phase: str,
 ) -> None:  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
-    constants = table(N=N, K=K, dtype=x.dtype, rows=max_rows)
-    constants["NORM_FIRST"] = x.dtype == torch.float16  # x * norm may pass fp16's 65,504 before it is scaled
-    constants["N_KV"] = 0 if wk is None else wk.shape[0]
+    constants = norm_constants(table, x, weight, max_rows, phase)
     stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
-    tiles = triton.cdiv(N, constants["BLOCK_N"]) + 2 * triton.cdiv(constants["N_KV"], constants["BLOCK_N"])
-    grid = (triton.cdiv(M, constants["BLOCK_M"]), tiles)
-    _norm_linear_kernel[grid](x, norm, weight, wk, wv, w_up, out, M, q_rows, stride_x, eps, **constants)
+    grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
+    _norm_linear_kernel[grid](x, norm, weight, w_up, out, M, stride_x, eps, **constants)
 
 
-def launch_norm_linear(out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int) -> None:
+def launch_norm_linear(
+    out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode"
+) -> None:
     """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`norm_linear`, unchecked."""
-    _launch_norm(NORM_LINEAR, out, x, norm, weight, None, None, None, len(x), eps, max_rows)
+    _launch_norm(NORM_LINEAR, out, x, norm, weight, None, eps, max_rows, phase)
 
 
 @operator(launch_norm_linear)
-def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int) -> Tensor:
+def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode") -> Tensor:
     """``RMSNorm(x) @ weight.T``, with x / sqrt(mean(x^2) + eps) * norm taken row by row.
 
     Args:
@@ -173,83 +189,45 @@ def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: i
         norm: [K], the RMSNorm's weight.
         weight: [N, K], as a checkpoint stores it.
         eps: added to the mean square.
-        max_rows: the most rows this layer is prepared for, 1..512; M may be any of 1..max_rows, and a row's result
-            does not depend on the others.
+        max_rows: the most rows this layer is prepared for, 1..512 in decode; M may be any of 1..max_rows, and a row's
+            result does not depend on the others.
+        phase: "decode", or "prefill", whose tiles are for many rows whatever `max_rows` is.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
 
     Raises:
         TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, or M is not in 1..max_rows.
+        ValueError: a shape, stride or device is wrong, M is not in 1..max_rows, or the phase is unknown.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
     N, _ = expect("weight", weight, ("N", K), like=x)
-    expect_rows(M, max_rows)
+    expect_rows(M, max_rows, phase)
     return x.new_empty(M, N)
 
 
-def launch_norm_qkv(
-    out: Tensor, x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float, q_rows: int, max_rows: int
+def launch_norm_swiglu(
+    out: Tensor, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
 ) -> None:
-    """Fill `out`, contiguous [M, Nq + 2 Nkv], but for the queries of rows from `q_rows` on, which stay as they are.
-
-    The other arguments are those of :func:`norm_qkv`, unchecked.
-    """
-    _launch_norm(NORM_LINEAR, out, x, norm, wq, wk, wv, None, q_rows, eps, max_rows)
-
-
-@operator(launch_norm_qkv)
-def norm_qkv(
-    x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float, q_rows: int, max_rows: int
-) -> Tensor:
-    """Queries, keys and values of ``RMSNorm(x)`` side by side, each from its own weight.
-
-    Args:
-        x: [M, K], see :func:`norm_linear`, also for `norm`, `eps` and `max_rows`.
-        norm: [K].
-        wq: [Nq, K].
-        wk: [Nkv, K].
-        wv: [Nkv, K].
-        eps: added to the mean square.
-        q_rows: the first rows, that ask; the queries of the others are zero.
-        max_rows: prepared for.
-
-    Returns:
-        [M, Nq + 2 Nkv] in x's dtype.
-
-    Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, or a number out of range.
-    """
-    M, K = expect("x", x, ("M", "K"), contiguous=False)
-    expect("norm", norm, (K,), like=x)
-    N, _ = expect("wq", wq, ("Nq", K), like=x)
-    N_KV, _ = expect("wk", wk, ("Nkv", K), like=x)
-    expect("wv", wv, (N_KV, K), like=x)
-    expect_rows(M, max_rows)
-    if not 0 <= q_rows <= M:
-        raise ValueError(f"q_rows is {q_rows} but must lie in 0..{M}, the rows of x")
-    return x.new_zeros(M, N + 2 * N_KV)
-
-
-def launch_norm_swiglu(out: Tensor, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int) -> None:
     """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`norm_swiglu`, unchecked."""
-    _launch_norm(NORM_SWIGLU, out, x, norm, w1, None, None, w3, len(x), eps, max_rows)
+    _launch_norm(NORM_SWIGLU, out, x, norm, w1, w3, eps, max_rows, phase)
 
 
 @operator(launch_norm_swiglu)
-def norm_swiglu(x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int) -> Tensor:
+def norm_swiglu(
+    x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
+) -> Tensor:
     """``silu(n @ w1.T) * (n @ w3.T)`` with ``n = RMSNorm(x)``: all of SwiGLU (arXiv 2002.05202) but its way down.
 
     Args:
-        x: [M, K], see :func:`norm_linear`, also for `norm`, `eps` and `max_rows`.
+        x: [M, K], see :func:`norm_linear`, also for `norm`, `eps`, `max_rows` and `phase`.
         norm: [K].
         w1: [N, K], the gate.
         w3: [N, K], what it gates.
         eps: added to the mean square.
         max_rows: prepared for.
+        phase: "decode" or "prefill".
 
     Returns:
         [M, N] in x's dtype, rounded once.
@@ -262,7 +240,7 @@ def norm_swiglu(x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max
     expect("norm", norm, (K,), like=x)
     N, _ = expect("w1", w1, ("N", K), like=x)
     expect("w3", w3, (N, K), like=x)
-    expect_rows(M, max_rows)
+    expect_rows(M, max_rows, phase)
     return x.new_empty(M, N)
 
 
@@ -331,18 +309,26 @@ def _linear_kernel(
 
 
 def launch_linear(
-    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None, max_rows: int
-) -> None:
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None, max_rows: int,
+    phase: str = "decode",
+) -> None:  # fmt: skip
     """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`linear`, unchecked."""
     (M, K), N = x.shape, weight.shape[0]
-    constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows)
+    constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase)
     stride_x = x.stride(0) if M > 1 else K
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
     _linear_kernel[grid](x, weight, scale, residual, out, M, stride_x, **constants)
 
 
 @operator(launch_linear)
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None, max_rows: int) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    max_rows: int,
+    phase: str = "decode",
+) -> Tensor:
     """``residual + scale * (x @ weight.T)``: the way back into the residual stream.
 
     Args:
@@ -350,7 +336,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | N
         weight: [N, K], as a checkpoint stores it.
         scale: [N], a layer scale, or None for 1.
         residual: [M, N], contiguous, or None for 0.
-        max_rows: the most rows this layer is prepared for, 1..512.
+        max_rows: the most rows this layer is prepared for, see :func:`norm_linear`, also for `phase`.
+        phase: "decode" or "prefill".
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
@@ -365,13 +352,15 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | N
         expect("scale", scale, (N,), like=x)
     if residual is not None:
         expect("residual", residual, (M, N), like=x)
-    expect_rows(M, max_rows)
+    expect_rows(M, max_rows, phase)
     return x.new_empty(M, N)
 
 
-def expect_rows(M: int, max_rows: int) -> None:
+def expect_rows(M: int, max_rows: int, phase: str) -> None:
     """Raise unless `M` rows are what a layer prepared for `max_rows` can take."""
-    if not 1 <= max_rows <= 512:
-        raise ValueError(f"max_rows is {max_rows} but must lie in 1..512")
+    if phase not in ("decode", "prefill"):
+        raise ValueError(f"phase is {phase!r} but must be 'decode' or 'prefill'")
+    if max_rows < 1 or (phase == "decode" and max_rows > 512):
+        raise ValueError(f"max_rows is {max_rows} but must lie in 1..512" + (" in decode" if max_rows > 512 else ""))
     if not 1 <= M <= max_rows:
         raise ValueError(f"x has {M} rows but must have 1..{max_rows} (max_rows)")

@@ -62,7 +62,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) -> Tensor:
     """Softmax attention over the whole sequence, scaled by ``D^-0.5``; query head h reads key head ``h // (H / Hkv)``.
 
     Args:
@@ -70,14 +70,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         k: [B, S, Hkv, D].
         v: [B, S, Hkv, D].
         causal: a query sees no position after its own.
+        window: if causal, the most positions that a query sees, the last ones and its own; 0 for all.
 
     Returns:
         [B, T, H, D].
     """
     T, S = q.shape[1], k.shape[1]
     mask = None
-    if causal and T > 1:
+    if causal and (T > 1 or window):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        if window:
+            mask = mask.triu(S - T - window + 1)
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
     )
@@ -102,7 +105,7 @@ def append(pool: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths: Ten
     pool[:, 1][pages, :, positions % page] = v[live]
 
 
-def paged_attention(q: Tensor, pool: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+def paged_attention(q: Tensor, pool: Tensor, block_table: Tensor, lengths: Tensor, window: int = 0) -> Tensor:
     """Causal attention of each request's last T tokens over its own pages, one request at a time.
 
     One at a time because the lengths differ, and so that a request's bits do not depend on its neighbours.
@@ -112,6 +115,7 @@ def paged_attention(q: Tensor, pool: Tensor, block_table: Tensor, lengths: Tenso
         pool: [pages, 2, Hkv, PAGE, D].
         block_table: int [B, max_pages].
         lengths: int [B]; a row of length 0 gives zeros.
+        window: see :func:`attention`.
 
     Returns:
         [B, T, H, D].
@@ -121,7 +125,7 @@ def paged_attention(q: Tensor, pool: Tensor, block_table: Tensor, lengths: Tenso
         if length:
             pages = block_table[i_b, : -(-length // page)].long()
             k, v = pool[pages].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].unsqueeze(1)  # [1, S, Hkv, D] each
-            out[i_b] = attention(q[i_b : i_b + 1], k, v, causal=True)[0]
+            out[i_b] = attention(q[i_b : i_b + 1], k, v, causal=True, window=window)[0]
     return out
 
 

@@ -15,6 +15,7 @@ run = CliRunner().invoke
 def test_say(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.wav"
     options = ["--model", str(tiny_folder), "--voice", "bob", "--seed", "3", "--max-frames", "8", "--steps", "2"]
+    options += ["--backend", "torch"]
     done = run(app, ["say", "seven three one", "-o", str(out), *options])
     assert done.exit_code == 0, done.output
     samples, rate = soundfile.read(out)

@@ -18,12 +18,12 @@ SEEDS = [1, 2, 3, 2**64 - 1, 5, 0, 2**63]
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def tts(request: pytest.FixtureRequest, tiny_folder: Path) -> voxkern.TTS:
-    return voxkern.load(tiny_folder, dtype=request.param, max_batch=5)
+    return voxkern.load(tiny_folder, dtype=request.param, backend="torch", max_batch=5)
 
 
 def test_equals_the_plain_loop(tiny_folder: Path) -> None:
     """The paged, blocked frame loop says what the model says when it reads its whole history each frame."""
-    tts = voxkern.load(tiny_folder)
+    tts = voxkern.load(tiny_folder, backend="torch")
     audio = tts.generate("seven", voice="bob", seed=11, steps=3, cfg_alpha=1.5, max_frames=12)
     model = tts.model
     tokens = torch.tensor([1, 25, *[24] * 9, 36, *(64 + b for b in b"seven"), 35, 25])
@@ -152,6 +152,7 @@ def test_wrong_arguments(tiny_folder: Path, arguments: dict, error: type, named:
     ("arguments", "error", "named"),
     [
         ({"backend": "cuda"}, ValueError, "backend must be"),
+        ({"backend": "triton", "max_batch": 65}, ValueError, "max_batch must lie in 1..64"),
         ({"dtype": "int8"}, ValueError, "dtype must be"),
         ({"max_batch": 0}, ValueError, "max_batch must be"),
         ({"max_batch": 2.0}, TypeError, "max_batch must be"),

@@ -5,6 +5,7 @@ import logging
 
 from torch import nn
 
+from .reference.backbone import Backbone
 from .reference.flow import FlowMatchingAudioTransformer
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
         max_batch: the most requests a call may have, 1..64. Settings, and so the last bits of a result, belong to it.
 
     Returns:
-        Names of the modules that were replaced.
+        Names of the modules that were replaced, and of the backbone's method, ``hidden_states``.
 
     Raises:
         ValueError: the model has no part that voxkern knows.
@@ -28,11 +29,15 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("triton is not installed, and kernels need it; the model runs without them as it is")
+    from .twins.backbone import BackboneTwin
     from .twins.flow import FlowTwin
 
     embeddings = dict(model.named_modules()).get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
     replaced = []
     for name, module in model.named_modules():
+        if isinstance(module, Backbone):
+            module.hidden_states = BackboneTwin(module, max_batch)  # type: ignore[method-assign]
+            replaced.append(f"{name}.hidden_states".lstrip("."))
         if isinstance(module, FlowMatchingAudioTransformer):
             table = embeddings if isinstance(embeddings, nn.Embedding) else None
             module.forward = FlowTwin(module, max_batch, table)  # type: ignore[method-assign]
@@ -47,10 +52,13 @@ def restore(model: nn.Module) -> list[str]:
     """Undo :func:`accelerate`.
 
     Returns:
-        Names of the modules that were put back.
+        Names of what was put back.
     """
     restored = []
     for name, module in model.named_modules():
+        if isinstance(module, Backbone) and "hidden_states" in vars(module):
+            del module.hidden_states
+            restored.append(f"{name}.hidden_states".lstrip("."))
         if isinstance(module, FlowMatchingAudioTransformer) and "forward" in vars(module):
             del module.forward
             restored.append(name or type(module).__name__)

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ def say(
     cfg: Annotated[float, typer.Option(help="Strength of the guidance; 1 is none.")] = CFG_ALPHA,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    backend: Annotated[str, typer.Option(help="triton, torch, or auto: triton on a GPU.")] = "auto",
     max_frames: Annotated[int | None, typer.Option(help="Where it is cut off; a frame is 80 ms.")] = None,
 ) -> None:
     """Speak a text into a sound file."""
@@ -67,7 +69,7 @@ def say(
         if not output.parent.is_dir():
             raise ValueError(f"{output.parent}: no such folder")
         with err.status("loading"):
-            tts = load(model, device=device, dtype=dtype)
+            tts = load(model, device=device, dtype=dtype, backend=backend)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("frames", total=max_frames)
@@ -139,8 +141,7 @@ def doctor() -> None:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("triton", importlib.metadata.version("triton") if triton else "not installed"),
         ("GPU", gpu),
-        ("backend", "torch: the reference modules"),
-        ("not triton", "generate() has kernels for the flow head only (voxkern.accelerate), not for the backbone"),
+        ("backend", _backend(triton)),
     ):
         table.add_row(name, value)
     out.print(table)
@@ -157,6 +158,17 @@ def make(
     with _plain_errors(), err.status("drawing weights"):
         make_checkpoint(folder, full=full, seed=seed, encoder=encoder)
     err.print(f"{folder}: {_size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}", highlight=False)
+
+
+def _backend(has_triton: bool) -> str:
+    """What load() takes without being told, and why."""
+    if not has_triton:
+        return "torch: triton is not installed"
+    if torch.cuda.is_available():
+        return "triton: the kernels"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "triton: the kernels, in Triton's interpreter (slow: it proves, it does not perform)"
+    return "torch: there is no GPU for the kernels"
 
 
 def _text(text: str | None, file: Path | None) -> str:

@@ -1,7 +1,9 @@
 """Text to speech: ``load`` a checkpoint, ``generate`` sound."""
 
+import importlib.util
 import logging
 import math
+import os
 import secrets
 import tempfile
 import time
@@ -12,6 +14,7 @@ from typing import Any, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
+from .accelerate import accelerate
 from .audio import Audio, Timings
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
 from .generate import BLOCK_ROWS, Request, Utterance, generate_codes
@@ -41,22 +44,23 @@ def load(
         source: a checkpoint folder or a hub id; None makes a tiny random model, whose speech is noise.
         device: None takes the GPU if there is one.
         dtype: "bfloat16", "float16", "float32" or a torch dtype; None keeps the checkpoint's.
-        backend: "torch", the reference modules; "auto" takes it too, as there are no kernels behind ``generate`` yet.
-        max_batch: requests that run side by side. A sound belongs to its seed and to this number: with another one
-            (1 or more than 1) products are made in another order.
+        backend: "triton", the kernels; "torch", the reference modules; "auto" takes the kernels on a GPU, and in
+            Triton's interpreter (TRITON_INTERPRET=1) too.
+        max_batch: requests that run side by side, up to 64 on kernels. A sound belongs to its seed, backend, dtype and
+            this number: with another one products are made in another order.
 
     Raises:
         ValueError: an argument, or a checkpoint (:class:`CheckpointError`, :class:`ConfigError`), that cannot be used.
+        RuntimeError: "triton" without Triton.
     """
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
     _check_int("max_batch", max_batch, 1, None)
     target = _device(device)
+    on_kernels = _on_kernels(backend, target)
     if source is not None:
-        return TTS(read_checkpoint(find_folder(source), _dtype(dtype), target), max_batch)
+        return TTS(read_checkpoint(find_folder(source), _dtype(dtype), target), max_batch, on_kernels)
     log.warning("No checkpoint given: a tiny model of random weights speaks, and what it says is NOISE.")
     with tempfile.TemporaryDirectory(prefix="voxkern-") as folder:
-        return TTS(read_checkpoint(make_checkpoint(Path(folder)), _dtype(dtype), target), max_batch)
+        return TTS(read_checkpoint(make_checkpoint(Path(folder)), _dtype(dtype), target), max_batch, on_kernels)
 
 
 class TTS:
@@ -66,13 +70,17 @@ class TTS:
         model: the host, a reference :class:`VoxtralTTS`.
         voices: the prefix of each voice, [N, dim].
         max_batch: requests that run side by side.
+        backend: "triton" or "torch".
     """
 
-    def __init__(self, checkpoint: Checkpoint, max_batch: int = 1) -> None:
+    def __init__(self, checkpoint: Checkpoint, max_batch: int = 1, on_kernels: bool = False) -> None:
         """Use :func:`load`."""
         self.model: VoxtralTTS = checkpoint.model
         self.voices = checkpoint.voices
         self.max_batch = max_batch
+        self.backend = "triton" if on_kernels else "torch"
+        if on_kernels:
+            accelerate(self.model, max_batch)
         self._prompt = Prompt(
             checkpoint.folder / TOKENIZER, {name: len(voice) for name, voice in checkpoint.voices.items()}
         )
@@ -170,10 +178,19 @@ class TTS:
         audios = []
         for start in range(0, len(requests), self.max_batch):
             group = requests[start : start + self.max_batch]
-            block_rows = BLOCK_ROWS if self.max_batch > 1 else 1
-            spoken = generate_codes(self.model, group, block_rows, n_steps, solver, on_frame)
+            spoken = self._speak(group, n_steps, solver, on_frame)
             audios += [self._audio(utterance) for utterance in spoken]
         return audios[0] if isinstance(text, str) else audios
+
+    def _speak(
+        self, group: list[Request], steps: int, solver: str, on_frame: Callable[[int], None] | None
+    ) -> list[Utterance]:
+        if self.backend == "triton":
+            from . import frames  # needs Triton
+
+            return frames.generate_codes(self.model, group, steps, solver, on_frame)
+        block_rows = BLOCK_ROWS if self.max_batch > 1 else 1
+        return generate_codes(self.model, group, block_rows, steps, solver, on_frame)
 
     def _request(
         self, text: str, voice: str | None, seed: int | None, cfg_alpha: float, max_frames: int | None
@@ -242,6 +259,20 @@ def _device(device: str | torch.device | None) -> torch.device:
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch finds no GPU; use device='cpu'")
     return target
+
+
+def _on_kernels(backend: str, device: torch.device) -> bool:
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "auto":
+        return (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
+    if backend == "triton" and device.type != "cuda" and not interpreted:
+        raise ValueError(
+            f"backend is 'triton' and device '{device.type}', where kernels run only in Triton's interpreter: use "
+            "device='cuda', backend='torch', or set TRITON_INTERPRET=1 before triton is first imported"
+        )
+    return backend == "triton"
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

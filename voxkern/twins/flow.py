@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.flow import launch_flow_finish, launch_flow_start, launch_flow_step
-from ..kernels.linear import launch_linear, launch_norm_qkv, launch_norm_swiglu
+from ..kernels.linear import launch_linear, launch_norm_swiglu
+from ..kernels.qkv import launch_norm_qkv
 from ..kernels.semantic import launch_semantic_codes, semantic_scratch
 from ..kernels.tokens import launch_token_attention, launch_token_attention_linear
 from ..reference.attention import TransformerBlock

@@ -1,0 +1,192 @@
+"""The backbone's twin against its host, and a whole utterance on kernels."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from poison import poison_pages
+from torch import Tensor
+
+import voxkern
+from bench.counters import counting, only_launches
+from voxkern.checkpoint import read_checkpoint
+from voxkern.frames import Frames, generate_codes
+from voxkern.generate import Request
+from voxkern.reference import VoxtralTTS
+from voxkern.reference.attention import PagedCache
+from voxkern.twins.backbone import BackboneTwin, Rows
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> VoxtralTTS:
+    """A model of one's own, fp32."""
+    return read_checkpoint(tiny_folder).model
+
+
+def embeddings(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def empty_cache(requests: int, pages: int, page: int = 64, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A pool for 2 layers full of NaN, and shuffled pages for some requests with unused ones between."""
+    pool = torch.full((2, requests * pages + 3, 2, 2, page, 16), torch.nan, dtype=dtype)
+    order = torch.randperm(requests * pages + 3, generator=torch.Generator().manual_seed(1))
+    return pool, order[: requests * pages].view(requests, pages).int()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("page", [16, 64])
+def test_states_are_the_hosts(model: VoxtralTTS, page: int) -> None:
+    """Prompts of different lengths in one launch, then tokens one by one, one request waiting and one ending."""
+    lengths, u = [1, 65, 30], embeddings(3, 100)
+    whole = model.hidden_states(u)
+    twin = BackboneTwin(model, 4)
+    pool, table = empty_cache(3, -(-100 // page), page)
+    prompts = torch.cat([row[:n] for row, n in zip(u, lengths, strict=True)])
+    states = twin.prefill(prompts, Rows.of(lengths, lengths, u.device), pool, table)
+    expected = torch.cat([row[:n] for row, n in zip(whole, lengths, strict=True)])
+    torch.testing.assert_close(model.norm(states), expected, rtol=1e-4, atol=1e-5)
+    for step in range(4):
+        lengths = [n + 1 for n in lengths]
+        there = [0 if step == 2 and i == 1 else n for i, n in enumerate(lengths)]
+        now = torch.stack([u[i, n - 1] for i, n in enumerate(lengths)])
+        h = twin.decode(now, pool, table, torch.tensor(there, dtype=torch.int32))
+        for i, n in enumerate(there):
+            if n:
+                torch.testing.assert_close(h[i], whole[i, n - 1], rtol=1e-4, atol=1e-5)
+        lengths[1] -= step == 2
+    unused = poison_pages(pool.transpose(0, 1).clone(), table)
+    assert torch.equal(unused.isnan(), pool.transpose(0, 1).isnan())  # nothing but the requests' pages was written
+
+
+@torch.inference_mode()
+def test_the_same_call_as_the_hosts(model: VoxtralTTS) -> None:
+    """``hidden_states`` of an accelerated model: whole, over a cache of int64, one token."""
+    u = embeddings(2, 21)
+    plain = copy.deepcopy(model)
+    voxkern.accelerate(model, 2)
+    torch.testing.assert_close(model.hidden_states(u), plain.hidden_states(u), rtol=1e-4, atol=1e-5)
+    mine, theirs = empty_cache(2, 1), empty_cache(2, 1)
+    for start, stop in ((0, 9), (9, 20), (20, 21)):
+        length = torch.tensor([stop, stop])
+        h = model.hidden_states(u[:, start:stop], PagedCache(mine[0], mine[1].long(), length))
+        expected = plain.hidden_states(u[:, start:stop], PagedCache(*theirs, length))
+        torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone_in_a_batch_and_in_parts(tiny_folder: Path, dtype: torch.dtype) -> None:
+    """Bit by bit: prompts together, alone, and in parts of odd sizes; then tokens together and alone."""
+    twin = BackboneTwin(read_checkpoint(tiny_folder, dtype).model, 5)
+    lengths, u = [70, 3, 33], embeddings(3, 71, dtype=dtype)
+    pool, table = empty_cache(3, 2, dtype=dtype)
+    prompts = torch.cat([row[:n] for row, n in zip(u, lengths, strict=True)])
+    together = twin.prefill(prompts, Rows.of(lengths, lengths, u.device), pool, table).split(lengths)
+    step = u[:, 70].clone()
+    after = twin.decode(step, pool, table, torch.tensor(lengths, dtype=torch.int32) + 1).clone()
+    for i in (0, 2):
+        again, own = empty_cache(1, 2, dtype=dtype)
+        parts, done = [], 0
+        for part in (17, lengths[i] - 18, 1) if i == 0 else (lengths[i],):
+            done += part
+            rows = Rows.of([part], [done], u.device)
+            parts.append(twin.prefill(u[i, done - part : done], rows, again, own))
+        assert torch.equal(torch.cat(parts), together[i])
+        alone = twin.decode(step[i : i + 1], again, own, torch.tensor([lengths[i] + 1], dtype=torch.int32))
+        assert torch.equal(alone[0], after[i])
+
+
+@torch.inference_mode()
+def test_a_frame_is_launches_and_nothing_else(tiny_folder: Path) -> None:
+    tts = voxkern.load(tiny_folder, backend="triton", max_batch=2)
+    requests = [Request(embeddings(n, seed=n), n, 1.2, 9) for n in (5, 8)]
+    with counting(whole=True):
+        group = Frames(tts.model, requests, 2, "euler")
+        group.frame()
+    with only_launches() as launches:
+        group.frame()
+    # flow head: 5, and 2 steps of 2 layers of 5 launches and 1; the codes; 2 layers of 5 launches, and the norm
+    assert len(launches) == 5 + 2 * (2 * 5 + 1) + 1 + 2 * 5 + 1
+    assert group.frames.tolist() == [2, 2]
+    assert group.lengths.tolist() == [7, 10]
+
+
+def test_speaks_as_the_torch_backend_does(tiny_folder: Path) -> None:
+    """Several requests with seeds and limits of their own; the codes are those of the reference modules."""
+    arguments = {"text": ["a", "hello"], "voice": ["ada", "bob"], "seed": [1, 2**64 - 1], "max_frames": [6, 10]}
+    mine = voxkern.load(tiny_folder, backend="triton", max_batch=2).generate(**arguments, steps=2)
+    theirs = voxkern.load(tiny_folder, backend="torch", max_batch=2).generate(**arguments, steps=2)
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_array_equal(one.codes, other.codes)
+        np.testing.assert_allclose(one.samples, other.samples, rtol=1e-4, atol=1e-4)
+        assert (one.ended, one.seed) == (other.ended, other.seed)
+        assert one.timings.total > 0
+
+
+@torch.inference_mode()
+def test_a_request_that_ends_leaves_the_others_alone(tiny_folder: Path) -> None:
+    """END, limits, and who is beside: each says the same as alone; END's frame is not kept."""
+    model = voxkern.load(tiny_folder, backend="triton", max_batch=3).model
+    model.acoustic_transformer.semantic_codebook_output.weight[1] *= 4  # END comes soon
+    requests = [Request(embeddings(4, seed=seed), seed, 1.2, limit) for seed, limit in ((3, 9), (4, 2), (5, 9))]
+    together = generate_codes(model, requests, 1, "euler")
+    assert {u.ended for u in together} == {True, False}
+    assert len({len(u.frames) for u in together}) > 1
+    for request, both in zip(requests, together, strict=True):
+        (alone,) = generate_codes(model, [request], 1, "euler")
+        assert alone.ended == both.ended
+        assert len(alone.frames) == len(both.frames)
+        assert all(torch.equal(a, b) for a, b in zip(alone.frames, both.frames, strict=True))
+        assert all(frame[0] != 1 for frame in both.frames)
+
+
+def test_errors(model: VoxtralTTS) -> None:
+    twin, (pool, table) = BackboneTwin(model, 2, max_tokens=128), empty_cache(3, 2)
+    lengths = torch.ones(3, dtype=torch.int32)
+    for wrong in (0, 65):
+        with pytest.raises(ValueError, match=r"max_batch must lie in 1..64"):
+            BackboneTwin(model, wrong)
+    with torch.inference_mode():
+        for arguments, error, message in (
+            ((embeddings(3), pool, table, lengths), ValueError, r"u has 3 rows, the backbone is prepared for 1..2"),
+            ((embeddings(2), pool[:1], table[:2], lengths[:2]), ValueError, r"pool must be \[layers"),
+            ((embeddings(2), pool, table[:2].long(), lengths[:2]), ValueError, "must be int32"),
+            ((embeddings(2), pool, table[:2].repeat(1, 2), lengths[:2]), ValueError, r"\(max_tokens\)"),
+            ((embeddings(2).bfloat16(), pool, table[:2], lengths[:2]), TypeError, "u is torch.bfloat16"),
+            ((embeddings(2)[:, :63], pool, table[:2], lengths[:2]), ValueError, r"u must be contiguous \[rows, 64\]"),
+        ):
+            with pytest.raises(error, match=message):
+                twin.decode(*arguments)
+        with pytest.raises(ValueError, match=r"u must be \[B, T, 64\]"):
+            twin(embeddings(2))
+        voxkern.accelerate(model, 1)
+        long = Request(embeddings(1000), 1, 1.2, 25)
+        with pytest.raises(ValueError, match=r"take 1025 tokens, the backbone is prepared for 1024"):
+            generate_codes(model, [long], 1, "euler")
+    model.norm.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="gradients are asked of an accelerated backbone"):
+        twin.decode(embeddings(1), pool, table[:1], lengths[:1])
+
+
+def test_the_backend_is_chosen_by_what_is_here(tiny_folder: Path) -> None:
+    assert voxkern.load(tiny_folder).backend == "triton"  # the interpreter
+    assert voxkern.load(tiny_folder, backend="torch").backend == "torch"
+    code = (
+        "import sys, voxkern\n"
+        "print(voxkern.load(sys.argv[1]).backend)\n"
+        "try: voxkern.load(sys.argv[1], backend='triton')\n"
+        "except ValueError as error: print(error)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, env=env, check=True
+    )
+    assert answer.stdout.startswith("torch\n"), answer
+    assert "set TRITON_INTERPRET=1" in answer.stdout

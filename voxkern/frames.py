@@ -1,0 +1,127 @@
+"""The frame loop on kernels: what a group of requests says, frame by frame, with no host in between.
+
+Lengths, frame numbers and codes stay on the device. A request that says END, or reaches its limit, gets length 0 there
+and then; the host learns of it some frames late, which costs those frames' time and nothing else.
+"""
+
+import time
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .cache import PagePool, pages_for
+from .generate import Request, Utterance
+from .kernels.backbone import launch_advance, launch_rms_norm
+from .reference import VoxtralTTS
+from .reference.noise import seed_tensor
+from .twins.backbone import BackboneTwin, Rows
+from .twins.flow import FlowTwin
+
+LOOK = 8  # frames from one look at who is still there to the next: on a GPU each waits for the device
+
+
+class Frames:
+    """A group of requests on kernels.
+
+    Attributes:
+        lengths: int32 [B], tokens of each with the next frame's; 0 has ended.
+        frames: int64 [B], frames kept.
+        history: int64 [B, max_frames, 37], their codes with the +2 offset.
+    """
+
+    def __init__(self, model: VoxtralTTS, requests: list[Request], steps: int, solver: str) -> None:
+        """Prefill the prompts.
+
+        Args:
+            model: accelerated for as many requests or more.
+            requests: at least one.
+            steps: evaluations of the velocity a frame.
+            solver: "euler" or "ab2".
+        """
+        self._backbone = cast(BackboneTwin, model.hidden_states)
+        self._flow = cast(FlowTwin, model.acoustic_transformer.forward)
+        self._steps, self._solver = steps, solver
+        weight, prompts = model.norm.weight, [len(request.prompt) for request in requests]
+        device, limits = weight.device, [request.max_frames for request in requests]
+        tokens = [prompt + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        if max(tokens) > self._backbone.max_tokens:
+            raise ValueError(
+                f"a prompt and its frames take {max(tokens)} tokens, the backbone is prepared for "
+                f"{self._backbone.max_tokens}: lower max_frames, or split the text"
+            )
+        pool = PagePool(model.config.backbone, sum(map(pages_for, tokens)), weight.dtype, device)
+        self._pool, self._table = pool.pool, torch.zeros(len(requests), pages_for(max(tokens)), dtype=torch.int32)
+        for row, n_tokens in zip(self._table, tokens, strict=True):
+            row[: pages_for(n_tokens)] = pool.take(n_tokens).cpu()
+        self._table = self._table.to(device)
+        self._seeds = seed_tensor([request.seed for request in requests]).to(device)
+        self._alpha = torch.tensor([request.cfg_alpha for request in requests], device=device)
+        self._limits = torch.tensor(limits, device=device)
+        self.lengths = torch.tensor(prompts, dtype=torch.int32, device=device)
+        self.frames = torch.zeros(len(requests), dtype=torch.int64, device=device)
+        shape = (len(requests), max(limits), model.config.audio.n_codebooks)
+        self.history = torch.zeros(shape, dtype=torch.int64, device=device)
+
+        rows = Rows.of(prompts, prompts, device)
+        prompt = torch.cat([request.prompt for request in requests])
+        last = self._backbone.prefill(prompt, rows, self._pool, self._table)[rows.starts[1:].long() - 1]
+        self._hidden = torch.empty_like(last)
+        launch_rms_norm(self._hidden, last, model.norm.weight, model.config.backbone.norm_eps)
+
+    def frame(self) -> None:
+        """A frame of each request that is still there: launches and nothing else, once one has been made."""
+        codes, following = self._flow.frame(
+            self._hidden, self._alpha, steps=self._steps, solver=self._solver, seed=self._seeds, frame=self.frames
+        )
+        launch_advance(codes, self._limits, self.lengths, self.frames, self.history)
+        self._hidden = self._backbone.decode(following, self._pool, self._table, self.lengths)
+
+
+@torch.inference_mode()
+def generate_codes(
+    model: VoxtralTTS,
+    requests: list[Request],
+    steps: int,
+    solver: str,
+    on_frame: Callable[[int], None] | None = None,
+) -> list[Utterance]:
+    """What :func:`voxkern.generate.generate_codes` does, on kernels.
+
+    Args:
+        model: accelerated for as many requests or more.
+        requests: at least one.
+        steps: evaluations of the velocity a frame.
+        solver: "euler" or "ab2".
+        on_frame: called with the number of frames done after each.
+
+    Returns:
+        The utterances, in the order of their requests.
+    """
+    start = time.perf_counter()
+    group = Frames(model, requests, steps, solver)
+    begun, ended_at = time.perf_counter(), [0.0] * len(requests)
+    for n_frames in range(1, max(request.max_frames for request in requests) + 1):
+        group.frame()
+        if on_frame is not None:
+            on_frame(n_frames)
+        if n_frames % LOOK == 0 and not _note_ends(group.lengths, ended_at):
+            break
+    _note_ends(group.lengths, ended_at)
+    utterances = []
+    for request, said, at, frames in zip(requests, group.history, ended_at, group.frames.tolist(), strict=True):
+        utterance = Utterance(request, request.prompt[-1], group.lengths, len(request.prompt) + frames)
+        utterance.frames, utterance.ended = list(said[:frames]), frames < request.max_frames
+        utterance.prefill_seconds, utterance.frames_seconds = begun - start, at - begun
+        utterances.append(utterance)
+    return utterances
+
+
+def _note_ends(lengths: Tensor, ended_at: list[float]) -> bool:
+    """Write down when requests were first seen to have ended; whether any is still there."""
+    there, now = lengths.tolist(), time.perf_counter()
+    for i, length in enumerate(there):
+        if not length and not ended_at[i]:
+            ended_at[i] = now
+    return any(there)
