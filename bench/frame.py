@@ -1,8 +1,8 @@
-"""What a frame of the flow head costs at the public shapes: launches, multiply-adds, bytes.
+"""What a frame costs at the public shapes: launches, multiply-adds, bytes; of the flow head, and of the backbone.
 
-``python -m bench.frame`` runs the twin's own code in the interpreter with the tiles of sm_90, on a head of the public
-shapes, and counts. Launches of regular grids are counted by their first, second and last blocks: nothing is computed.
-The fewest bytes are: every weight a launch uses once, every activation it is given or fills once.
+``python -m bench.frame`` runs the twins' own code in the interpreter with the tiles of sm_90, on a head and a layer of
+the public shapes, and counts. Launches of regular grids are counted by their first, second and last blocks: nothing is
+computed. The fewest bytes are: every weight a launch uses once, every activation it is given or fills once.
 """
 
 import os
@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -20,15 +21,20 @@ from torch import Tensor
 
 from bench.counters import counting
 from voxkern.kernels import settings
+from voxkern.kernels.attention import attention_scratch, launch_paged_attention
 from voxkern.kernels.linear import launch_norm_linear
 from voxkern.maker import public_params
 from voxkern.reference import Config
+from voxkern.reference.backbone import Backbone
 from voxkern.reference.flow import FlowMatchingAudioTransformer
+from voxkern.twins import backbone as backbone_twins
 from voxkern.twins import flow as twins
 
 STEPS = 7
+LAYERS = 26
+MAX_TOKENS, PAGE = 4096, 64
 # launchers whose blocks are alike along each axis; of the others all blocks are counted
-ALIKE = {"norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_codes"}
+ALIKE = {"norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_codes", "rms_norm"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ def frame_cost(
     h = torch.zeros(B, head.config.dim, dtype=weight.dtype, device=weight.device)
     alpha = torch.ones(B, device=weight.device)
     seed, frame = (torch.zeros(B, dtype=torch.int64, device=weight.device) for _ in range(2))
-    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, count_bytes):
+    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, twins, count_bytes):
         with mock.patch.object(twins, "launch_norm_qkv"):
             twin.times("euler", 2)  # tables are made once, not in a frame
         twin.frame(h, alpha, seed=seed, frame=frame, steps=2)
@@ -67,14 +73,57 @@ def frame_cost(
     return Cost(*(round(value) for value in total))
 
 
+def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
+    """A token of `B` requests through 26 layers like the backbone's one, without the attention's bytes."""
+    calls: dict[str, list[Cost]] = defaultdict(list)
+    twin, weight = backbone_twins.BackboneTwin(backbone, B, MAX_TOKENS), backbone.norm.weight
+    config, device = backbone.backbone_config, weight.device
+    pool = torch.zeros(1, B, 2, config.n_kv_heads, PAGE, config.head_dim, dtype=weight.dtype, device=device)
+    table = torch.arange(B, dtype=torch.int32, device=device).view(B, 1)
+    u = torch.zeros(B, config.dim, dtype=weight.dtype, device=device)
+    lengths = torch.ones(B, dtype=torch.int32, device=device)
+    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, backbone_twins, count_bytes):
+        twin.decode(u, pool, table, lengths)
+    total = [0, 0, 0, 0]
+    for name, costs in calls.items():
+        for cost in costs:
+            for j, value in enumerate((cost.launches, cost.products, cost.dram, cost.fewest)):
+                total[j] += value * (1 if name == "rms_norm" else LAYERS)
+    return Cost(*total)
+
+
+@dataclass(frozen=True)
+class CacheTraffic:
+    """Of one layer's attention over one request: DRAM bytes of keys and values, the fewest, and of spans' parts."""
+
+    kv: int
+    fewest: int
+    parts: int
+
+
+def cache_traffic(context: int, dtype: torch.dtype = torch.bfloat16) -> CacheTraffic:
+    """A request of `context` tokens at the public shapes; one of B costs as much B times."""
+    H, HKV, D, pages = 32, 8, 128, -(-context // PAGE)
+    q, out = torch.zeros(1, H * D, dtype=dtype), torch.empty(1, H * D, dtype=dtype)
+    pool = torch.zeros(pages, 2, HKV, PAGE, D, dtype=dtype)
+    table = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int().view(1, pages)
+    lengths = torch.tensor([context], dtype=torch.int32)
+    scratch = attention_scratch(q, pool, MAX_TOKENS)
+    with settings.pretend("sm_90"), counting(whole=True) as launches:
+        launch_paged_attention(out, q, pool, table, lengths, 0, MAX_TOKENS, scratch)
+    traffic = launches[0].traffic()
+    parts = traffic["p_partial"].dram if "p_partial" in traffic else 0
+    return CacheTraffic(traffic["p_pool"].dram, 2 * HKV * context * D * dtype.itemsize, parts)
+
+
 @contextmanager
-def recorded(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
-    """Within the block, the twin's launchers are counted into `calls` by name."""
-    names = [name.removeprefix("launch_") for name in vars(twins) if name.startswith("launch_")]
+def recorded(calls: dict[str, list[Cost]], module: ModuleType, count_bytes: bool) -> Iterator[None]:
+    """Within the block, a twin's launchers are counted into `calls` by name; `module` is the twin's."""
+    names = [name.removeprefix("launch_") for name in vars(module) if name.startswith("launch_")]
     with ExitStack() as stack:
         for name in names:
-            recorder = _recorder(name, getattr(twins, f"launch_{name}"), calls, count_bytes)
-            stack.enter_context(mock.patch.object(twins, f"launch_{name}", recorder))
+            recorder = _recorder(name, getattr(module, f"launch_{name}"), calls, count_bytes)
+            stack.enter_context(mock.patch.object(module, f"launch_{name}", recorder))
         yield
 
 
@@ -86,7 +135,7 @@ def _recorder(
         dram = fewest = 0
         if name == "flow_finish" and count_bytes:
             args[10].zero_()  # semantic codes become addresses, and the launches that make them were not run whole
-        if count_bytes:
+        if count_bytes and name != "paged_attention":  # see cache_traffic
             dram = sum(_dram(one, *some) for one, some in _parts(name, launch, args))
             fewest = _fewest(name, args)
         calls[name].append(Cost(launches, products(name, args), dram, fewest))
@@ -96,9 +145,13 @@ def _recorder(
 
 def _parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
     """q | k | v in one grid is three grids of the same kernel, each of which is regular (tests/test_frame.py)."""
-    if name != "norm_qkv":
+    if name == "norm_qkv_append":  # the cache takes what would be k and v
+        x, norm, wq, wk, wv, *_, q, _, eps, max_rows = args
+        out, q_rows = q, len(x)
+    elif name == "norm_qkv":
+        out, x, norm, wq, wk, wv, eps, q_rows, max_rows = args
+    else:
         return [(name, (launch, *args))]
-    out, x, norm, wq, wk, wv, eps, q_rows, max_rows = args
     parts = []
     for weight, rows in ((wq, q_rows), (wk, len(x)), (wv, len(x))):
         result = out.new_empty(rows, len(weight))
@@ -117,6 +170,11 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
     for arg in args:
         tensors += [t for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
     sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # in place is one tensor
+    if name == "norm_qkv_append":  # a row of keys and of values each, and of rotations: kilobytes
+        x, _, _, wk, *_, rope, table, lengths, _, pool, _, _ = args
+        for tensor in (rope, table, lengths):
+            sizes.pop(tensor.data_ptr())
+        sizes[pool.data_ptr()] = 2 * len(x) * len(wk) * pool.element_size()
     if name == "norm_qkv":  # x and the norm are read by each of three grids in our count, but once would do
         out, _, _, wq, *_, q_rows, _ = args
         sizes[out.data_ptr()] -= (len(out) - q_rows) * len(wq) * out.element_size()
@@ -140,6 +198,8 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
 
 def products(name: str, args: tuple[Any, ...]) -> int:
     """Multiply-adds that a call asks of its matrices: rows x N x K."""
+    if name == "norm_qkv_append":
+        return len(args[0]) * sum(weight.numel() for weight in args[2:5])
     if name == "norm_qkv":
         _, x, _, wq, wk, wv, _, q_rows, _ = args
         return q_rows * wq.numel() + len(x) * (wk.numel() + wv.numel())
@@ -182,9 +242,23 @@ def public_head(device: str = "cpu") -> tuple[FlowMatchingAudioTransformer, torc
     return head, embeddings
 
 
+def public_backbone(device: str = "cpu") -> Backbone:
+    """The public shapes in bf16, zeros, but one layer and a small vocabulary."""
+    params = public_params() | {"n_layers": 1, "vocab_size": 64}
+    config = Config.from_params(params)
+    with torch.device("meta"):
+        backbone = Backbone(config.backbone, config.audio).bfloat16()
+    if device != "meta":
+        backbone.to_empty(device=device)
+        for parameter in backbone.parameters():
+            torch.nn.init.zeros_(parameter)
+    return backbone.requires_grad_(False)
+
+
 def main() -> None:
-    """Print a row a batch size."""
+    """Print a row a batch size, and a row a context."""
     head, embeddings = public_head()
+    print("The flow head, 7 steps")
     print("batch  launches  GB from DRAM  fewest  ratio  multiply-adds, G  as usually written  ratio")
     for B in (1, 32):
         cost, plain = frame_cost(head, B, embeddings), plain_products(head, B)
@@ -194,6 +268,22 @@ def main() -> None:
             f"{cost.products / plain:5.3f}",
             flush=True,
         )
+    print("The backbone, 26 layers, without keys and values")
+    print("batch  launches  GB from DRAM  fewest  ratio")
+    backbone = public_backbone()
+    for B in (1, 32):
+        cost = backbone_cost(backbone, B)
+        print(
+            f"{B:5d}  {cost.launches:8d}  {cost.dram / 1e9:12.3f}  {cost.fewest / 1e9:6.3f}  "
+            f"{cost.dram / cost.fewest:5.3f}",
+            flush=True,
+        )
+    print("Keys and values of a request, 26 layers")
+    print("context  MB from DRAM  fewest  ratio  MB of spans' parts")
+    for context in (64, 400, 1000, 4096):
+        traffic = cache_traffic(context)
+        kv, fewest, parts = (LAYERS * n / 1e6 for n in (traffic.kv, traffic.fewest, traffic.parts))
+        print(f"{context:7d}  {kv:12.1f}  {fewest:6.1f}  {kv / fewest:5.3f}  {parts:.1f}", flush=True)
 
 
 if __name__ == "__main__":

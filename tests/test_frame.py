@@ -1,4 +1,4 @@
-"""What a frame of the flow head costs, held to its limits."""
+"""What a frame costs, held to its limits."""
 
 import copy
 
@@ -7,7 +7,14 @@ import torch
 from plant import case_of, entry_of
 
 from bench.counters import counting, only_launches
-from bench.frame import frame_cost, plain_products, public_head
+from bench.frame import (
+    backbone_cost,
+    cache_traffic,
+    frame_cost,
+    plain_products,
+    public_backbone,
+    public_head,
+)
 from bench.registry import Maker
 from voxkern.kernels.linear import norm_linear
 from voxkern.maker import tiny_params
@@ -16,7 +23,8 @@ from voxkern.reference.flow import FlowMatchingAudioTransformer
 from voxkern.reference.noise import seed_tensor
 from voxkern.twins.flow import FlowTwin
 
-LIMITS = {1: 96, 32: 117}  # launches of a frame, by the batch it is prepared for
+LIMITS = {1: 96, 32: 117}  # launches of the flow head's frame, by the batch it is prepared for
+WHOLE = {1: 230, 32: 250}  # and of a whole frame: flow head, bookkeeping, backbone
 
 
 @pytest.mark.parametrize("max_batch", LIMITS)
@@ -44,6 +52,28 @@ def test_public_shapes(B: int) -> None:
     cost = frame_cost(head, B, embeddings, count_bytes=False)
     assert cost.launches <= LIMITS[B]
     assert cost.products <= 0.76 * plain_products(head, B)
+
+
+@pytest.mark.parametrize("B", WHOLE)
+def test_a_whole_frame_at_the_public_shapes(B: int) -> None:
+    """Counted as in tests/test_backbone_twin.py, where a whole frame runs: the heads', one launch, the backbone's."""
+    head, embeddings = public_head("meta")
+    backbone = backbone_cost(public_backbone("meta"), B, count_bytes=False).launches
+    assert backbone == 5 * 26 + 1
+    assert frame_cost(head, B, embeddings, count_bytes=False).launches + 1 + backbone <= WHOLE[B]
+
+
+@pytest.mark.parametrize("context", [64, 400, 1000])
+def test_keys_and_values_are_read_once(context: int) -> None:
+    traffic = cache_traffic(context)
+    assert traffic.fewest <= traffic.kv <= 1.05 * traffic.fewest
+    assert traffic.parts <= 0.05 * traffic.kv
+
+
+@pytest.mark.slow
+def test_keys_and_values_are_read_once_at_4096() -> None:
+    traffic = cache_traffic(4096)
+    assert traffic.fewest <= traffic.kv <= 1.05 * traffic.fewest
 
 
 def test_products_as_usually_written() -> None:
@@ -76,3 +106,6 @@ def test_bytes_at_the_public_shapes(B: int) -> None:
     cost = frame_cost(head, B, embeddings)
     print(f"batch {B}: {cost}")
     assert cost.dram <= 1.05 * cost.fewest
+    backbone = backbone_cost(public_backbone(), B)
+    print(f"backbone, batch {B}: {backbone}")
+    assert backbone.dram <= 1.05 * backbone.fewest

@@ -1,0 +1,194 @@
+"""Paged attention at the lengths, groups, heads, pages and windows that catch kernels out."""
+
+import mmap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bench.accuracy import judge
+from bench.attention import paged_attention_reference, poisoned, prefill_attention_reference
+from bench.counters import counting
+from bench.qkv import pages_of, rope_append_reference, rope_of
+from voxkern.kernels import settings as launch_settings
+from voxkern.kernels.attention import (
+    attention_scratch,
+    launch_paged_attention,
+    paged_attention,
+    prefill_attention,
+    span_of,
+)
+from voxkern.kernels.qkv import norm_qkv_append, rope_append
+
+LENGTHS = [300, 0, 1, 63, 64, 1000, 65]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def cache(lengths: list[int], heads: int, page: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Pool, block table and lengths: shuffled pages, NaN wherever no token is."""
+    on_device, table = pages_of(lengths, page, "cpu")
+    pages = 2 * sum(-(-length // page) for length in lengths) + 1
+    return poisoned(random(pages, 2, heads, page, D, dtype=dtype), table, lengths), table, on_device
+
+
+def assert_right(out: Tensor, plain: Tensor, truth: Tensor) -> None:
+    verdict = judge(out, plain, truth)
+    assert verdict.right, str(verdict)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("group", [1, 4, 6])
+def test_decode_is_right(group: int, D: int, page: int, dtype: str) -> None:
+    pool, table, lengths = cache(LENGTHS, 2, page, D, DTYPES[dtype])
+    q = random(len(LENGTHS), 2 * group * D, dtype=DTYPES[dtype], seed=1)
+    with launch_settings.pretend("sm_90" if page == 64 else "interpreter"):
+        out = paged_attention(q, pool, table, lengths, 0, 1024)
+    truth = paged_attention_reference(q.double(), pool.double(), table, lengths, 0, 1024)
+    assert_right(out, paged_attention_reference(q, pool, table, lengths, 0, 1024), truth)
+    assert not out[1].any()  # length 0
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 300])
+def test_a_window_is_all_that_is_seen(window: int) -> None:
+    """Shorter than a tile, and over several spans; what lies before it may be anything, NaN too."""
+    pool, table, lengths = cache(LENGTHS, 2, 16, 64, torch.float32)
+    for pages, length in zip(table.tolist(), LENGTHS, strict=True):
+        for position in range(max(length - window, 0)):
+            pool[pages[position // 16], :, :, position % 16] = torch.nan
+    q = random(len(LENGTHS), 6 * 64, seed=2)
+    out = paged_attention(q, pool, table, lengths, window, 1024)
+    truth = torch.zeros_like(out, dtype=torch.float64)
+    for b, length in enumerate(LENGTHS):
+        if length:
+            positions = torch.arange(max(length - window, 0), length)
+            k, v = pool[table[b, positions // 16].long(), :, :, positions % 16].double().unbind(1)  # [S, Hkv, D]
+            heads = q[b].double().view(2, 3, 64)
+            p = (torch.einsum("hgd,shd->hgs", heads, k) / 8).softmax(-1)
+            truth[b] = torch.einsum("hgs,shd->hgd", p, v).flatten()
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("group", "D", "page", "window"), [(1, 64, 16, 0), (4, 128, 64, 0), (6, 64, 64, 9)])
+def test_prefill_is_right(group: int, D: int, page: int, window: int, dtype: str) -> None:
+    """Prompts of different lengths in one launch, one with a past, one empty; a window shorter than a tile."""
+    new, past = [65, 0, 1, 63, 30], [0, 0, 0, 0, 100]
+    wanted = [a + b for a, b in zip(new, past, strict=True)]
+    pool, table, lengths = cache(wanted, 2, page, D, DTYPES[dtype])
+    starts = torch.tensor([0, *new]).cumsum(0).int()
+    q = random(sum(new), 2 * (group + 2) * D, dtype=DTYPES[dtype], seed=3)
+    arguments = (table, starts, lengths, window, max(new), 2 * group)
+    with launch_settings.pretend("sm_90" if page == 64 else "interpreter"):
+        out = prefill_attention(q, pool, *arguments)
+    truth = prefill_attention_reference(q.double(), pool.double(), *arguments)
+    assert_right(out, prefill_attention_reference(q, pool, *arguments), truth)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 90), min_size=1, max_size=4),
+    st.sampled_from([16, 32]),
+    st.sampled_from([(1, 1), (2, 2), (3, 1)]),
+    st.integers(0, 100),
+)
+def test_any_lengths(wanted: list[int], page: int, heads: tuple[int, int], window: int) -> None:
+    """Decode, and a prefill of the same tokens that ends there, against fp64; the last query of both agrees."""
+    group, kv = heads
+    pool, table, lengths = cache(wanted, kv, page, 8, torch.float32)
+    q = random(len(wanted), group * kv * 8, seed=4)
+    out = paged_attention(q, pool, table, lengths, window, 96)
+    truth = paged_attention_reference(q.double(), pool.double(), table, lengths, window, 96)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+    starts = torch.tensor([0, *[min(n, 1) for n in wanted]]).cumsum(0).int()
+    if starts[-1]:
+        there = [i for i, n in enumerate(wanted) if n]
+        one = prefill_attention(q[there], pool, table, starts, lengths, window, 1, group * kv)
+        torch.testing.assert_close(one.double(), truth[there], rtol=1e-5, atol=1e-5)
+
+
+def test_spans_are_of_the_prepared_length() -> None:
+    assert [span_of(n) for n in (1, 4096, 16384, 16385, 262_144)] == [256, 256, 256, 512, 4096]
+    pool, table, lengths = cache([1000], 1, 64, 16, torch.float32)
+    q = random(1, 32)
+    results, scratch = [], attention_scratch(q, pool, 4096)
+    for _ in range(2):  # counters are left as they were found
+        out = torch.full_like(q, torch.nan)
+        with counting(whole=True) as launches:
+            launch_paged_attention(out, q, pool, table, lengths, 0, 4096, scratch)
+        assert launches[0].grid == (4, 1, 1)
+        assert not scratch[1].any()
+        results.append(out)
+    assert torch.equal(*results)
+    # a wider table, as a batch with a longer request has it: more blocks, the same bits
+    wide = torch.cat((table, torch.zeros(1, 40, dtype=torch.int32)), 1)
+    assert torch.equal(paged_attention(q, pool, wide, lengths, 0, 4096), results[0])
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    """The last page lies 2.4e9 elements from the first: 32-bit offsets would wrap. The memory is never touched."""
+    PAGE, D, stride = 16, 64, 1_200_000_000
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * stride + 2 * PAGE * D)), dtype=torch.float16)
+    pool = memory.as_strided((3, 2, 1, PAGE, D), (stride, PAGE * D, PAGE * D, D, 1))
+    small = random(3, 2, 1, PAGE, D, dtype=torch.float16)
+    table, lengths = torch.tensor([[2, 1]], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
+    pool[2], pool[1] = small[2], small[1]
+    q = random(1, 2 * D, dtype=torch.float16)
+    out = paged_attention(q, pool, table, lengths, 0, 32)
+    assert torch.equal(out, paged_attention(q, small, table, lengths, 0, 32))
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    assert torch.equal(prefill_attention(q, pool, table, starts, lengths, 0, 1, 2), out)
+
+    rope, qkv = rope_of(32, D, "cpu"), random(1, 4 * D, dtype=torch.float16, seed=5)
+    requests, positions = torch.zeros(1, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    for cache_of_mine in (pool, small):
+        rope_append(rope, requests, positions, table, qkv.clone(), cache_of_mine)
+    assert torch.equal(pool[2], small[2])
+    x, w = random(1, 32, dtype=torch.float16), random(2 * D, 32, dtype=torch.float16)
+    for cache_of_mine in (pool, small):
+        norm_qkv_append(
+            x, x[0], w, w[:D], w[D:], rope, table, torch.tensor([5], dtype=torch.int32), q, cache_of_mine, 1e-5, 1
+        )
+    assert torch.equal(pool[2], small[2])
+
+
+def test_other_layouts_are_read_as_they_are() -> None:
+    """Tokens before heads, as vLLM's pools have it."""
+    pool, table, lengths = cache([70, 33], 2, 16, 32, torch.float32)
+    other = pool.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not other.is_contiguous()
+    q = random(2, 128)
+    assert torch.equal(
+        paged_attention(q, other, table, lengths, 0, 128), paged_attention(q, pool, table, lengths, 0, 128)
+    )
+    rope, qkv = rope_of(70, 32, "cpu"), random(2, 6 * 32, seed=6)
+    requests, positions = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([69, 0], dtype=torch.int32)
+    rope_append(rope, requests, positions, table, qkv.clone(), other)
+    rope_append_reference(rope, requests, positions, table, qkv.clone(), pool)
+    torch.testing.assert_close(other, pool, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pool": torch.ones(9, 2, 2, 24, 32)}, ValueError, "pages of 24 tokens but must have 16, 32, 64 or 128"),
+        ({"pool": torch.ones(9, 2, 3, 16, 32)}, ValueError, "q has 128 columns, which are no multiple of 3 heads"),
+        ({"pool": torch.ones(9, 2, 2, 16, 32).half()}, TypeError, "pool is torch.float16 but must be torch.float32"),
+        ({"block_table": torch.zeros(2, 5).long()}, TypeError, "block_table is torch.int64 but must be torch.int32"),
+        ({"lengths": torch.zeros(3).int()}, ValueError, r"lengths is \[3\] but must be \[2\]"),
+        ({"window": -1}, ValueError, "window is -1"),
+        ({"max_tokens": 64}, ValueError, "max_tokens is 64 but block_table holds 5 pages of 16 a request"),
+    ],
+)
+def test_errors_name_the_argument(change: dict, error: type[Exception], message: str) -> None:
+    pool, table, lengths = cache([70, 33], 2, 16, 32, torch.float32)
+    arguments = {"q": random(2, 128), "pool": pool, "block_table": table, "lengths": lengths}
+    with pytest.raises(error, match=message):
+        paged_attention(**(arguments | {"window": 0, "max_tokens": 128} | change))
