@@ -37,7 +37,7 @@ def advance_inputs(s: Any, make: Maker) -> dict[str, Any]:
     frames = i % s.max_frames
     made = {
         "codes": codes,
-        "limits": (frames + 1).where(i % 4 == 3, s.max_frames + 1),
+        "limits": (frames + 1).where(i % 4 == 3, s.max_frames),
         "lengths": (i + 5).where(i % 4 != 1, 0).int(),
         "frames": frames,
         "history": torch.full((s.B, s.max_frames, s.K), -1),

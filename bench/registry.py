@@ -99,8 +99,8 @@ def entries() -> list[Entry]:
 
 
 def to_dtype(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same arguments with every floating tensor in another dtype: fp64 for the truth."""
+    """Copies of the arguments, every floating tensor in another dtype: fp64 for the truth."""
     return {
-        name: arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        name: arg.to(dtype if arg.is_floating_point() else arg.dtype, copy=True) if isinstance(arg, Tensor) else arg
         for name, arg in args.items()
     }

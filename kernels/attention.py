@@ -106,7 +106,9 @@ def _attend(
     return b_acc, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["stride_table", "spans", "window"])
+@triton.jit(
+    do_not_specialize=["stride_table", "spans", "window"], do_not_specialize_on_alignment=["p_table", "p_lengths"]
+)
 def _paged_attention_kernel(
     p_q, p_pool, p_table, p_lengths, p_partial, p_arrived, p_out,
     stride_table, stride_page, stride_v, stride_head, stride_token, spans, window,
@@ -254,7 +256,10 @@ def paged_attention(
     return torch.empty_like(q)
 
 
-@triton.jit(do_not_specialize=["stride_q", "stride_table", "window"])
+@triton.jit(
+    do_not_specialize=["stride_q", "stride_table", "window"],
+    do_not_specialize_on_alignment=["p_table", "p_starts", "p_lengths"],
+)
 def _prefill_attention_kernel(
     p_q, p_pool, p_table, p_starts, p_lengths, p_out,
     stride_q, stride_table, stride_page, stride_v, stride_head, stride_token, window,

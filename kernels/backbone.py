@@ -61,7 +61,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(M, K)
 
 
-@triton.jit(do_not_specialize=["max_frames"])
+@triton.jit(
+    do_not_specialize=["max_frames"],
+    do_not_specialize_on_alignment=["p_codes", "p_limits", "p_lengths", "p_frames", "p_history"],
+)
 def _advance_kernel(
     p_codes, p_limits, p_lengths, p_frames, p_history, max_frames, K: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip

@@ -114,7 +114,7 @@ def _enter(
     tl.store(p_tokens + (B + i_b) * N + o_n, b_token, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_seed", "p_frame"])
 def _flow_start_kernel(
     p_seed, p_frame, p_noise, p_quantiles, p_w_in, p_time, p_x, p_tokens,
     B,
@@ -187,7 +187,7 @@ def flow_start(
         expect("noise", noise, (B, K), like=w_in, dtype=torch.float32)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_alpha"])
 def _flow_step_kernel(
     p_y, p_norm, p_w_out, p_alpha, p_x, p_last, p_w_in, p_time, p_tokens,
     B, eps, dt, ratio,
@@ -259,7 +259,7 @@ def flow_step(
     _expect_head(y, norm, w_out, cfg_alpha, v_last, B)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_alpha", "p_semantic"])
 def _flow_finish_kernel(
     p_y, p_norm, p_w_out, p_alpha, p_x, p_last, p_semantic, p_embeddings, p_codes, p_next,
     B, eps, dt, ratio,

@@ -63,7 +63,7 @@ class Operator(Generic[P, R]):
         """The same without the dispatcher; tensors may also be meta, where a ledger wants only the launches."""
         out = self.declare(*args, **kwargs)
         tensor = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
-        with _on_device_of(self.name, tensor):
+        with on_device(self.name, tensor):
             self.launch(*(() if out is None else (out,)), *args, **kwargs)
         return out
 
@@ -129,7 +129,15 @@ def expect_batch(name: str, rows: int, each: int, max_batch: int) -> None:
         raise ValueError(f"{name} has {rows} rows but must have {each} each for 1..{max_batch} requests (max_batch)")
 
 
-def _on_device_of(name: str, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(name: str, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch where `tensor` is.
+
+    Raises:
+        RuntimeError: it is on the CPU, and the interpreter is off; `name` says who asked.
+        TypeError: no kernel reads its dtype.
+    """
+    if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: weights are {tensor.dtype} but must be " + " or ".join(map(str, DTYPES)))
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
     if tensor.device.type == "cpu" and not INTERPRETED:

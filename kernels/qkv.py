@@ -136,7 +136,7 @@ def expect_qkv(
     return M, N, N_KV
 
 
-@triton.jit(do_not_specialize=["M", "stride_table"])
+@triton.jit(do_not_specialize=["M", "stride_table"], do_not_specialize_on_alignment=["p_table", "p_lengths"])
 def _norm_qkv_append_kernel(
     p_x, p_norm, p_q, p_k, p_v, p_rope, p_table, p_lengths, p_out, p_pool,
     M, stride_x, stride_table, stride_page, stride_v, stride_head, stride_token, eps,
@@ -231,7 +231,7 @@ def norm_qkv_append(
     expect_rope(rope, D, x)
 
 
-@triton.jit(do_not_specialize=["stride_table"])
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["p_requests", "p_positions", "p_table"])
 def _rope_append_kernel(
     p_qkv, p_rope, p_requests, p_positions, p_table, p_pool,
     stride_qkv, stride_table, stride_page, stride_v, stride_head, stride_token,

@@ -108,13 +108,13 @@ def quantise(x: Tensor, levels: int) -> Tensor:
     """The level of each coordinate: -1 is 0, +1 is ``levels - 1``, half rounds to even.
 
     Args:
-        x: [..., K], clamped to -1..1 here.
+        x: [..., K], clamped to -1..1 here; NaN is level 0.
         levels: 21 in the public model.
 
     Returns:
         int64 [..., K].
     """
-    return ((x.clamp(-1, 1) + 1) / 2 * (levels - 1)).round().long()
+    return ((x.clamp(-1, 1) + 1) / 2 * (levels - 1)).nan_to_num(nan=0.0).round().long()
 
 
 def lowest_argmax(logits: Tensor) -> Tensor:
@@ -221,10 +221,15 @@ class FlowMatchingAudioTransformer(nn.Module):
             noise = torch.randn(h.shape[0], n_acoustic, device=h.device)
         elif noise.shape != (h.shape[0], n_acoustic):
             raise ValueError(f"noise must be [{h.shape[0]}, {n_acoustic}], got {list(noise.shape)}")
-        semantic = lowest_argmax(self.semantic_logits(h)).unsqueeze(1)  # [B, 1]
+        semantic = self._semantic_code(h).unsqueeze(1)  # [B, 1]
         x = self.solve(h, cfg_alpha, noise, self.config.n_decoding_steps if steps is None else steps, solver)
         acoustic = quantise(x, self.audio.acoustic_codebook_size) + N_SPECIAL_CODES
         return torch.cat((semantic, acoustic.where(semantic != END_AUDIO, N_SPECIAL_CODES)), dim=1)
+
+    def _semantic_code(self, h: Tensor) -> Tensor:
+        """[B]; a request whose logits are all NaN ends, and costs the others nothing."""
+        logits = self.semantic_logits(h).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        return lowest_argmax(logits).where(logits.amax(-1) > -torch.inf, END_AUDIO)
 
     def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
         """Wide [B, K] from the state [B, K] and the projected time [dim] or [B, dim] and hidden state [B, dim]."""

@@ -67,7 +67,8 @@ def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
     args = entry.args(case, Maker(DTYPES[dtype]))
     with settings.pretend(arch), counting(whole=not entry.alike) as launches:
         entry.op.run(**args)
-    row_tiles = -(-case.sizes[entry.rows] // launches[0].constants.get(f"BLOCK_{entry.rows}", 1))
+    tiled = {"BLOCK_M", f"BLOCK_{entry.rows}"} & set(launches[0].constants)
+    row_tiles = launches[0].grid[0] if tiled else case.sizes[entry.rows]  # row tiles are the grid's first axis
     for name in entry.once:
         traffic = [launch.of(args[name]) for launch in launches if args[name].data_ptr() in launch.pointers.values()]
         least = args[name].numel() * args[name].element_size()

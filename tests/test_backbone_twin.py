@@ -130,6 +130,18 @@ def test_speaks_as_the_torch_backend_does(tiny_folder: Path) -> None:
         assert one.timings.total > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_speaks_as_the_torch_backend_does_for_long(tiny_folder: Path, solver: str) -> None:
+    """60 frames of three requests, all evaluations: past a page, and past where requests end."""
+    arguments = {"text": ["a", "hello", "x" * 50], "seed": [1, 2, 3], "max_frames": [60, 40, 60]}
+    mine = voxkern.load(tiny_folder, backend="triton", max_batch=3).generate(**arguments, solver=solver)
+    theirs = voxkern.load(tiny_folder, backend="torch", max_batch=3).generate(**arguments, solver=solver)
+    for one, other in zip(mine, theirs, strict=True):
+        # a code on a rounding edge would change what follows; none of these 1,700 is on one
+        np.testing.assert_array_equal(one.codes, other.codes)
+
+
 @torch.inference_mode()
 def test_a_request_that_ends_leaves_the_others_alone(tiny_folder: Path) -> None:
     """END, limits, and who is beside: each says the same as alone; END's frame is not kept."""
@@ -166,13 +178,65 @@ def test_errors(model: VoxtralTTS) -> None:
                 twin.decode(*arguments)
         with pytest.raises(ValueError, match=r"u must be \[B, T, 64\]"):
             twin(embeddings(2))
-        voxkern.accelerate(model, 1)
-        long = Request(embeddings(1000), 1, 1.2, 25)
-        with pytest.raises(ValueError, match=r"take 1025 tokens, the backbone is prepared for 1024"):
-            generate_codes(model, [long], 1, "euler")
     model.norm.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match="gradients are asked of an accelerated backbone"):
         twin.decode(embeddings(1), pool, table[:1], lengths[:1])
+
+
+def test_limits_are_known_before_anything_runs(tiny_folder: Path) -> None:
+    tts = voxkern.load(tiny_folder, backend="triton")
+    tts.model.hidden_states = BackboneTwin(tts.model, 1, max_tokens=100)
+    spoken: list[int] = []
+    with pytest.raises(ValueError, match=r"max_frames must be in 1..\d\d, got 200"):
+        tts.generate(["a", "b"], max_frames=[1, 200], on_frame=spoken.append)
+    assert not spoken
+
+
+def test_accelerated_and_restored_between_calls(tiny_folder: Path) -> None:
+    """generate() takes what the model is at the time; groups are of what it is accelerated for."""
+    tts = voxkern.load(tiny_folder, backend="torch", max_batch=3)
+    arguments = {"text": ["a", "b", "c"], "seed": [1, 2, 3], "max_frames": 3, "steps": 1}
+    before = tts.generate(**arguments)
+    voxkern.accelerate(tts.model, 2)
+    assert tts.backend == "triton"
+    during = tts.generate(**arguments)
+    voxkern.restore(tts.model)
+    assert tts.backend == "torch"
+    for first, second, third in zip(before, during, tts.generate(**arguments), strict=True):
+        np.testing.assert_array_equal(first.codes, second.codes)
+        np.testing.assert_array_equal(first.samples, third.samples)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_request_that_overflows_ends_alone(tiny_folder: Path, backend: str) -> None:
+    tts = voxkern.load(tiny_folder, backend=backend, max_batch=2)
+    expected = tts.generate("a", voice="ada", seed=1, max_frames=3, steps=1)
+    tts.voices["bob"] = torch.full_like(tts.voices["bob"], torch.inf)
+    one, other = tts.generate(["a", "b"], voice=["ada", "bob"], seed=[1, 2], max_frames=3, steps=1)
+    assert other.ended
+    assert not len(other.samples)
+    np.testing.assert_array_equal(one.codes, expected.codes)
+
+
+def test_what_cannot_run_says_so(tiny_folder: Path, model: VoxtralTTS) -> None:
+    code = (
+        "import sys, torch, voxkern\n"
+        "model = voxkern.load(sys.argv[1]).model\n"
+        "voxkern.accelerate(model)\n"
+        "with torch.inference_mode():\n"
+        "    for call in (model.hidden_states, lambda u: model.acoustic_transformer(u[0], torch.ones(1))):\n"
+        "        try: call(torch.zeros(1, 1, 64))\n"
+        "        except RuntimeError as error: print(error)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, env=env, check=True
+    )
+    assert "the accelerated backbone: tensors are on the CPU" in answer.stdout, answer
+    assert "the accelerated flow head: tensors are on the CPU" in answer.stdout
+    voxkern.accelerate(model.double())
+    with torch.inference_mode(), pytest.raises(TypeError, match=r"weights are torch.float64 but must be torch.float32"):
+        model.hidden_states(embeddings(1, 1).double())
 
 
 def test_the_backend_is_chosen_by_what_is_here(tiny_folder: Path) -> None:

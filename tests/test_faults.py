@@ -38,6 +38,20 @@ def test_a_wrong_result_is_caught(dtype: str, edit: Edit) -> None:
         assert_right(plant(NORM_LINEAR, edit), ODD, dtype)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(("if semantic == END:", "if semantic == -7:"), id="END is not seen"),
+        pytest.param(("tl.where(is_last, 0, length + 1)", "length + 1"), id="no limit"),
+        pytest.param(("if length == 0:", "if length == -7:"), id="a request that is not there goes on"),
+    ],
+)
+def test_a_wrong_count_is_caught(edit: Edit) -> None:
+    advance = entry_of("advance")
+    with pytest.raises(AssertionError):
+        assert_right(plant(advance, edit), case_of(advance, "odd-codes"), "bf16")
+
+
 def test_a_forgotten_mask_without_a_wrong_result_is_caught() -> None:
     strays = plant(NORM_LINEAR, (LOAD, LOAD.replace("m_n[:, None] & ", "")))
     assert_right(strays, ODD, "fp32")  # what the last rows read too much is never stored

@@ -82,6 +82,7 @@ def test_settings_are_those_of_the_prepared_rows() -> None:
         with settings.override("norm_linear", num_stages=2):
             assert choose(6)["num_stages"] == 2
     assert choose(6)["num_stages"] == 6
+    assert choose(24, "sm_121") == choose(24, "sm_120") != choose(24)  # GB10 has as little shared memory
     with pytest.raises(ValueError, match="no settings of norm_linear for abacus"):
         choose(6, "abacus")
 

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Timings:
-    """Wall seconds of a request, from the call to its end; in a batch its neighbours' work is in them.
+    """Wall seconds of a request; in a batch its neighbours' work is in them.
 
     Attributes:
-        prefill: the prompt's pass through the backbone.
-        frames: all frames: backbone steps and flow head.
+        prefill: the prompt's pass through the backbone; on kernels, all prompts of its group.
+        frames: all frames: backbone steps and flow head; on kernels it is known to eight frames.
         codec: codes to sound.
     """
 

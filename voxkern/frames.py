@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .cache import PagePool, pages_for
 from .generate import Request, Utterance
-from .kernels.backbone import launch_advance, launch_rms_norm
+from .kernels.backbone import launch_advance
+from .kernels.operator import on_device
 from .reference import VoxtralTTS
 from .reference.noise import seed_tensor
 from .twins.backbone import BackboneTwin, Rows
@@ -46,11 +47,6 @@ class Frames:
         weight, prompts = model.norm.weight, [len(request.prompt) for request in requests]
         device, limits = weight.device, [request.max_frames for request in requests]
         tokens = [prompt + limit for prompt, limit in zip(prompts, limits, strict=True)]
-        if max(tokens) > self._backbone.max_tokens:
-            raise ValueError(
-                f"a prompt and its frames take {max(tokens)} tokens, the backbone is prepared for "
-                f"{self._backbone.max_tokens}: lower max_frames, or split the text"
-            )
         pool = PagePool(model.config.backbone, sum(map(pages_for, tokens)), weight.dtype, device)
         self._pool, self._table = pool.pool, torch.zeros(len(requests), pages_for(max(tokens)), dtype=torch.int32)
         for row, n_tokens in zip(self._table, tokens, strict=True):
@@ -66,16 +62,17 @@ class Frames:
 
         rows = Rows.of(prompts, prompts, device)
         prompt = torch.cat([request.prompt for request in requests])
-        last = self._backbone.prefill(prompt, rows, self._pool, self._table)[rows.starts[1:].long() - 1]
-        self._hidden = torch.empty_like(last)
-        launch_rms_norm(self._hidden, last, model.norm.weight, model.config.backbone.norm_eps)
+        states = self._backbone.prefill(prompt, rows, self._pool, self._table)
+        self._hidden = self._backbone.norm(states[rows.starts[1:].long() - 1])
+        self._flow.refresh()
 
     def frame(self) -> None:
         """A frame of each request that is still there: launches and nothing else, once one has been made."""
         codes, following = self._flow.frame(
             self._hidden, self._alpha, steps=self._steps, solver=self._solver, seed=self._seeds, frame=self.frames
         )
-        launch_advance(codes, self._limits, self.lengths, self.frames, self.history)
+        with on_device("advance", self.history):
+            launch_advance(codes, self._limits, self.lengths, self.frames, self.history)
         self._hidden = self._backbone.decode(following, self._pool, self._table, self.lengths)
 
 
@@ -94,13 +91,15 @@ def generate_codes(
         requests: at least one.
         steps: evaluations of the velocity a frame.
         solver: "euler" or "ab2".
-        on_frame: called with the number of frames done after each.
+        on_frame: called with the number of frames done after each, and up to 7 times after the last.
 
     Returns:
         The utterances, in the order of their requests.
     """
     start = time.perf_counter()
     group = Frames(model, requests, steps, solver)
+    if group.history.is_cuda:
+        torch.cuda.synchronize(group.history.device)  # launches return before they are done
     begun, ended_at = time.perf_counter(), [0.0] * len(requests)
     for n_frames in range(1, max(request.max_frames for request in requests) + 1):
         group.frame()
@@ -111,10 +110,8 @@ def generate_codes(
     _note_ends(group.lengths, ended_at)
     utterances = []
     for request, said, at, frames in zip(requests, group.history, ended_at, group.frames.tolist(), strict=True):
-        utterance = Utterance(request, request.prompt[-1], group.lengths, len(request.prompt) + frames)
-        utterance.frames, utterance.ended = list(said[:frames]), frames < request.max_frames
-        utterance.prefill_seconds, utterance.frames_seconds = begun - start, at - begun
-        utterances.append(utterance)
+        ended = frames < request.max_frames
+        utterances.append(Utterance(request, list(said[:frames]), ended, begun - start, at - begun))
     return utterances
 
 

@@ -6,7 +6,7 @@ bits in a batch of 2 than alone, and in a batch of 6 other bits at the last two 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,12 +40,9 @@ class Request:
 
 @dataclass(eq=False)
 class Utterance:
-    """A request as it runs, and its result.
+    """What a request has said.
 
     Attributes:
-        hidden: [dim], the backbone's last state.
-        pages: int32, pages of the cache.
-        length: tokens in the cache.
         frames: codes so far, int64 [37] each with the +2 offset; END is not among them.
         ended: the model said END.
         prefill_seconds: wall time of its prompt.
@@ -53,13 +50,25 @@ class Utterance:
     """
 
     request: Request
-    hidden: Tensor
-    pages: Tensor
-    length: int
     frames: list[Tensor] = field(default_factory=list)
     ended: bool = False
     prefill_seconds: float = 0.0
     frames_seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class Running(Utterance):
+    """An utterance and what it needs to go on.
+
+    Attributes:
+        hidden: [dim], the backbone's last state.
+        pages: int32, pages of the cache.
+        length: tokens in the cache.
+    """
+
+    hidden: Tensor = field(kw_only=True)
+    pages: Tensor = field(kw_only=True)
+    length: int = field(kw_only=True)
 
 
 @torch.inference_mode()
@@ -70,7 +79,7 @@ def generate_codes(
     steps: int,
     solver: str,
     on_frame: Callable[[int], None] | None = None,
-) -> list[Utterance]:
+) -> Sequence[Utterance]:
     """Speak a group of requests side by side; each leaves when it ends.
 
     Args:
@@ -112,15 +121,15 @@ def generate_codes(
     return utterances
 
 
-def prefill(model: VoxtralTTS, pool: PagePool, request: Request, pages: Tensor) -> Utterance:
+def prefill(model: VoxtralTTS, pool: PagePool, request: Request, pages: Tensor) -> Running:
     """Run a prompt, by itself."""
     length = len(request.prompt)
     lengths = torch.tensor([length], device=pages.device)
     states = model.hidden_states(request.prompt.unsqueeze(0), PagedCache(pool.pool, pages.unsqueeze(0), lengths))
-    return Utterance(request, states[0, -1], pages, length)
+    return Running(request, hidden=states[0, -1], pages=pages, length=length)
 
 
-def speak_frame(model: VoxtralTTS, block: list[Utterance], rows: int, steps: int, solver: str) -> None:
+def speak_frame(model: VoxtralTTS, block: list[Running], rows: int, steps: int, solver: str) -> None:
     """Turn the hidden states of a block into a frame of codes each, or into its end."""
     device = block[0].hidden.device
     seeds = seed_tensor([u.request.seed for u in block] + [0] * (rows - len(block))).to(device)
@@ -135,7 +144,7 @@ def speak_frame(model: VoxtralTTS, block: list[Utterance], rows: int, steps: int
             utterance.frames.append(codes[i])
 
 
-def step_backbone(model: VoxtralTTS, pool: PagePool, block: list[Utterance], rows: int) -> None:
+def step_backbone(model: VoxtralTTS, pool: PagePool, block: list[Running], rows: int) -> None:
     """Feed each utterance's last frame back and keep the new hidden state."""
     for utterance in block:
         utterance.length += 1
@@ -149,7 +158,7 @@ def step_backbone(model: VoxtralTTS, pool: PagePool, block: list[Utterance], row
         utterance.hidden = states[i, 0]
 
 
-def blocks(utterances: list[Utterance], rows: int) -> Iterator[list[Utterance]]:
+def blocks(utterances: list[Running], rows: int) -> Iterator[list[Running]]:
     """Consecutive runs of at most `rows`."""
     for start in range(0, len(utterances), rows):
         yield utterances[start : start + rows]

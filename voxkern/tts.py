@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from .prompt import Prompt
 from .reference import VoxtralTTS
 from .reference.config import N_SPECIAL_CODES
 from .reference.flow import MAX_STEPS, SOLVERS
+
+if TYPE_CHECKING:
+    from .twins.backbone import BackboneTwin  # needs Triton
 
 MAX_FRAMES = 2048  # 164 s: where vLLM-Omni cuts off as well
 CFG_ALPHA = 1.2
@@ -70,7 +73,6 @@ class TTS:
         model: the host, a reference :class:`VoxtralTTS`.
         voices: the prefix of each voice, [N, dim].
         max_batch: requests that run side by side.
-        backend: "triton" or "torch".
     """
 
     def __init__(self, checkpoint: Checkpoint, max_batch: int = 1, on_kernels: bool = False) -> None:
@@ -78,12 +80,16 @@ class TTS:
         self.model: VoxtralTTS = checkpoint.model
         self.voices = checkpoint.voices
         self.max_batch = max_batch
-        self.backend = "triton" if on_kernels else "torch"
         if on_kernels:
             accelerate(self.model, max_batch)
         self._prompt = Prompt(
             checkpoint.folder / TOKENIZER, {name: len(voice) for name, voice in checkpoint.voices.items()}
         )
+
+    @property
+    def backend(self) -> str:
+        """ "triton" while the model is accelerated, "torch" otherwise."""
+        return "torch" if self._twin is None else "triton"
 
     @property
     def sampling_rate(self) -> int:
@@ -176,16 +182,17 @@ class TTS:
             )
         ]
         audios = []
-        for start in range(0, len(requests), self.max_batch):
-            group = requests[start : start + self.max_batch]
+        side_by_side = self.max_batch if self._twin is None else min(self.max_batch, self._twin.max_batch)
+        for start in range(0, len(requests), side_by_side):
+            group = requests[start : start + side_by_side]
             spoken = self._speak(group, n_steps, solver, on_frame)
             audios += [self._audio(utterance) for utterance in spoken]
         return audios[0] if isinstance(text, str) else audios
 
     def _speak(
         self, group: list[Request], steps: int, solver: str, on_frame: Callable[[int], None] | None
-    ) -> list[Utterance]:
-        if self.backend == "triton":
+    ) -> Sequence[Utterance]:
+        if self._twin is not None:
             from . import frames  # needs Triton
 
             return frames.generate_codes(self.model, group, steps, solver, on_frame)
@@ -206,16 +213,23 @@ class TTS:
         _check_int("seed", seed, 0, 2**64 - 1)
         if isinstance(cfg_alpha, bool) or not isinstance(cfg_alpha, int | float) or not math.isfinite(cfg_alpha):
             raise ValueError(f"cfg_alpha must be a finite number, got {cfg_alpha!r}")
-        room = self.model.config.backbone.max_seq_len - len(tokens)
+        positions = self.model.config.backbone.max_seq_len
+        if self._twin is not None:
+            positions = min(positions, self._twin.max_tokens)
+        room = positions - len(tokens)
         if room < 1:
             raise ValueError(
-                f"text is too long: its prompt of {len(tokens)} tokens leaves no frame in the model's "
-                f"{self.model.config.backbone.max_seq_len} positions; split it"
+                f"text is too long: its prompt of {len(tokens)} tokens leaves no frame in the model's {positions} "
+                "positions; split it"
             )
         if max_frames is None:
             max_frames = min(MAX_FRAMES, room)
         _check_int("max_frames", max_frames, 1, room)
         return Request(self._embed(tokens, voice), seed, float(cfg_alpha), max_frames)
+
+    @property
+    def _twin(self) -> "BackboneTwin | None":
+        return vars(self.model).get("hidden_states")
 
     def _embed(self, tokens: list[int], voice: str) -> Tensor:
         """The prompt's embeddings, [T, dim]: the [AUDIO] rows are the voice's."""
@@ -233,7 +247,7 @@ class TTS:
         """Decode an utterance's codes."""
         start = time.perf_counter()
         n_codebooks = self.model.config.audio.n_codebooks
-        device = utterance.hidden.device
+        device = self.model.norm.weight.device
         codes = torch.empty(n_codebooks, 0, dtype=torch.int64, device=device)
         samples = torch.empty(0)
         if utterance.frames:

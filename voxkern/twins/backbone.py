@@ -4,7 +4,6 @@ Decode is one token a request, in memory that is made once; a prefill is many to
 with tiles as large as the matrix units want them. Which of the two it is decides the settings, never the rows at hand.
 """
 
-import contextlib
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import cast
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..kernels.attention import attention_scratch, launch_paged_attention, launch_prefill_attention
 from ..kernels.backbone import launch_rms_norm
 from ..kernels.linear import launch_linear, launch_norm_swiglu
+from ..kernels.operator import on_device
 from ..kernels.qkv import launch_norm_qkv, launch_norm_qkv_append, launch_rope_append
 from ..reference.attention import PagedCache, TransformerBlock, rope_table
 from ..reference.backbone import Backbone
@@ -22,12 +22,13 @@ from ..reference.backbone import Backbone
 MAX_BATCH = 64
 MAX_TOKENS = 16_384  # 20 minutes of speech: as many as 64 spans of 256 tokens hold
 PREFILL_ROWS = 1 << 20  # prepared for: in a prefill the settings depend on no rows at all
+NAME = "the accelerated backbone"
 PAGE = 64  # of a cache made for a call without one
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Memory of one token each of B requests.
+    """Memory of one token each of B requests: views of what `max_batch` take.
 
     Attributes:
         stream: [B, dim], the residual stream.
@@ -94,7 +95,8 @@ class BackboneTwin:
         self.max_tokens = min(host.backbone_config.max_seq_len, MAX_TOKENS) if max_tokens is None else max_tokens
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        self._buffers: dict[tuple[int, torch.dtype, torch.device], Buffers] = {}
+        self._key: tuple[torch.dtype, torch.device] | None = None
+        self._buffers: dict[int, Buffers] = {}
         self._rope: Tensor | None = None
 
     def __call__(self, u: Tensor, cache: PagedCache | None = None) -> Tensor:
@@ -115,9 +117,7 @@ class BackboneTwin:
             return self.decode(u, cache.pool, table, cache.lengths.to(torch.int32)).clone().unsqueeze(1)
         rows = Rows.of([T] * B, cache.lengths.tolist(), u.device)
         states = self.prefill(u.reshape(B * T, dim), rows, cache.pool, table)
-        out = torch.empty_like(states)
-        launch_rms_norm(out, states, self.host.norm.weight, self._eps)
-        return out.view(B, T, dim)
+        return self.norm(states).view(B, T, dim)
 
     def decode(self, u: Tensor, pool: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
         """One token a request, in launches and nothing else once a call of as many requests has been made.
@@ -135,7 +135,7 @@ class BackboneTwin:
         self._check(u, pool, block_table, lengths)
         if len(u) > self.max_batch:
             raise ValueError(f"u has {len(u)} rows, the backbone is prepared for 1..{self.max_batch} (max_batch)")
-        with self._on_device(u):
+        with on_device(NAME, u):
             b, rope, stream = self.buffers(u, pool), self.rope(u.device), u
             for layer, cache in zip(self._blocks, pool, strict=True):
                 attention, feed = layer.attention, layer.feed_forward
@@ -168,7 +168,7 @@ class BackboneTwin:
         """
         self._check(u, pool, block_table, rows.lengths)
         config, R, many = self.host.backbone_config, len(u), (PREFILL_ROWS, "prefill")
-        with self._on_device(u):
+        with on_device(NAME, u):
             rope, stream = self.rope(u.device), u
             qkv = u.new_empty(R, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
             attended = u.new_empty(R, config.n_heads * config.head_dim)
@@ -189,21 +189,34 @@ class BackboneTwin:
                 launch_linear(stream, gated, feed.w2.weight, None, stream, *many)
         return stream
 
+    def norm(self, states: Tensor) -> Tensor:
+        """The final norm of what :meth:`prefill` returns, or of some of its rows."""
+        out = torch.empty_like(states)
+        with on_device(NAME, states):
+            launch_rms_norm(out, states, self.host.norm.weight, self._eps)
+        return out
+
     def buffers(self, u: Tensor, pool: Tensor) -> Buffers:
-        """The memory of as many requests as `u` has rows; made at the first call."""
-        key = (len(u), u.dtype, u.device)
-        if key not in self._buffers:
-            config, B = self.host.backbone_config, len(u)
-            q = u.new_zeros(B, config.n_heads * config.head_dim)
-            self._buffers[key] = Buffers(
-                stream=torch.zeros_like(u),
+        """The memory of as many requests as `u` has rows; made at the first call, for any number of them."""
+        config, key = self.host.backbone_config, (u.dtype, u.device)
+        if self._key != key:
+            q = u.new_zeros(self.max_batch, config.n_heads * config.head_dim)
+            stream = u.new_zeros(self.max_batch, config.dim)
+            self._key, self._buffers = key, {}
+            self._whole = Buffers(
+                stream=stream,
                 q=q,
                 attended=torch.zeros_like(q),
-                gated=u.new_zeros(B, config.hidden_dim),
-                hidden=torch.zeros_like(u),
+                gated=u.new_zeros(self.max_batch, config.hidden_dim),
+                hidden=torch.zeros_like(stream),
                 scratch=attention_scratch(q, pool[0], self.max_tokens),
             )
-        return self._buffers[key]
+        B, b = len(u), self._whole
+        if B not in self._buffers:
+            partial, arrived = b.scratch
+            views = (b.stream[:B], b.q[:B], b.attended[:B], b.gated[:B], b.hidden[:B])
+            self._buffers[B] = Buffers(*views, scratch=(partial[:B], arrived[:B]))
+        return self._buffers[B]
 
     def rope(self, device: torch.device) -> Tensor:
         """The table of rotations, fp32 [max_tokens, 2, D / 2]; made at the first call, in fp64."""
@@ -219,9 +232,6 @@ class BackboneTwin:
     @property
     def _eps(self) -> float:
         return self.host.backbone_config.norm_eps
-
-    def _on_device(self, u: Tensor) -> contextlib.AbstractContextManager[object]:
-        return torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext()
 
     def _own_cache(self, B: int, T: int, u: Tensor) -> PagedCache:
         """For a call without one: requests of T tokens, from position 0."""

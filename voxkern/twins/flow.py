@@ -1,11 +1,10 @@
-"""The flow head's twin: a frame in 13 launches a step, on the host's own weights.
+"""The flow head's twin: a frame in 13 launches a step (16 for more than one request), on the host's own weights.
 
 Beside fusing, it does not compute what is known: the time tokens and their first layer's queries, keys and values are a
 table; those of the hidden state are made once a frame; without the condition they are exactly zero; before the first
 layer the x token has no branch; and in the last layer only the x tokens go on past keys and values.
 """
 
-import contextlib
 import itertools
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels.flow import launch_flow_finish, launch_flow_start, launch_flow_step
 from ..kernels.linear import launch_linear, launch_norm_swiglu
+from ..kernels.operator import on_device
 from ..kernels.qkv import launch_norm_qkv
 from ..kernels.semantic import launch_semantic_codes, semantic_scratch
 from ..kernels.tokens import launch_token_attention, launch_token_attention_linear
@@ -67,13 +67,15 @@ class Times:
     """What depends on weights, solver and steps alone.
 
     Attributes:
-        key: of the weights that it was made from.
+        weights: that it was made from.
+        key: what they were then.
         tokens: [steps, dim], the t tokens.
         qkv: [steps, W], their first layer's q | k | v.
         lengths: of the steps.
         ratios: of each step, see :func:`voxkern.reference.flow.integrate`.
     """
 
+    weights: tuple[Tensor, ...]
     key: tuple[Any, ...]
     tokens: Tensor
     qkv: Tensor
@@ -122,7 +124,8 @@ class FlowTwin:
         n_acoustic = self.host.audio.n_acoustic_codebook
         if noise is None:
             noise = torch.randn(h.shape[0], n_acoustic, device=h.device)
-        codes, _ = self.frame(h, cfg_alpha.float(), steps=steps, solver=solver, noise=noise.float())
+        alpha, noise = cfg_alpha.float().contiguous(), noise.float().contiguous()
+        codes, _ = self.frame(h, alpha, steps=steps, solver=solver, noise=noise)
         return codes.clone()
 
     def frame(
@@ -153,7 +156,7 @@ class FlowTwin:
         """
         steps = self.host.config.n_decoding_steps if steps is None else steps
         self._check(h, cfg_alpha, noise, seed, frame)
-        with torch.cuda.device(h.device) if h.is_cuda else contextlib.nullcontext():
+        with on_device("the accelerated flow head", h):
             buffers, times = self.buffers(len(h), h.dtype, h.device), self.times(solver, steps)
             self._begin(buffers, times, h, noise, seed, frame)
             for step in range(steps):
@@ -188,21 +191,30 @@ class FlowTwin:
         return self._buffers[B, dtype, device]
 
     def times(self, solver: str, steps: int) -> Times:
-        """The tables of a solver's steps; made anew when a weight that they come from has changed."""
+        """The tables of a solver's steps; made anew when a weight that they come from is seen to have changed.
+
+        What is written through ``.data``, or to weights made in inference mode, leaves no trace: :meth:`refresh` then.
+        """
         host, first = self.host, self._blocks[0]
         attention = first.attention
         norm, wq, wk, wv = first.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight
-        weights = [host.time_projection.weight, norm, wq, wk, wv]
+        weights = (host.time_projection.weight, norm, wq, wk, wv)
         key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
-        if (solver, steps) not in self._times or self._times[solver, steps].key != key:
+        known = self._times.get((solver, steps))
+        # the tensors themselves, too: a new one may lie where an old one lay
+        if known is None or known.key != key or any(a is not b for a, b in zip(known.weights, weights, strict=True)):
             times = time_grid(solver, steps)
             with torch.no_grad():
                 tokens = host.project_time(torch.tensor(times[:-1], dtype=torch.float64, device=wq.device))
                 qkv = tokens.new_empty(steps, len(wq) + len(wk) + len(wv))
                 launch_norm_qkv(qkv, tokens, norm, wq, wk, wv, self._eps, steps, self._max_rows)
             lengths = [end - start for start, end in itertools.pairwise(times)]
-            self._times[solver, steps] = Times(key, tokens, qkv, lengths, step_ratios(solver, times))
+            self._times[solver, steps] = Times(weights, key, tokens, qkv, lengths, step_ratios(solver, times))
         return self._times[solver, steps]
+
+    def refresh(self) -> None:
+        """Forget the tables: the next frame makes them from the weights as they are then."""
+        self._times.clear()
 
     @property
     def _n_codes(self) -> int:
@@ -315,5 +327,7 @@ class FlowTwin:
             if tensor is None:
                 continue
             dtype = torch.int64 if name in ("seed", "frame") else torch.float32
-            if list(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-                raise ValueError(f"{name} must be contiguous {dtype} {shape}, got {tensor.dtype} {list(tensor.shape)}")
+            if tensor.dtype != dtype or tensor.device != h.device:
+                raise TypeError(f"{name} is {tensor.dtype} on {tensor.device} but must be {dtype} on {h.device}")
+            if list(tensor.shape) != shape or not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous {shape}, got {list(tensor.shape)}, {tensor.stride()}")
