@@ -1,4 +1,4 @@
-"""The neural codec: frames of codes to 24 kHz sound.
+"""The neural codec: frames of codes to 24 kHz sound, and back.
 
 Causal convolutions and windowed ALiBi transformers, 12.5 Hz -> 25 -> 50 -> 100 Hz, then 240 samples a row. The encoder
 mirrors the decoder; its modules exist only for checkpoints that carry its weights, which the public one does not.
@@ -7,50 +7,13 @@ mirrors the decoder; its modules exist only for checkpoints that carry its weigh
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from .config import CodecConfig
-from .linear import FeedForward, RMSNorm, wide
+from .convolution import CausalConv1d, CausalConvTranspose1d
+from .linear import FeedForward, RMSNorm
+from .quantizer import Quantizer
 
 QUERY_BLOCK = 256  # queries attended at once: bounds the score matrix for long audio
-
-
-class CausalConv1d(nn.Module):
-    """Weight-normed convolution that sees the past only; the missing past of the first rows is padded."""
-
-    def __init__(self, n_in: int, n_out: int, kernel: int, stride: int = 1, pad_mode: str = "reflect") -> None:
-        """`pad_mode`: "reflect" or "replicate"."""
-        super().__init__()
-        self.conv = weight_norm(nn.Conv1d(n_in, n_out, kernel, stride, bias=False))
-        self.padding, self.pad_mode = kernel - stride, pad_mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, n_in, T] -> [B, n_out, T / stride]."""
-        return self.conv(pad_left(x, self.padding, self.pad_mode))  # type: ignore[no-any-return]
-
-
-class CausalConvTranspose1d(nn.Module):
-    """Weight-normed transposed convolution; the ``kernel - stride`` rows that hang over the end are cut off."""
-
-    def __init__(self, n_in: int, n_out: int, kernel: int, stride: int) -> None:
-        """The weight is [n_in, n_out, kernel], so its norm is per input channel."""
-        super().__init__()
-        self.conv = weight_norm(nn.ConvTranspose1d(n_in, n_out, kernel, stride, bias=False))
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, n_in, T] -> [B, n_out, stride T]."""
-        return self.conv(x)[..., : self.stride * x.shape[-1]]  # type: ignore[no-any-return]
-
-
-def pad_left(x: Tensor, n: int, mode: str) -> Tensor:
-    """Pad the last dimension on the left; "reflect" of a too short `x` sees zeros after its end."""
-    if n == 0:
-        return x
-    T = x.shape[-1]
-    if mode == "reflect" and n >= T:
-        return F.pad(F.pad(x, (0, n + 1 - T)), (n, 0), mode)[..., : n + T]
-    return F.pad(x, (n, 0), mode)
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
@@ -141,46 +104,13 @@ class CodecTransformer(nn.Module):
         return x.transpose(1, 2)
 
 
-class SemanticCodebook(nn.Module):
-    """Vectors of the semantic codes, stored as the running sums and counts they were learnt with."""
-
-    def __init__(self, size: int, dim: int) -> None:
-        """Buffers, not parameters: the codebook is learnt by moving averages."""
-        super().__init__()
-        self.embedding_sum: Tensor
-        self.cluster_usage: Tensor
-        self.register_buffer("embedding_sum", torch.zeros(size, dim))
-        self.register_buffer("cluster_usage", torch.ones(size))
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """int [...] -> [..., dim]."""
-        usage = wide(self.cluster_usage[codes]).clamp(min=1e-5).unsqueeze(-1)
-        return (wide(self.embedding_sum[codes]) / usage).to(self.embedding_sum.dtype)
-
-
-class Quantizer(nn.Module):
-    """Codes to latents: one semantic vector, and one scalar of ``levels`` steps for each acoustic codebook."""
-
-    def __init__(self, config: CodecConfig) -> None:
-        """The acoustic part (finite scalar quantisation, arXiv 2309.15505) has no weights."""
-        super().__init__()
-        self.levels = config.acoustic_codebook_size
-        self.semantic_codebook = SemanticCodebook(config.semantic_codebook_size, config.semantic_dim)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """int [B, 1 + K, T] without the offset -> [B, semantic_dim + K, T]."""
-        semantic = self.semantic_codebook(codes[:, 0]).transpose(1, 2)
-        acoustic = codes[:, 1:].to(wide(semantic).dtype) * (2 / (self.levels - 1)) - 1
-        return torch.cat((semantic, acoustic.to(semantic.dtype)), dim=1)
-
-
 class AudioTokenizer(nn.Module):
     """The codec. `encoder` is asked for when the checkpoint has the encoder's weights."""
 
     def __init__(self, config: CodecConfig, encoder: bool = False) -> None:
         """Names as in the checkpoint's ``audio_tokenizer``."""
         super().__init__()
-        self.config = config
+        self.config, self.has_encoder = config, encoder
         patch, window = config.pretransform_patch_size, config.attn_sliding_window_size
         if encoder:
             self.input_proj = CausalConv1d(patch, config.dim, config.patch_proj_kernel_size)
@@ -206,6 +136,29 @@ class AudioTokenizer(nn.Module):
             self.decoder_blocks.append(CodecTransformer(config, n_layers, window))
         self.output_proj = CausalConv1d(config.dim, patch, config.patch_proj_kernel_size)
 
+    def forward(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """There and back, to train the codec: gradients go straight through the quantiser.
+
+        Args:
+            samples: [B, 1, n], see :meth:`latents`.
+
+        Returns:
+            The sound again, wide [B, 1, n], and its codes, int64 [B, 1 + K, T] without the offset.
+        """
+        quantized, codes = self.quantizer.quantize(self.latents(samples))
+        return self.synthesize(quantized)[..., : samples.shape[-1]], codes
+
+    def encode(self, samples: Tensor) -> Tensor:
+        """Codes of sound.
+
+        Args:
+            samples: [B, 1, n], see :meth:`latents`.
+
+        Returns:
+            int64 [B, 1 + K, T] WITHOUT the +2 offset.
+        """
+        return self.quantizer.encode(self.latents(samples))
+
     def decode(self, codes: Tensor) -> Tensor:
         """Sound of whole sequences of codes.
 
@@ -213,15 +166,55 @@ class AudioTokenizer(nn.Module):
             codes: int64 [B, 1 + K, T] WITHOUT the +2 offset.
 
         Returns:
-            wide [B, 1, samples_per_frame T]; the last product is made and kept wide, for 8 bits are not enough to hear.
+            wide [B, 1, samples_per_frame T].
+        """
+        self.check_codes(codes)
+        return self.synthesize(self.quantizer(codes))
+
+    def latents(self, samples: Tensor) -> Tensor:
+        """What the encoder makes of sound, before it is quantised.
+
+        Args:
+            samples: floats [B, 1, n] at the config's rate, n > 0; the end of the last patch is filled up with zeros.
+
+        Returns:
+            [B, semantic_dim + K, T], T = n / samples_per_frame, rounded up.
+
+        Raises:
+            ValueError: another shape, or the checkpoint has no encoder.
+        """
+        if not self.has_encoder:
+            raise ValueError(
+                "the checkpoint has no codec encoder (tensors audio_tokenizer.input_proj.*, audio_tokenizer."
+                "encoder_blocks.*), which turning sound into codes needs; the public Voxtral-4B-TTS-2603 is without one"
+            )
+        if samples.ndim != 3 or samples.shape[1] != 1 or not samples.shape[2]:
+            raise ValueError(f"samples must be [B, 1, n] with n > 0, got {list(samples.shape)}")
+        patch = self.config.pretransform_patch_size
+        x = F.pad(samples, (0, -samples.shape[-1] % patch)).reshape(len(samples), -1, patch)  # [B, rows, patch]
+        x = self.input_proj.forward_wide(x.transpose(1, 2)).to(self.output_proj.conv.weight.dtype)
+        for block in self.encoder_blocks:
+            x = block(x)
+        return x
+
+    def synthesize(self, latents: Tensor) -> Tensor:
+        """Sound of quantised latents, [B, semantic_dim + K, T] -> wide [B, 1, samples_per_frame T]."""
+        x = latents
+        for block in self.decoder_blocks:
+            x = block(x)
+        return rows_to_samples(self.output_proj.forward_wide(x))
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raise unless `codes` are [B, 1 + K, T].
+
+        Raises:
+            ValueError: they are not.
         """
         n_codebooks = 1 + self.config.acoustic_dim
         if codes.ndim != 3 or codes.shape[1] != n_codebooks:
             raise ValueError(f"codes must be [B, {n_codebooks}, T], got {list(codes.shape)}")
-        x = self.quantizer(codes)
-        for block in self.decoder_blocks:
-            x = block(x)
-        projection = self.output_proj
-        x = pad_left(wide(x), projection.padding, projection.pad_mode)
-        patches = F.conv1d(x, wide(projection.conv.weight))  # [B, patch, rows]
-        return patches.transpose(1, 2).flatten(1).unsqueeze(1)
+
+
+def rows_to_samples(patches: Tensor) -> Tensor:
+    """[B, patch, rows] -> [B, 1, patch rows], a row's samples one after the other."""
+    return patches.transpose(1, 2).flatten(1).unsqueeze(1)

@@ -19,6 +19,7 @@ EMPTY_AUDIO = 0
 END_AUDIO = 1
 DEFAULT_NORM_EPS = 1e-5
 DEFAULT_ENCODER_STRIDES = "2,2,2,1"
+DEFAULT_ENCODER_LENGTHS = "2,2,2,2"
 
 
 def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
@@ -209,13 +210,15 @@ def left_pad(x: np.ndarray, pad: int, mode: str) -> np.ndarray:
     return np.concatenate([before, x])
 
 
-def causal_conv(x: np.ndarray, kernel: np.ndarray, mode: str) -> np.ndarray:
-    """[T, in], [out, in, k] -> [T, out], stride 1 (4.2)."""
+def causal_conv(x: np.ndarray, kernel: np.ndarray, mode: str, stride: int = 1) -> np.ndarray:
+    """[T, in], [out, in, k] -> [ceil(T / stride), out] (4.2); a last stride that is not whole repeats the last row."""
     taps = kernel.shape[2]
-    padded = left_pad(x, taps - 1, mode)
-    y = np.zeros((len(x), kernel.shape[0]))
-    for tap in range(taps):
-        y += padded[tap : tap + len(x)] @ kernel[:, :, tap].T
+    rows = -(-len(x) // stride)
+    padded = left_pad(np.concatenate([x, *[x[-1:]] * (rows * stride - len(x))]), taps - stride, mode)
+    y = np.zeros((rows, kernel.shape[0]))
+    for row in range(rows):
+        for tap in range(taps):
+            y[row] += kernel[:, :, tap] @ padded[row * stride + tap]
     return y
 
 
@@ -275,3 +278,43 @@ def codec_decode(weights: Weights, params: Params, codes: np.ndarray) -> np.ndar
         for layer in range(layers):
             x = codec_layer(weights, f"audio_tokenizer.decoder_blocks.{2 * stage + 1}.layers.{layer}", args, x, bias)
     return causal_conv(x, normed_kernel(weights, "audio_tokenizer.output_proj"), "reflect").reshape(-1)
+
+
+def codec_encode(weights: Weights, params: Params, samples: np.ndarray) -> np.ndarray:
+    """[n] samples -> latents [T, semantic_dim + 36], not quantised: the decoder's mirror (4)."""
+    args = params["multimodal"]["audio_tokenizer_args"]
+    patch = args["pretransform_patch_size"]
+    rows = -(-len(samples) // patch)
+    x = np.zeros(rows * patch)
+    x[: len(samples)] = samples
+    x = causal_conv(x.reshape(rows, patch), normed_kernel(weights, "audio_tokenizer.input_proj"), "reflect")
+    window = args["attn_sliding_window_size"]
+    strides = numbers(args.get("encoder_convs_strides_str", DEFAULT_ENCODER_STRIDES))
+    lengths = numbers(args.get("encoder_transformer_lengths_str", DEFAULT_ENCODER_LENGTHS))
+    for stage, (stride, layers) in enumerate(zip(strides, lengths, strict=True)):
+        bias = window_bias(len(x), window, args["n_heads"])
+        for layer in range(layers):
+            x = codec_layer(weights, f"audio_tokenizer.encoder_blocks.{2 * stage}.layers.{layer}", args, x, bias)
+        conv = normed_kernel(weights, f"audio_tokenizer.encoder_blocks.{2 * stage + 1}")
+        x = causal_conv(x, conv, "replicate", stride)
+        if args.get("half_attn_window_upon_downsampling", True) and stride > 1:
+            window //= 2
+    return x
+
+
+def codec_codes(weights: Weights, params: Params, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[T, semantic_dim + 36] -> codes [37, T] without the offset, and how near each is to being another one.
+
+    The semantic code is that of the nearest vector; how near is the second's squared distance less the first's. The
+    acoustic ones are those of tanh (4.1).
+    """
+    args = params["multimodal"]["audio_tokenizer_args"]
+    prefix = "audio_tokenizer.quantizer.semantic_codebook"
+    table = weights[f"{prefix}.embedding_sum"] / np.maximum(weights[f"{prefix}.cluster_usage"], 1e-5)[:, None]
+    semantic, acoustic = np.split(latents, [table.shape[1]], axis=1)
+    distance = ((semantic[:, None, :] - table[None]) ** 2).sum(-1)
+    ordered = np.sort(distance, axis=1)
+    levels = args["acoustic_codebook_size"]
+    codes = np.concatenate([distance.argmin(1)[None], quantise(np.tanh(acoustic), levels).T])
+    margin = np.concatenate([(ordered[:, 1] - ordered[:, 0])[None], edge_distance(np.tanh(acoustic), levels).T])
+    return codes, margin
