@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Attend
 from .config import CodecConfig
 from .convolution import CausalConv1d, CausalConvTranspose1d
 from .linear import FeedForward, RMSNorm
@@ -62,11 +63,12 @@ class CodecAttention(nn.Module):
         self.q_norm = RMSNorm(width, config.qk_norm_eps)
         self.k_norm = RMSNorm(width, config.qk_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]; without `attend`, x is a whole sequence."""
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [B, T, H, D]
-        return self.wo(window_attention(q, k, v, self.window).flatten(-2))  # type: ignore[no-any-return]
+        o = window_attention(q, k, v, self.window) if attend is None else attend(q, k, v)
+        return self.wo(o.flatten(-2))  # type: ignore[no-any-return]
 
 
 class CodecBlock(nn.Module):
@@ -82,9 +84,9 @@ class CodecBlock(nn.Module):
         self.attention_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale_init))
         self.ffn_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale_init))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
-        x = x + self.attention_scale * self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]; `attend` as in :class:`CodecAttention`."""
+        x = x + self.attention_scale * self.attention(self.attention_norm(x), attend)
         return x + self.ffn_scale * self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
@@ -94,6 +96,7 @@ class CodecTransformer(nn.Module):
     def __init__(self, config: CodecConfig, n_layers: int, window: int) -> None:
         """All blocks share the window."""
         super().__init__()
+        self.window = window
         self.layers = nn.ModuleList(CodecBlock(config, window) for _ in range(n_layers))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,7 +195,8 @@ class AudioTokenizer(nn.Module):
             raise ValueError(f"samples must be [B, 1, n] with n > 0, got {list(samples.shape)}")
         patch = self.config.pretransform_patch_size
         x = F.pad(samples, (0, -samples.shape[-1] % patch)).reshape(len(samples), -1, patch)  # [B, rows, patch]
-        x = self.input_proj.forward_wide(x.transpose(1, 2)).to(self.output_proj.conv.weight.dtype)
+        x = self.input_proj.product_wide(self.input_proj.pad(x.transpose(1, 2)))
+        x = x.to(self.input_proj.conv.weight.dtype)
         for block in self.encoder_blocks:
             x = block(x)
         return x
@@ -202,7 +206,8 @@ class AudioTokenizer(nn.Module):
         x = latents
         for block in self.decoder_blocks:
             x = block(x)
-        return rows_to_samples(self.output_proj.forward_wide(x))
+        patches = self.output_proj.product_wide(self.output_proj.pad(x))  # [B, patch, rows]
+        return patches.transpose(1, 2).flatten(1).unsqueeze(1)
 
     def check_codes(self, codes: Tensor) -> None:
         """Raise unless `codes` are [B, 1 + K, T].
@@ -213,8 +218,3 @@ class AudioTokenizer(nn.Module):
         n_codebooks = 1 + self.config.acoustic_dim
         if codes.ndim != 3 or codes.shape[1] != n_codebooks:
             raise ValueError(f"codes must be [B, {n_codebooks}, T], got {list(codes.shape)}")
-
-
-def rows_to_samples(patches: Tensor) -> Tensor:
-    """[B, patch, rows] -> [B, 1, patch rows], a row's samples one after the other."""
-    return patches.transpose(1, 2).flatten(1).unsqueeze(1)

@@ -20,10 +20,10 @@ class CausalConv1d(nn.Module):
         """[B, n_in, T] -> [B, n_out, T / stride]; a last stride that is not whole is filled up by `pad_mode`."""
         return self.conv(self.pad(x))  # type: ignore[no-any-return]
 
-    def forward_wide(self, x: Tensor) -> Tensor:
-        """The same with `x`, the weight and the product wide: for sound, where 8 bits are not enough to hear."""
+    def product_wide(self, padded: Tensor) -> Tensor:
+        """The product alone, in and out of wide numbers: for sound, where 8 bits are not enough to hear."""
         weight = wide(self.conv.weight)
-        return F.conv1d(self.pad(x.to(weight.dtype)), weight, stride=self.stride)
+        return F.conv1d(padded.to(weight.dtype), weight, stride=self.stride)
 
     def pad(self, x: Tensor) -> Tensor:
         """Put the missing past before `x`, and the missing end of its last stride after it."""

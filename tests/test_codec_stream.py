@@ -1,0 +1,143 @@
+"""Streaming decode: the same sound as decoding whole, from a state of fixed size, in fixed work a frame."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from voxkern.maker import public_params
+from voxkern.reference import Config, VoxtralTTS
+from voxkern.reference.codec import AudioTokenizer
+from voxkern.reference.codec_stream import CodecStream
+
+
+class Operators(TorchDispatchMode):
+    """Every operator that runs, with the shapes that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func, *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def _codes(T: int, B: int = 1, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    semantic = torch.randint(0, 62, (B, 1, T), generator=g)
+    return torch.cat((semantic, torch.randint(0, 21, (B, 36, T), generator=g)), dim=1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("chunk", [1, 3, 25])
+def test_in_chunks_equals_whole(tiny_model: VoxtralTTS, chunk: int, dtype: torch.dtype, tolerance: float) -> None:
+    codec = copy.deepcopy(tiny_model.audio_tokenizer).to(dtype)
+    codes = _codes(60)  # nearly three times what the decoder remembers
+    with torch.inference_mode():
+        whole = codec.decode(codes)
+    stream = CodecStream(codec)
+    parts = torch.cat([stream.decode(part) for part in codes.split(chunk, dim=2)], dim=2)
+    assert parts.dtype == whole.dtype
+    assert whole.square().mean().sqrt() > 0.1
+    torch.testing.assert_close(parts, whole, rtol=0, atol=tolerance)
+
+
+def test_bf16_is_as_near_as_decoding_whole(tiny_model: VoxtralTTS) -> None:
+    codes = _codes(40)
+    codec = copy.deepcopy(tiny_model.audio_tokenizer).bfloat16()
+    stream = CodecStream(codec)
+    with torch.inference_mode():
+        exact = copy.deepcopy(codec).double().decode(codes)
+        whole = codec.decode(codes)
+        parts = torch.cat([stream.decode(part) for part in codes.split(1, dim=2)], dim=2)
+    assert parts.dtype == torch.float32
+    assert (parts - exact).square().mean() < 1.5 * (whole - exact).square().mean()
+
+
+def test_work_and_state_do_not_grow(tiny_model: VoxtralTTS) -> None:
+    stream = CodecStream(tiny_model.audio_tokenizer)
+    addresses, nbytes, seen = [t.data_ptr() for t in stream.state.tails + stream.state.rings], [], []
+    for code in _codes(30).split(1, dim=2):
+        with Operators() as operators:
+            stream.decode(code)
+        seen.append(operators.seen)
+        nbytes.append(stream.state.nbytes)
+    assert all(frame == seen[0] for frame in seen)  # the same operators on the same shapes, so from frame 22 on too
+    assert len(seen[0]) > 100
+    assert len(set(nbytes)) == 1
+    assert [t.data_ptr() for t in stream.state.tails + stream.state.rings] == addresses
+
+
+def test_state_of_the_public_model() -> None:
+    """2 latents, 2 layers' windows of 2, 4, 8 and 16 keys and values, 3 rows and 6 (fp32): 278 kB in bf16."""
+    with torch.device("meta"):
+        codec = AudioTokenizer(Config.from_params(public_params()).codec).bfloat16()
+        state = CodecStream(codec).state
+    assert [tuple(t.shape) for t in state.tails] == [(1, 2, 292), *[(1, 1, 1024)] * 3, (1, 6, 1024)]
+    assert [r.shape[2] for r in state.rings] == [2, 2, 4, 4, 8, 8, 16, 16]
+    rings = 2 * (2 + 4 + 8 + 16) * 2 * 1024 * 2
+    assert state.nbytes == rings + (2 * 292 + 3 * 1024) * 2 + 6 * 1024 * 4 + 8
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12))
+def test_requests_of_different_lengths(tiny_model: VoxtralTTS, lengths: list[tuple[int, int, int]]) -> None:
+    """Three requests in chunks of 4, each with its own number of frames in each chunk, none included."""
+    codec, stream = tiny_model.audio_tokenizer, CodecStream(tiny_model.audio_tokenizer, 3)
+    totals = torch.tensor(lengths).sum(0)
+    codes = _codes(int(totals.max()) + 1, B=3)
+    done, parts = [0, 0, 0], [[], [], []]
+    for row in lengths:
+        chunk = torch.full((3, 37, 4), -7)  # no code, and never looked at
+        for b, n in enumerate(row):
+            chunk[b, :, :n] = codes[b, :, done[b] : done[b] + n]
+        sound = stream.decode(chunk, torch.tensor(row)).view(3, 4, 1920)
+        for b, n in enumerate(row):
+            parts[b].append(sound[b, :n].flatten())
+            assert not sound[b, n:].any()
+            done[b] += n
+    for b, total in enumerate(totals.tolist()):
+        if total:
+            with torch.inference_mode():
+                whole = codec.decode(codes[b : b + 1, :, :total]).flatten()
+            torch.testing.assert_close(torch.cat(parts[b]), whole, rtol=0, atol=1e-5)
+
+
+def test_a_new_request_in_an_old_place(tiny_model: VoxtralTTS) -> None:
+    """Whatever the state holds of the last request, NaN even, the next begins as if it were the first."""
+    codec, stream = tiny_model.audio_tokenizer, CodecStream(tiny_model.audio_tokenizer, 2)
+    codes = _codes(9, B=2)
+    with torch.inference_mode():
+        stream.decode(codes[..., :5])
+        for memory in stream.state.tails:
+            memory[1] = torch.nan
+        for memory in stream.state.rings:
+            memory[:, 1] = torch.nan
+        stream.restart(torch.tensor([False, True]))
+        assert stream.state.frames.tolist() == [5, 0]
+        sound = stream.decode(torch.stack((codes[0, :, 5:], codes[1, :, :4])))
+        torch.testing.assert_close(sound[:1], codec.decode(codes[:1])[..., 5 * 1920 :], rtol=0, atol=1e-5)
+        torch.testing.assert_close(sound[1:], codec.decode(codes[1:, :, :4]), rtol=0, atol=1e-5)
+
+
+def test_batch_size_and_shapes_are_checked(tiny_model: VoxtralTTS) -> None:
+    stream = CodecStream(tiny_model.audio_tokenizer, 2)
+    with pytest.raises(ValueError, match="must be of 2 requests"):
+        stream.decode(_codes(3))
+    with pytest.raises(ValueError, match="must be of 2 requests"):
+        stream.decode(_codes(3, B=2), torch.tensor([3]))
+    with pytest.raises(ValueError, match="codes must be"):
+        stream.decode(torch.zeros(2, 36, 1, dtype=torch.long))
+
+
+def test_a_frame_of_too_few_rows_cannot_stream(tiny_params: dict) -> None:
+    params = copy.deepcopy(tiny_params)
+    tokenizer = params["multimodal"]["audio_tokenizer_args"]
+    tokenizer |= {"encoder_convs_strides_str": "2,2,1,1", "decoder_convs_strides_str": "1,2,2,1"}
+    params["multimodal"]["audio_model_args"]["audio_encoding_args"] |= {"frame_rate": 25.0}
+    with pytest.raises(ValueError, match="a frame is 4 rows, and padding its first sees 6 more"):
+        CodecStream(AudioTokenizer(Config.from_params(params).codec))
