@@ -68,10 +68,9 @@ class CodecStream:
             raise ValueError(
                 f"the codec cannot stream: a frame is {rows} rows, and padding its first sees {projection.padding} more"
             )
-        blocks = [*codec.decoder_blocks, projection]
         self._weights = {
-            block: block.conv.weight.detach()
-            for block in blocks
+            block: fold(block)
+            for block in (*codec.decoder_blocks, projection)
             if isinstance(block, CausalConv1d | CausalConvTranspose1d)
         }
         self._weights[projection] = wide(self._weights[projection])
@@ -128,15 +127,19 @@ class CodecStream:
         missing = x[:, 1 : n + 1].flip(1) if conv.pad_mode == "reflect" else x[:, :1].expand(-1, n, -1)
         rows = torch.cat((torch.where(chunk.fresh, missing, tail), x), dim=1)  # [B, n + T, n_in]
         tail.copy_(_last(rows, chunk.valid, n))
-        return F.conv1d(rows.transpose(1, 2), self._weights[conv]).transpose(1, 2)
+        return self._product(conv, rows, n + 1)
 
     def _upsample(self, conv: CausalConvTranspose1d, x: Tensor, tail: Tensor, chunk: _Chunk) -> Tensor:
         """[B, T, n_in] -> [B, stride T, n_out]."""
-        T, n, stride = x.shape[1], tail.shape[1], conv.stride
+        n = tail.shape[1]
         rows = torch.cat((torch.where(chunk.fresh, 0, tail), x), dim=1)  # [B, n + T, n_in]
         tail.copy_(_last(rows, chunk.valid, n))
-        y = F.conv_transpose1d(rows.transpose(1, 2), self._weights[conv], stride=stride)
-        return y[..., stride * n : stride * (n + T)].transpose(1, 2)
+        y = self._product(conv, rows, n + 1)  # [B, T, stride n_out]
+        return y.reshape(len(y), conv.stride * x.shape[1], -1)
+
+    def _product(self, conv: CausalConv1d | CausalConvTranspose1d, rows: Tensor, taps: int) -> Tensor:
+        """Each window of `taps` rows times the folded weight; torch's own convolutions are slow on a few rows."""
+        return F.linear(rows.unfold(1, taps, 1).flatten(2), self._weights[conv])
 
     def _transform(self, transformer: CodecTransformer, x: Tensor, rings: Iterator[Tensor], chunk: _Chunk) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
@@ -144,6 +147,22 @@ class CodecStream:
             assert isinstance(layer, CodecBlock)
             x = layer(x, partial(_attend, next(rings), chunk))
         return x
+
+
+@torch.no_grad()
+def fold(conv: CausalConv1d | CausalConvTranspose1d) -> Tensor:
+    """A convolution's weight, its norm folded in, as that of a product on windows of rows.
+
+    Returns:
+        [n_out, n_in taps], with a row's taps side by side, the oldest first. A transposed convolution of stride s makes
+        s rows of each window, [s n_out, n_in taps], and its taps are those rows of x that reach them.
+    """
+    weight: Tensor = conv.conv.weight
+    if isinstance(conv, CausalConv1d):
+        return weight.flatten(1)
+    n_in, n_out, kernel = weight.shape
+    weight = F.pad(weight, (0, -kernel % conv.stride)).view(n_in, n_out, -1, conv.stride)
+    return weight.permute(3, 1, 0, 2).flip(-1).reshape(conv.stride * n_out, -1)  # tap m is the row m before the newest
 
 
 def _attend(ring: Tensor, chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
