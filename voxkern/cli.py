@@ -53,6 +53,7 @@ def say(
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the text from a file.")] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id.")] = None,
     voice: Annotated[str | None, typer.Option(help="Whose voice; the checkpoint's first by default.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Speak with the voice of this recording.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same sound.")] = None,
     steps: Annotated[int | None, typer.Option(help="Evaluations of the velocity a frame, 1..64.")] = None,
     solver: Annotated[str, typer.Option(help="euler or ab2.")] = "euler",
@@ -65,11 +66,16 @@ def say(
     """Speak a text into a sound file."""
     with _plain_errors():
         words = _text(text, file)
+        if voice is not None and clip is not None:
+            raise ValueError("give --voice or --clip, not both")
         sound_format(output)  # before the work, not after it
         if not output.parent.is_dir():
             raise ValueError(f"{output.parent}: no such folder")
         with err.status("loading"):
             tts = load(model, device=device, dtype=dtype, backend=backend)
+            if clip is not None:
+                voice = f"clip:{clip.name.lower()}"
+                tts.add_voice(voice, clip)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("frames", total=max_frames)

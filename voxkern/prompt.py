@@ -36,8 +36,11 @@ class Prompt:
         for name, length in voices.items():
             if known.get(name, length) != length:
                 raise CheckpointError(f"{path}: voice {name!r} has {known[name]} tokens, its embedding {length} rows")
-        encoder.audio_config.voice_num_audio_tokens = dict(voices)
-        self.voices = dict(voices)
+        self.voices = encoder.audio_config.voice_num_audio_tokens = dict(voices)  # one dict, which add() writes to
+
+    def add(self, voice: str, length: int) -> None:
+        """Know one more voice, of `length` rows."""
+        self.voices[voice] = length
 
     def encode(self, text: str, voice: str) -> list[int]:
         """Token ids of a request.

@@ -23,6 +23,7 @@ from .prompt import Prompt
 from .reference import VoxtralTTS
 from .reference.config import N_SPECIAL_CODES
 from .reference.flow import MAX_STEPS, SOLVERS
+from .voice import read_recording, voice_prefix
 
 if TYPE_CHECKING:
     from .twins.backbone import BackboneTwin  # needs Triton
@@ -95,6 +96,27 @@ class TTS:
     def sampling_rate(self) -> int:
         """Samples a second of what is generated."""
         return self.model.config.codec.sampling_rate
+
+    def add_voice(self, name: str, path: str | Path) -> None:
+        """Make a voice of a recording, which `generate` then knows by its name.
+
+        Args:
+            name: lower case, as the checkpoint's voices are; a name that is taken is an error.
+            path: a sound file of 1 to 60 s; its channels are averaged and another rate is resampled.
+
+        Raises:
+            ValueError: the name is empty or taken, the file cannot be used (see :func:`read_recording`), or the
+                checkpoint has no codec encoder, as the public one has none.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {type(name).__name__}")
+        if not name or name != name.lower().strip():
+            raise ValueError(f"name must be in lower case and not empty, got {name!r}")
+        if name in self.voices:
+            raise ValueError(f"name is {name!r}, and there is such a voice already")
+        prefix = voice_prefix(self.model, read_recording(path, self.sampling_rate))
+        self.voices[name] = prefix
+        self._prompt.add(name, len(prefix))
 
     @overload
     def generate(

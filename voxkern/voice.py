@@ -1,0 +1,82 @@
+"""A voice from a recording: read it, encode it, and embed its codes as the backbone embeds what it says itself."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .reference import VoxtralTTS
+from .reference.config import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_CODES
+
+SHORTEST, LONGEST = 1.0, 60.0  # seconds; the public model's own voices come from 5 to 18
+
+
+def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
+    """One channel of sound at a rate.
+
+    Channels are averaged, and another rate is resampled (soxr, very high quality). Loudness is left as it is.
+
+    Args:
+        path: a file that libsndfile reads: .wav, .flac, .ogg, .mp3 and others.
+        sampling_rate: wanted.
+
+    Returns:
+        float32 [n].
+
+    Raises:
+        ValueError: no such file or no sound file; a value that is not finite; silence; shorter than 1 s or longer than
+            60 s; or another rate, where soxr is not installed.
+    """
+    import soundfile
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        channels, rate = soundfile.read(path, dtype="float32", always_2d=True)  # [n, channels]
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise ValueError(f"{path}: cannot be read as sound ({error})") from error
+    seconds = len(channels) / rate
+    if not SHORTEST <= seconds <= LONGEST:
+        raise ValueError(f"{path}: is {seconds:.2f} s long, a voice needs {SHORTEST:g} to {LONGEST:g} s")
+    if not np.isfinite(channels).all():
+        raise ValueError(f"{path}: holds a sample that is not finite")
+    samples = channels.mean(1)
+    if not samples.any():
+        raise ValueError(f"{path}: is silent")
+    return samples if rate == sampling_rate else _resample(path, samples, rate, sampling_rate)
+
+
+@torch.no_grad()
+def voice_prefix(model: VoxtralTTS, samples: NDArray[np.float32]) -> Tensor:
+    """The embeddings that stand for a voice in a prompt: of its codes, and of an END frame after them.
+
+    Args:
+        model: with the codec's encoder.
+        samples: float32 [n] at the codec's rate.
+
+    Returns:
+        [ceil(n / samples_per_frame) + 1, dim] in the model's dtype.
+
+    Raises:
+        ValueError: the model has no encoder.
+    """
+    sound = torch.from_numpy(samples).to(model.norm.weight.device).view(1, 1, -1)
+    codes = model.audio_tokenizer.encode(sound)[0].T + N_SPECIAL_CODES  # [T, 37]
+    end = F.pad(codes.new_full((1, 1), END_AUDIO), (0, codes.shape[1] - 1), value=EMPTY_AUDIO)
+    return model.embed_codes(torch.cat((codes, end)))
+
+
+def _resample(path: Path, samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
+    try:
+        import soxr
+    except ImportError:
+        raise ValueError(
+            f"{path}: has {rate} samples a second, not {wanted}, and soxr is not installed to resample it: "
+            "pip install 'voxkern[voices]'"
+        ) from None
+    resampled: NDArray[np.float32] = soxr.resample(samples, rate, wanted, quality="VHQ")
+    return resampled
