@@ -4,6 +4,8 @@ Causal convolutions and windowed ALiBi transformers, 12.5 Hz -> 25 -> 50 -> 100 
 mirrors the decoder; its modules exist only for checkpoints that carry its weights, which the public one does not.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from .config import CodecConfig
 from .convolution import CausalConv1d, CausalConvTranspose1d
 from .linear import FeedForward, RMSNorm
 from .quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from .codec_stream import CodecStream, Folded
 
 QUERY_BLOCK = 256  # queries attended at once: bounds the score matrix for long audio
 
@@ -114,6 +119,7 @@ class AudioTokenizer(nn.Module):
         """Names as in the checkpoint's ``audio_tokenizer``."""
         super().__init__()
         self.config, self.has_encoder = config, encoder
+        self._folded: Folded | None = None  # kept from one stream to the next
         patch, window = config.pretransform_patch_size, config.attn_sliding_window_size
         if encoder:
             self.input_proj = CausalConv1d(patch, config.dim, config.patch_proj_kernel_size)
@@ -173,6 +179,14 @@ class AudioTokenizer(nn.Module):
         """
         self.check_codes(codes)
         return self.synthesize(self.quantizer(codes))
+
+    def stream(self, batch: int = 1) -> "CodecStream":
+        """Start `batch` requests whose codes are decoded as they come."""
+        from .codec_stream import CodecStream, Folded  # which is made of this module's parts
+
+        if self._folded is None or self._folded.key != Folded.key_of(self):
+            self._folded = Folded.of(self)
+        return CodecStream(self, batch, self._folded)
 
     def latents(self, samples: Tensor) -> Tensor:
         """What the encoder makes of sound, before it is quantised.

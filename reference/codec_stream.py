@@ -7,12 +7,13 @@ transposed convolution, six rows before the last one. The rule for a missing pas
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codec import AudioTokenizer, CodecBlock, CodecTransformer, alibi_slopes
+from .codec import AudioTokenizer, CodecTransformer, alibi_slopes
 from .convolution import CausalConv1d, CausalConvTranspose1d
 from .linear import wide
 
@@ -49,14 +50,18 @@ class _Chunk:
 class CodecStream:
     """Decodes a batch of requests chunk by chunk, into the sound that decoding them whole gives.
 
-    Weight norm is folded when a stream is made: one made before a weight changed goes on with the old one.
+    Weights are looked at when a stream is made: one made before a weight changed goes on with some of the old ones.
 
     Attributes:
         state: written in place, so its addresses stay.
+        unit: frames to decode at once for bits that do not depend on the chunks: ``F.linear`` gives a row other bits
+            among many rows than among few.
     """
 
-    def __init__(self, codec: AudioTokenizer, batch: int = 1) -> None:
-        """Start `batch` requests.
+    unit = 1
+
+    def __init__(self, codec: AudioTokenizer, batch: int = 1, weights: "Folded | None" = None) -> None:
+        """Start `batch` requests; `weights` may be those that another stream has folded.
 
         Raises:
             ValueError: a frame has too few rows for the last convolution's padding, which would need the second frame.
@@ -68,12 +73,7 @@ class CodecStream:
             raise ValueError(
                 f"the codec cannot stream: a frame is {rows} rows, and padding its first sees {projection.padding} more"
             )
-        self._weights = {
-            block: fold(block)
-            for block in (*codec.decoder_blocks, projection)
-            if isinstance(block, CausalConv1d | CausalConvTranspose1d)
-        }
-        self._weights[projection] = wide(self._weights[projection])
+        self._weights = (Folded.of(codec) if weights is None else weights).weights
         self.state = _new_state(codec, batch)
 
     def restart(self, rows: Tensor) -> None:
@@ -103,16 +103,16 @@ class CodecStream:
             lengths = torch.full_like(self.state.frames, T)
         has = torch.arange(T, device=codes.device) < lengths.unsqueeze(1)  # [B, T]
         x = self.codec.quantizer(codes * has.unsqueeze(1)).transpose(1, 2)  # [B, T, channels]
-        tails, rings, rate = iter(self.state.tails), iter(self.state.rings), 1
+        tails, rings, weights, rate = iter(self.state.tails), iter(self.state.rings), iter(self._weights), 1
         for block in self.codec.decoder_blocks:
             if isinstance(block, CausalConvTranspose1d):
-                x = self._upsample(block, x, next(tails), self._chunk(lengths, rate))
+                x = _upsample(block, next(weights), x, next(tails), self._chunk(lengths, rate))
                 rate *= block.stride
             elif isinstance(block, CausalConv1d):
-                x = self._convolve(block, x, next(tails), self._chunk(lengths, rate))
+                x = _convolve(block, next(weights), x, next(tails), self._chunk(lengths, rate))
             elif isinstance(block, CodecTransformer):
-                x = self._transform(block, x, rings, self._chunk(lengths, rate))
-        patches = self._convolve(self.codec.output_proj, wide(x), next(tails), self._chunk(lengths, rate))
+                x = _transform(block, x, rings, self._chunk(lengths, rate))
+        patches = _convolve(self.codec.output_proj, next(weights), wide(x), next(tails), self._chunk(lengths, rate))
         self.state.frames.add_(lengths)
         samples = patches.reshape(B, T, config.samples_per_frame) * has.unsqueeze(2)
         return samples.view(B, 1, T * config.samples_per_frame)
@@ -121,32 +121,30 @@ class CodecStream:
         frames = self.state.frames
         return _Chunk((frames == 0).view(-1, 1, 1), frames * rate, lengths * rate)
 
-    def _convolve(self, conv: CausalConv1d, x: Tensor, tail: Tensor, chunk: _Chunk) -> Tensor:
-        """[B, T, n_in] -> [B, T, n_out]."""
-        n = conv.padding
-        missing = x[:, 1 : n + 1].flip(1) if conv.pad_mode == "reflect" else x[:, :1].expand(-1, n, -1)
-        rows = torch.cat((torch.where(chunk.fresh, missing, tail), x), dim=1)  # [B, n + T, n_in]
-        tail.copy_(_last(rows, chunk.valid, n))
-        return self._product(conv, rows, n + 1)
 
-    def _upsample(self, conv: CausalConvTranspose1d, x: Tensor, tail: Tensor, chunk: _Chunk) -> Tensor:
-        """[B, T, n_in] -> [B, stride T, n_out]."""
-        n = tail.shape[1]
-        rows = torch.cat((torch.where(chunk.fresh, 0, tail), x), dim=1)  # [B, n + T, n_in]
-        tail.copy_(_last(rows, chunk.valid, n))
-        y = self._product(conv, rows, n + 1)  # [B, T, stride n_out]
-        return y.reshape(len(y), conv.stride * x.shape[1], -1)
+@dataclass(frozen=True)
+class Folded:
+    """The decoder's convolutions as products, see :func:`fold`: what depends on their weights alone.
 
-    def _product(self, conv: CausalConv1d | CausalConvTranspose1d, rows: Tensor, taps: int) -> Tensor:
-        """Each window of `taps` rows times the folded weight; torch's own convolutions are slow on a few rows."""
-        return F.linear(rows.unfold(1, taps, 1).flatten(2), self._weights[conv])
+    Attributes:
+        key: of the weights that they were made from.
+        weights: in order; the last, which makes sound, is wide.
+    """
 
-    def _transform(self, transformer: CodecTransformer, x: Tensor, rings: Iterator[Tensor], chunk: _Chunk) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
-        for layer in transformer.layers:
-            assert isinstance(layer, CodecBlock)
-            x = layer(x, partial(_attend, next(rings), chunk))
-        return x
+    key: tuple[Any, ...]
+    weights: list[Tensor]
+
+    @classmethod
+    def of(cls, codec: AudioTokenizer) -> "Folded":
+        """Those of a codec."""
+        weights = [fold(conv) for conv in _convolutions(codec)]
+        return cls(cls.key_of(codec), [*weights[:-1], wide(weights[-1])])
+
+    @staticmethod
+    def key_of(codec: AudioTokenizer) -> tuple[Any, ...]:
+        """What changes when a weight does."""
+        weights = [weight for conv in _convolutions(codec) for weight in conv.parameters()]
+        return tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
 
 
 @torch.no_grad()
@@ -163,6 +161,36 @@ def fold(conv: CausalConv1d | CausalConvTranspose1d) -> Tensor:
     n_in, n_out, kernel = weight.shape
     weight = F.pad(weight, (0, -kernel % conv.stride)).view(n_in, n_out, -1, conv.stride)
     return weight.permute(3, 1, 0, 2).flip(-1).reshape(conv.stride * n_out, -1)  # tap m is the row m before the newest
+
+
+def _convolve(conv: CausalConv1d, weight: Tensor, x: Tensor, tail: Tensor, chunk: _Chunk) -> Tensor:
+    """[B, T, n_in] -> [B, T, n_out]."""
+    n = conv.padding
+    missing = x[:, 1 : n + 1].flip(1) if conv.pad_mode == "reflect" else x[:, :1].expand(-1, n, -1)
+    rows = torch.cat((torch.where(chunk.fresh, missing, tail), x), dim=1)  # [B, n + T, n_in]
+    tail.copy_(_last(rows, chunk.valid, n))
+    return _product(weight, rows, n + 1)
+
+
+def _upsample(conv: CausalConvTranspose1d, weight: Tensor, x: Tensor, tail: Tensor, chunk: _Chunk) -> Tensor:
+    """[B, T, n_in] -> [B, stride T, n_out]."""
+    n = tail.shape[1]
+    rows = torch.cat((torch.where(chunk.fresh, 0, tail), x), dim=1)  # [B, n + T, n_in]
+    tail.copy_(_last(rows, chunk.valid, n))
+    y = _product(weight, rows, n + 1)  # [B, T, stride n_out]
+    return y.reshape(len(y), conv.stride * x.shape[1], -1)
+
+
+def _product(weight: Tensor, rows: Tensor, taps: int) -> Tensor:
+    """Each window of `taps` rows times a folded weight; torch's own convolutions are slow on a few rows."""
+    return F.linear(rows.unfold(1, taps, 1).flatten(2), weight)
+
+
+def _transform(transformer: CodecTransformer, x: Tensor, rings: Iterator[Tensor], chunk: _Chunk) -> Tensor:
+    """[B, T, dim] -> [B, T, dim]."""
+    for layer in transformer.layers:
+        x = layer(x, partial(_attend, next(rings), chunk))
+    return x
 
 
 def _attend(ring: Tensor, chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -187,6 +215,11 @@ def _last(rows: Tensor, valid: Tensor, n: int) -> Tensor:
     """The `n` rows before the end of each request, which is at n + `valid`: [B, n + T, ...] -> [B, n, ...]."""
     i_row = valid.unsqueeze(1) + torch.arange(n, device=rows.device)  # [B, n]
     return rows[torch.arange(len(rows), device=rows.device).unsqueeze(1), i_row]
+
+
+def _convolutions(codec: AudioTokenizer) -> list[CausalConv1d | CausalConvTranspose1d]:
+    blocks = (*codec.decoder_blocks, codec.output_proj)
+    return [block for block in blocks if isinstance(block, CausalConv1d | CausalConvTranspose1d)]
 
 
 def _new_state(codec: AudioTokenizer, batch: int) -> CodecState:

@@ -15,7 +15,7 @@ from torch import Tensor
 import voxkern
 from bench.counters import counting, only_launches
 from voxkern.checkpoint import read_checkpoint
-from voxkern.frames import Frames, generate_codes
+from voxkern.frames import Frames, speak
 from voxkern.generate import Request
 from voxkern.reference import VoxtralTTS
 from voxkern.reference.attention import PagedCache
@@ -148,11 +148,11 @@ def test_a_request_that_ends_leaves_the_others_alone(tiny_folder: Path) -> None:
     model = voxkern.load(tiny_folder, backend="triton", max_batch=3).model
     model.acoustic_transformer.semantic_codebook_output.weight[1] *= 4  # END comes soon
     requests = [Request(embeddings(4, seed=seed), seed, 1.2, limit) for seed, limit in ((3, 9), (4, 2), (5, 9))]
-    together = generate_codes(model, requests, 1, "euler")
+    *_, together = speak(model, requests, 1, "euler", iter(()))
     assert {u.ended for u in together} == {True, False}
     assert len({len(u.frames) for u in together}) > 1
     for request, both in zip(requests, together, strict=True):
-        (alone,) = generate_codes(model, [request], 1, "euler")
+        *_, (alone,) = speak(model, [request], 1, "euler", iter(()))
         assert alone.ended == both.ended
         assert len(alone.frames) == len(both.frames)
         assert all(torch.equal(a, b) for a, b in zip(alone.frames, both.frames, strict=True))

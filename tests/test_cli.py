@@ -1,8 +1,12 @@
 """The command line, as a user meets it."""
 
+import contextlib
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import soundfile
 from typer.testing import CliRunner
@@ -29,6 +33,38 @@ def test_say(tiny_folder: Path, tmp_path: Path) -> None:
         done = run(app, ["say", *arguments, "-o", str(again), *options], input=stdin)
         assert done.exit_code == 0, done.output
         assert again.read_bytes() == out.read_bytes()
+
+
+def test_say_streaming(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same file as without, written chunk by chunk, and the same sound played."""
+    played: list[np.ndarray] = []
+
+    class OutputStream(contextlib.nullcontext):
+        def __init__(self, rate: int, channels: int, dtype: str) -> None:
+            assert (rate, channels, dtype) == (24000, 1, "float32")
+            super().__init__(self)
+
+        def write(self, samples: np.ndarray) -> None:
+            played.append(samples)
+            if len(samples):
+                assert soundfile.info(streamed).frames == sum(map(len, played))  # in the file before it is heard
+
+    plain, streamed = tmp_path / "plain.wav", tmp_path / "streamed.wav"
+    options = ["--model", str(tiny_folder), "--seed", "3", "--max-frames", "8", "--steps", "2", "--backend", "torch"]
+    assert run(app, ["say", "seven", "-o", str(plain), *options]).exit_code == 0
+    done = run(app, ["say", "seven", "-o", str(streamed), "--stream", *options])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"s of sound in \S+ s, first after \d\.\d+ s, real-time factor", done.stderr)
+    assert streamed.read_bytes() == plain.read_bytes()
+    monkeypatch.setitem(sys.modules, "sounddevice", SimpleNamespace(OutputStream=OutputStream))
+    done = run(app, ["say", "seven", "-o", str(streamed), "--play", *options])
+    assert done.exit_code == 0, done.output
+    assert len(played) >= 2
+    np.testing.assert_allclose(np.concatenate(played).clip(-1, 1), soundfile.read(plain)[0], atol=2 / 32767)
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    done = run(app, ["say", "seven", "-o", str(streamed), "--play", *options])
+    assert done.exit_code == 1
+    assert "pip install 'voxkern[play]'" in done.stderr
 
 
 @pytest.mark.parametrize(

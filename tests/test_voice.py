@@ -25,7 +25,7 @@ def _write(path: Path, samples: np.ndarray, rate: int = 24000) -> Path:
 
 
 def test_the_prefix_is_the_sum_of_its_codes_embeddings(tiny_folder: Path, tmp_path: Path) -> None:
-    tts = voxkern.load(tiny_folder)
+    tts = voxkern.load(tiny_folder, backend="torch")
     samples = _tone(1.5)
     tts.add_voice("eve", _write(tmp_path / "eve.wav", samples))
     prefix, model = tts.voices["eve"], tts.model
@@ -41,7 +41,7 @@ def test_the_prefix_is_the_sum_of_its_codes_embeddings(tiny_folder: Path, tmp_pa
 
 
 def test_it_speaks(tiny_folder: Path, tmp_path: Path) -> None:
-    tts = voxkern.load(tiny_folder)
+    tts = voxkern.load(tiny_folder, backend="torch")
     tts.add_voice("eve", _write(tmp_path / "eve.wav", _tone(2)))
     eve, ada = (tts.generate("one", voice=voice, seed=3, max_frames=5) for voice in ("eve", "ada"))
     assert not np.array_equal(eve.codes, ada.codes)
@@ -106,7 +106,7 @@ def test_without_soxr_only_the_right_rate_is_read(tmp_path: Path, monkeypatch: p
 
 
 def test_names(tiny_folder: Path, tmp_path: Path) -> None:
-    tts, clip = voxkern.load(tiny_folder), _write(tmp_path / "a.wav", _tone(1))
+    tts, clip = voxkern.load(tiny_folder, backend="torch"), _write(tmp_path / "a.wav", _tone(1))
     for name, error, named in (
         ("ada", ValueError, "there is such a voice already"),
         ("", ValueError, "not empty"),
@@ -119,14 +119,14 @@ def test_names(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_encoder_makes_no_voices(tmp_path: Path) -> None:
-    tts = voxkern.load(make_checkpoint(tmp_path / "m"))
+    tts = voxkern.load(make_checkpoint(tmp_path / "m"), backend="torch")
     with pytest.raises(ValueError, match="has no codec encoder"):
         tts.add_voice("eve", _write(tmp_path / "a.wav", _tone(1)))
     assert "eve" not in tts.voices
 
 
 def test_prefix_in_bf16(tiny_folder: Path) -> None:
-    prefix = voice_prefix(voxkern.load(tiny_folder, dtype="bfloat16").model, _tone(1))
+    prefix = voice_prefix(voxkern.load(tiny_folder, dtype="bfloat16", backend="torch").model, _tone(1))
     assert prefix.dtype == torch.bfloat16
     assert prefix.shape == (13 + 1, 64)
 
@@ -134,6 +134,7 @@ def test_prefix_in_bf16(tiny_folder: Path) -> None:
 def test_on_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
     clip, out = _write(tmp_path / "Clip.wav", _tone(1)), tmp_path / "o.wav"
     say = ["say", "one", "-o", str(out), "--model", str(tiny_folder), "--seed", "3", "--max-frames", "4"]
+    say += ["--backend", "torch"]
     run = CliRunner().invoke
     assert run(app, [*say, "--clip", str(clip)]).exit_code == 0
     with_clip = out.read_bytes()

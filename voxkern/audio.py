@@ -1,5 +1,8 @@
 """What a request gives back."""
 
+import base64
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +14,19 @@ from numpy.typing import NDArray
 class Timings:
     """Wall seconds of a request; in a batch its neighbours' work is in them.
 
+    Those of a text in parts are added up.
+
     Attributes:
         prefill: the prompt's pass through the backbone; on kernels, all prompts of its group.
         frames: all frames: backbone steps and flow head; on kernels it is known to eight frames.
         codec: codes to sound.
+        first_sound: from the call until something could be heard: all of it, but for a stream.
     """
 
     prefill: float
     frames: float
     codec: float
+    first_sound: float
 
     @property
     def total(self) -> float:
@@ -56,6 +63,44 @@ class Audio:
     def real_time_factor(self) -> float:
         """Seconds of work for a second of sound; below 1 is faster than speech. Infinite for an empty sound."""
         return self.timings.total / self.seconds if len(self.samples) else float("inf")
+
+    def pcm16(self) -> bytes:
+        """The samples as 16-bit little-endian integers, for a server's answer; values beyond -1..1 are clipped."""
+        return np.rint(np.clip(self.samples, -1, 1) * 32767).astype("<i2").tobytes()
+
+    @classmethod
+    def join(cls, audios: Sequence["Audio"]) -> "Audio":
+        """Sounds one after the other, a stream's chunks or others, with nothing between them; work adds up.
+
+        Raises:
+            ValueError: none, or of several sampling rates.
+        """
+        rates = {audio.sampling_rate for audio in audios}
+        if len(rates) != 1:
+            raise ValueError(f"audios must be of one sampling rate, got {sorted(rates)}")
+        first, last, times = audios[0], audios[-1], [audio.timings for audio in audios]
+        return cls(
+            samples=np.concatenate([audio.samples for audio in audios]),
+            sampling_rate=first.sampling_rate,
+            codes=np.concatenate([audio.codes for audio in audios], axis=1),
+            seed=first.seed,
+            ended=last.ended,
+            timings=Timings(
+                prefill=sum(t.prefill for t in times),
+                frames=sum(t.frames for t in times),
+                codec=sum(t.codec for t in times),
+                first_sound=times[0].first_sound,
+            ),
+        )
+
+    def _repr_html_(self) -> str:
+        """A player, which notebooks show."""
+        import soundfile
+
+        file = io.BytesIO()
+        soundfile.write(file, np.clip(self.samples, -1, 1), self.sampling_rate, format="WAV")
+        sound = base64.b64encode(file.getvalue()).decode()
+        return f'<audio controls src="data:audio/wav;base64,{sound}"></audio> {self.seconds:.2f} s, seed {self.seed}'
 
     def save(self, path: str | Path) -> Path:
         """Write a .wav (16 bit), .flac or .ogg file, as the suffix says; values beyond -1..1 are clipped.

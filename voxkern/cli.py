@@ -7,10 +7,11 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
-from .audio import sound_format
+from .audio import Audio, sound_format
 from .cache import cache_bytes
 from .checkpoint import WEIGHTS, find_folder, read_params, read_voices, tensor_table
 from .maker import make_checkpoint
@@ -62,6 +63,8 @@ def say(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     backend: Annotated[str, typer.Option(help="triton, torch, or auto: triton on a GPU.")] = "auto",
     max_frames: Annotated[int | None, typer.Option(help="Where it is cut off; a frame is 80 ms.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Write the file as the sound is made.")] = False,
+    play: Annotated[bool, typer.Option("--play", help="Play it too, as it is made.")] = False,
 ) -> None:
     """Speak a text into a sound file."""
     with _plain_errors():
@@ -79,20 +82,27 @@ def say(
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("frames", total=max_frames)
-            audio = tts.generate(
-                words,
-                voice,
-                seed,
-                steps=steps,
-                solver=solver,
-                cfg_alpha=cfg,
-                max_frames=max_frames,
-                on_frame=lambda n: progress.update(task, completed=n),
-            )
+            if stream or play:
+                chunks = tts.stream(
+                    words, voice, seed, steps=steps, solver=solver, cfg_alpha=cfg, max_frames=max_frames
+                )
+                audio = _write_chunks(chunks, output, tts.sampling_rate, play, lambda n: progress.advance(task, n))
+            else:
+                audio = tts.generate(
+                    words,
+                    voice,
+                    seed,
+                    steps=steps,
+                    solver=solver,
+                    cfg_alpha=cfg,
+                    max_frames=max_frames,
+                    on_frame=lambda n: progress.update(task, completed=n),
+                )
+                audio.save(output)
             progress.update(task, total=audio.codes.shape[1], completed=audio.codes.shape[1])
-        audio.save(output)
     err.print(
         f"{output}: {audio.seconds:.2f} s of sound in {audio.timings.total:.2f} s, "
+        f"first after {audio.timings.first_sound:.2f} s, "
         f"real-time factor {audio.real_time_factor:.2f}, seed {audio.seed}"
         + ("" if audio.ended else "; cut off before the model said END"),
         highlight=False,
@@ -175,6 +185,34 @@ def _backend(has_triton: bool) -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "triton: the kernels, in Triton's interpreter (slow: it proves, it does not perform)"
     return "torch: there is no GPU for the kernels"
+
+
+def _write_chunks(
+    chunks: Iterator[Audio], path: Path, sampling_rate: int, play: bool, on_chunk: Callable[[int], None]
+) -> Audio:
+    """Write, and play, chunks as they come; `on_chunk` is called with the frames of each. All of them in one."""
+    import soundfile
+
+    spoken = []
+    with contextlib.ExitStack() as stack:
+        player = stack.enter_context(_player(sampling_rate)) if play else None
+        file = stack.enter_context(soundfile.SoundFile(path, "w", sampling_rate, 1, format=sound_format(path)))
+        for chunk in chunks:
+            file.write(np.clip(chunk.samples, -1, 1))
+            file.flush()
+            if player is not None:
+                player.write(chunk.samples)
+            spoken.append(chunk)
+            on_chunk(chunk.codes.shape[1])
+    return Audio.join(spoken)
+
+
+def _player(sampling_rate: int) -> Any:
+    try:
+        import sounddevice
+    except ImportError:
+        raise ValueError("--play needs sounddevice, which is not installed: pip install 'voxkern[play]'") from None
+    return sounddevice.OutputStream(sampling_rate, channels=1, dtype="float32")
 
 
 def _text(text: str | None, file: Path | None) -> str:

@@ -5,7 +5,7 @@ and then; the host learns of it some frames late, which costs those frames' time
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -77,41 +77,52 @@ class Frames:
 
 
 @torch.inference_mode()
-def generate_codes(
+def speak(
     model: VoxtralTTS,
     requests: list[Request],
     steps: int,
     solver: str,
+    looks: Iterator[int],
     on_frame: Callable[[int], None] | None = None,
-) -> list[Utterance]:
-    """What :func:`voxkern.generate.generate_codes` does, on kernels.
+) -> Generator[Sequence[Utterance]]:
+    """What :func:`voxkern.generate.speak` does, on kernels.
 
     Args:
         model: accelerated for as many requests or more.
         requests: at least one.
         steps: evaluations of the velocity a frame.
         solver: "euler" or "ab2".
+        looks: rising numbers of frames, after each of which the utterances so far are wanted.
         on_frame: called with the number of frames done after each, and up to 7 times after the last.
 
-    Returns:
-        The utterances, in the order of their requests.
+    Yields:
+        The utterances, in the order of their requests: at each look, and at the end.
     """
     start = time.perf_counter()
     group = Frames(model, requests, steps, solver)
     if group.history.is_cuda:
         torch.cuda.synchronize(group.history.device)  # launches return before they are done
-    begun, ended_at = time.perf_counter(), [0.0] * len(requests)
+    begun, ended_at, look = time.perf_counter(), [0.0] * len(requests), next(looks, 0)
     for n_frames in range(1, max(request.max_frames for request in requests) + 1):
         group.frame()
         if on_frame is not None:
             on_frame(n_frames)
-        if n_frames % LOOK == 0 and not _note_ends(group.lengths, ended_at):
+        if (n_frames % LOOK == 0 or n_frames == look) and not _note_ends(group.lengths, ended_at):
             break
+        if n_frames == look:
+            yield _utterances(group, requests, begun - start, [at - begun for at in ended_at])
+            look = next(looks, 0)
     _note_ends(group.lengths, ended_at)
+    yield _utterances(group, requests, begun - start, [at - begun for at in ended_at])
+
+
+def _utterances(group: Frames, requests: list[Request], prefill: float, seconds: list[float]) -> list[Utterance]:
+    """What a group has said so far; `seconds` of those that are still there mean nothing."""
     utterances = []
-    for request, said, at, frames in zip(requests, group.history, ended_at, group.frames.tolist(), strict=True):
-        ended = frames < request.max_frames
-        utterances.append(Utterance(request, list(said[:frames]), ended, begun - start, at - begun))
+    rows = zip(requests, group.history, group.frames.tolist(), group.lengths.tolist(), seconds, strict=True)
+    for request, said, frames, length, frames_seconds in rows:
+        ended = not length and frames < request.max_frames
+        utterances.append(Utterance(request, list(said[:frames]), ended, prefill, frames_seconds))
     return utterances
 
 

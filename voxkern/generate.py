@@ -6,7 +6,7 @@ bits in a batch of 2 than alone, and in a batch of 6 other bits at the last two 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,14 +72,15 @@ class Running(Utterance):
 
 
 @torch.inference_mode()
-def generate_codes(
+def speak(
     model: VoxtralTTS,
     requests: list[Request],
     block_rows: int,
     steps: int,
     solver: str,
+    looks: Iterator[int],
     on_frame: Callable[[int], None] | None = None,
-) -> Sequence[Utterance]:
+) -> Generator[Sequence[Utterance]]:
     """Speak a group of requests side by side; each leaves when it ends.
 
     Args:
@@ -88,10 +89,11 @@ def generate_codes(
         block_rows: rows that are computed at once, see the module's docstring.
         steps: evaluations of the velocity a frame.
         solver: "euler" or "ab2".
+        looks: rising numbers of frames, after each of which the utterances so far are wanted.
         on_frame: called with the number of frames done after each.
 
-    Returns:
-        The utterances, in the order of their requests.
+    Yields:
+        The utterances, in the order of their requests: at each look, and at the end.
     """
     tokens = [len(request.prompt) + request.max_frames for request in requests]
     weight = model.norm.weight
@@ -103,7 +105,7 @@ def generate_codes(
         clock, before = time.perf_counter(), clock
         utterance.prefill_seconds = clock - before
         utterances.append(utterance)
-    running = utterances
+    running, look = utterances, next(looks, 0)
     for n_frames in range(1, max(request.max_frames for request in requests) + 1):
         for block in blocks(running, block_rows):
             speak_frame(model, block, block_rows, steps, solver)
@@ -116,9 +118,12 @@ def generate_codes(
             on_frame(n_frames)
         if not running:
             break
+        if n_frames == look:
+            yield utterances
+            look = next(looks, 0)
         for block in blocks(running, block_rows):
             step_backbone(model, pool, block, block_rows)
-    return utterances
+    yield utterances
 
 
 def prefill(model: VoxtralTTS, pool: PagePool, request: Request, pages: Tensor) -> Running:

@@ -1,4 +1,4 @@
-"""Text to speech: ``load`` a checkpoint, ``generate`` sound."""
+"""Text to speech: ``load`` a checkpoint, ``generate`` or ``stream`` sound."""
 
 import importlib.util
 import logging
@@ -6,23 +6,25 @@ import math
 import os
 import secrets
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from .accelerate import accelerate
-from .audio import Audio, Timings
+from .arguments import check_int, per_text
+from .audio import Audio
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
-from .generate import BLOCK_ROWS, Request, Utterance, generate_codes
+from .generate import BLOCK_ROWS, Request, Utterance, speak
 from .maker import make_checkpoint
 from .prompt import Prompt
 from .reference import VoxtralTTS
-from .reference.config import N_SPECIAL_CODES
 from .reference.flow import MAX_STEPS, SOLVERS
+from .sentences import MAX_CHARS, split_text
+from .stream import Decoder, chunk_sizes, stream_parts
 from .voice import read_recording, voice_prefix
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ MAX_FRAMES = 2048  # 164 s: where vLLM-Omni cuts off as well
 CFG_ALPHA = 1.2
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def load(
@@ -57,7 +58,7 @@ def load(
         ValueError: an argument, or a checkpoint (:class:`CheckpointError`, :class:`ConfigError`), that cannot be used.
         RuntimeError: "triton" without Triton.
     """
-    _check_int("max_batch", max_batch, 1, None)
+    check_int("max_batch", max_batch, 1, None)
     target = _device(device)
     on_kernels = _on_kernels(backend, target)
     if source is not None:
@@ -129,6 +130,7 @@ class TTS:
         solver: str = "euler",
         cfg_alpha: float = CFG_ALPHA,
         max_frames: int | None = None,
+        max_chars: int | None = MAX_CHARS,
         on_frame: Callable[[int], None] | None = None,
     ) -> Audio: ...
 
@@ -143,6 +145,7 @@ class TTS:
         solver: str = "euler",
         cfg_alpha: float | list[float] = CFG_ALPHA,
         max_frames: int | list[int] | None = None,
+        max_chars: int | None = MAX_CHARS,
         on_frame: Callable[[int], None] | None = None,
     ) -> list[Audio]: ...
 
@@ -156,12 +159,15 @@ class TTS:
         solver: str = "euler",
         cfg_alpha: float | list[float] = CFG_ALPHA,
         max_frames: int | list[int] | None = None,
+        max_chars: int | None = MAX_CHARS,
         on_frame: Callable[[int], None] | None = None,
     ) -> Audio | list[Audio]:
         """Speak one text, or a list of them side by side.
 
         Beside a list of texts, `voice`, `seed`, `cfg_alpha` and `max_frames` may be lists of the same length. Texts
-        are spoken as they are: no numbers or abbreviations are written out. Nothing runs if any argument is wrong.
+        are spoken as they are: no numbers or abbreviations are written out. A long one is split at the ends of
+        sentences into parts, which are spoken like texts of their own, each with the text's seed, and joined with
+        nothing between. Nothing runs if any argument is wrong.
 
         Args:
             text: what to say.
@@ -170,7 +176,8 @@ class TTS:
             steps: evaluations of the velocity a frame, 1..64; None takes the checkpoint's (7).
             solver: "euler", or "ab2", the two-step Adams-Bashforth method, which asks for fewer steps.
             cfg_alpha: strength of the guidance; 1 is none.
-            max_frames: 80 ms each, where a request is cut off; None is 2048, or what the model's length leaves.
+            max_frames: 80 ms each, where a part is cut off; None is 2048, or what the model's length leaves.
+            max_chars: of a part, see :func:`split_text`; None never splits.
             on_frame: called with the number of frames done after each.
 
         Returns:
@@ -188,42 +195,116 @@ class TTS:
         elif not isinstance(text, list):
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
         texts = [text] if isinstance(text, str) else text
-        n_steps = self.model.config.acoustic_transformer.n_decoding_steps if steps is None else steps
-        _check_int("steps", n_steps, 1, MAX_STEPS)
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-        requests = [
-            self._request(*arguments)
+        n_steps = self._steps(steps, solver)
+        parts = [
+            self._parts(*arguments, max_chars)
             for arguments in zip(
                 texts,
-                _per_text("voice", voice, len(texts)),
-                _per_text("seed", seed, len(texts)),
-                _per_text("cfg_alpha", cfg_alpha, len(texts)),
-                _per_text("max_frames", max_frames, len(texts)),
+                per_text("voice", voice, len(texts)),
+                per_text("seed", seed, len(texts)),
+                per_text("cfg_alpha", cfg_alpha, len(texts)),
+                per_text("max_frames", max_frames, len(texts)),
                 strict=True,
             )
         ]
-        audios = []
+        requests = [request for of_text in parts for request in of_text]
+        spoken = []
         side_by_side = self.max_batch if self._twin is None else min(self.max_batch, self._twin.max_batch)
         for start in range(0, len(requests), side_by_side):
             group = requests[start : start + side_by_side]
-            spoken = self._speak(group, n_steps, solver, on_frame)
-            audios += [self._audio(utterance) for utterance in spoken]
+            *_, utterances = self._speak(group, n_steps, solver, iter(()), on_frame)
+            spoken += [self._audio(utterance) for utterance in utterances]
+        sounds = iter(spoken)
+        audios = [_joined([next(sounds) for _ in of_text]) for of_text in parts]
         return audios[0] if isinstance(text, str) else audios
 
+    def stream(
+        self,
+        text: str,
+        voice: str | None = None,
+        seed: int | None = None,
+        *,
+        steps: int | None = None,
+        solver: str = "euler",
+        cfg_alpha: float = CFG_ALPHA,
+        max_frames: int | None = None,
+        max_chars: int | None = MAX_CHARS,
+        first_chunk: int = 1,
+        chunk: int = 25,
+    ) -> Iterator[Audio]:
+        """Speak one text in chunks, as they are made. Joined, they are what :meth:`generate` says, to the last bit.
+
+        Chunks have `first_chunk` frames, then twice as many each time up to `chunk`. The last may be empty; its `ended`
+        is the text's. Closing the iterator, or dropping it, ends the work and frees its memory.
+
+        Args:
+            text: what to say; see :meth:`generate` for it and what is not named here.
+            voice: whose voice.
+            seed: 0 .. 2^64 - 1.
+            steps: evaluations of the velocity a frame.
+            solver: "euler" or "ab2".
+            cfg_alpha: strength of the guidance.
+            max_frames: where a part is cut off.
+            max_chars: of a part.
+            first_chunk: frames of the first chunk, 1 or more; 80 ms each.
+            chunk: frames of a chunk, at most; not less than `first_chunk`.
+
+        Returns:
+            An iterator of Audio. Each one's timings are its own, but for ``first_sound``.
+
+        Raises:
+            ValueError: an argument out of range, named, before anything runs.
+            TypeError: an argument of the wrong kind, named.
+        """
+        n_steps = self._steps(steps, solver)
+        check_int("first_chunk", first_chunk, 1, None)
+        check_int("chunk", chunk, first_chunk, None)
+        parts = self._parts(text, voice, seed, cfg_alpha, max_frames, max_chars)
+
+        def speak_one(request: Request, looks: Iterator[int]) -> Generator[Sequence[Utterance]]:
+            return self._speak([request], n_steps, solver, looks, None)
+
+        return stream_parts(self.model, parts, speak_one, chunk_sizes(first_chunk, chunk))
+
     def _speak(
-        self, group: list[Request], steps: int, solver: str, on_frame: Callable[[int], None] | None
-    ) -> Sequence[Utterance]:
+        self,
+        group: list[Request],
+        steps: int,
+        solver: str,
+        looks: Iterator[int],
+        on_frame: Callable[[int], None] | None,
+    ) -> Generator[Sequence[Utterance]]:
         if self._twin is not None:
             from . import frames  # needs Triton
 
-            return frames.generate_codes(self.model, group, steps, solver, on_frame)
+            return frames.speak(self.model, group, steps, solver, looks, on_frame)
         block_rows = BLOCK_ROWS if self.max_batch > 1 else 1
-        return generate_codes(self.model, group, block_rows, steps, solver, on_frame)
+        return speak(self.model, group, block_rows, steps, solver, looks, on_frame)
 
-    def _request(
-        self, text: str, voice: str | None, seed: int | None, cfg_alpha: float, max_frames: int | None
-    ) -> Request:
+    def _steps(self, steps: int | None, solver: str) -> int:
+        """Check how the flow is to be solved; the number of steps."""
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        n_steps = self.model.config.acoustic_transformer.n_decoding_steps if steps is None else steps
+        check_int("steps", n_steps, 1, MAX_STEPS)
+        return n_steps
+
+    def _parts(
+        self,
+        text: str,
+        voice: str | None,
+        seed: int | None,
+        cfg_alpha: float,
+        max_frames: int | None,
+        max_chars: int | None,
+    ) -> list[Request]:
+        """Requests that say a text one after the other."""
+        if max_chars is not None:
+            check_int("max_chars", max_chars, 1, None)
+        seed = secrets.randbits(64) if seed is None else seed
+        return [self._request(part, voice, seed, cfg_alpha, max_frames) for part in split_text(text, max_chars)]
+
+    def _request(self, text: str, voice: str | None, seed: int, cfg_alpha: float, max_frames: int | None) -> Request:
         """Check one request's arguments and embed its prompt."""
         if voice is None:
             if not self.voices:
@@ -231,8 +312,7 @@ class TTS:
             named = [name for name in self.model.config.voices if name in self.voices]
             voice = named[0] if named else next(iter(self.voices))
         tokens = self._prompt.encode(text, voice)
-        seed = secrets.randbits(64) if seed is None else seed
-        _check_int("seed", seed, 0, 2**64 - 1)
+        check_int("seed", seed, 0, 2**64 - 1)
         if isinstance(cfg_alpha, bool) or not isinstance(cfg_alpha, int | float) or not math.isfinite(cfg_alpha):
             raise ValueError(f"cfg_alpha must be a finite number, got {cfg_alpha!r}")
         positions = self.model.config.backbone.max_seq_len
@@ -246,7 +326,7 @@ class TTS:
             )
         if max_frames is None:
             max_frames = min(MAX_FRAMES, room)
-        _check_int("max_frames", max_frames, 1, room)
+        check_int("max_frames", max_frames, 1, room)
         return Request(self._embed(tokens, voice), seed, float(cfg_alpha), max_frames)
 
     @property
@@ -264,27 +344,17 @@ class TTS:
         rows[ids == self.model.config.audio.audio_token_id] = prefix
         return rows
 
-    @torch.inference_mode()
-    def _audio(self, utterance: Utterance) -> Audio:
-        """Decode an utterance's codes."""
-        start = time.perf_counter()
-        n_codebooks = self.model.config.audio.n_codebooks
-        device = self.model.norm.weight.device
-        codes = torch.empty(n_codebooks, 0, dtype=torch.int64, device=device)
-        samples = torch.empty(0)
-        if utterance.frames:
-            codes = torch.stack(utterance.frames, dim=1) - N_SPECIAL_CODES  # [37, T]
-            samples = self.model.audio_tokenizer.decode(codes.unsqueeze(0)).flatten()
-        samples = samples.float().cpu()
-        timings = Timings(utterance.prefill_seconds, utterance.frames_seconds, time.perf_counter() - start)
-        return Audio(
-            samples=samples.numpy(),
-            sampling_rate=self.sampling_rate,
-            codes=codes.to(torch.int16).cpu().numpy(),
-            seed=utterance.request.seed,
-            ended=utterance.ended,
-            timings=timings,
+    def _audio(self, said: Utterance) -> Audio:
+        return Decoder(self.model).decode(
+            said.frames, said.request.seed, said.ended, said.prefill_seconds, said.frames_seconds
         )
+
+
+def _joined(parts: list[Audio]) -> Audio:
+    """A text's parts as one sound, in which nothing is heard before all of it is there."""
+    joined = Audio.join(parts)
+    timings = replace(joined.timings, first_sound=joined.timings.total)
+    return replace(joined, ended=all(part.ended for part in parts), timings=timings)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -318,20 +388,3 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
     return None
-
-
-def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(
-            f"{name} must be {f'in {low}..{high}' if high is not None else f'at least {low}'}, got {value}"
-        )
-
-
-def _per_text(name: str, value: T | Sequence[T], n: int) -> Sequence[T]:
-    if not isinstance(value, list):
-        return [cast(T, value)] * n
-    if len(value) != n:
-        raise ValueError(f"{name} has {len(value)} entries for {n} texts")
-    return value
