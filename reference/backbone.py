@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .attention import Attend, PagedCache, TransformerBlock, append, attention, paged_attention, rope_table, rotate
 from .config import AudioModelConfig, BackboneConfig
 from .linear import RMSNorm, wide
+from .moe import MoEBlock
 
 
 class CodebookEmbeddings(nn.Module):
@@ -40,16 +41,9 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig, audio: AudioModelConfig) -> None:
         """Layers, final norm and embeddings, named as in the checkpoint."""
         super().__init__()
-        if config.moe is not None:
-            raise ValueError("params.json has a 'moe' section: this version of voxkern runs dense backbones only")
         self.backbone_config = config
         self.mm_audio_embeddings = AudioEmbeddings(config, audio)
-        self.layers = nn.ModuleList(
-            TransformerBlock(
-                config.dim, config.hidden_dim, config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps
-            )
-            for _ in range(config.n_layers)
-        )
+        self.layers = nn.ModuleList(_layer(config, i_layer) for i_layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def hidden_states(self, u: Tensor, cache: PagedCache | None = None) -> Tensor:
@@ -71,6 +65,13 @@ class Backbone(nn.Module):
         for i_layer, layer in enumerate(self.layers):
             u = layer(u, _attend(cos, sin, cache, i_layer))
         return self.norm(u)  # type: ignore[no-any-return]
+
+
+def _layer(config: BackboneConfig, i_layer: int) -> TransformerBlock | MoEBlock:
+    sizes = (config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps)
+    if config.moe is not None and config.moe.in_layer(i_layer):
+        return MoEBlock(config.dim, config.moe, *sizes)
+    return TransformerBlock(config.dim, config.hidden_dim, *sizes)
 
 
 def _attend(cos: Tensor, sin: Tensor, cache: PagedCache | None, i_layer: int) -> Attend:

@@ -29,6 +29,7 @@ class MoEConfig:
         num_shared_experts: experts that every token uses, with weight 1.
         expert_hidden_dim: hidden width of one expert; Mixtral's older form leaves it to ``hidden_dim``.
         first_k_dense_replace: leading layers that keep the dense feed-forward.
+        route_every_n: of the others, those whose index is no multiple of it keep it too.
         routed_scale: factor on the renormalised routing weights.
         num_expert_groups: groups that the experts are split into; 1 = no groups.
         num_expert_groups_per_tok: groups that a token may draw experts from.
@@ -39,9 +40,14 @@ class MoEConfig:
     expert_hidden_dim: int
     num_shared_experts: int = 0
     first_k_dense_replace: int = 0
+    route_every_n: int = 1
     routed_scale: float = 1.0
     num_expert_groups: int = 1
     num_expert_groups_per_tok: int = 1
+
+    def in_layer(self, i_layer: int) -> bool:
+        """Whether that layer has experts."""
+        return i_layer >= self.first_k_dense_replace and i_layer % self.route_every_n == 0
 
     def problems(self) -> list[str]:
         """What contradicts itself here, as sentences."""
@@ -59,6 +65,14 @@ class MoEConfig:
             found.append(
                 f"moe.num_expert_groups_per_tok ({self.num_expert_groups_per_tok}) must lie in "
                 f"1..moe.num_expert_groups ({self.num_expert_groups})"
+            )
+        if self.route_every_n < 1 or self.expert_hidden_dim < 1:
+            found.append("moe.route_every_n and moe.expert_hidden_dim must be at least 1")
+        open_to_each = self.num_experts // max(self.num_expert_groups, 1) * self.num_expert_groups_per_tok
+        if not found and self.num_experts_per_tok > open_to_each:
+            found.append(
+                f"moe.num_experts_per_tok ({self.num_experts_per_tok}) is more than the {open_to_each} experts in "
+                "moe.num_expert_groups_per_tok groups"
             )
         return found
 

@@ -57,8 +57,10 @@ def test_moe_forms() -> None:
     mixtral = Config.from_params({**tiny_params(), "moe": {"num_experts": 8, "num_experts_per_tok": 2}}).backbone.moe
     assert mixtral is not None
     assert mixtral.expert_hidden_dim == 160
-    with pytest.raises(ValueError, match="moe"), torch.device("meta"):
-        VoxtralTTS(Config.from_params({**tiny_params(), "moe": native}))
+    every = {**native, "first_k_dense_replace": 1, "route_every_n": 2}
+    moe = Config.from_params({**tiny_params(), "moe": every}).backbone.moe
+    assert moe is not None
+    assert [moe.in_layer(i) for i in range(6)] == [False, False, True, False, True, False]
 
 
 def _set(params: dict[str, Any], path: str, value: Any) -> None:
@@ -96,6 +98,8 @@ ACOUSTIC = "multimodal.audio_model_args.acoustic_transformer_args."
         ("multimodal.audio_model_args.audio_token_id", 5000, "vocab_size"),
         ("moe", {"num_experts": 8, "num_experts_per_tok": 9}, "num_experts_per_tok"),
         ("moe", {"num_experts": 12, "num_experts_per_tok": 3, "num_expert_groups": 5}, "num_expert_groups"),
+        ("moe", {"num_experts": 12, "num_experts_per_tok": 4, "num_expert_groups": 4}, "more than the 3 experts"),
+        ("moe", {"num_experts": 8, "num_experts_per_tok": 2, "route_every_n": 0}, "route_every_n"),
         ("moe", {"num_experts_per_tok": 3}, "moe.num_experts"),
         ("moe", [1], "moe"),
     ],

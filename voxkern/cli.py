@@ -23,8 +23,9 @@ from . import __version__
 from .audio import Audio, sound_format
 from .cache import cache_bytes
 from .checkpoint import WEIGHTS, find_folder, read_params, read_voices, tensor_table
-from .maker import make_checkpoint
+from .maker import TINY_MOE, make_checkpoint
 from .reference import Config
+from .reference.config import BackboneConfig
 from .tts import CFG_ALPHA, load
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -133,7 +134,7 @@ def info(
     for name, value in (
         ("parameters", f"{sum(t.numel for t in tensors.values()):,} in {len(tensors)} tensors"),
         ("dtype", ", ".join(dtypes)),
-        ("backbone", f"{config.backbone.n_layers} layers of {config.backbone.dim}"),
+        ("backbone", f"{config.backbone.n_layers} layers of {config.backbone.dim}{_experts(config.backbone)}"),
         ("flow head", f"{config.acoustic_transformer.n_layers} layers of {config.acoustic_transformer.dim}"),
         ("codes", f"{config.audio.n_codebooks} a frame, {config.frame_rate:g} frames a second"),
         ("voices", ", ".join(voices) or "none"),
@@ -169,10 +170,14 @@ def make(
     full: Annotated[bool, typer.Option("--full", help="The exact public shapes, 8.0 GB in bf16.")] = False,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     encoder: Annotated[bool, typer.Option("--encoder", help="With the codec's encoder.")] = False,
+    moe: Annotated[bool, typer.Option("--moe", help="Tiny, with a mixture of experts in the backbone.")] = False,
 ) -> None:
     """Make a checkpoint of random weights in the true format. What it says is noise."""
     with _plain_errors(), err.status("drawing weights"):
-        make_checkpoint(folder, full=full, seed=seed, encoder=encoder)
+        if moe and full:
+            raise ValueError("give --full or --moe, not both: the public model has no experts")
+        overrides = {"moe": TINY_MOE} if moe else None
+        make_checkpoint(folder, full=full, seed=seed, encoder=encoder, overrides=overrides)
     err.print(f"{folder}: {_size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}", highlight=False)
 
 
@@ -213,6 +218,15 @@ def _player(sampling_rate: int) -> Any:
     except ImportError:
         raise ValueError("--play needs sounddevice, which is not installed: pip install 'voxkern[play]'") from None
     return sounddevice.OutputStream(sampling_rate, channels=1, dtype="float32")
+
+
+def _experts(backbone: BackboneConfig) -> str:
+    moe = backbone.moe
+    if moe is None:
+        return ""
+    shared = f" and {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
+    n_layers = sum(map(moe.in_layer, range(backbone.n_layers)))
+    return f", {n_layers} with {moe.num_experts} experts: a token has {moe.num_experts_per_tok}{shared}"
 
 
 def _text(text: str | None, file: Path | None) -> str:

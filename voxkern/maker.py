@@ -29,6 +29,13 @@ PUBLIC_VOICES = {
 }  # fmt: skip
 TINY_VOICES = {"ada": 5, "bob": 9}
 
+# the tiny model's second layer as a mixture, with every key of the native form
+TINY_MOE = {
+    "num_experts": 12, "num_experts_per_tok": 3, "num_shared_experts": 1, "expert_hidden_dim": 48,
+    "first_k_dense_replace": 1, "route_every_n": 1, "routed_scale": 1.0, "num_expert_groups": 1,
+    "num_expert_groups_per_tok": 1,
+}  # fmt: skip
+
 
 def public_params() -> dict[str, Any]:
     """``params.json`` of Voxtral-4B-TTS-2603, as far as it is known and used."""
