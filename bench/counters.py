@@ -5,10 +5,11 @@ all blocks of a regular grid are alike, so a launch of thousands of blocks is co
 last along each axis. Needs ``TRITON_INTERPRET=1``.
 """
 
+import bisect
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,12 +106,14 @@ class Launch:
 
 
 @contextmanager
-def counting(whole: bool = False) -> Iterator[list[Launch]]:
+def counting(whole: bool = False, reached: Sequence[Tensor] = ()) -> Iterator[list[Launch]]:
     """Watch every launch within the block.
 
     Args:
         whole: run all blocks. Otherwise only the first, second and last along each axis, so that results are NOT
             computed: a launch must not depend on what an earlier one wrote.
+        reached: tensors that are no arguments, but whose addresses stand in a table that is one; each is counted like
+            an argument, ``Launch.of`` finds it.
     """
     launches: list[Launch] = []
     call = interpreter.GridExecutor.__call__
@@ -130,7 +133,7 @@ def counting(whole: bool = False) -> Iterator[list[Launch]]:
             launch.blocks[chosen[i]] = block = Block()
             watch.block = block
 
-        watch = _Watch(named, launch)
+        watch = _Watch(named, launch, reached)
         builder.set_grid_dim, builder.set_grid_idx = lambda *_: set_grid_dim(*grid), enter
         try:
             with watch.installed(builder), _disable_current_modes():
@@ -148,15 +151,17 @@ def counting(whole: bool = False) -> Iterator[list[Launch]]:
 class _Watch:
     """Sorts the addresses of loads and stores by the argument they fall into."""
 
-    def __init__(self, args: Mapping[str, Any], launch: Launch) -> None:
+    def __init__(self, args: Mapping[str, Any], launch: Launch, reached: Sequence[Tensor]) -> None:
         self.block = Block()
-        self.ranges = {}
-        for name, arg in args.items():
-            if isinstance(arg, Tensor) and arg.numel():
-                extent = 1 + sum((n - 1) * stride for n, stride in zip(arg.shape, arg.stride(), strict=True))
-                self.ranges[name] = (arg.data_ptr(), arg.data_ptr() + extent * arg.element_size())
-                launch.pointers[name] = arg.data_ptr()
-                launch.item_sizes[name] = arg.element_size()
+        self.launch = launch
+        self.ranges = {name: self._range(name, arg) for name, arg in args.items() if isinstance(arg, Tensor)}
+        self.reached = sorted((*self._range(f"reached[{i}]", arg), f"reached[{i}]") for i, arg in enumerate(reached))
+
+    def _range(self, name: str, arg: Tensor) -> tuple[int, int]:
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(arg.shape, arg.stride(), strict=True))
+        self.launch.pointers[name] = arg.data_ptr()
+        self.launch.item_sizes[name] = arg.element_size()
+        return arg.data_ptr(), arg.data_ptr() + (extent * arg.element_size() if arg.numel() else 0)
 
     def touch(self, pointers: Any, mask: Any = None) -> None:
         addresses = np.asarray(pointers.data, dtype=np.uint64).ravel()
@@ -167,6 +172,13 @@ class _Watch:
             if inside.any():
                 self.block.touch(name, addresses[inside])
                 addresses = addresses[~inside]
+        while len(addresses) and self.reached and addresses[0] >= self.reached[0][0]:
+            start, end, name = self.reached[bisect.bisect(self.reached, (int(addresses[0]), math.inf)) - 1]
+            inside = (addresses >= start) & (addresses < end)
+            if not inside.any():
+                break
+            self.block.touch(name, addresses[inside])
+            addresses = addresses[~inside]
         if len(addresses):
             raise IndexError(f"{len(addresses)} lanes read or write outside of every argument")
 
@@ -207,12 +219,12 @@ class _NoCopies(TorchFunctionMode):
 
 
 @contextmanager
-def only_launches(whole: bool = True) -> Iterator[list[Launch]]:
+def only_launches(whole: bool = True, reached: Sequence[Tensor] = ()) -> Iterator[list[Launch]]:
     """:func:`counting`, and whatever is neither a launch nor a view raises: an operator, an allocation, a host read.
 
     What a frame does must be launches and nothing else, for it to live in one CUDA graph.
     """
-    with counting(whole) as launches, _NoCopies(), _NoWork():
+    with counting(whole, reached) as launches, _NoCopies(), _NoWork():
         yield launches
 
 

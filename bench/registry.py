@@ -100,7 +100,20 @@ def entries() -> list[Entry]:
 
 def to_dtype(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Copies of the arguments, every floating tensor in another dtype: fp64 for the truth."""
-    return {
-        name: arg.to(dtype if arg.is_floating_point() else arg.dtype, copy=True) if isinstance(arg, Tensor) else arg
-        for name, arg in args.items()
-    }
+    return each_tensor(lambda arg: arg.to(dtype if arg.is_floating_point() else arg.dtype, copy=True), args)
+
+
+def each_tensor(change: Callable[[Tensor], Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with every tensor changed, those in lists too."""
+
+    def changed(arg: Any) -> Any:
+        if isinstance(arg, list):
+            return [changed(one) for one in arg]
+        return change(arg) if isinstance(arg, Tensor) else arg
+
+    return {name: changed(arg) for name, arg in args.items()}
+
+
+def listed(args: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors that stand in lists: kernels reach them by a table of addresses."""
+    return [one for arg in args.values() if isinstance(arg, list) for one in arg]

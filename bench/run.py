@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from bench.accuracy import judge
-from bench.registry import DTYPES, Case, Entry, Maker, entries, to_dtype
+from bench.registry import DTYPES, Case, Entry, Maker, each_tensor, entries, listed, to_dtype
 
 ROUNDS = 20
 COLD = 256 << 20  # bytes of copies to go round, so that weights come from memory: five times the L2 cache of an H100
@@ -69,7 +69,7 @@ def time_case(entry: Entry, case: Case, dtype: str, device: str) -> Iterator[Tim
         RuntimeError: a kernel's result is wrong; a wrong one is not timed.
     """
     args = entry.args(case, Maker(DTYPES[dtype], device))
-    fewest = _bytes(args.values()) + _bytes(_outputs(entry.op.declare(**args)))
+    fewest = _bytes(args.values()) + _bytes(listed(args)) + _bytes(_outputs(entry.op.declare(**args)))
     providers: dict[str, Callable[..., Any]] = {"torch": entry.reference}
     if device.startswith("cuda"):
         _must_be_right(entry, case, dtype, args)
@@ -125,7 +125,7 @@ def _must_be_right(entry: Entry, case: Case, dtype: str, args: Mapping[str, Any]
 
 
 def _copies(args: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
-    return [{name: a.clone() if isinstance(a, Tensor) else a for name, a in args.items()} for _ in range(n)]
+    return [each_tensor(Tensor.clone, args) for _ in range(n)]
 
 
 def _outputs(returned: Any) -> list[Tensor]:

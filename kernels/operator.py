@@ -52,7 +52,8 @@ class Operator(Generic[P, R]):
         """
         if torch.is_grad_enabled():
             for arg in (*args, *kwargs.values()):
-                if isinstance(arg, Tensor) and arg.requires_grad:
+                tensors = arg if isinstance(arg, list) else [arg]
+                if any(isinstance(one, Tensor) and one.requires_grad for one in tensors):
                     raise RuntimeError(
                         f"{self.name}: an argument requires gradients, and a kernel has none: call it under "
                         "torch.no_grad() or torch.inference_mode(), or train with voxkern.reference"

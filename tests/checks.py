@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.accuracy import judge
 from bench.counters import counting
-from bench.registry import DTYPES, Case, Entry, Maker, to_dtype
+from bench.registry import DTYPES, Case, Entry, Maker, listed, to_dtype
 from voxkern.kernels import settings
 
 
@@ -58,14 +58,15 @@ def assert_right(entry: Entry, case: Case, dtype: str, apart: str | None = None)
 
 def assert_within(entry: Entry, case: Case) -> None:
     """No lane of any block reads or writes outside of the arguments, masked lanes aside."""
-    with counting(whole=True):
-        entry.op.run(**entry.args(case, Maker(DTYPES[case.dtypes[-1]])))
+    args = entry.args(case, Maker(DTYPES[case.dtypes[-1]]))
+    with counting(whole=True, reached=listed(args)):
+        entry.op.run(**args)
 
 
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
     """DESIGN rule 5 at the true sizes with the tiles of `arch`: one row tile loads each weight byte once."""
     args = entry.args(case, Maker(DTYPES[dtype]))
-    with settings.pretend(arch), counting(whole=not entry.alike) as launches:
+    with settings.pretend(arch), counting(whole=not entry.alike, reached=listed(args)) as launches:
         entry.op.run(**args)
     tiled = {"BLOCK_M", f"BLOCK_{entry.rows}"} & set(launches[0].constants)
     row_tiles = launches[0].grid[0] if tiled else case.sizes[entry.rows]  # row tiles are the grid's first axis

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.registry import each_tensor
+
 BAND = 1 << 16  # elements before and after: wide enough for a tile of strays, and a multiple of 16 bytes
 
 
@@ -30,7 +32,7 @@ def spread(tensor: Tensor, gap: int = 16) -> Tensor:
 
 def guarded_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """The same arguments, every tensor guarded."""
-    return {name: guarded(arg) if isinstance(arg, Tensor) else arg for name, arg in args.items()}
+    return each_tensor(guarded, args)
 
 
 def assert_bands(tensor: Tensor) -> None:

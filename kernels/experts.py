@@ -1,0 +1,362 @@
+"""The experts of a mixture, on pairs grouped by ``kernels/route.py``: gate and up, down, and their sum.
+
+Every expert's weights are tensors of their own, as a checkpoint has them. A kernel finds them by a table of addresses
+and row strides, so that nothing is packed or copied. A tile of pairs is one expert's: at decode all its tokens stand in
+one, and every weight that is needed is read once. Tiles of weights have their rows first, see ``kernels/linear.py``.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast, dot
+from .linear import _row_scale
+from .operator import expect, operator
+from .settings import Table
+
+# `rows` are those of a tile of pairs. Two tiles of weights a step, and as many bytes under way as norm_swiglu has.
+EXPERTS_UP = Table(
+    "experts_up",
+    """
+    arch         dtype  rows | BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      *    | 32       64       4          1
+    gfx*         fp32   *    | 16       32       4          2
+    gfx*         *      16   | 64       64       4          2
+    gfx*         *      *    | 64       32       4          2
+    sm_*         fp32   16   | 32       32       4          4
+    sm_*         fp32   *    | 16       16       4          4
+    sm_*         *      8    | 32       128      8          5
+    sm_*         *      16   | 32       128      8          4
+    sm_*         *      32   | 64       64       4          4
+    sm_*         *      *    | 64       64       8          3
+    """,
+)
+
+EXPERTS_DOWN = Table(
+    "experts_down",
+    """
+    arch         dtype  rows | BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      *    | 32       64       4          1
+    gfx*         fp32   *    | 16       32       4          2
+    gfx*         *      16   | 64       128      4          2
+    gfx*         *      *    | 64       64       4          2
+    sm_*         fp32   16   | 32       32       4          6
+    sm_*         fp32   *    | 16       16       4          6
+    sm_*         *      8    | 64       128      8          6
+    sm_*         *      16   | 64       128      8          5
+    sm_*         *      32   | 64       64       4          8
+    sm_*         *      *    | 64       64       8          4
+    """,
+)
+
+COMBINE = Table(
+    "combine",
+    """
+    arch         | BLOCK_N  num_warps  num_stages
+    interpreter  | 64       4          1
+    *            | 1024     4          1
+    """,
+)
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where tensors of one shape and dtype stand, for a kernel to find them. It does not keep them alive.
+
+    Attributes:
+        table: int64 [E, 2], address and stride of rows in elements.
+        aligned: every row of every tensor begins at a multiple of 16 bytes.
+        rows: N of the tensors [N, K].
+    """
+
+    table: Tensor
+    aligned: bool
+    rows: int
+
+
+def addresses(weights: Sequence[Tensor]) -> Addresses:
+    """The table of these weights, [N, K] each; made once for as long as they stand where they are."""
+    found = tuple((weight.data_ptr(), weight.stride(0)) for weight in weights)
+    return _addresses(found, len(weights[0]), weights[0].element_size(), weights[0].device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _addresses(found: tuple[tuple[int, int], ...], N: int, item_size: int, device: torch.device) -> Addresses:
+    aligned = all(address % 16 == 0 and stride * item_size % 16 == 0 for address, stride in found)
+    return Addresses(torch.tensor(found, dtype=torch.int64).to(device), aligned, N)
+
+
+@triton.jit
+def _expert(p_table, expert, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """An expert's weight and the stride of its rows."""
+    p_w = tl.load(p_table + 2 * expert).to(tl.pointer_type(dtype))
+    stride = tl.load(p_table + 2 * expert + 1)
+    if ALIGNED:  # the compiler cannot know, and would load 8 bytes at a time
+        p_w, stride = tl.multiple_of(p_w, 16), tl.multiple_of(stride, 16 // (dtype.primitive_bitwidth // 8))
+    return p_w, stride
+
+
+@triton.jit
+def _experts_up_kernel(
+    p_x, p_norm, p_w1, p_w3, p_pairs, p_tiles, p_y,
+    stride_x, eps,
+    E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # tiles are neighbours in launch order: those of a busy expert find its weights in the L2 cache
+    i_t, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    expert = tl.load(p_tiles + 3 * i_t)
+    if (expert < 0) | (expert >= E):
+        return
+    o_pair = tl.load(p_tiles + 3 * i_t + 1) + tl.arange(0, BLOCK_M)
+    m_m = o_pair < tl.load(p_tiles + 3 * i_t + 2)
+    b_pair = tl.load(p_pairs + o_pair, mask=m_m, other=0).to(tl.int64)  # [M]
+    o_m = b_pair // P
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_n = o_n < N
+    p_w1, stride_w1 = _expert(p_w1, expert, p_x.dtype.element_ty, ALIGNED)
+    p_w3, stride_w3 = _expert(p_w3, expert, p_x.dtype.element_ty, ALIGNED)
+    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
+
+    if NORM_FIRST:
+        b_scale = _row_scale(p_x, o_m, m_m, stride_x, eps, K, BLOCK_M, BLOCK_K)  # [M]
+    b_square = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+    b_gate = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    b_up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = k + o_k < K
+        m_w = m_n[:, None] & m_k[None, :]
+        b_w1 = tl.load(p_w1 + o_n[:, None] * stride_w1 + (k + o_k)[None, :], mask=m_w, other=0.0)
+        b_w3 = tl.load(p_w3 + o_n[:, None] * stride_w3 + (k + o_k)[None, :], mask=m_w, other=0.0)
+        b_x = tl.load(
+            p_x + o_m[:, None] * stride_x + (k + o_k)[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0
+        ).to(tl.float32)  # [M, K]
+        b_norm = tl.load(p_norm + k + o_k, mask=m_k, other=0.0).to(tl.float32)  # [K]
+        if NORM_FIRST:
+            b_x *= b_scale[:, None]
+        else:
+            b_square += b_x * b_x
+        b_a = cast(b_x * b_norm[None, :], b_w1.dtype)
+        b_gate = dot(b_w1, tl.trans(b_a), b_gate)  # [N, M]
+        b_up = dot(b_w3, tl.trans(b_a), b_up)
+    if not NORM_FIRST:
+        b_scale = tl.rsqrt(tl.sum(b_square, 1) / K + eps)
+        b_gate, b_up = b_gate * b_scale[None, :], b_up * b_scale[None, :]
+    b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    tl.store(p_y + b_pair[None, :] * N + o_n[:, None], cast(b_y, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
+
+
+def launch_experts_up(
+    out: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    w1: Sequence[Tensor] | Addresses,
+    w3: Sequence[Tensor] | Addresses,
+    pairs: Tensor,
+    tiles: Tensor,
+    eps: float,
+    tile_rows: int,
+) -> None:
+    """Fill `out`, contiguous [M * P, N]; the other arguments are those of :func:`experts_up`, unchecked.
+
+    Weights may be given as :func:`addresses`; a frame does, as to make them is work for the host.
+    """
+    w1, w3 = _found(w1, tiles), _found(w3, tiles)
+    (M, K), N = x.shape, w1.rows
+    constants = EXPERTS_UP(N=N, K=K, dtype=x.dtype, rows=tile_rows)
+    constants["NORM_FIRST"] = x.dtype == torch.float16  # x * norm may pass fp16's 65,504 before it is scaled
+    stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
+    grid = (len(tiles), triton.cdiv(N, constants["BLOCK_N"]))
+    _experts_up_kernel[grid](
+        x, norm, w1.table, w3.table, pairs, tiles, out, stride_x, eps,
+        E=len(w1.table), P=len(pairs) // M, ALIGNED=w1.aligned and w3.aligned, BLOCK_M=tile_rows, **constants,
+    )  # fmt: skip
+
+
+@operator(launch_experts_up)
+def experts_up(
+    x: Tensor,
+    norm: Tensor,
+    w1: list[Tensor],
+    w3: list[Tensor],
+    pairs: Tensor,
+    tiles: Tensor,
+    eps: float,
+    tile_rows: int,
+) -> Tensor:
+    """``silu(n @ w1[e].T) * (n @ w3[e].T)`` with ``n = RMSNorm(x)``, for every pair of a token and its expert e.
+
+    Args:
+        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
+        norm: [K], the RMSNorm's weight.
+        w1: of each expert, the shared ones last, its gate [N, K]; rows may lie apart.
+        w3: what they gate, in the same way.
+        pairs: int32 [M * P], from :func:`voxkern.kernels.route.route`.
+        tiles: int32 [T, 3], from there.
+        eps: added to the mean square.
+        tile_rows: what the tiles were made with.
+
+    Returns:
+        [M * P, N] in x's dtype, row by row as pairs are numbered.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from x's.
+        ValueError: a shape, stride or device is wrong; or, on the CPU, a tile has an expert that is not there. On a GPU
+            that would be a host read: there such a tile is left out, and its results are not written.
+    """
+    M, K = expect("x", x, ("M", "K"), contiguous=False)
+    expect("norm", norm, (K,), like=x)
+    N = _expect_experts("w1", w1, K, x)
+    if len(w3) != len(w1) or _expect_experts("w3", w3, K, x) != N:
+        raise ValueError(f"w3 must be {len(w1)} experts of [{N}, {K}], as w1 is")
+    _expect_pairs(M, pairs, tiles, x)
+    return x.new_empty(len(pairs), N)
+
+
+@triton.jit
+def _experts_down_kernel(
+    p_x, p_w2, p_weights, p_pairs, p_tiles, p_y,
+    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_t, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    expert = tl.load(p_tiles + 3 * i_t)
+    if (expert < 0) | (expert >= E):
+        return
+    o_pair = tl.load(p_tiles + 3 * i_t + 1) + tl.arange(0, BLOCK_M)
+    m_m = o_pair < tl.load(p_tiles + 3 * i_t + 2)
+    b_pair = tl.load(p_pairs + o_pair, mask=m_m, other=0).to(tl.int64)  # [M]
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_n = o_n < N
+    p_w2, stride_w2 = _expert(p_w2, expert, p_x.dtype.element_ty, ALIGNED)
+    b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = (k + o_k < K)[None, :]
+        b_w = tl.load(p_w2 + o_n[:, None] * stride_w2 + (k + o_k)[None, :], mask=m_n[:, None] & m_k, other=0.0)
+        b_x = tl.load(p_x + b_pair[:, None] * K + (k + o_k)[None, :], mask=m_m[:, None] & m_k, other=0.0)
+        b_acc = dot(b_w, tl.trans(b_x), b_acc)  # [N, M]
+    b_acc *= tl.load(p_weights + b_pair, mask=m_m, other=0.0)[None, :]
+    tl.store(p_y + b_pair[None, :] * N + o_n[:, None], b_acc, mask=m_m[None, :] & m_n[:, None])
+
+
+def launch_experts_down(
+    out: Tensor,
+    x: Tensor,
+    w2: Sequence[Tensor] | Addresses,
+    weights: Tensor,
+    pairs: Tensor,
+    tiles: Tensor,
+    tile_rows: int,
+) -> None:
+    """Fill `out`, fp32, contiguous [M * P, N]; the other arguments are those of :func:`experts_down`, unchecked."""
+    w2 = _found(w2, tiles)
+    constants = EXPERTS_DOWN(N=w2.rows, K=x.shape[1], dtype=x.dtype, rows=tile_rows)
+    grid = (len(tiles), triton.cdiv(w2.rows, constants["BLOCK_N"]))
+    _experts_down_kernel[grid](
+        x, w2.table, weights, pairs, tiles, out, E=len(w2.table), ALIGNED=w2.aligned, BLOCK_M=tile_rows, **constants
+    )
+
+
+@operator(launch_experts_down)
+def experts_down(
+    x: Tensor, w2: list[Tensor], weights: Tensor, pairs: Tensor, tiles: Tensor, tile_rows: int
+) -> Tensor:
+    """``weights * (x @ w2[e].T)`` for every pair of a token and its expert e.
+
+    Args:
+        x: [M * P, K], contiguous, from :func:`experts_up`.
+        w2: of each expert, the shared ones last, its way down [N, K]; rows may lie apart.
+        weights: fp32 [M, P], from :func:`voxkern.kernels.route.route`.
+        pairs: int32 [M * P], from there.
+        tiles: int32 [T, 3], from there.
+        tile_rows: what the tiles were made with.
+
+    Returns:
+        fp32 [M * P, N], row by row as pairs are numbered: what is summed later is not rounded before.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from x's.
+        ValueError: a shape, stride or device is wrong, or a tile's expert, see :func:`experts_up`.
+    """
+    n_pairs, K = expect("x", x, ("M * P", "K"))
+    N = _expect_experts("w2", w2, K, x)
+    M, P = expect("weights", weights, ("M", "P"), like=x, dtype=torch.float32)
+    if M * P != n_pairs:
+        raise ValueError(f"weights is [{M}, {P}] but x has {n_pairs} rows")
+    _expect_pairs(M, pairs, tiles, x)
+    return x.new_empty((n_pairs, N), dtype=torch.float32)
+
+
+@triton.jit
+def _combine_kernel(p_stream, p_parts, stride_stream, P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    b_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for j in range(P):  # best expert first, shared ones last
+        b_sum += tl.load(p_parts + (i_m * P + j) * N + o_n, mask=m_n, other=0.0)
+    p_tile = p_stream + i_m * stride_stream + o_n
+    b_sum += tl.load(p_tile, mask=m_n, other=0.0).to(tl.float32)
+    tl.store(p_tile, cast(b_sum, p_stream.dtype.element_ty), mask=m_n)
+
+
+def launch_combine(stream: Tensor, parts: Tensor) -> None:
+    """:func:`combine`, unchecked."""
+    M, N = stream.shape
+    constants = COMBINE(N=N, K=1, dtype=stream.dtype, rows=1)
+    options = {name: value for name, value in constants.items() if name != "K"}
+    stride = stream.stride(0) if M > 1 else N
+    grid = (M, triton.cdiv(N, constants["BLOCK_N"]))
+    _combine_kernel[grid](stream, parts, stride, P=len(parts) // M, **options)
+
+
+@operator(launch_combine, mutates=("stream",))
+def combine(stream: Tensor, parts: Tensor) -> None:
+    """``stream[m] += sum_j parts[m * P + j]``, in the order of j, summed in fp32 and rounded once.
+
+    Args:
+        stream: [M, N] fp32, bf16 or fp16, written in place; rows may lie apart.
+        parts: fp32 [M * P, N], from :func:`experts_down`.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, stride or device is wrong.
+    """
+    M, N = expect("stream", stream, ("M", "N"), contiguous=False)
+    n_pairs, _ = expect("parts", parts, ("M * P", N), like=stream, dtype=torch.float32)
+    if n_pairs % M:
+        raise ValueError(f"parts has {n_pairs} rows but must have a multiple of {M}, the rows of stream")
+
+
+def _found(weights: Sequence[Tensor] | Addresses, tiles: Tensor) -> Addresses:
+    if isinstance(weights, Addresses):
+        return weights
+    if tiles.device.type == "cpu":  # elsewhere it would wait for the device
+        for expert in tiles[:, 0].tolist():
+            if not -1 <= expert < len(weights):
+                raise ValueError(f"tiles has expert {expert} but must have -1..{len(weights) - 1}")
+    return addresses(weights)
+
+
+def _expect_experts(name: str, weights: list[Tensor], K: int, x: Tensor) -> int:
+    if not weights:
+        raise ValueError(f"{name} is empty but must have a tensor an expert")
+    N = weights[0].shape[0]
+    for i, weight in enumerate(weights):
+        expect(f"{name}[{i}]", weight, (N, K), like=x, contiguous=False)
+    return N
+
+
+def _expect_pairs(M: int, pairs: Tensor, tiles: Tensor, x: Tensor) -> None:
+    (n,) = expect("pairs", pairs, ("M * P",), like=x, dtype=torch.int32)
+    if n < M or n % M:
+        raise ValueError(f"pairs has {n} but must have a multiple of {M}, the tokens")
+    expect("tiles", tiles, ("T", 3), like=x, dtype=torch.int32)
