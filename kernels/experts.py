@@ -28,8 +28,7 @@ EXPERTS_UP = Table(
     gfx*         fp32   *    | 16       32       4          2
     gfx*         *      16   | 64       64       4          2
     gfx*         *      *    | 64       32       4          2
-    sm_*         fp32   16   | 32       32       4          4
-    sm_*         fp32   *    | 16       16       4          4
+    sm_*         fp32   *    | 32       32       4          4
     sm_*         *      8    | 32       128      8          5
     sm_*         *      16   | 32       128      8          4
     sm_*         *      32   | 64       64       4          4
@@ -45,8 +44,7 @@ EXPERTS_DOWN = Table(
     gfx*         fp32   *    | 16       32       4          2
     gfx*         *      16   | 64       128      4          2
     gfx*         *      *    | 64       64       4          2
-    sm_*         fp32   16   | 32       32       4          6
-    sm_*         fp32   *    | 16       16       4          6
+    sm_*         fp32   *    | 32       32       4          6
     sm_*         *      8    | 64       128      8          6
     sm_*         *      16   | 64       128      8          5
     sm_*         *      32   | 64       64       4          8
@@ -92,12 +90,13 @@ def _addresses(found: tuple[tuple[int, int], ...], N: int, item_size: int, devic
 
 
 @triton.jit
-def _expert(p_table, expert, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """An expert's weight and the stride of its rows."""
-    p_w = tl.load(p_table + 2 * expert).to(tl.pointer_type(dtype))
+def _expert(p_table, expert, p_like, ALIGNED: tl.constexpr):
+    """An expert's weight, of the dtype of `p_like`, and the stride of its rows."""
+    p_w = tl.load(p_table + 2 * expert).to(p_like.dtype)
     stride = tl.load(p_table + 2 * expert + 1)
     if ALIGNED:  # the compiler cannot know, and would load 8 bytes at a time
-        p_w, stride = tl.multiple_of(p_w, 16), tl.multiple_of(stride, 16 // (dtype.primitive_bitwidth // 8))
+        p_w = tl.multiple_of(p_w, 16)
+        stride = tl.multiple_of(stride, 128 // p_like.dtype.element_ty.primitive_bitwidth)
     return p_w, stride
 
 
@@ -121,8 +120,8 @@ def _experts_up_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_n = o_n < N
-    p_w1, stride_w1 = _expert(p_w1, expert, p_x.dtype.element_ty, ALIGNED)
-    p_w3, stride_w3 = _expert(p_w3, expert, p_x.dtype.element_ty, ALIGNED)
+    p_w1, stride_w1 = _expert(p_w1, expert, p_x, ALIGNED)
+    p_w3, stride_w3 = _expert(p_w3, expert, p_x, ALIGNED)
     eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
 
     if NORM_FIRST:
@@ -150,7 +149,9 @@ def _experts_up_kernel(
         b_scale = tl.rsqrt(tl.sum(b_square, 1) / K + eps)
         b_gate, b_up = b_gate * b_scale[None, :], b_up * b_scale[None, :]
     b_y = b_gate * tl.sigmoid(b_gate) * b_up
-    tl.store(p_y + b_pair[None, :] * N + o_n[:, None], cast(b_y, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
+    tl.store(
+        p_y + b_pair[None, :] * N + o_n[:, None], cast(b_y, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None]
+    )
 
 
 def launch_experts_up(
@@ -168,16 +169,19 @@ def launch_experts_up(
 
     Weights may be given as :func:`addresses`; a frame does, as to make them is work for the host.
     """
-    w1, w3 = _found(w1, tiles), _found(w3, tiles)
-    (M, K), N = x.shape, w1.rows
+    gate, up = _found(w1, tiles), _found(w3, tiles)
+    (M, K), N = x.shape, gate.rows
     constants = EXPERTS_UP(N=N, K=K, dtype=x.dtype, rows=tile_rows)
     constants["NORM_FIRST"] = x.dtype == torch.float16  # x * norm may pass fp16's 65,504 before it is scaled
+    constants |= {
+        "E": len(gate.table),
+        "P": len(pairs) // M,
+        "ALIGNED": gate.aligned and up.aligned,
+        "BLOCK_M": tile_rows,
+    }
     stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
     grid = (len(tiles), triton.cdiv(N, constants["BLOCK_N"]))
-    _experts_up_kernel[grid](
-        x, norm, w1.table, w3.table, pairs, tiles, out, stride_x, eps,
-        E=len(w1.table), P=len(pairs) // M, ALIGNED=w1.aligned and w3.aligned, BLOCK_M=tile_rows, **constants,
-    )  # fmt: skip
+    _experts_up_kernel[grid](x, norm, gate.table, up.table, pairs, tiles, out, stride_x, eps, **constants)
 
 
 @operator(launch_experts_up)
@@ -236,7 +240,7 @@ def _experts_down_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_n = o_n < N
-    p_w2, stride_w2 = _expert(p_w2, expert, p_x.dtype.element_ty, ALIGNED)
+    p_w2, stride_w2 = _expert(p_w2, expert, p_x, ALIGNED)
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         m_k = (k + o_k < K)[None, :]
@@ -257,18 +261,15 @@ def launch_experts_down(
     tile_rows: int,
 ) -> None:
     """Fill `out`, fp32, contiguous [M * P, N]; the other arguments are those of :func:`experts_down`, unchecked."""
-    w2 = _found(w2, tiles)
-    constants = EXPERTS_DOWN(N=w2.rows, K=x.shape[1], dtype=x.dtype, rows=tile_rows)
-    grid = (len(tiles), triton.cdiv(w2.rows, constants["BLOCK_N"]))
-    _experts_down_kernel[grid](
-        x, w2.table, weights, pairs, tiles, out, E=len(w2.table), ALIGNED=w2.aligned, BLOCK_M=tile_rows, **constants
-    )
+    down = _found(w2, tiles)
+    constants = EXPERTS_DOWN(N=down.rows, K=x.shape[1], dtype=x.dtype, rows=tile_rows)
+    constants |= {"E": len(down.table), "ALIGNED": down.aligned, "BLOCK_M": tile_rows}
+    grid = (len(tiles), triton.cdiv(down.rows, constants["BLOCK_N"]))
+    _experts_down_kernel[grid](x, down.table, weights, pairs, tiles, out, **constants)
 
 
 @operator(launch_experts_down)
-def experts_down(
-    x: Tensor, w2: list[Tensor], weights: Tensor, pairs: Tensor, tiles: Tensor, tile_rows: int
-) -> Tensor:
+def experts_down(x: Tensor, w2: list[Tensor], weights: Tensor, pairs: Tensor, tiles: Tensor, tile_rows: int) -> Tensor:
     """``weights * (x @ w2[e].T)`` for every pair of a token and its expert e.
 
     Args:
@@ -289,7 +290,7 @@ def experts_down(
     n_pairs, K = expect("x", x, ("M * P", "K"))
     N = _expect_experts("w2", w2, K, x)
     M, P = expect("weights", weights, ("M", "P"), like=x, dtype=torch.float32)
-    if M * P != n_pairs:
+    if n_pairs != M * P:
         raise ValueError(f"weights is [{M}, {P}] but x has {n_pairs} rows")
     _expect_pairs(M, pairs, tiles, x)
     return x.new_empty((n_pairs, N), dtype=torch.float32)
@@ -312,10 +313,10 @@ def launch_combine(stream: Tensor, parts: Tensor) -> None:
     """:func:`combine`, unchecked."""
     M, N = stream.shape
     constants = COMBINE(N=N, K=1, dtype=stream.dtype, rows=1)
-    options = {name: value for name, value in constants.items() if name != "K"}
+    constants = {name: value for name, value in constants.items() if name != "K"} | {"P": len(parts) // M}
     stride = stream.stride(0) if M > 1 else N
     grid = (M, triton.cdiv(N, constants["BLOCK_N"]))
-    _combine_kernel[grid](stream, parts, stride, P=len(parts) // M, **options)
+    _combine_kernel[grid](stream, parts, stride, **constants)
 
 
 @operator(launch_combine, mutates=("stream",))

@@ -34,18 +34,20 @@ ROUTE = Table(
 )
 
 # How many rows a tile of pairs has. `rows` are those that one expert may get: at decode as many as there are, so that
-# its weights are read once; at prefill twice the mean, so that a busy expert's are not read too often.
+# its weights are read once; at prefill twice the mean, so that a busy expert's are not read too often. fp32 products
+# run on the plain units, whose operands live in registers: small tiles, or they spill.
 TILE_ROWS = Table(
     "tile_rows",
     """
-    arch         rows | ROWS
-    interpreter  *    | 16
-    gfx*         16   | 16
-    gfx*         *    | 64
-    sm_*         8    | 8
-    sm_*         16   | 16
-    sm_*         32   | 32
-    sm_*         *    | 64
+    arch         dtype  rows | ROWS
+    interpreter  *      *    | 16
+    *            fp32   *    | 16
+    gfx*         *      16   | 16
+    gfx*         *      *    | 64
+    sm_*         *      8    | 8
+    sm_*         *      16   | 16
+    sm_*         *      32   | 32
+    sm_*         *      *    | 64
     """,
 )
 
@@ -211,7 +213,7 @@ def tile_count(M: int, E: int, top_k: int, n_shared: int, tile_rows: int) -> int
     """The most tiles that `M` tokens can make, wherever they go."""
     pairs, each = M * top_k, triton.cdiv(M, tile_rows)
     hit = min(pairs, E)
-    return min((pairs + hit * (tile_rows - 1)) // tile_rows, hit * each) + n_shared * each
+    return int(min((pairs + hit * (tile_rows - 1)) // tile_rows, hit * each) + n_shared * each)
 
 
 def launch_route(
@@ -236,15 +238,16 @@ def launch_route(
     ids, weights, pairs, tiles = out
     (M, E), T = logits.shape, len(tiles)
     constants = ROUTE(N=E, K=top_k, dtype=torch.float32, rows=max_rows, phase=phase)
-    options = {name: constants[name] for name in ("ROWS", "num_warps", "num_stages", "enable_fp_fusion")}
-    sizes = {"E": E, "E_PAD": triton.next_power_of_2(E), "TOP_K": top_k, "N_SHARED": n_shared, "TILE": tile_rows}
-    _route_kernel[(triton.cdiv(M, options["ROWS"]),)](
-        logits, bias, ids, weights, pairs, tiles, M, T, scale,
-        P_PAD=triton.next_power_of_2(top_k + n_shared), SIGMOID=scoring == "sigmoid", RENORMALISE=renormalise,
-        N_GROUPS=n_groups, GROUPS_PER_TOK=n_groups_per_tok, GROUP=phase == "decode", **sizes, **options,
-    )  # fmt: skip
-    if phase != "decode":
-        _group_kernel[(1,)](ids, pairs, tiles, M, T, **sizes, **options)
+    del constants["N"], constants["K"]
+    constants |= {"E": E, "E_PAD": triton.next_power_of_2(E), "TOP_K": top_k, "N_SHARED": n_shared, "TILE": tile_rows}
+    how = {
+        "P_PAD": triton.next_power_of_2(top_k + n_shared), "SIGMOID": scoring == "sigmoid", "RENORMALISE": renormalise,
+        "N_GROUPS": n_groups, "GROUPS_PER_TOK": n_groups_per_tok, "GROUP": phase == "decode",
+    }  # fmt: skip
+    grid = (triton.cdiv(M, constants["ROWS"]),)
+    _route_kernel[grid](logits, bias, ids, weights, pairs, tiles, M, T, scale, **constants | how)
+    if phase == "prefill":
+        _group_kernel[(1,)](ids, pairs, tiles, M, T, **constants)
 
 
 @operator(launch_route)

@@ -1,0 +1,146 @@
+"""A layer's mixture of experts through kernels, on the host's own weights: 5 launches at decode, 6 at prefill.
+
+They are RMSNorm + gate; routing, which also groups tokens by expert (at prefill in a launch of its own); RMSNorm + gate
+and up of the experts; down; and the sum with the residual. Shared experts ride along as experts of weight 1.
+"""
+
+from dataclasses import dataclass, fields
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..kernels.experts import Addresses, addresses, launch_combine, launch_experts_down, launch_experts_up
+from ..kernels.linear import launch_norm_linear
+from ..kernels.route import expect_phase, launch_route, tile_count, tile_rows
+from ..reference.linear import FeedForward
+from ..reference.moe import MoEBlock
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory between the launches; layers of the same sizes may share one, as they run one after the other.
+
+    Attributes:
+        logits: fp32 [R, E] for R = max_rows.
+        ids: int32 [R, P], P = k + shared experts; see ``kernels/route.py`` for it and the next three.
+        weights: fp32 [R, P].
+        pairs: int32 [R * P].
+        tiles: int32 [T, 3].
+        gated: [R * P, hidden].
+        parts: fp32 [R * P, dim].
+    """
+
+    logits: Tensor
+    ids: Tensor
+    weights: Tensor
+    pairs: Tensor
+    tiles: Tensor
+    gated: Tensor
+    parts: Tensor
+
+
+class MoETwin:
+    """``stream += experts(RMSNorm(stream))`` of one layer: what a dense layer does by norm_swiglu and linear.
+
+    Attributes:
+        layer: whose weights it reads; they may be loaded, moved or replaced between runs.
+        max_rows: the most tokens of a run.
+        phase: "decode" or "prefill". Settings, and so the last bits of a result, belong to it and to `max_rows`.
+        scratch: for the twins of other layers.
+    """
+
+    def __init__(self, layer: MoEBlock, max_rows: int, phase: str = "decode", scratch: Scratch | None = None) -> None:
+        """Prepare for 1..`max_rows` tokens: at most 64 at decode, 512 at prefill.
+
+        Args:
+            layer: the host.
+            max_rows: prepared for.
+            phase: "decode" or "prefill".
+            scratch: that of another layer's twin with the same sizes, `max_rows` and `phase`; None makes one.
+
+        Raises:
+            ValueError: `phase` is unknown, `max_rows` is out of range, or `scratch` is of other sizes.
+        """
+        expect_phase(1, max_rows, phase)
+        self.layer, self.max_rows, self.phase = layer, max_rows, phase
+        routing, E = layer.routing, layer.gate.out_features
+        self._places = routing.top_k + layer.n_shared
+        self._tile_rows = tile_rows(E, routing.top_k, layer.gate.weight.dtype, max_rows, phase)
+        made = self._scratch("meta")
+        self.scratch = self._scratch(layer.gate.weight.device) if scratch is None else scratch
+        for field in fields(Scratch):
+            mine, given = getattr(made, field.name), getattr(self.scratch, field.name)
+            if mine.shape != given.shape or mine.dtype != given.dtype:
+                raise ValueError(
+                    f"scratch.{field.name} is {given.dtype} {list(given.shape)} but this layer needs {mine.dtype} "
+                    f"{list(mine.shape)}"
+                )
+
+    def run(self, stream: Tensor) -> None:
+        """Add the mixture to `stream`, in launches and nothing else once it has run with these weights.
+
+        Args:
+            stream: [M, dim] in the weights' dtype, written in place; rows may lie apart.
+
+        Raises:
+            ValueError: a shape is wrong, or there are more rows than `max_rows`.
+            TypeError: the dtype is not that of the weights.
+        """
+        layer, gate, norm = self.layer, self.layer.gate, self.layer.ffn_norm
+        if stream.ndim != 2 or stream.shape[1] != gate.in_features or stream.stride(1) != 1:
+            raise ValueError(f"stream is {list(stream.shape)} but must be [M, {gate.in_features}], rows of stride 1")
+        if stream.dtype != gate.weight.dtype:
+            raise TypeError(f"stream is {stream.dtype} but the weights are {gate.weight.dtype}")
+        M, r, s = len(stream), layer.routing, self.scratch
+        expect_phase(M, self.max_rows, self.phase)
+        w1, w3, w2 = self._weights()
+        T = tile_count(M, gate.out_features, r.top_k, layer.n_shared, self._tile_rows)
+        n_pairs = M * self._places
+        logits, weights, pairs, tiles = s.logits[:M], s.weights[:M], s.pairs[:n_pairs], s.tiles[:T]
+        gated, parts = s.gated[:n_pairs], s.parts[:n_pairs]
+        launch_norm_linear(logits, stream, norm.weight, gate.weight, norm.eps, self.max_rows)
+        launch_route(
+            (s.ids[:M], weights, pairs, tiles), logits, gate.e_score_correction_bias, r.top_k, layer.n_shared,
+            r.scoring, r.n_groups, r.n_groups_per_tok, r.renormalise, r.scale, self._tile_rows, self.max_rows,
+            self.phase,
+        )  # fmt: skip
+        launch_experts_up(gated, stream, norm.weight, w1, w3, pairs, tiles, norm.eps, self._tile_rows)
+        launch_experts_down(parts, gated, w2, weights, pairs, tiles, self._tile_rows)
+        launch_combine(stream, parts)
+
+    @property
+    def _experts(self) -> list[FeedForward]:
+        return cast(list[FeedForward], list(self.layer.experts))
+
+    def _weights(self) -> tuple[Addresses, Addresses, Addresses]:
+        """Where gates, ups and downs stand now. Kept, so that a captured graph's tables live as long as its twin."""
+        experts = self._experts
+        w1, w3, w2 = [e.w1.weight for e in experts], [e.w3.weight for e in experts], [e.w2.weight for e in experts]
+        if self.layer.n_shared:
+            shared, hidden = self.layer.shared_experts, len(w1[0])
+            for i in range(0, self.layer.n_shared * hidden, hidden):  # they stand side by side in one
+                w1.append(shared.w1.weight[i : i + hidden])
+                w3.append(shared.w3.weight[i : i + hidden])
+                w2.append(shared.w2.weight[:, i : i + hidden])
+        self._addresses = addresses(w1), addresses(w3), addresses(w2)
+        return self._addresses
+
+    def _scratch(self, device: torch.device | str) -> Scratch:
+        layer, R, P = self.layer, self.max_rows, self._places
+        E, dtype = layer.gate.out_features, layer.gate.weight.dtype
+        T = tile_count(R, E, layer.routing.top_k, layer.n_shared, self._tile_rows)
+        hidden = self._experts[0].w1.out_features
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return Scratch(
+            logits=zeros(R, E, dtype=torch.float32),
+            ids=zeros(R, P, dtype=torch.int32),
+            weights=zeros(R, P, dtype=torch.float32),
+            pairs=zeros(R * P, dtype=torch.int32),
+            tiles=zeros(T, 3, dtype=torch.int32),
+            gated=zeros(R * P, hidden),
+            parts=zeros(R * P, layer.gate.in_features, dtype=torch.float32),
+        )
