@@ -23,7 +23,6 @@ def route_reference(
     scale: float,
     tile_rows: int,
     max_rows: int,
-    phase: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reference's routing, then a stable sort; of tiles that are not needed, all is -1."""
     M, E = logits.shape
@@ -41,7 +40,7 @@ def route_reference(
 
 
 def route_inputs(s: Any, make: Maker) -> dict[str, Any]:
-    """Logits of RMS 2; `s.bias`, `s.sigmoid`, `s.decode` and `s.plain` (not renormalised) say whether."""
+    """Logits of RMS 2; `s.bias`, `s.sigmoid` and `s.plain` (not renormalised) say whether."""
     return {
         "logits": make(s.M, s.E, std=2.0).float(),
         "bias": make(s.E, std=0.1).float() if s.bias else None,
@@ -54,7 +53,6 @@ def route_inputs(s: Any, make: Maker) -> dict[str, Any]:
         "scale": 1.0 if not s.plain else 2.5,
         "tile_rows": s.tile_rows,
         "max_rows": s.max_rows,
-        "phase": "decode" if s.decode else "prefill",
     }
 
 
@@ -70,13 +68,11 @@ ENTRIES = [
         cases=tuple(
             Case(name, sizes, public=name.startswith("small-4"), dtypes=("fp32",))
             for name, sizes in {
-                "odd": {"M": 19, "E": 12, "top_k": 3, "n_shared": 2, "tile_rows": 8, "max_rows": 20, "decode": 1}
-                | PLAIN,
-                "odd-groups": {"M": 37, "E": 21, "top_k": 5, "n_shared": 0, "tile_rows": 8, "max_rows": 40, "decode": 0}
-                | GROUPED,
-                "small-4-b1": {"M": 1, "tile_rows": 8, "max_rows": 1, "decode": 1} | SMALL_4,
-                "small-4-b32": {"M": 32, "tile_rows": 32, "max_rows": 32, "decode": 1} | SMALL_4,
-                "small-4-512": {"M": 512, "tile_rows": 32, "max_rows": 512, "decode": 0} | SMALL_4,
+                "odd": {"M": 19, "E": 12, "top_k": 3, "n_shared": 2, "tile_rows": 8, "max_rows": 20} | PLAIN,
+                "odd-groups": {"M": 37, "E": 21, "top_k": 5, "n_shared": 0, "tile_rows": 8, "max_rows": 80} | GROUPED,
+                "small-4-b1": {"M": 1, "tile_rows": 8, "max_rows": 1} | SMALL_4,
+                "small-4-b32": {"M": 32, "tile_rows": 32, "max_rows": 32} | SMALL_4,
+                "small-4-512": {"M": 512, "tile_rows": 32, "max_rows": 512} | SMALL_4,
             }.items()
         ),
         stage=lambda c: 0,

@@ -11,25 +11,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .linear import expect_rows
 from .operator import expect, operator
 from .settings import Table
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # what orders experts is at least this; NaN counts as this
-MAX_DECODE = 64  # rows that one block routes and groups
 
-# Few rows: one block does it all, and no expert's tokens need a second look. With 32 logits a thread the kernel takes
-# some 220 registers; with fewer, on more warps, ptxas spills 8 bytes on one machine or another.
+# Few rows: one block does it all, and groups in the same launch. With 32 logits a thread the kernel takes some 220
+# registers; with fewer, on more warps, ptxas spills 8 bytes on one machine or another, and 64 rows of 256 experts spill
+# on any number. Many rows: blocks of 16, and another launch that groups.
 ROUTE = Table(
     "route",
     """
-    arch  phase    rows  N    | ROWS  num_warps  num_stages
-    *     decode   8     *    | 8     4          1
-    *     decode   16    *    | 16    4          1
-    *     decode   32    128  | 32    4          1
-    *     decode   32    *    | 32    8          1
-    *     decode   64    128  | 64    8          1
-    *     decode   64    *    | 64    16         1
-    *     prefill  *     *    | 16    8          1
+    rows  N    | ROWS  num_warps  num_stages
+    8     *    | 8     4          1
+    16    *    | 16    4          1
+    32    128  | 32    4          1
+    32    256  | 32    8          1
+    64    128  | 64    8          1
+    *     *    | 16    8          1
     """,
 )
 
@@ -190,7 +190,7 @@ def _group_kernel(
     E: tl.constexpr, E_PAD: tl.constexpr, TOP_K: tl.constexpr, N_SHARED: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    # many rows: counted in one pass over their ids, put in place in another, by one block
+    # counted in one pass over the ids, put in place in another, by one block
     P: tl.constexpr = TOP_K + N_SHARED
     o_rows, o_e = tl.arange(0, ROWS), tl.arange(0, E_PAD)
     b_count = tl.zeros([E_PAD], dtype=tl.int32)
@@ -204,9 +204,15 @@ def _group_kernel(
 
 
 def tile_rows(E: int, top_k: int, dtype: torch.dtype, max_rows: int, phase: str) -> int:
-    """Rows of a tile for a layer of `E` experts in `dtype` that is prepared for `max_rows` tokens."""
+    """Rows of a tile for a layer of `E` experts in `dtype` that is prepared for `max_rows` tokens in `phase`.
+
+    Raises:
+        ValueError: `phase` is neither "decode" nor "prefill".
+    """
+    if phase not in ("decode", "prefill"):
+        raise ValueError(f"phase is {phase!r} but must be 'decode' or 'prefill'")
     rows = max_rows if phase == "decode" else 2 * triton.cdiv(max_rows * top_k, E)
-    return int(TILE_ROWS(N=E, K=top_k, dtype=dtype, rows=rows, phase=phase)["ROWS"])
+    return int(TILE_ROWS(N=E, K=top_k, dtype=dtype, rows=rows)["ROWS"])
 
 
 def tile_count(M: int, E: int, top_k: int, n_shared: int, tile_rows: int) -> int:
@@ -229,24 +235,24 @@ def launch_route(
     scale: float,
     tile_rows: int,
     max_rows: int,
-    phase: str,
 ) -> None:
     """Fill `out`, what :func:`route` returns; the other arguments are its own, unchecked.
 
-    One launch at decode, a second one that groups at prefill.
+    One launch if one block takes `max_rows` (64 of 128 experts), otherwise a second one that groups.
     """
     ids, weights, pairs, tiles = out
     (M, E), T = logits.shape, len(tiles)
-    constants = ROUTE(N=E, K=top_k, dtype=torch.float32, rows=max_rows, phase=phase)
+    constants = ROUTE(N=E, K=top_k, dtype=torch.float32, rows=max_rows)
     del constants["N"], constants["K"]
     constants |= {"E": E, "E_PAD": triton.next_power_of_2(E), "TOP_K": top_k, "N_SHARED": n_shared, "TILE": tile_rows}
+    one_launch = constants["ROWS"] >= max_rows
     how = {
         "P_PAD": triton.next_power_of_2(top_k + n_shared), "SIGMOID": scoring == "sigmoid", "RENORMALISE": renormalise,
-        "N_GROUPS": n_groups, "GROUPS_PER_TOK": n_groups_per_tok, "GROUP": phase == "decode",
+        "N_GROUPS": n_groups, "GROUPS_PER_TOK": n_groups_per_tok, "GROUP": one_launch,
     }  # fmt: skip
     grid = (triton.cdiv(M, constants["ROWS"]),)
     _route_kernel[grid](logits, bias, ids, weights, pairs, tiles, M, T, scale, **constants | how)
-    if phase == "prefill":
+    if not one_launch:
         _group_kernel[(1,)](ids, pairs, tiles, M, T, **constants)
 
 
@@ -263,7 +269,6 @@ def route(
     scale: float,
     tile_rows: int,
     max_rows: int,
-    phase: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The experts of each token, their weights, and the pairs of both grouped by expert (see this file's head).
 
@@ -281,8 +286,8 @@ def route(
         renormalise: a token's weights are divided by their sum.
         scale: factor on the weights, after that.
         tile_rows: rows of a tile, a power of 2; see :func:`tile_rows`.
-        max_rows: the most tokens this is prepared for: 1..64 at decode, 1..512 at prefill.
-        phase: "decode", one launch; or "prefill", two.
+        max_rows: the most tokens this is prepared for, 1..512; M may be any of 1..max_rows, and a token's experts do
+            not depend on the others.
 
     Returns:
         ids int32 [M, P], weights fp32 [M, P] with P = k + n_shared; pairs int32 [M * P] and tiles int32 [T, 3] with
@@ -290,7 +295,7 @@ def route(
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong, or k, groups, scoring or phase are none that E experts can have.
+        ValueError: a shape, stride or device is wrong, or k, groups or scoring are none that E experts can have.
     """
     M, E = expect("logits", logits, ("M", "E"), dtype=torch.float32)
     if bias is not None:
@@ -308,19 +313,8 @@ def route(
         raise ValueError(f"n_shared is {n_shared} but must not be negative")
     if tile_rows < 1 or tile_rows & (tile_rows - 1):
         raise ValueError(f"tile_rows is {tile_rows} but must be a power of 2")
-    expect_phase(M, max_rows, phase)
+    expect_rows(M, max_rows)
     P, T = top_k + n_shared, tile_count(M, E, top_k, n_shared, tile_rows)
     shapes = (((M, P), torch.int32), ((M, P), torch.float32), ((M * P,), torch.int32), ((T, 3), torch.int32))
     ids, weights, pairs, tiles = (logits.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
     return ids, weights, pairs, tiles
-
-
-def expect_phase(M: int, max_rows: int, phase: str) -> None:
-    """Raise unless `M` tokens are what a layer prepared for `max_rows` in `phase` can take."""
-    limits = {"decode": MAX_DECODE, "prefill": 512}
-    if phase not in limits:
-        raise ValueError(f"phase is {phase!r} but must be 'decode' or 'prefill'")
-    if not 1 <= max_rows <= limits[phase]:
-        raise ValueError(f"max_rows is {max_rows} but must lie in 1..{limits[phase]} at {phase}")
-    if not 1 <= M <= max_rows:
-        raise ValueError(f"there are {M} tokens but must be 1..{max_rows} (max_rows)")

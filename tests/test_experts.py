@@ -14,6 +14,7 @@ from bench.experts import experts_down_inputs, experts_up_inputs
 from bench.registry import Case, Maker, listed
 from voxkern.kernels import settings
 from voxkern.kernels.experts import addresses, combine, experts_down, experts_up
+from voxkern.kernels.route import route, tile_rows
 from voxkern.reference.config import MoEConfig
 from voxkern.reference.moe import MoEBlock
 from voxkern.twins.moe import MoETwin
@@ -37,33 +38,49 @@ def test_right_for_these_rows(operator: str, rows: int, decode: int) -> None:
         assert_right(entry_of(operator), Case(f"rows-{rows}", sizes), "bf16")
 
 
-def small_4() -> MoEBlock:
-    """A layer of Mistral Small 4: 12.8 GB of zeros, which take no memory until they are written."""
-    moe = MoEConfig(128, 4, 2048, num_shared_experts=1)
+def zeros(*shape: int, n: int) -> list[Tensor]:
+    """Weights of `n` experts in bf16, which take no memory until they are written."""
+    return [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(n)]
+
+
+@pytest.mark.parametrize(("M", "n_hit"), [(1, 5), (8, 32)])
+def test_bytes_of_the_experts_that_are_hit(M: int, n_hit: int) -> None:
+    """Mistral Small 4's shapes: of 128 experts and a shared one those hit are loaded once, the others not at all.
+
+    Two blocks of columns are counted of each launch: the others do the same on rows of their own.
+    """
+    logits = torch.randn(M, 128, generator=torch.Generator().manual_seed(1))
+    x, norm = torch.randn(M, 4096).bfloat16(), torch.ones(4096).bfloat16()
+    with settings.pretend("sm_90"):
+        rows = tile_rows(128, 4, torch.bfloat16, M, "decode")
+        ids, weights, pairs, tiles = route(logits, None, 4, 1, "softmax", 1, 1, True, 1.0, rows, M)
+        experts = [zeros(64, 4096, n=129), zeros(64, 4096, n=129), zeros(128, 2048, n=129)]
+        gated = torch.zeros(len(pairs), 2048, dtype=torch.bfloat16)
+        with counting(whole=True, reached=[*experts[0], *experts[1], *experts[2]]) as launches:
+            experts_up.run(x, norm, experts[0], experts[1], pairs, tiles, 1e-5, rows)
+            experts_down.run(gated, experts[2], weights, pairs, tiles, rows)
+    assert [launch.grid[1] for launch in launches] == [2, 2]
+    hit = ids.unique().tolist()
+    assert len(hit) == n_hit
+    traffic = [t for launch in launches for name, t in launch.traffic().items() if name.startswith("reached")]
+    assert sum(t.dram for t in traffic) == sum(one[i].nbytes for one in experts for i in hit)
+    assert sum(t.again for t in traffic) == 0
+
+
+@pytest.mark.slow
+def test_bytes_of_a_whole_layer() -> None:
+    """The same of all blocks and through the twin, for one token: 5 launches and 252 MB of weights."""
     with torch.device("meta"):
-        layer = MoEBlock(4096, moe, 32, 32, 128, 1e-6).bfloat16()
+        layer = MoEBlock(4096, MoEConfig(128, 4, 2048, num_shared_experts=1), 32, 32, 128, 1e-6).bfloat16()
     state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in layer.state_dict().items()}
     layer.load_state_dict(state, assign=True)
-    return layer.requires_grad_(False)
-
-
-@pytest.mark.parametrize("M", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_bytes_of_the_experts_that_are_hit(M: int) -> None:
-    """Mistral Small 4's shapes: every expert hit is loaded once, no other at all."""
-    layer = small_4()
-    layer.gate.weight.copy_(torch.randn(128, 4096, generator=torch.Generator().manual_seed(0)))
-    layer.ffn_norm.weight.fill_(1.0)
-    stream = torch.randn(M, 4096, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer.requires_grad_(False)
+    layer.gate.weight.copy_(torch.randn(128, 4096))
     experts = [*layer.experts.parameters(), *layer.shared_experts.parameters()]
     with settings.pretend("sm_90"), counting(whole=True, reached=experts) as launches:
-        twin = MoETwin(layer, M)
-        twin.run(stream)
-    hit = twin.scratch.ids.unique()
-    assert len(hit) == (5 if M == 1 else 30)
+        MoETwin(layer, 1).run(torch.randn(1, 4096).bfloat16())
     traffic = [t for launch in launches for name, t in launch.traffic().items() if name.startswith("reached")]
-    least = len(hit) * 3 * 4096 * 2048 * 2
-    print(f"{M} tokens, {len(hit)} experts: {sum(t.dram for t in traffic) / least:.4f} of their bytes from DRAM")
-    assert sum(t.dram for t in traffic) == least
+    assert sum(t.dram for t in traffic) == 5 * 3 * 4096 * 2048 * 2
     assert sum(t.again for t in traffic) == 0
     assert len(launches) == 5
 

@@ -1,5 +1,7 @@
 """The mixture of experts: against a second derivation, against public implementations, and end to end."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,22 @@ def test_experts_missing_or_too_many_are_named(
     write_checkpoint(tmp_path, params, state, (tmp_path / "tekken.json").read_text(), {})
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_many_experts_load_without_a_second_copy(tmp_path: Path, dtype: str) -> None:
+    """256 experts, 403 M parameters: peak memory of a fresh process, over what the tiny model takes."""
+    moe = {**TINY_MOE, "num_experts": 256, "expert_hidden_dim": 8192}
+    make_checkpoint(tmp_path, overrides={"moe": moe})
+    sizes = [t.numel for t in tensor_table(tmp_path / "consolidated.safetensors").values()]
+    peak = "next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) * 1024"
+    code = f"import sys, voxkern; voxkern.load(); a = {peak}; tts = voxkern.load(*sys.argv[1:]); print({peak} - a)"
+    command = [sys.executable, "-c", code, str(tmp_path), "cpu", dtype]
+    taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    weights = sum(sizes) * (2 if dtype == "bfloat16" else 4)
+    print(f"{dtype}: {taken / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights")
+    assert taken < 1.2 * weights
 
 
 def _fill(theirs: nn.Module, mine: MoEBlock) -> None:

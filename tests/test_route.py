@@ -15,7 +15,7 @@ from bench.route import PLAIN, route_inputs, route_reference
 from voxkern.kernels import settings
 from voxkern.kernels.route import route, tile_count, tile_rows
 
-SIZES = {"M": 7, "E": 12, "top_k": 3, "n_shared": 1, "tile_rows": 4, "max_rows": 8, "decode": 1, **PLAIN}
+SIZES = {"M": 7, "E": 12, "top_k": 3, "n_shared": 1, "tile_rows": 4, "max_rows": 8, **PLAIN}
 
 
 def inputs(**sizes: int) -> dict[str, Any]:
@@ -37,15 +37,13 @@ def assert_same(args: dict[str, Any]) -> list[Tensor]:
 def shapes(draw: st.DrawFn) -> dict[str, int]:
     groups, size = draw(st.integers(1, 5)), draw(st.integers(1, 8))
     open_groups = draw(st.integers(1, groups))
-    decode = draw(st.booleans())
     return {
         "M": draw(st.integers(1, 40)),
         "E": groups * size,
         "top_k": draw(st.integers(1, min(open_groups * size, 6))),
         "n_shared": draw(st.integers(0, 2)),
         "tile_rows": 1 << draw(st.integers(0, 4)),
-        "max_rows": 40,
-        "decode": int(decode),
+        "max_rows": draw(st.sampled_from([40, 80])),
         "groups": groups,
         "groups_per_tok": open_groups,
         "sigmoid": int(draw(st.booleans())),
@@ -65,9 +63,9 @@ def test_any_shape(sizes: dict[str, int], steps: float) -> None:
     assert_same(args)
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_ties_and_no_numbers(phase: str) -> None:
-    args = inputs() | {"phase": phase}
+@pytest.mark.parametrize("max_rows", [64, 65])  # one launch and two
+def test_ties_and_no_numbers(max_rows: int) -> None:
+    args = inputs(max_rows=max_rows)
     args["logits"] = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, -1.0, 0.0, -0.0, 3.0, 1.0, 1.0, 1.0]).repeat(7, 1)
     args["logits"][1] = torch.nan
     args["logits"][2, 1] = torch.nan
@@ -80,9 +78,9 @@ def test_ties_and_no_numbers(phase: str) -> None:
     assert (weights[:, 3] == 1).all()
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_all_tokens_on_one_expert(phase: str) -> None:
-    args = inputs(M=37, max_rows=40, top_k=1) | {"phase": phase}
+@pytest.mark.parametrize("max_rows", [64, 65])  # one launch and two
+def test_all_tokens_on_one_expert(max_rows: int) -> None:
+    args = inputs(M=37, max_rows=max_rows, top_k=1)
     args["logits"][:, 5] = 50.0
     _, _, pairs, tiles = assert_same(args)
     used = tiles[tiles[:, 0] >= 0]
@@ -103,9 +101,9 @@ def test_the_bound_on_tiles_is_reached() -> None:
     assert tile_count(64, 8, 2, 0, 64) == 8
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_a_token_has_the_same_bits_beside_any_others(phase: str) -> None:
-    args = inputs(M=40, max_rows=40) | {"phase": phase}
+@pytest.mark.parametrize("max_rows", [64, 65])  # one launch and two
+def test_a_token_has_the_same_bits_beside_any_others(max_rows: int) -> None:
+    args = inputs(M=40, max_rows=max_rows)
     ids, weights, *_ = route(**args)
     for i in (0, 20, 39):
         alone = route(**(args | {"logits": args["logits"][i : i + 1]}))
@@ -120,6 +118,8 @@ def test_tiles_of_a_prepared_layer() -> None:
         assert tile_rows(8, 2, torch.bfloat16, 512, "prefill") == 64
     with settings.pretend("gfx942"):  # its matrix units have no 8 columns
         assert tile_rows(128, 4, torch.bfloat16, 1, "decode") == 16
+    with pytest.raises(ValueError, match=r"phase is 'train' but must be 'decode' or 'prefill'"):
+        tile_rows(128, 4, torch.bfloat16, 1, "train")
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,8 @@ def test_tiles_of_a_prepared_layer() -> None:
         ({"n_shared": -1}, ValueError, r"n_shared is -1"),
         ({"scoring": "tanh"}, ValueError, r"scoring is 'tanh' but must be 'softmax' or 'sigmoid'"),
         ({"tile_rows": 12}, ValueError, r"tile_rows is 12 but must be a power of 2"),
-        ({"max_rows": 6}, ValueError, r"there are 7 tokens but must be 1..6"),
-        ({"max_rows": 65}, ValueError, r"max_rows is 65 but must lie in 1..64 at decode"),
-        ({"phase": "train"}, ValueError, r"phase is 'train'"),
+        ({"max_rows": 6}, ValueError, r"x has 7 rows but must have 1..6 \(max_rows\)"),
+        ({"max_rows": 513}, ValueError, r"max_rows is 513 but must lie in 1..512"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -1,6 +1,6 @@
-"""A layer's mixture of experts through kernels, on the host's own weights: 5 launches at decode, 6 at prefill.
+"""A layer's mixture of experts through kernels, on the host's own weights: 5 launches, 6 for many rows.
 
-They are RMSNorm + gate; routing, which also groups tokens by expert (at prefill in a launch of its own); RMSNorm + gate
+They are RMSNorm + gate; routing, which also groups tokens by expert (many rows in a launch of its own); RMSNorm + gate
 and up of the experts; down; and the sum with the residual. Shared experts ride along as experts of weight 1.
 """
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.experts import Addresses, addresses, launch_combine, launch_experts_down, launch_experts_up
-from ..kernels.linear import launch_norm_linear
-from ..kernels.route import expect_phase, launch_route, tile_count, tile_rows
+from ..kernels.linear import expect_rows, launch_norm_linear
+from ..kernels.route import launch_route, tile_count, tile_rows
 from ..reference.linear import FeedForward
 from ..reference.moe import MoEBlock
 
@@ -46,23 +46,24 @@ class MoETwin:
     Attributes:
         layer: whose weights it reads; they may be loaded, moved or replaced between runs.
         max_rows: the most tokens of a run.
-        phase: "decode" or "prefill". Settings, and so the last bits of a result, belong to it and to `max_rows`.
+        phase: "decode", where an expert that is hit is read once; or "prefill", where tiles are as many tokens as an
+            expert may get. Settings, and so the last bits of a result, belong to it and to `max_rows`.
         scratch: for the twins of other layers.
     """
 
     def __init__(self, layer: MoEBlock, max_rows: int, phase: str = "decode", scratch: Scratch | None = None) -> None:
-        """Prepare for 1..`max_rows` tokens: at most 64 at decode, 512 at prefill.
+        """Prepare for 1..`max_rows` tokens.
 
         Args:
             layer: the host.
-            max_rows: prepared for.
+            max_rows: prepared for, 1..512; at decode more than 64 make experts be read more than once.
             phase: "decode" or "prefill".
             scratch: that of another layer's twin with the same sizes, `max_rows` and `phase`; None makes one.
 
         Raises:
             ValueError: `phase` is unknown, `max_rows` is out of range, or `scratch` is of other sizes.
         """
-        expect_phase(1, max_rows, phase)
+        expect_rows(1, max_rows)
         self.layer, self.max_rows, self.phase = layer, max_rows, phase
         routing, E = layer.routing, layer.gate.out_features
         self._places = routing.top_k + layer.n_shared
@@ -93,7 +94,7 @@ class MoETwin:
         if stream.dtype != gate.weight.dtype:
             raise TypeError(f"stream is {stream.dtype} but the weights are {gate.weight.dtype}")
         M, r, s = len(stream), layer.routing, self.scratch
-        expect_phase(M, self.max_rows, self.phase)
+        expect_rows(M, self.max_rows)
         w1, w3, w2 = self._weights()
         T = tile_count(M, gate.out_features, r.top_k, layer.n_shared, self._tile_rows)
         n_pairs = M * self._places
@@ -103,7 +104,6 @@ class MoETwin:
         launch_route(
             (s.ids[:M], weights, pairs, tiles), logits, gate.e_score_correction_bias, r.top_k, layer.n_shared,
             r.scoring, r.n_groups, r.n_groups_per_tok, r.renormalise, r.scale, self._tile_rows, self.max_rows,
-            self.phase,
         )  # fmt: skip
         launch_experts_up(gated, stream, norm.weight, w1, w3, pairs, tiles, norm.eps, self._tile_rows)
         launch_experts_down(parts, gated, w2, weights, pairs, tiles, self._tile_rows)
