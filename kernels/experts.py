@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot
-from .linear import _row_scale
+from .linear import norm_product
 from .operator import expect, operator
 from .settings import Table
 
@@ -116,38 +116,13 @@ def _experts_up_kernel(
     o_pair = tl.load(p_tiles + 3 * i_t + 1) + tl.arange(0, BLOCK_M)
     m_m = o_pair < tl.load(p_tiles + 3 * i_t + 2)
     b_pair = tl.load(p_pairs + o_pair, mask=m_m, other=0).to(tl.int64)  # [M]
-    o_m = b_pair // P
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
     m_n = o_n < N
-    p_w1, stride_w1 = _expert(p_w1, expert, p_x, ALIGNED)
-    p_w3, stride_w3 = _expert(p_w3, expert, p_x, ALIGNED)
-    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
-
-    if NORM_FIRST:
-        b_scale = _row_scale(p_x, o_m, m_m, stride_x, eps, K, BLOCK_M, BLOCK_K)  # [M]
-    b_square = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
-    b_gate = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    b_up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        m_k = k + o_k < K
-        m_w = m_n[:, None] & m_k[None, :]
-        b_w1 = tl.load(p_w1 + o_n[:, None] * stride_w1 + (k + o_k)[None, :], mask=m_w, other=0.0)
-        b_w3 = tl.load(p_w3 + o_n[:, None] * stride_w3 + (k + o_k)[None, :], mask=m_w, other=0.0)
-        b_x = tl.load(
-            p_x + o_m[:, None] * stride_x + (k + o_k)[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0
-        ).to(tl.float32)  # [M, K]
-        b_norm = tl.load(p_norm + k + o_k, mask=m_k, other=0.0).to(tl.float32)  # [K]
-        if NORM_FIRST:
-            b_x *= b_scale[:, None]
-        else:
-            b_square += b_x * b_x
-        b_a = cast(b_x * b_norm[None, :], b_w1.dtype)
-        b_gate = dot(b_w1, tl.trans(b_a), b_gate)  # [N, M]
-        b_up = dot(b_w3, tl.trans(b_a), b_up)
-    if not NORM_FIRST:
-        b_scale = tl.rsqrt(tl.sum(b_square, 1) / K + eps)
-        b_gate, b_up = b_gate * b_scale[None, :], b_up * b_scale[None, :]
+    p_w1, _ = _expert(p_w1, expert, p_x, ALIGNED)
+    p_w3, _ = _expert(p_w3, expert, p_x, ALIGNED)
+    b_gate, b_up = norm_product(
+        p_x, p_norm, p_w1, p_w3, b_pair // P, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     b_y = b_gate * tl.sigmoid(b_gate) * b_up
     tl.store(
         p_y + b_pair[None, :] * N + o_n[:, None], cast(b_y, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None]
@@ -200,7 +175,7 @@ def experts_up(
     Args:
         x: [M, K] fp32, bf16 or fp16; rows may lie apart.
         norm: [K], the RMSNorm's weight.
-        w1: of each expert, the shared ones last, its gate [N, K]; rows may lie apart.
+        w1: of each expert, the shared ones last, its gate [N, K].
         w3: what they gate, in the same way.
         pairs: int32 [M * P], from :func:`voxkern.kernels.route.route`.
         tiles: int32 [T, 3], from there.
@@ -217,8 +192,8 @@ def experts_up(
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
-    N = _expect_experts("w1", w1, K, x)
-    if len(w3) != len(w1) or _expect_experts("w3", w3, K, x) != N:
+    N = _expect_experts("w1", w1, K, x, contiguous=True)
+    if len(w3) != len(w1) or _expect_experts("w3", w3, K, x, contiguous=True) != N:
         raise ValueError(f"w3 must be {len(w1)} experts of [{N}, {K}], as w1 is")
     _expect_pairs(M, pairs, tiles, x)
     return x.new_empty(len(pairs), N)
@@ -288,7 +263,7 @@ def experts_down(x: Tensor, w2: list[Tensor], weights: Tensor, pairs: Tensor, ti
         ValueError: a shape, stride or device is wrong, or a tile's expert, see :func:`experts_up`.
     """
     n_pairs, K = expect("x", x, ("M * P", "K"))
-    N = _expect_experts("w2", w2, K, x)
+    N = _expect_experts("w2", w2, K, x, contiguous=False)
     M, P = expect("weights", weights, ("M", "P"), like=x, dtype=torch.float32)
     if n_pairs != M * P:
         raise ValueError(f"weights is [{M}, {P}] but x has {n_pairs} rows")
@@ -347,12 +322,12 @@ def _found(weights: Sequence[Tensor] | Addresses, tiles: Tensor) -> Addresses:
     return addresses(weights)
 
 
-def _expect_experts(name: str, weights: list[Tensor], K: int, x: Tensor) -> int:
+def _expect_experts(name: str, weights: list[Tensor], K: int, x: Tensor, contiguous: bool) -> int:
     if not weights:
         raise ValueError(f"{name} is empty but must have a tensor an expert")
     N = weights[0].shape[0]
     for i, weight in enumerate(weights):
-        expect(f"{name}[{i}]", weight, (N, K), like=x, contiguous=False)
+        expect(f"{name}[{i}]", weight, (N, K), like=x, contiguous=contiguous)
     return N
 
 

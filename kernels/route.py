@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear import expect_rows
 from .operator import expect, operator
 from .settings import Table
 
@@ -286,8 +285,8 @@ def route(
         renormalise: a token's weights are divided by their sum.
         scale: factor on the weights, after that.
         tile_rows: rows of a tile, a power of 2; see :func:`tile_rows`.
-        max_rows: the most tokens this is prepared for, 1..512; M may be any of 1..max_rows, and a token's experts do
-            not depend on the others.
+        max_rows: the most tokens this is prepared for; M may be any of 1..max_rows, and a token's experts do not
+            depend on the others.
 
     Returns:
         ids int32 [M, P], weights fp32 [M, P] with P = k + n_shared; pairs int32 [M * P] and tiles int32 [T, 3] with
@@ -313,7 +312,8 @@ def route(
         raise ValueError(f"n_shared is {n_shared} but must not be negative")
     if tile_rows < 1 or tile_rows & (tile_rows - 1):
         raise ValueError(f"tile_rows is {tile_rows} but must be a power of 2")
-    expect_rows(M, max_rows)
+    if not 1 <= M <= max_rows:
+        raise ValueError(f"logits has {M} rows but must have 1..{max_rows} (max_rows)")
     P, T = top_k + n_shared, tile_count(M, E, top_k, n_shared, tile_rows)
     shapes = (((M, P), torch.int32), ((M, P), torch.float32), ((M * P,), torch.int32), ((T, 3), torch.int32))
     ids, weights, pairs, tiles = (logits.new_empty(shape, dtype=dtype) for shape, dtype in shapes)

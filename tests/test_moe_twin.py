@@ -221,7 +221,7 @@ def test_layers_share_their_scratch() -> None:
 @pytest.mark.parametrize(
     ("max_rows", "phase", "stream", "error", "message"),
     [
-        (513, "prefill", None, ValueError, r"max_rows is 513 but must lie in 1..512"),
+        (513, "decode", None, ValueError, r"max_rows is 513 but must lie in 1..512"),
         (4, "train", None, ValueError, r"phase is 'train' but must be 'decode' or 'prefill'"),
         (4, "decode", tokens(5), ValueError, r"x has 5 rows but must have 1..4"),
         (4, "decode", torch.ones(2, DIM + 1), ValueError, r"stream is \[2, 73\] but must be \[M, 72\]"),

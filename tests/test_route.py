@@ -136,8 +136,7 @@ def test_tiles_of_a_prepared_layer() -> None:
         ({"n_shared": -1}, ValueError, r"n_shared is -1"),
         ({"scoring": "tanh"}, ValueError, r"scoring is 'tanh' but must be 'softmax' or 'sigmoid'"),
         ({"tile_rows": 12}, ValueError, r"tile_rows is 12 but must be a power of 2"),
-        ({"max_rows": 6}, ValueError, r"x has 7 rows but must have 1..6 \(max_rows\)"),
-        ({"max_rows": 513}, ValueError, r"max_rows is 513 but must lie in 1..512"),
+        ({"max_rows": 6}, ValueError, r"logits has 7 rows but must have 1..6 \(max_rows\)"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -56,14 +56,14 @@ class MoETwin:
 
         Args:
             layer: the host.
-            max_rows: prepared for, 1..512; at decode more than 64 make experts be read more than once.
+            max_rows: prepared for, 1..512 at decode, where more than 64 make experts be read more than once.
             phase: "decode" or "prefill".
             scratch: that of another layer's twin with the same sizes, `max_rows` and `phase`; None makes one.
 
         Raises:
             ValueError: `phase` is unknown, `max_rows` is out of range, or `scratch` is of other sizes.
         """
-        expect_rows(1, max_rows)
+        expect_rows(1, max_rows, phase)
         self.layer, self.max_rows, self.phase = layer, max_rows, phase
         routing, E = layer.routing, layer.gate.out_features
         self._places = routing.top_k + layer.n_shared
@@ -94,13 +94,13 @@ class MoETwin:
         if stream.dtype != gate.weight.dtype:
             raise TypeError(f"stream is {stream.dtype} but the weights are {gate.weight.dtype}")
         M, r, s = len(stream), layer.routing, self.scratch
-        expect_rows(M, self.max_rows)
+        expect_rows(M, self.max_rows, self.phase)
         w1, w3, w2 = self._weights()
         T = tile_count(M, gate.out_features, r.top_k, layer.n_shared, self._tile_rows)
         n_pairs = M * self._places
         logits, weights, pairs, tiles = s.logits[:M], s.weights[:M], s.pairs[:n_pairs], s.tiles[:T]
         gated, parts = s.gated[:n_pairs], s.parts[:n_pairs]
-        launch_norm_linear(logits, stream, norm.weight, gate.weight, norm.eps, self.max_rows)
+        launch_norm_linear(logits, stream, norm.weight, gate.weight, norm.eps, self.max_rows, self.phase)
         launch_route(
             (s.ids[:M], weights, pairs, tiles), logits, gate.e_score_correction_bias, r.top_k, layer.n_shared,
             r.scoring, r.n_groups, r.n_groups_per_tok, r.renormalise, r.scale, self._tile_rows, self.max_rows,
