@@ -2,17 +2,26 @@
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import voxkern
 from bench.accuracy import judge
 from bench.counters import counting, only_launches
+from voxkern.checkpoint import read_checkpoint
 from voxkern.kernels import settings
+from voxkern.maker import TINY_MOE, make_checkpoint
+from voxkern.reference.attention import PagedCache
 from voxkern.reference.config import MoEConfig
 from voxkern.reference.moe import MoEBlock, route
+from voxkern.twins import backbone
+from voxkern.twins.backbone import BackboneTwin
 from voxkern.twins.moe import MoETwin
 
 DIM, HIDDEN = 72, 40  # odd in every tile of the interpreter, and more than one
@@ -216,6 +225,40 @@ def test_layers_share_their_scratch() -> None:
         ValueError, match=r"scratch.logits is torch.float32 \[8, 12\] but this layer needs .* \[9, 12\]"
     ):
         MoETwin(one, 9, scratch=first.scratch)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with experts in its second layer, fp32."""
+    return make_checkpoint(tmp_path_factory.mktemp("moe"), dtype=torch.float32, overrides={"moe": TINY_MOE})
+
+
+@torch.inference_mode()
+def test_a_backbone_with_experts(folder: Path) -> None:
+    """Prompts and single tokens through the backbone's twin; weights of another dtype make it anew."""
+    model = read_checkpoint(folder).model
+    u = torch.randn(2, 21, 64, generator=torch.Generator().manual_seed(0))
+    expected = model.hidden_states(u)
+    voxkern.accelerate(model, 2)
+    pool, table = torch.full((2, 2, 2, 2, 64, 16), torch.nan), torch.tensor([[1], [0]])
+    for start, stop in ((0, 9), (9, 20), (20, 21)):
+        h = model.hidden_states(u[:, start:stop], PagedCache(pool, table, torch.tensor([stop, stop])))
+        torch.testing.assert_close(h, expected[:, start:stop], rtol=1e-4, atol=1e-5)
+    with mock.patch.object(backbone, "MIXTURE_ROWS", 16):
+        twin = BackboneTwin(model, 2)
+        torch.testing.assert_close(twin(u), expected, rtol=1e-4, atol=1e-5)
+    assert model.bfloat16().hidden_states(u.bfloat16()).dtype == torch.bfloat16
+
+
+def test_speaks_as_the_torch_backend_does(folder: Path) -> None:
+    arguments = {"text": ["a", "hello"], "voice": ["ada", "bob"], "seed": [1, 2], "max_frames": [3, 5]}
+    mine = voxkern.load(folder, backend="triton", max_batch=2).generate(**arguments, steps=2)
+    theirs = voxkern.load(folder, backend="torch", max_batch=2).generate(**arguments, steps=2)
+    for one, other in zip(mine, theirs, strict=True):
+        assert np.array_equal(one.codes, other.codes)
+    again = voxkern.load(folder, backend="triton", max_batch=2)
+    alone = again.generate("a", voice="ada", seed=1, max_frames=3, steps=2)
+    assert np.array_equal(alone.codes, mine[0].codes)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The backbone's twin: five launches a layer, on the host's own weights, over the paged KV cache.
+"""The backbone's twin: five launches a layer (eight with experts), on the host's own weights, over the paged KV cache.
 
 Decode is one token a request, in memory that is made once; a prefill is many tokens of several requests side by side,
 with tiles as large as the matrix units want them. Which of the two it is decides the settings, never the rows at hand.
@@ -6,7 +6,7 @@ with tiles as large as the matrix units want them. Which of the two it is decide
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from ..kernels.operator import on_device
 from ..kernels.qkv import launch_norm_qkv, launch_norm_qkv_append, launch_rope_append
 from ..reference.attention import PagedCache, TransformerBlock, rope_table
 from ..reference.backbone import Backbone
+from ..reference.moe import MoEBlock
+from .moe import MoETwin
 
 MAX_BATCH = 64
 MAX_TOKENS = 16_384  # 20 minutes of speech: as many as 64 spans of 256 tokens hold
 PREFILL_ROWS = 1 << 20  # prepared for: in a prefill the settings depend on no rows at all
+MIXTURE_ROWS = 1024  # tokens of a prefill that go through the experts at once
 NAME = "the accelerated backbone"
 PAGE = 64  # of a cache made for a call without one
 
@@ -97,6 +100,7 @@ class BackboneTwin:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self._key: tuple[torch.dtype, torch.device] | None = None
         self._buffers: dict[int, Buffers] = {}
+        self._mixtures: dict[tuple[str, torch.dtype, torch.device], dict[MoEBlock, MoETwin]] = {}
         self._rope: Tensor | None = None
 
     def __call__(self, u: Tensor, cache: PagedCache | None = None) -> Tensor:
@@ -138,7 +142,7 @@ class BackboneTwin:
         with on_device(NAME, u):
             b, rope, stream = self.buffers(u, pool), self.rope(u.device), u
             for layer, cache in zip(self._blocks, pool, strict=True):
-                attention, feed = layer.attention, layer.feed_forward
+                attention = layer.attention
                 launch_norm_qkv_append(
                     stream, layer.attention_norm.weight,
                     attention.wq.weight, attention.wk.weight, attention.wv.weight,
@@ -146,9 +150,8 @@ class BackboneTwin:
                 )  # fmt: skip
                 launch_paged_attention(b.attended, b.q, cache, block_table, lengths, 0, self.max_tokens, b.scratch)
                 launch_linear(b.stream, b.attended, attention.wo.weight, None, stream, self.max_batch)
-                stream, norm = b.stream, layer.ffn_norm.weight
-                launch_norm_swiglu(b.gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, self.max_batch)
-                launch_linear(stream, b.gated, feed.w2.weight, None, stream, self.max_batch)
+                stream = b.stream
+                self._feed(layer, stream, b.gated, self.max_batch, "decode")
             launch_rms_norm(b.hidden, stream, self.host.norm.weight, self._eps)
         return b.hidden
 
@@ -174,7 +177,7 @@ class BackboneTwin:
             attended = u.new_empty(R, config.n_heads * config.head_dim)
             gated, out = u.new_empty(R, config.hidden_dim), torch.empty_like(u)
             for layer, cache in zip(self._blocks, pool, strict=True):
-                attention, feed = layer.attention, layer.feed_forward
+                attention = layer.attention
                 launch_norm_qkv(
                     qkv, stream, layer.attention_norm.weight,
                     attention.wq.weight, attention.wk.weight, attention.wv.weight, self._eps, R, *many,
@@ -184,11 +187,30 @@ class BackboneTwin:
                     attended, qkv, cache, block_table, rows.starts, rows.lengths, 0, max(rows.new), config.n_heads
                 )
                 launch_linear(out, attended, attention.wo.weight, None, stream, *many)
-                stream, norm = out, layer.ffn_norm.weight
-                launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, *many)
-                launch_linear(stream, gated, feed.w2.weight, None, stream, *many)
+                stream = out
+                self._feed(layer, stream, gated, *many)
         return stream
 
+    def _feed(self, layer: TransformerBlock | MoEBlock, stream: Tensor, gated: Tensor, *prepared: Any) -> None:
+        """``stream += feed_forward(RMSNorm(stream))``; `prepared` for so many rows, and the phase."""
+        if isinstance(layer, MoEBlock):
+            mixture = self._mixture(layer, *prepared)
+            for start in range(0, len(stream), mixture.max_rows):
+                mixture.run(stream[start : start + mixture.max_rows])
+            return
+        feed, norm = layer.feed_forward, layer.ffn_norm.weight
+        launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, *prepared)
+        launch_linear(stream, gated, feed.w2.weight, None, stream, *prepared)
+
+    def _mixture(self, layer: MoEBlock, max_rows: int, phase: str) -> MoETwin:
+        """Of a layer with experts; all of a phase share the memory between their launches."""
+        weight = layer.gate.weight
+        kind = (phase, weight.dtype, weight.device)
+        twins = self._mixtures.setdefault(kind, {})
+        if layer not in twins:
+            scratch = next((twin.scratch for twin in twins.values()), None)
+            twins[layer] = MoETwin(layer, min(max_rows, MIXTURE_ROWS), phase, scratch)
+        return twins[layer]
     def norm(self, states: Tensor) -> Tensor:
         """The final norm of what :meth:`prefill` returns, or of some of its rows."""
         out = torch.empty_like(states)
@@ -226,8 +248,8 @@ class BackboneTwin:
         return self._rope
 
     @property
-    def _blocks(self) -> list[TransformerBlock]:
-        return cast(list[TransformerBlock], list(self.host.layers))
+    def _blocks(self) -> list[TransformerBlock | MoEBlock]:
+        return cast(list[TransformerBlock | MoEBlock], list(self.host.layers))
 
     @property
     def _eps(self) -> float:
