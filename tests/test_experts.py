@@ -9,6 +9,7 @@ from checks import assert_right
 from plant import entry_of
 from torch import Tensor
 
+from bench import ledger
 from bench.counters import counting
 from bench.experts import experts_down_inputs, experts_up_inputs
 from bench.registry import Case, Maker, listed
@@ -83,6 +84,16 @@ def test_bytes_of_a_whole_layer() -> None:
     assert sum(t.dram for t in traffic) == 5 * 3 * 4096 * 2048 * 2
     assert sum(t.again for t in traffic) == 0
     assert len(launches) == 5
+
+
+@pytest.mark.parametrize("operator", ["experts_up", "experts_down"])
+def test_memory_is_kept_busy(operator: str) -> None:
+    """One token on an H100: 32 KB of weights under way a multiprocessor, by asynchronous copies of 16 bytes."""
+    _, rows = ledger.read(ledger.FILE.read_text())
+    (row,) = [row for row in rows if (row.operator, row.case, row.arch) == (operator, "small-4-b1", "sm_90")]
+    assert row.in_flight >= 32 << 10
+    assert "LDGSTS.128" in row.loads
+    assert row.matrix != "-"
 
 
 def test_weights_that_begin_anywhere() -> None:
