@@ -133,8 +133,8 @@ def _route_kernel(
     o_e, o_p = tl.arange(0, E_PAD), tl.arange(0, P_PAD)
     m_m, m_e = o_m < M, o_e < E
     scale = tl.full([], scale, tl.float32)
-    m_logits = m_m[:, None] & m_e[None, :]
-    b_logits = tl.load(p_logits + o_m[:, None] * E + o_e[None, :], mask=m_logits, other=-float("inf"))
+    b_logits = tl.load(p_logits + o_m[:, None] * E + o_e[None, :], mask=m_m[:, None] & m_e[None, :], other=0.0)
+    b_logits = tl.where(m_e[None, :], b_logits, -float("inf"))
     if SIGMOID:
         b_scores = 1.0 / (1.0 + tl.exp(-b_logits))
     else:

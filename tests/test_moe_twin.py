@@ -77,8 +77,12 @@ def assert_right(layer: MoEBlock, u: Tensor, out: Tensor) -> None:
     assert verdict.right, str(verdict)
 
 
-@pytest.mark.parametrize(("E", "k"), [(8, 2), (128, 4), (16, 1), (12, 3)])
-@pytest.mark.parametrize("M", [1, 2, 7, 64, 300])
+EXPERTS = [(8, 2), (128, 4), (16, 1), (12, 3)]
+
+
+@pytest.mark.parametrize(
+    ("M", "E", "k"), [(M, *experts) for M in (1, 2, 7, 64) for experts in EXPERTS] + [(300, 128, 4), (300, 12, 3)]
+)
 def test_right(M: int, E: int, k: int) -> None:
     layer = block(num_experts=E, num_experts_per_tok=k, num_shared_experts=1)
     u = tokens(M)
@@ -268,7 +272,13 @@ def test_speaks_as_the_torch_backend_does(folder: Path) -> None:
         (4, "train", None, ValueError, r"phase is 'train' but must be 'decode' or 'prefill'"),
         (4, "decode", tokens(5), ValueError, r"x has 5 rows but must have 1..4"),
         (4, "decode", torch.ones(2, DIM + 1), ValueError, r"stream is \[2, 73\] but must be \[M, 72\]"),
-        (4, "decode", tokens(2, torch.bfloat16), TypeError, r"stream is torch.bfloat16 but the weights are"),
+        (
+            4,
+            "decode",
+            tokens(2, torch.bfloat16),
+            TypeError,
+            r"stream is torch.bfloat16 and the weights are",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(

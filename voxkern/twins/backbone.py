@@ -211,6 +211,7 @@ class BackboneTwin:
             scratch = next((twin.scratch for twin in twins.values()), None)
             twins[layer] = MoETwin(layer, min(max_rows, MIXTURE_ROWS), phase, scratch)
         return twins[layer]
+
     def norm(self, states: Tensor) -> Tensor:
         """The final norm of what :meth:`prefill` returns, or of some of its rows."""
         out = torch.empty_like(states)

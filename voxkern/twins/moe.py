@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.experts import Addresses, addresses, launch_combine, launch_experts_down, launch_experts_up
 from ..kernels.linear import expect_rows, launch_norm_linear
+from ..kernels.operator import on_device
 from ..kernels.route import launch_route, tile_count, tile_rows
 from ..reference.linear import FeedForward
 from ..reference.moe import MoEBlock
@@ -67,6 +68,9 @@ class MoETwin:
         self.layer, self.max_rows, self.phase = layer, max_rows, phase
         routing, E = layer.routing, layer.gate.out_features
         self._places = routing.top_k + layer.n_shared
+        feeds = [*self._experts, *([layer.shared_experts] if layer.n_shared else [])]
+        self._linears = [linear for feed in feeds for linear in (feed.w1, feed.w2, feed.w3)]
+        self._standing: tuple[int, ...] = ()
         self._tile_rows = tile_rows(E, routing.top_k, layer.gate.weight.dtype, max_rows, phase)
         made = self._scratch("meta")
         self.scratch = self._scratch(layer.gate.weight.device) if scratch is None else scratch
@@ -91,8 +95,11 @@ class MoETwin:
         layer, gate, norm = self.layer, self.layer.gate, self.layer.ffn_norm
         if stream.ndim != 2 or stream.shape[1] != gate.in_features or stream.stride(1) != 1:
             raise ValueError(f"stream is {list(stream.shape)} but must be [M, {gate.in_features}], rows of stride 1")
-        if stream.dtype != gate.weight.dtype:
-            raise TypeError(f"stream is {stream.dtype} but the weights are {gate.weight.dtype}")
+        if not stream.dtype == gate.weight.dtype == self.scratch.gated.dtype:
+            raise TypeError(
+                f"stream is {stream.dtype} and the weights are {gate.weight.dtype}, but both must be "
+                f"{self.scratch.gated.dtype}, as the twin was prepared"
+            )
         M, r, s = len(stream), layer.routing, self.scratch
         expect_rows(M, self.max_rows, self.phase)
         w1, w3, w2 = self._weights()
@@ -100,14 +107,15 @@ class MoETwin:
         n_pairs = M * self._places
         logits, weights, pairs, tiles = s.logits[:M], s.weights[:M], s.pairs[:n_pairs], s.tiles[:T]
         gated, parts = s.gated[:n_pairs], s.parts[:n_pairs]
-        launch_norm_linear(logits, stream, norm.weight, gate.weight, norm.eps, self.max_rows, self.phase)
-        launch_route(
-            (s.ids[:M], weights, pairs, tiles), logits, gate.e_score_correction_bias, r.top_k, layer.n_shared,
-            r.scoring, r.n_groups, r.n_groups_per_tok, r.renormalise, r.scale, self._tile_rows, self.max_rows,
-        )  # fmt: skip
-        launch_experts_up(gated, stream, norm.weight, w1, w3, pairs, tiles, norm.eps, self._tile_rows)
-        launch_experts_down(parts, gated, w2, weights, pairs, tiles, self._tile_rows)
-        launch_combine(stream, parts)
+        with on_device("the mixture of experts", stream):
+            launch_norm_linear(logits, stream, norm.weight, gate.weight, norm.eps, self.max_rows, self.phase)
+            launch_route(
+                (s.ids[:M], weights, pairs, tiles), logits, gate.e_score_correction_bias, r.top_k, layer.n_shared,
+                r.scoring, r.n_groups, r.n_groups_per_tok, r.renormalise, r.scale, self._tile_rows, self.max_rows,
+            )  # fmt: skip
+            launch_experts_up(gated, stream, norm.weight, w1, w3, pairs, tiles, norm.eps, self._tile_rows)
+            launch_experts_down(parts, gated, w2, weights, pairs, tiles, self._tile_rows)
+            launch_combine(stream, parts)
 
     @property
     def _experts(self) -> list[FeedForward]:
@@ -115,15 +123,16 @@ class MoETwin:
 
     def _weights(self) -> tuple[Addresses, Addresses, Addresses]:
         """Where gates, ups and downs stand now. Kept, so that a captured graph's tables live as long as its twin."""
-        experts = self._experts
-        w1, w3, w2 = [e.w1.weight for e in experts], [e.w3.weight for e in experts], [e.w2.weight for e in experts]
-        if self.layer.n_shared:
-            shared, hidden = self.layer.shared_experts, len(w1[0])
-            for i in range(0, self.layer.n_shared * hidden, hidden):  # they stand side by side in one
-                w1.append(shared.w1.weight[i : i + hidden])
-                w3.append(shared.w3.weight[i : i + hidden])
-                w2.append(shared.w2.weight[:, i : i + hidden])
-        self._addresses = addresses(w1), addresses(w3), addresses(w2)
+        standing = tuple(linear.weight.data_ptr() for linear in self._linears)
+        if self._standing != standing:
+            experts, layer = self._experts, self.layer
+            w1, w3, w2 = [e.w1.weight for e in experts], [e.w3.weight for e in experts], [e.w2.weight for e in experts]
+            hidden = len(w1[0])
+            for i in range(0, layer.n_shared * hidden, hidden):  # they stand side by side in one
+                w1.append(layer.shared_experts.w1.weight[i : i + hidden])
+                w3.append(layer.shared_experts.w3.weight[i : i + hidden])
+                w2.append(layer.shared_experts.w2.weight[:, i : i + hidden])
+            self._standing, self._addresses = standing, (addresses(w1), addresses(w3), addresses(w2))
         return self._addresses
 
     def _scratch(self, device: torch.device | str) -> Scratch:
