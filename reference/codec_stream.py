@@ -39,7 +39,7 @@ class CodecState:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """The rows of a chunk at one rate: `fresh` [B, 1, 1], nothing before them; `past` and `valid` [B], their counts."""
 
     fresh: Tensor
@@ -117,9 +117,9 @@ class CodecStream:
         samples = patches.reshape(B, T, config.samples_per_frame) * has.unsqueeze(2)
         return samples.view(B, 1, T * config.samples_per_frame)
 
-    def _chunk(self, lengths: Tensor, rate: int) -> _Chunk:
+    def _chunk(self, lengths: Tensor, rate: int) -> Chunk:
         frames = self.state.frames
-        return _Chunk((frames == 0).view(-1, 1, 1), frames * rate, lengths * rate)
+        return Chunk((frames == 0).view(-1, 1, 1), frames * rate, lengths * rate)
 
 
 @dataclass(frozen=True)
@@ -163,20 +163,20 @@ def fold(conv: CausalConv1d | CausalConvTranspose1d) -> Tensor:
     return weight.permute(3, 1, 0, 2).flip(-1).reshape(conv.stride * n_out, -1)  # tap m is the row m before the newest
 
 
-def _convolve(conv: CausalConv1d, weight: Tensor, x: Tensor, tail: Tensor, chunk: _Chunk) -> Tensor:
+def _convolve(conv: CausalConv1d, weight: Tensor, x: Tensor, tail: Tensor, chunk: Chunk) -> Tensor:
     """[B, T, n_in] -> [B, T, n_out]."""
     n = conv.padding
     missing = x[:, 1 : n + 1].flip(1) if conv.pad_mode == "reflect" else x[:, :1].expand(-1, n, -1)
     rows = torch.cat((torch.where(chunk.fresh, missing, tail), x), dim=1)  # [B, n + T, n_in]
-    tail.copy_(_last(rows, chunk.valid, n))
+    tail.copy_(last_rows(rows, chunk.valid, n))
     return _product(weight, rows, n + 1)
 
 
-def _upsample(conv: CausalConvTranspose1d, weight: Tensor, x: Tensor, tail: Tensor, chunk: _Chunk) -> Tensor:
+def _upsample(conv: CausalConvTranspose1d, weight: Tensor, x: Tensor, tail: Tensor, chunk: Chunk) -> Tensor:
     """[B, T, n_in] -> [B, stride T, n_out]."""
     n = tail.shape[1]
     rows = torch.cat((torch.where(chunk.fresh, 0, tail), x), dim=1)  # [B, n + T, n_in]
-    tail.copy_(_last(rows, chunk.valid, n))
+    tail.copy_(last_rows(rows, chunk.valid, n))
     y = _product(weight, rows, n + 1)  # [B, T, stride n_out]
     return y.reshape(len(y), conv.stride * x.shape[1], -1)
 
@@ -186,14 +186,14 @@ def _product(weight: Tensor, rows: Tensor, taps: int) -> Tensor:
     return F.linear(rows.unfold(1, taps, 1).flatten(2), weight)
 
 
-def _transform(transformer: CodecTransformer, x: Tensor, rings: Iterator[Tensor], chunk: _Chunk) -> Tensor:
+def _transform(transformer: CodecTransformer, x: Tensor, rings: Iterator[Tensor], chunk: Chunk) -> Tensor:
     """[B, T, dim] -> [B, T, dim]."""
     for layer in transformer.layers:
-        x = layer(x, partial(_attend, next(rings), chunk))
+        x = layer(x, partial(attend_chunk, next(rings), chunk))
     return x
 
 
-def _attend(ring: Tensor, chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_chunk(ring: Tensor, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """:func:`window_attention` of a chunk's rows, [B, T, H, D] each, over the ring's keys and their own."""
     T, H = q.shape[1:3]
     window = ring.shape[2]
@@ -205,13 +205,13 @@ def _attend(ring: Tensor, chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor) -> Ten
     bias = torch.where(seen, slopes * distance, -torch.inf).to(q.dtype)  # [B, H, T, window + T]
     live = exists[..., :window].permute(0, 3, 1, 2)  # [B, window, 1, 1]
     keys, values = (torch.cat((torch.where(live, old, 0), new), dim=1) for old, new in zip(ring, (k, v), strict=True))
-    ring[0].copy_(_last(keys, chunk.valid, window))
-    ring[1].copy_(_last(values, chunk.valid, window))
+    ring[0].copy_(last_rows(keys, chunk.valid, window))
+    ring[1].copy_(last_rows(values, chunk.valid, window))
     q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
     return F.scaled_dot_product_attention(q, keys, values, bias).transpose(1, 2)
 
 
-def _last(rows: Tensor, valid: Tensor, n: int) -> Tensor:
+def last_rows(rows: Tensor, valid: Tensor, n: int) -> Tensor:
     """The `n` rows before the end of each request, which is at n + `valid`: [B, n + T, ...] -> [B, n, ...]."""
     i_row = valid.unsqueeze(1) + torch.arange(n, device=rows.device)  # [B, n]
     return rows[torch.arange(len(rows), device=rows.device).unsqueeze(1), i_row]

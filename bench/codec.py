@@ -1,0 +1,207 @@
+"""The codec's decoder on chunks of frames at the shapes of the public model."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.registry import Case, Entry, Maker
+from voxkern.kernels.codec import RULES, codec_advance, codec_attention, codec_conv, codec_dequantise
+from voxkern.reference.codec_stream import Chunk, attend_chunk, last_rows
+from voxkern.reference.linear import rms_norm, wide
+
+
+def chunk_inputs(s: Any, make: Maker) -> dict[str, Any]:
+    """Requests at their start, soon after it and long after, with no frames to all `s.T` of the chunk."""
+    i = torch.arange(s.B)
+    made = {
+        "frames": (i % 3) ** 5,
+        "lengths": s.T - i % (s.T + 1),
+        "turn": torch.ones(1, dtype=torch.int32),
+    }
+    return {name: tensor.to(make.device) for name, tensor in made.items()}
+
+
+def codec_dequantise_reference(
+    codes: Tensor, lengths: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
+) -> Tensor:
+    """As the reference's quantiser does it."""
+    there = torch.arange(codes.shape[2], device=codes.device) < lengths.unsqueeze(1)
+    codes = codes.where(there.unsqueeze(1), 0)
+    semantic = wide(embedding_sum)[codes[:, 0]] / wide(cluster_usage)[codes[:, 0]].clamp(min=1e-5).unsqueeze(-1)
+    acoustic = codes[:, 1:].transpose(1, 2).to(semantic.dtype) * (2 / (levels - 1)) - 1
+    return torch.cat((semantic, acoustic), dim=2).to(embedding_sum.dtype).flatten(0, 1)
+
+
+def codec_dequantise_inputs(s: Any, make: Maker) -> dict[str, Any]:
+    """Codes that there are, but for those that are not to be read; one vector was never used."""
+    lengths = chunk_inputs(s, make)["lengths"]
+    b, k, t = torch.meshgrid(torch.arange(s.B), torch.arange(1 + s.K), torch.arange(s.T), indexing="ij")
+    codes = (7 * b + 3 * k + 5 * t) % min(s.size, 21)
+    usage = make(s.size, mean=5.0)
+    usage[min(s.size, 21) // 2] = 0.0
+    return {
+        "codes": codes.to(make.device).where(t.to(make.device) < lengths.view(-1, 1, 1), -(1 << 40)),
+        "lengths": lengths,
+        "embedding_sum": make(s.size, s.dim) * usage.unsqueeze(1),
+        "cluster_usage": usage,
+        "levels": 21,
+    }
+
+
+def codec_conv_reference(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    tail: Tensor,
+    frames: Tensor,
+    lengths: Tensor,
+    turn: Tensor,
+    rate: int,
+    rule: str,
+) -> None:
+    """The rows before the chunk and its own, side by side, and a product on windows of them."""
+    B, n, K = tail.shape[1:]
+    now, x = int(turn), x.view(B, -1, K)
+    missing = {
+        "zero": torch.zeros_like(x[:, :1]).expand(-1, n, -1),
+        "replicate": x[:, :1].expand(-1, n, -1),
+        "reflect": x[:, 1 : n + 1].flip(1),
+    }[rule]
+    rows = torch.cat((torch.where((frames == 0).view(-1, 1, 1), missing, tail[now]), x), dim=1)  # [B, n + T, K]
+    windows = rows.unfold(1, n + 1, 1).transpose(2, 3).flatten(2)  # [B, T, (n + 1) K]
+    there = torch.arange(x.shape[1], device=x.device) < (lengths * rate).unsqueeze(1)
+    y.copy_((F.linear(windows.to(weight.dtype), weight) * there.unsqueeze(2)).flatten(0, 1))
+    tail[1 - now] = last_rows(rows, lengths * rate, n)
+
+
+def codec_conv_inputs(s: Any, make: Maker) -> dict[str, Any]:
+    """`s.n` rows before each row, and a rule by its number."""
+    M = s.B * s.T * s.rate
+    return {
+        "y": make(M, s.N),
+        "x": make(M, s.K),
+        "weight": make(s.N, (s.n + 1) * s.K, std=((s.n + 1) * s.K) ** -0.5),
+        "tail": make(2, s.B, s.n, s.K),
+        "rate": s.rate,
+        "rule": RULES[s.rule],
+        **chunk_inputs(s, make),
+    }
+
+
+def codec_attention_reference(
+    out: Tensor,
+    qkv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    ring: Tensor,
+    frames: Tensor,
+    lengths: Tensor,
+    turn: Tensor,
+    rate: int,
+    eps: float,
+    n_heads: int,
+) -> None:
+    """Both norms, each rounded, and the reference's attention over a chunk."""
+    B, now = len(frames), int(turn)
+    q, k, v = qkv.view(B, -1, qkv.shape[1]).chunk(3, dim=2)
+    parts = (rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v)
+    q, k, v = (part.unflatten(2, (n_heads, -1)) for part in parts)  # [B, T, H, D]
+    ring[1 - now] = ring[now]
+    chunk = Chunk((frames == 0).view(-1, 1, 1), frames * rate, lengths * rate)
+    kept = ring[1 - now].unflatten(-1, (n_heads, -1))
+    out.copy_(attend_chunk(kept, chunk, q, k, v).flatten(2).flatten(0, 1))
+
+
+def codec_attention_inputs(s: Any, make: Maker) -> dict[str, Any]:
+    """Scores with a deviation of 1."""
+    W = s.H * s.D
+    return {
+        "out": make(s.B * s.T * s.rate, W),
+        "qkv": make(s.B * s.T * s.rate, 3 * W),
+        "q_norm": make(W, mean=1.0, std=0.1),
+        "k_norm": make(W, mean=1.0, std=0.1),
+        "ring": make(2, 2, s.B, s.window, W),
+        "rate": s.rate,
+        "eps": 1e-6,
+        "n_heads": s.H,
+        **chunk_inputs(s, make),
+    }
+
+
+def codec_advance_reference(lengths: Tensor, frames: Tensor, turn: Tensor) -> None:
+    """A sum and a difference."""
+    frames += lengths
+    turn.copy_(1 - turn)
+
+
+UP = {"N": 2048, "K": 1024, "n": 1, "rule": 0}
+SOUND = {"N": 240, "K": 1024, "n": 6, "rule": 2, "rate": 8}
+LAST = {"rate": 8, "H": 8, "D": 128, "window": 16}
+
+ENTRIES = [
+    Entry(
+        op=codec_dequantise,
+        reference=codec_dequantise_reference,
+        inputs=codec_dequantise_inputs,
+        cases=(
+            Case("odd", {"B": 3, "T": 5, "dim": 24, "K": 36, "size": 62}),
+            Case("odd-few", {"B": 5, "T": 3, "dim": 75, "K": 5, "size": 7}),
+            Case("b1", {"B": 1, "T": 1, "dim": 256, "K": 36, "size": 8192}, public=True, dtypes=("bf16",)),
+            Case("b32", {"B": 32, "T": 1, "dim": 256, "K": 36, "size": 8192}, public=True, dtypes=("bf16",)),
+        ),
+        rows="B",
+        stage=lambda c: 0,
+        once=(),
+        alike=False,
+        product=False,
+    ),
+    Entry(
+        op=codec_conv,
+        reference=codec_conv_reference,
+        inputs=codec_conv_inputs,
+        cases=(
+            Case("odd", {"B": 5, "T": 3, "N": 50, "K": 75, "n": 2, "rule": 1, "rate": 1}),
+            Case("odd-reflect", {"B": 3, "T": 2, "N": 37, "K": 70, "n": 6, "rule": 2, "rate": 8}),
+            Case("odd-zero", {"B": 7, "T": 3, "N": 66, "K": 129, "n": 1, "rule": 0, "rate": 2}),
+            Case("up-b1", {"B": 1, "T": 1, **UP, "rate": 4}, public=True, dtypes=("bf16",)),
+            Case("up-b32", {"B": 32, "T": 1, **UP, "rate": 4}, public=True, dtypes=("bf16",)),
+            Case("sound-b1", {"B": 1, "T": 1, **SOUND}, public=True, dtypes=("fp32",)),
+        ),
+        rows="B",
+        alike=False,
+    ),
+    Entry(
+        op=codec_attention,
+        reference=codec_attention_reference,
+        inputs=codec_attention_inputs,
+        cases=(
+            Case("odd", {"B": 3, "T": 5, "rate": 4, "H": 3, "D": 24, "window": 4}),
+            Case("odd-window", {"B": 5, "T": 3, "rate": 8, "H": 2, "D": 40, "window": 16}),
+            Case("odd-first", {"B": 4, "T": 1, "rate": 1, "H": 5, "D": 16, "window": 2}),
+            Case("b1", {"B": 1, "T": 1, **LAST}, public=True),
+            Case("b32", {"B": 32, "T": 1, **LAST}, public=True, dtypes=("bf16",)),
+        ),
+        rows="B",
+        stage=lambda c: 0,
+        once=(),
+        alike=False,
+    ),
+    Entry(
+        op=codec_advance,
+        reference=codec_advance_reference,
+        inputs=lambda s, make: chunk_inputs(s, make),
+        cases=(
+            Case("odd", {"B": 7, "T": 3}, dtypes=("bf16",)),
+            Case("odd-one", {"B": 1, "T": 5}, dtypes=("bf16",)),
+            Case("b1", {"B": 1, "T": 1}, public=True, dtypes=("bf16",)),
+            Case("b32", {"B": 32, "T": 1}, public=True, dtypes=("bf16",)),
+        ),
+        rows="B",
+        stage=lambda c: 0,
+        once=(),
+        alike=False,
+        product=False,
+    ),
+]
