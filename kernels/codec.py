@@ -7,6 +7,8 @@ Rows are request-major, row = request * T + t. A row's bits depend on no other r
 chunk it stands: a sound is the same however its frames come.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -65,11 +67,11 @@ def launch_codec_dequantise(
 ) -> None:
     """Fill `out`, contiguous [B T, dim + K]; the other arguments are those of :func:`codec_dequantise`, unchecked."""
     (B, K, T), dim = codes.shape, embedding_sum.shape[1]
+    constants: dict[str, Any] = {"DIM": dim, "K": K - 1, "num_warps": 4, "enable_fp_fusion": FP_FUSION}
+    constants |= {"COLUMNS": triton.next_power_of_2(dim), "LEVELS": triton.next_power_of_2(K - 1)}
     _codec_dequantise_kernel[(T, B)](
-        codes, lengths, embedding_sum, cluster_usage, out, T, 2 / (levels - 1),
-        DIM=dim, K=K - 1, COLUMNS=triton.next_power_of_2(dim), LEVELS=triton.next_power_of_2(K - 1),
-        num_warps=4, enable_fp_fusion=FP_FUSION,
-    )  # fmt: skip
+        codes, lengths, embedding_sum, cluster_usage, out, T, 2 / (levels - 1), **constants
+    )
 
 
 @operator(launch_codec_dequantise)
@@ -159,7 +161,8 @@ def _codec_conv_kernel(
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for step in range(0, (TAIL + 1) * STEPS):
-        tap, k = step // STEPS, step % STEPS * BLOCK_K
+        tap = step // STEPS
+        k = (step - tap * STEPS) * BLOCK_K
         m_k = k + o_k < K
         p_w_tile = p_w + o_n[:, None] * ((TAIL + 1) * K) + (tap * K + k + o_k)[None, :]
         b_w = tl.load(p_w_tile, mask=m_n[:, None] & m_k[None, :], other=0.0)
@@ -385,7 +388,8 @@ def _codec_advance_kernel(p_lengths, p_frames, p_turn, B, ROWS: tl.constexpr):
 
 def launch_codec_advance(lengths: Tensor, frames: Tensor, turn: Tensor) -> None:
     """The arguments are those of :func:`codec_advance`, unchecked."""
-    _codec_advance_kernel[(1,)](lengths, frames, turn, len(frames), ROWS=64, num_warps=1, enable_fp_fusion=FP_FUSION)
+    constants: dict[str, Any] = {"ROWS": 64, "num_warps": 1, "enable_fp_fusion": FP_FUSION}
+    _codec_advance_kernel[(1,)](lengths, frames, turn, len(frames), **constants)
 
 
 @operator(launch_codec_advance, mutates=("frames", "turn"))

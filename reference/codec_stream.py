@@ -137,13 +137,13 @@ class Folded:
     @classmethod
     def of(cls, codec: AudioTokenizer) -> "Folded":
         """Those of a codec."""
-        weights = [fold(conv) for conv in _convolutions(codec)]
+        weights = [fold(conv) for conv in convolutions(codec)]
         return cls(cls.key_of(codec), [*weights[:-1], wide(weights[-1])])
 
     @staticmethod
     def key_of(codec: AudioTokenizer) -> tuple[Any, ...]:
         """What changes when a weight does."""
-        weights = [weight for conv in _convolutions(codec) for weight in conv.parameters()]
+        weights = [weight for conv in convolutions(codec) for weight in conv.parameters()]
         return tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
 
 
@@ -217,7 +217,8 @@ def last_rows(rows: Tensor, valid: Tensor, n: int) -> Tensor:
     return rows[torch.arange(len(rows), device=rows.device).unsqueeze(1), i_row]
 
 
-def _convolutions(codec: AudioTokenizer) -> list[CausalConv1d | CausalConvTranspose1d]:
+def convolutions(codec: AudioTokenizer) -> list[CausalConv1d | CausalConvTranspose1d]:
+    """The decoder's, in order."""
     blocks = (*codec.decoder_blocks, codec.output_proj)
     return [block for block in blocks if isinstance(block, CausalConv1d | CausalConvTranspose1d)]
 

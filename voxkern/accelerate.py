@@ -6,6 +6,7 @@ import logging
 from torch import nn
 
 from .reference.backbone import Backbone
+from .reference.codec import AudioTokenizer
 from .reference.flow import FlowMatchingAudioTransformer
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
         max_batch: the most requests a call may have, 1..64. Settings, and so the last bits of a result, belong to it.
 
     Returns:
-        Names of the modules that were replaced, and of the backbone's method, ``hidden_states``.
+        Names of the modules that were replaced, and of methods: the backbone's ``hidden_states``, the codec's
+        ``stream``.
 
     Raises:
         ValueError: the model has no part that voxkern knows.
@@ -30,6 +32,7 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("triton is not installed, and kernels need it; the model runs without them as it is")
     from .twins.backbone import BackboneTwin
+    from .twins.codec import CodecTwin
     from .twins.flow import FlowTwin
 
     embeddings = dict(model.named_modules()).get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
@@ -42,6 +45,9 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
             table = embeddings if isinstance(embeddings, nn.Embedding) else None
             module.forward = FlowTwin(module, max_batch, table)  # type: ignore[method-assign]
             replaced.append(name or type(module).__name__)
+        if isinstance(module, AudioTokenizer):
+            module.stream = CodecTwin(module)  # type: ignore[method-assign, assignment]
+            replaced.append(f"{name}.stream".lstrip("."))
     if not replaced:
         raise ValueError(f"{type(model).__name__} has no part that voxkern has kernels for")
     log.info("accelerated: %s", ", ".join(replaced))
@@ -62,4 +68,7 @@ def restore(model: nn.Module) -> list[str]:
         if isinstance(module, FlowMatchingAudioTransformer) and "forward" in vars(module):
             del module.forward
             restored.append(name or type(module).__name__)
+        if isinstance(module, AudioTokenizer) and "stream" in vars(module):
+            del module.stream
+            restored.append(f"{name}.stream".lstrip("."))
     return restored
