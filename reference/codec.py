@@ -182,11 +182,16 @@ class AudioTokenizer(nn.Module):
 
     def stream(self, batch: int = 1) -> "CodecStream":
         """Start `batch` requests whose codes are decoded as they come."""
-        from .codec_stream import CodecStream, Folded  # which is made of this module's parts
+        from .codec_stream import CodecStream  # which is made of this module's parts
 
-        if self._folded is None or self._folded.key != Folded.key_of(self):
-            self._folded = Folded.of(self)
-        return CodecStream(self, batch, self._folded)
+        return CodecStream(self, batch, self.folded())
+
+    def folded(self) -> "Folded":
+        """The decoder's convolutions with their weight norm folded in, made anew where a weight has changed."""
+        from .codec_stream import Folded
+
+        self._folded = Folded.of(self, self._folded)
+        return self._folded
 
     def latents(self, samples: Tensor) -> Tensor:
         """What the encoder makes of sound, before it is quantised.

@@ -127,24 +127,28 @@ class Folded:
     """The decoder's convolutions as products, see :func:`fold`: what depends on their weights alone.
 
     Attributes:
-        key: of the weights that they were made from.
+        sources: the weights that they were made from.
+        key: what those were then.
         weights: in order; the last, which makes sound, is wide.
     """
 
+    sources: tuple[Tensor, ...]
     key: tuple[Any, ...]
     weights: list[Tensor]
 
     @classmethod
-    def of(cls, codec: AudioTokenizer) -> "Folded":
-        """Those of a codec."""
-        weights = [fold(conv) for conv in convolutions(codec)]
-        return cls(cls.key_of(codec), [*weights[:-1], wide(weights[-1])])
+    def of(cls, codec: AudioTokenizer, known: "Folded | None" = None) -> "Folded":
+        """Those of a codec; `known` itself where no weight is seen to have changed since.
 
-    @staticmethod
-    def key_of(codec: AudioTokenizer) -> tuple[Any, ...]:
-        """What changes when a weight does."""
-        weights = [weight for conv in convolutions(codec) for weight in conv.parameters()]
-        return tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
+        What is written through ``.data``, or to weights made in inference mode, leaves no trace.
+        """
+        sources = tuple(weight for conv in convolutions(codec) for weight in conv.parameters())
+        key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in sources)
+        # the tensors themselves, too: a new one may lie where an old one lay
+        if known is None or known.key != key or any(a is not b for a, b in zip(known.sources, sources, strict=True)):
+            weights = [fold(conv) for conv in convolutions(codec)]
+            known = cls(sources, key, [*weights[:-1], wide(weights[-1])])
+        return known
 
 
 @torch.no_grad()
@@ -152,15 +156,15 @@ def fold(conv: CausalConv1d | CausalConvTranspose1d) -> Tensor:
     """A convolution's weight, its norm folded in, as that of a product on windows of rows.
 
     Returns:
-        [n_out, n_in taps], with a row's taps side by side, the oldest first. A transposed convolution of stride s makes
-        s rows of each window, [s n_out, n_in taps], and its taps are those rows of x that reach them.
+        [n_out, taps n_in], a tap's channels side by side, the oldest row's first. A transposed convolution of stride s
+        makes s rows of each window, [s n_out, taps n_in], and its taps are those rows of x that reach them.
     """
     weight: Tensor = conv.conv.weight
     if isinstance(conv, CausalConv1d):
-        return weight.flatten(1)
+        return weight.transpose(1, 2).flatten(1)
     n_in, n_out, kernel = weight.shape
     weight = F.pad(weight, (0, -kernel % conv.stride)).view(n_in, n_out, -1, conv.stride)
-    return weight.permute(3, 1, 0, 2).flip(-1).reshape(conv.stride * n_out, -1)  # tap m is the row m before the newest
+    return weight.flip(2).permute(3, 1, 2, 0).reshape(conv.stride * n_out, -1)  # tap m is the row m before the newest
 
 
 def _convolve(conv: CausalConv1d, weight: Tensor, x: Tensor, tail: Tensor, chunk: Chunk) -> Tensor:
@@ -183,7 +187,7 @@ def _upsample(conv: CausalConvTranspose1d, weight: Tensor, x: Tensor, tail: Tens
 
 def _product(weight: Tensor, rows: Tensor, taps: int) -> Tensor:
     """Each window of `taps` rows times a folded weight; torch's own convolutions are slow on a few rows."""
-    return F.linear(rows.unfold(1, taps, 1).flatten(2), weight)
+    return F.linear(rows.unfold(1, taps, 1).transpose(2, 3).flatten(2), weight)
 
 
 def _transform(transformer: CodecTransformer, x: Tensor, rings: Iterator[Tensor], chunk: Chunk) -> Tensor:
@@ -230,8 +234,7 @@ def _new_state(codec: AudioTokenizer, batch: int) -> CodecState:
     tails, rings = [], []
     for block in codec.decoder_blocks:
         if isinstance(block, CausalConvTranspose1d):
-            kernel = block.conv.weight.shape[2]
-            tails.append(zeros(batch, -(-kernel // block.stride) - 1, config.dim))
+            tails.append(zeros(batch, block.padding, config.dim))
         elif isinstance(block, CausalConv1d):
             tails.append(zeros(batch, block.padding, config.latent_dim))
         elif isinstance(block, CodecTransformer):

@@ -39,7 +39,7 @@ class CausalConvTranspose1d(nn.Module):
         """The weight is [n_in, n_out, kernel], so its norm is per input channel."""
         super().__init__()
         self.conv = weight_norm(nn.ConvTranspose1d(n_in, n_out, kernel, stride, bias=False))
-        self.stride = stride
+        self.stride, self.padding = stride, -(-kernel // stride) - 1  # rows before each that reach as far
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n_in, T] -> [B, n_out, stride T]."""

@@ -21,7 +21,7 @@ from ..kernels.linear import launch_linear, launch_norm_swiglu
 from ..kernels.operator import on_device
 from ..kernels.qkv import launch_norm_qkv
 from ..reference.codec import AudioTokenizer, CodecBlock, CodecTransformer
-from ..reference.codec_stream import convolutions, fold
+from ..reference.codec_stream import convolutions
 from ..reference.convolution import CausalConv1d, CausalConvTranspose1d
 from ..reference.linear import wide
 
@@ -29,21 +29,6 @@ NAME = "the accelerated codec"
 MAX_BATCH = 64
 UNIT = 25  # frames a chunk, at most: 2 s, as servers send them
 TILE_ROWS = 32  # the linear family's settings: a chunk has 1 to 200 rows, and few are the common case
-
-
-@dataclass(frozen=True)
-class Folded:
-    """The decoder's convolutions as products, [N, taps K] with the oldest tap first: of their weights alone.
-
-    Attributes:
-        sources: the weights that they were made from.
-        key: what those were then.
-        weights: in order; the last, which makes sound, is wide.
-    """
-
-    sources: tuple[Tensor, ...]
-    key: tuple[Any, ...]
-    weights: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,12 +87,12 @@ class CodecTwin:
         Raises:
             ValueError: a window or kernel that the kernels do not do.
         """
-        self.host, self._folded = host, cast(Folded | None, None)
+        self.host = host
         rows = host.config.samples_per_frame // host.config.pretransform_patch_size
         windows = [block.window for block in host.decoder_blocks if isinstance(block, CodecTransformer)]
         if not all(1 <= window <= MAX_WINDOW for window in windows):
             raise ValueError(f"the codec's windows are {windows}, kernels do 1..{MAX_WINDOW}: use the reference")
-        if rows <= host.output_proj.padding or any(_tail_rows(conv) < 1 for conv in convolutions(host)):
+        if rows <= host.output_proj.padding or any(conv.padding < 1 for conv in convolutions(host)):
             raise ValueError(
                 f"the codec makes {rows} rows a frame from kernels of "
                 f"{[conv.conv.kernel_size[0] for conv in convolutions(host)]}: kernels need more rows than the last "
@@ -116,25 +101,7 @@ class CodecTwin:
 
     def __call__(self, batch: int = 1) -> "CodecTwinStream":
         """Start `batch` requests, 1..64, whose codes are decoded as they come."""
-        return CodecTwinStream(self.host, batch, self.folded().weights)
-
-    def folded(self) -> Folded:
-        """The folded weights; made anew when a weight that they come from is seen to have changed.
-
-        What is written through ``.data``, or to weights made in inference mode, leaves no trace: :meth:`refresh` then.
-        """
-        sources = tuple(weight for conv in convolutions(self.host) for weight in conv.parameters())
-        key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in sources)
-        known = self._folded
-        # the tensors themselves, too: a new one may lie where an old one lay
-        if known is None or known.key != key or any(a is not b for a, b in zip(known.sources, sources, strict=True)):
-            weights = [_taps_outside(fold(conv), _tail_rows(conv) + 1) for conv in convolutions(self.host)]
-            self._folded = known = Folded(sources, key, [*weights[:-1], wide(weights[-1])])
-        return known
-
-    def refresh(self) -> None:
-        """Forget the folded weights: the next stream folds them as they are then."""
-        self._folded = None
+        return CodecTwinStream(self.host, batch, self.host.folded().weights)
 
 
 class CodecTwinStream:
@@ -230,24 +197,12 @@ class CodecTwinStream:
             launch_linear(x, gated, feed.w2.weight, layer.ffn_scale, x, TILE_ROWS)
 
 
-def _tail_rows(conv: CausalConv1d | CausalConvTranspose1d) -> int:
-    """Rows before each that a convolution needs."""
-    if isinstance(conv, CausalConv1d):
-        return conv.padding
-    return -(-int(conv.conv.kernel_size[0]) // conv.stride) - 1
-
-
-def _taps_outside(weight: Tensor, taps: int) -> Tensor:
-    """[N, K taps] -> [N, taps K]: a tap's channels side by side, as rows lie."""
-    return weight.view(len(weight), -1, taps).transpose(1, 2).reshape(len(weight), -1)
-
-
 def _new_memory(codec: AudioTokenizer, batch: int) -> Memory:
     config, like = codec.config, codec.quantizer.semantic_codebook.embedding_sum
     tails, rings = [], []
     for conv in convolutions(codec):
         channels = config.latent_dim if conv is codec.decoder_blocks[0] else config.dim
-        tails.append(like.new_zeros(2, batch, _tail_rows(conv), channels))
+        tails.append(like.new_zeros(2, batch, conv.padding, channels))
     for block in codec.decoder_blocks:
         if isinstance(block, CodecTransformer):
             shape = (2, 2, batch, block.window, config.n_heads * config.head_dim)
