@@ -44,7 +44,7 @@ def codec_dequantise_inputs(s: Any, make: Maker) -> dict[str, Any]:
     return {
         "codes": codes.to(make.device).where(t.to(make.device) < lengths.view(-1, 1, 1), -(1 << 40)),
         "lengths": lengths,
-        "embedding_sum": make(s.size, s.dim) * usage.unsqueeze(1),
+        "embedding_sum": make(s.size, s.dim) * usage.clamp(min=1e-5).unsqueeze(1),
         "cluster_usage": usage,
         "levels": 21,
     }
