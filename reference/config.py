@@ -108,6 +108,27 @@ class AcousticTransformerConfig:
     norm_eps: float = 1e-5
     n_decoding_steps: int = 7  # absent from the public checkpoint; vLLM-Omni sets 7 as well
 
+    @property
+    def time_dim(self) -> int:
+        """Sinusoids of the time."""
+        return self.dim
+
+
+@dataclass(frozen=True)
+class VelocityMLPConfig:
+    """The other velocity network, a residual MLP: ``"kind": "adaln_mlp"``. MAR's `hidden_dim` is its `dim`."""
+
+    input_dim: int
+    dim: int
+    n_layers: int
+    hidden_dim: int
+    norm_eps: float = 1e-6
+    time_dim: int = 256  # sinusoids of the time
+    n_decoding_steps: int = 7
+
+
+HEADS = {"transformer": AcousticTransformerConfig, "adaln_mlp": VelocityMLPConfig}
+
 
 @dataclass(frozen=True)
 class AudioModelConfig:
@@ -201,7 +222,7 @@ class Config:
     """
 
     backbone: BackboneConfig
-    acoustic_transformer: AcousticTransformerConfig
+    acoustic_transformer: AcousticTransformerConfig | VelocityMLPConfig
     audio: AudioModelConfig
     codec: CodecConfig
     voices: tuple[str, ...] = ()
@@ -226,9 +247,8 @@ class Config:
         codec_args = reader.section(multimodal, "multimodal.audio_tokenizer_args")
         acoustic_args = reader.section(audio_args, "multimodal.audio_model_args.acoustic_transformer_args")
         backbone = reader.read(BackboneConfig, params, "", skip=("moe",))
-        acoustic = reader.read(
-            AcousticTransformerConfig, acoustic_args, "multimodal.audio_model_args.acoustic_transformer_args."
-        )
+        head = reader.head(acoustic_args)
+        acoustic = reader.read(head, acoustic_args, "multimodal.audio_model_args.acoustic_transformer_args.")
         audio = reader.read(AudioModelConfig, audio_args, "multimodal.audio_model_args.")
         codec = reader.read(CodecConfig, codec_args, "multimodal.audio_tokenizer_args.")
         moe = reader.read(MoEConfig, _moe_args(params), "moe.") if params.get("moe") else None
@@ -236,7 +256,7 @@ class Config:
         reader.raise_problems()
         config = cls(
             backbone=BackboneConfig(**backbone, moe=MoEConfig(**moe) if moe else None),
-            acoustic_transformer=AcousticTransformerConfig(**acoustic),
+            acoustic_transformer=head(**acoustic),
             audio=AudioModelConfig(**audio),
             codec=CodecConfig(**codec),
             voices=tuple(codec_args.get("voice") or ()),
@@ -279,6 +299,16 @@ class _Reader:
         self.missing.append(path) if value is None else self.wrong.append(f"{path} must be an object")
         return {}
 
+    def head(self, args: dict[str, Any]) -> type[AcousticTransformerConfig] | type[VelocityMLPConfig]:
+        kind = args.get("kind", "transformer")
+        if kind not in list(HEADS):  # it may be of any kind of JSON
+            self.wrong.append(f"acoustic_transformer_args.kind must be one of {', '.join(HEADS)}, got {kind!r}")
+            return AcousticTransformerConfig
+        other = {field.name for cls in HEADS.values() for field in dataclasses.fields(cls)}
+        other -= {field.name for field in dataclasses.fields(HEADS[kind])}
+        self.wrong += [f"acoustic_transformer_args.{key} is no key of the kind {kind}" for key in args if key in other]
+        return HEADS[kind]
+
     def read(self, cls: type, args: dict[str, Any], prefix: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
         kinds = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
@@ -310,7 +340,7 @@ class _Reader:
             (params, "causal", True),
             (params, "sliding_window", None),
             (params, "qk_norm", False),
-            (acoustic, "use_biases", False),
+            (acoustic, "use_biases", acoustic.get("kind") == "adaln_mlp"),
             (audio, "input_embedding_concat_type", "sum"),
             (audio.get("audio_encoding_args") or {}, "codebook_pattern", "parallel"),
             (codec, "use_biases", False),
@@ -343,7 +373,6 @@ def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
             found.append(f"{a_name} ({a}) != {b_name} ({b})")
 
     same("acoustic_transformer_args.input_dim", acoustic.input_dim, "dim", backbone.dim)
-    same("acoustic_transformer_args.dim", acoustic.dim, "acoustic_transformer_args.input_dim", acoustic.input_dim)
     for name in ("semantic_codebook_size", "acoustic_codebook_size"):
         same(f"audio_model_args.{name}", getattr(audio, name), f"audio_tokenizer_args.{name}", getattr(codec, name))
     same(
@@ -351,11 +380,13 @@ def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
         "audio_tokenizer_args.acoustic_dim", codec.acoustic_dim,
     )  # fmt: skip
     same("codec n_kv_heads", codec.n_kv_heads, "codec n_heads", codec.n_heads)
+    if isinstance(acoustic, AcousticTransformerConfig):
+        same("acoustic_transformer_args.dim", acoustic.dim, "acoustic_transformer_args.input_dim", acoustic.input_dim)
     for name, part in (("", backbone), ("acoustic_transformer_args.", acoustic)):
-        if part.n_kv_heads < 1 or part.n_heads % part.n_kv_heads:
+        if not isinstance(part, VelocityMLPConfig) and (part.n_kv_heads < 1 or part.n_heads % part.n_kv_heads):
             found.append(f"{name}n_heads ({part.n_heads}) must be a multiple of n_kv_heads ({part.n_kv_heads})")
-    if backbone.head_dim % 2 or acoustic.dim % 2:
-        found.append("head_dim and acoustic_transformer_args.dim must be even")
+    if backbone.head_dim % 2 or acoustic.time_dim % 2:
+        found.append("head_dim and acoustic_transformer_args.dim (time_dim of an adaln_mlp) must be even")
     if not 1 <= acoustic.n_decoding_steps <= 64:
         found.append(f"n_decoding_steps ({acoustic.n_decoding_steps}) must lie in 1..64")
     if audio.acoustic_codebook_size < 2:

@@ -1,8 +1,9 @@
 """The flow-matching head: noise to 36 acoustic codes in a few Euler steps, and the semantic code beside them.
 
-The velocity network is a small bidirectional transformer over three tokens [x, t, h]: the state of the flow, the time,
-and the backbone's hidden state. It is evaluated with and without the hidden state (classifier-free guidance), both in
-one batch. (Voxtral TTS, arXiv 2603.25551; flow matching, arXiv 2210.02747; guidance, arXiv 2207.12598.)
+The public model's velocity network is a small bidirectional transformer over three tokens [x, t, h]: the state of the
+flow, the time, and the backbone's hidden state; another one is in ``velocity_mlp.py``. Either is evaluated with and
+without the hidden state (classifier-free guidance), both in one batch. (Voxtral TTS, arXiv 2603.25551; flow matching,
+arXiv 2210.02747; guidance, arXiv 2207.12598.)
 """
 
 import itertools
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .attention import TransformerBlock, attention
-from .config import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_CODES, AcousticTransformerConfig, AudioModelConfig
+from .config import (
+    EMPTY_AUDIO,
+    END_AUDIO,
+    N_SPECIAL_CODES,
+    AcousticTransformerConfig,
+    AudioModelConfig,
+    VelocityMLPConfig,
+)
 from .linear import RMSNorm, wide
 
 MAX_STEPS = 64
@@ -124,25 +132,16 @@ def lowest_argmax(logits: Tensor) -> Tensor:
     return torch.where(is_max, index, logits.shape[-1]).amin(-1)
 
 
-class FlowMatchingAudioTransformer(nn.Module):
-    """The head: hidden state in, one frame of 37 codes out."""
+class FlowHead(nn.Module):
+    """What every head shares: hidden state in, one frame of 37 codes out, by any velocity network.
 
-    def __init__(self, config: AcousticTransformerConfig, audio: AudioModelConfig) -> None:
-        """Names as in the checkpoint's ``acoustic_transformer``."""
-        super().__init__()
-        self.config, self.audio = config, audio
-        self.input_projection = nn.Linear(audio.n_acoustic_codebook, config.dim, bias=False)
-        self.time_projection = nn.Linear(config.dim, config.dim, bias=False)
-        self.llm_projection = nn.Linear(config.input_dim, config.dim, bias=False)
-        self.layers = nn.ModuleList(
-            TransformerBlock(
-                config.dim, config.hidden_dim, config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps
-            )
-            for _ in range(config.n_layers)
-        )
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.semantic_codebook_output = nn.Linear(config.dim, audio.semantic_rows, bias=False)
-        self.acoustic_codebook_output = nn.Linear(config.dim, audio.n_acoustic_codebook, bias=False)
+    A network is a subclass with a ``semantic_codebook_output`` that adds :meth:`project_time`, :meth:`project_hidden`
+    and ``_velocity``.
+    """
+
+    config: AcousticTransformerConfig | VelocityMLPConfig
+    audio: AudioModelConfig
+    semantic_codebook_output: nn.Linear
 
     def semantic_logits(self, h: Tensor) -> Tensor:
         """Logits of the semantic codebook, [B, dim] -> wide [B, rows]; EMPTY and the padding rows are -inf."""
@@ -157,23 +156,29 @@ class FlowMatchingAudioTransformer(nn.Module):
         Args:
             x: [B, K], the flow's state.
             t: [B] or [], in 0..1.
-            h: [B, dim], the backbone's hidden state; zeros for the unconditional branch.
+            h: [B, input_dim], the backbone's hidden state; zeros for the unconditional branch.
 
         Returns:
             wide [B, K].
         """
-        return self._velocity(x, self.project_time(t), self.llm_projection(h))
+        return self._velocity(x, self.project_time(t), self.project_hidden(h))
 
     def project_time(self, t: Tensor) -> Tensor:
-        """The t token of a flow time: [...] in 0..1 -> [..., dim]."""
-        weight = self.time_projection.weight
-        return self.time_projection(time_embedding(t, self.config.dim).to(weight.dtype))  # type: ignore[no-any-return]
+        """What the network takes for a flow time: [...] in 0..1 -> [..., dim]."""
+        raise NotImplementedError
+
+    def project_hidden(self, h: Tensor) -> Tensor:
+        """What it takes for a hidden state: [B, input_dim] -> [B, dim]."""
+        raise NotImplementedError
 
     def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
-        """Integrate from noise (t = 0) to acoustic latents (t = 1).
+        """Integrate from noise (t = 0) to acoustic latents (t = 1): what :meth:`forward` quantises.
+
+        A model of continuous latents takes these. The branch without condition is given hidden states of zero, and
+        they are projected as any other: to zero, or to the projection's bias where it has one.
 
         Args:
-            h: [B, dim].
+            h: [B, input_dim], the backbone's hidden state.
             cfg_alpha: [B].
             noise: [B, K].
             steps: evaluations of the velocity, 1..64; each is one pass for both branches of the guidance.
@@ -183,12 +188,11 @@ class FlowMatchingAudioTransformer(nn.Module):
             wide [B, K], not clamped.
         """
         times = time_grid(solver, steps)
-        tokens = self.project_time(torch.tensor(times[:-1], dtype=torch.float64, device=h.device))  # [steps, dim]
-        hidden = self.llm_projection(h)
-        hidden = torch.cat((hidden, torch.zeros_like(hidden)))  # [2B, dim]: projecting zeros gives zeros
+        projected = self.project_time(torch.tensor(times[:-1], dtype=torch.float64, device=h.device))  # [steps, dim]
+        hidden = self.project_hidden(torch.cat((h, torch.zeros_like(h))))  # [2B, dim]
 
         def velocity(x: Tensor, k: int) -> Tensor:
-            return guide(self._velocity(torch.cat((x, x)), tokens[k], hidden), cfg_alpha)
+            return guide(self._velocity(torch.cat((x, x)), projected[k], hidden), cfg_alpha)
 
         return integrate(velocity, noise.to(wide(h).dtype), solver, times)
 
@@ -203,7 +207,7 @@ class FlowMatchingAudioTransformer(nn.Module):
         """One frame of codes.
 
         Args:
-            h: [B, dim], the backbone's hidden state after its final norm.
+            h: [B, input_dim], the backbone's hidden state after its final norm.
             cfg_alpha: [B], strength of the guidance; 1 is none.
             noise: [B, K] standard normals; None draws them from torch's generator.
             steps: evaluations of the velocity; None takes the config's.
@@ -233,6 +237,41 @@ class FlowMatchingAudioTransformer(nn.Module):
 
     def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
         """Wide [B, K] from the state [B, K] and the projected time [dim] or [B, dim] and hidden state [B, dim]."""
+        raise NotImplementedError
+
+
+class FlowMatchingAudioTransformer(FlowHead):
+    """The public model's head: its velocity network is a transformer."""
+
+    config: AcousticTransformerConfig
+
+    def __init__(self, config: AcousticTransformerConfig, audio: AudioModelConfig) -> None:
+        """Names as in the checkpoint's ``acoustic_transformer``."""
+        super().__init__()
+        self.config, self.audio = config, audio
+        self.input_projection = nn.Linear(audio.n_acoustic_codebook, config.dim, bias=False)
+        self.time_projection = nn.Linear(config.dim, config.dim, bias=False)
+        self.llm_projection = nn.Linear(config.input_dim, config.dim, bias=False)
+        self.layers = nn.ModuleList(
+            TransformerBlock(
+                config.dim, config.hidden_dim, config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps
+            )
+            for _ in range(config.n_layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.semantic_codebook_output = nn.Linear(config.dim, audio.semantic_rows, bias=False)
+        self.acoustic_codebook_output = nn.Linear(config.dim, audio.n_acoustic_codebook, bias=False)
+
+    def project_time(self, t: Tensor) -> Tensor:
+        """The t token."""
+        weight = self.time_projection.weight
+        return self.time_projection(time_embedding(t, self.config.dim).to(weight.dtype))  # type: ignore[no-any-return]
+
+    def project_hidden(self, h: Tensor) -> Tensor:
+        """The h token; there is no bias, so zeros give zeros."""
+        return self.llm_projection(h)  # type: ignore[no-any-return]
+
+    def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
         x = self.input_projection(x.to(hidden.dtype))
         tokens = torch.stack((x, time.expand_as(x), hidden), dim=1)  # [B, 3, dim]
         *layers, last = self.layers

@@ -4,8 +4,16 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .codec import AudioTokenizer
-from .config import Config
-from .flow import FlowMatchingAudioTransformer
+from .config import AcousticTransformerConfig, AudioModelConfig, Config, VelocityMLPConfig
+from .flow import FlowHead, FlowMatchingAudioTransformer
+from .velocity_mlp import FlowMatchingAudioMLP
+
+
+def make_head(config: AcousticTransformerConfig | VelocityMLPConfig, audio: AudioModelConfig) -> FlowHead:
+    """The flow head that `config` chooses."""
+    if isinstance(config, VelocityMLPConfig):
+        return FlowMatchingAudioMLP(config, audio)
+    return FlowMatchingAudioTransformer(config, audio)
 
 
 class VoxtralTTS(Backbone):
@@ -18,7 +26,7 @@ class VoxtralTTS(Backbone):
         """`encoder`: also the codec's encoder, which the public checkpoint lacks."""
         super().__init__(config.backbone, config.audio)
         self.config = config
-        self.acoustic_transformer = FlowMatchingAudioTransformer(config.acoustic_transformer, config.audio)
+        self.acoustic_transformer = make_head(config.acoustic_transformer, config.audio)
         self.audio_tokenizer = AudioTokenizer(config.codec, encoder)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:

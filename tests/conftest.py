@@ -52,6 +52,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mlp_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a flow head whose velocity network is the residual MLP."""
+    return make_checkpoint(tmp_path_factory.mktemp("mlp"), dtype=torch.float32, velocity_mlp=True)
+
+
+@pytest.fixture(scope="session")
 def tiny_params(tiny_folder: Path) -> dict:
     return read_params(tiny_folder)
 

@@ -120,6 +120,8 @@ def time_embedding(t: float, dim: int) -> np.ndarray:
 def velocity(weights: Weights, params: Params, x: np.ndarray, t: float, h: np.ndarray) -> np.ndarray:
     """[B, 36], time, [B, dim] -> [B, 36] (3.3)."""
     args = params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]
+    if args.get("kind") == "adaln_mlp":
+        return mlp_velocity(weights, args, x, t, h)
     prefix = "acoustic_transformer"
     x_row = np.asarray(x, dtype=np.float64) @ weights[f"{prefix}.input_projection.weight"].T
     t_row = time_embedding(t, args["dim"]) @ weights[f"{prefix}.time_projection.weight"].T
@@ -130,6 +132,39 @@ def velocity(weights: Weights, params: Params, x: np.ndarray, t: float, h: np.nd
         y = decoder_layer(weights, f"{prefix}.layers.{layer}", args, y, open_to_all, theta=None)
     first = rms_norm(y[:, 0], weights[f"{prefix}.norm.weight"], args.get("norm_eps", DEFAULT_NORM_EPS))
     return first @ weights[f"{prefix}.acoustic_codebook_output.weight"].T
+
+
+def affine(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    """[..., n] -> [..., m]: W x + b."""
+    name = f"acoustic_transformer.{name}"
+    return np.asarray(x, dtype=np.float64) @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x / (1 + exp(-x))."""
+    return x * 0.5 * (1.0 + np.tanh(x / 2.0))
+
+
+def layer_norm(x: np.ndarray, eps: float) -> np.ndarray:
+    """[..., n] -> [..., n]: mean 0 and variance 1, no gain."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
+
+
+def mlp_velocity(weights: Weights, args: Params, x: np.ndarray, t: float, h: np.ndarray) -> np.ndarray:
+    """[B, 36], time, [B, input_dim] -> [B, 36]: MAR's residual MLP (arXiv 2406.11838)."""
+    sinusoids = time_embedding(t, args.get("time_dim", 256))
+    time = affine(weights, "time_embed.mlp.2", silu(affine(weights, "time_embed.mlp.0", sinusoids)))
+    condition = silu(time + affine(weights, "cond_embed", h))
+    eps = args.get("norm_eps", 1e-6)
+    u = affine(weights, "input_proj", x)
+    for block in range(args["n_layers"]):
+        name = f"res_blocks.{block}"
+        shift, scale, gate = np.split(affine(weights, f"{name}.adaLN_modulation.1", condition), 3, axis=-1)
+        inner = affine(weights, f"{name}.mlp.0", layer_norm(u, eps) * (1.0 + scale) + shift)
+        u = u + gate * affine(weights, f"{name}.mlp.2", silu(inner))
+    shift, scale = np.split(affine(weights, "final_layer.adaLN_modulation.1", condition), 2, axis=-1)
+    return affine(weights, "final_layer.linear", layer_norm(u, eps) * (1.0 + scale) + shift)
 
 
 def solve(

@@ -121,3 +121,11 @@ def test_make(tmp_path: Path) -> None:
     done = run(app, ["info", str(tmp_path / "m")])
     assert done.exit_code == 0
     assert "bfloat16" in done.stdout
+
+
+def test_make_with_a_velocity_mlp(tmp_path: Path) -> None:
+    done = run(app, ["make", str(tmp_path / "m"), "--velocity-mlp"])
+    assert done.exit_code == 0
+    done = run(app, ["info", str(tmp_path / "m")])
+    assert done.exit_code == 0
+    assert "2 layers of 48" in done.stdout

@@ -8,6 +8,7 @@ import torch
 
 from voxkern.maker import public_params, tiny_params
 from voxkern.reference import Config, ConfigError, VoxtralTTS
+from voxkern.reference.config import VelocityMLPConfig
 
 
 def test_public_shapes() -> None:
@@ -90,6 +91,10 @@ ACOUSTIC = "multimodal.audio_model_args.acoustic_transformer_args."
         (ACOUSTIC + "dim", 32, "acoustic_transformer_args.dim"),
         (ACOUSTIC + "n_kv_heads", 3, "n_heads"),
         (ACOUSTIC + "n_decoding_steps", 65, "n_decoding_steps"),
+        (ACOUSTIC + "kind", "unet", "acoustic_transformer_args.kind must be one of transformer, adaln_mlp, got 'unet'"),
+        (ACOUSTIC + "kind", ["adaln_mlp"], "acoustic_transformer_args.kind must be one of"),
+        (ACOUSTIC + "kind", "adaln_mlp", "acoustic_transformer_args.n_heads is no key of the kind adaln_mlp"),
+        (ACOUSTIC + "time_dim", 256, "acoustic_transformer_args.time_dim is no key of the kind transformer"),
         ("multimodal.audio_tokenizer_args.semantic_codebook_size", 63, "semantic_codebook_size"),
         ("multimodal.audio_tokenizer_args.acoustic_dim", 35, "acoustic_dim"),
         ("multimodal.audio_tokenizer_args.decoder_convs_strides_str", "1,2,2", "encoder_\\*_str"),
@@ -107,6 +112,25 @@ ACOUSTIC = "multimodal.audio_model_args.acoustic_transformer_args."
 def test_what_is_wrong_is_named(path: str, value: Any, named: str) -> None:
     params = copy.deepcopy(tiny_params())
     _set(params, path, value)
+    with pytest.raises(ConfigError, match=named):
+        Config.from_params(params)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("hidden_dim", None, "missing keys: multimodal.audio_model_args.acoustic_transformer_args.hidden_dim"),
+        ("input_dim", 65, r"input_dim \(65\) != dim \(64\)"),
+        ("time_dim", 31, "time_dim of an adaln_mlp"),
+        ("use_biases", False, r"use_biases = False is not supported \(only True\)"),
+        ("head_dim", 16, "head_dim is no key of the kind adaln_mlp"),
+        ("n_layers", 2.0, "n_layers must be int"),
+    ],
+)
+def test_what_is_wrong_with_a_velocity_mlp_is_named(key: str, value: Any, named: str) -> None:
+    params = copy.deepcopy(tiny_params(velocity_mlp=True))
+    assert isinstance(Config.from_params(params).acoustic_transformer, VelocityMLPConfig)
+    _set(params, ACOUSTIC + key, value)
     with pytest.raises(ConfigError, match=named):
         Config.from_params(params)
 

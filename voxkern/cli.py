@@ -171,13 +171,14 @@ def make(
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     encoder: Annotated[bool, typer.Option("--encoder", help="With the codec's encoder.")] = False,
     moe: Annotated[bool, typer.Option("--moe", help="Tiny, with a mixture of experts in the backbone.")] = False,
+    velocity_mlp: Annotated[bool, typer.Option("--velocity-mlp", help="With an AdaLN MLP for a flow head.")] = False,
 ) -> None:
     """Make a checkpoint of random weights in the true format. What it says is noise."""
     with _plain_errors(), err.status("drawing weights"):
         if moe and full:
             raise ValueError("give --full or --moe, not both: the public model has no experts")
         overrides = {"moe": TINY_MOE} if moe else None
-        make_checkpoint(folder, full=full, seed=seed, encoder=encoder, overrides=overrides)
+        make_checkpoint(folder, full, seed, encoder=encoder, overrides=overrides, velocity_mlp=velocity_mlp)
     err.print(f"{folder}: {_size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}", highlight=False)
 
 

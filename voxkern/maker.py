@@ -36,15 +36,19 @@ TINY_MOE = {
     "num_expert_groups_per_tok": 1,
 }  # fmt: skip
 
+# heads of the other kind; the large one is as wide as MAR-H's and VibeVoice-1.5B's
+TINY_MLP = {"kind": "adaln_mlp", "use_biases": True, "input_dim": 64, "dim": 48, "n_layers": 2, "hidden_dim": 80}
+FULL_MLP = {"kind": "adaln_mlp", "use_biases": True, "input_dim": 3072, "dim": 1536, "n_layers": 3, "hidden_dim": 1536}
 
-def public_params() -> dict[str, Any]:
-    """``params.json`` of Voxtral-4B-TTS-2603, as far as it is known and used."""
+
+def public_params(velocity_mlp: bool = False) -> dict[str, Any]:
+    """``params.json`` of Voxtral-4B-TTS-2603, as far as it is known and used, or with a flow head of the other kind."""
     return _params(
         backbone={
             "dim": 3072, "n_layers": 26, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32, "n_kv_heads": 8,
             "vocab_size": 131072, "max_seq_len": 65536,
         },
-        acoustic={
+        acoustic=FULL_MLP if velocity_mlp else {
             "input_dim": 3072, "dim": 3072, "n_layers": 3, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32,
             "n_kv_heads": 8,
         },
@@ -56,14 +60,14 @@ def public_params() -> dict[str, Any]:
     )  # fmt: skip
 
 
-def tiny_params() -> dict[str, Any]:
+def tiny_params(velocity_mlp: bool = False) -> dict[str, Any]:
     """A model of 0.6 M parameters with the public one's structure; its 62 semantic codes let END come by chance."""
     return _params(
         backbone={
             "dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "n_heads": 4, "n_kv_heads": 2,
             "vocab_size": N_SPECIAL_TOKENS + 256, "max_seq_len": 1024,
         },
-        acoustic={
+        acoustic=TINY_MLP if velocity_mlp else {
             "input_dim": 64, "dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "n_heads": 4,
             "n_kv_heads": 2,
         },
@@ -83,6 +87,7 @@ def make_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     encoder: bool = False,
     overrides: dict[str, Any] | None = None,
+    velocity_mlp: bool = False,
 ) -> Path:
     """Write a checkpoint of random weights. What it says is noise.
 
@@ -93,11 +98,13 @@ def make_checkpoint(
         dtype: of every tensor.
         encoder: with the codec's encoder, which the public checkpoint lacks.
         overrides: top-level keys of ``params.json`` to replace.
+        velocity_mlp: a flow head whose velocity network is a residual MLP instead of the public transformer.
 
     Returns:
         `folder`.
     """
-    params = {**(public_params() if full else tiny_params()), **(overrides or {})}
+    make_params = public_params if full else tiny_params
+    params = {**make_params(velocity_mlp), **(overrides or {})}
     config = Config.from_params(params)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in VoxtralTTS(config, encoder).state_dict().items()}
@@ -118,6 +125,8 @@ def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> T
     if name.endswith("cluster_usage"):
         return torch.rand(shape, generator=generator) * 9 + 1
     noise = torch.randn(shape, generator=generator)
+    if name.endswith("bias"):
+        return 0.1 * noise
     if name.endswith("_scale"):
         return 0.3 + 0.1 * noise
     if "norm" in name or name.endswith("original0"):
@@ -184,7 +193,7 @@ def _params(
                 "audio_token_id": 24,
                 "begin_audio_token_id": 25,
                 "input_embedding_concat_type": "sum",
-                "acoustic_transformer_args": {**acoustic, "use_biases": False, "sigma": 1e-5, "sigma_max": 1.0},
+                "acoustic_transformer_args": {"use_biases": False, **acoustic, "sigma": 1e-5, "sigma_max": 1.0},
             },
             "audio_tokenizer_args": {
                 "channels": 1,
