@@ -54,6 +54,11 @@ def flow_finish_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The step, its codes, and the sum of their embeddings."""
     advance(y, norm, w_out, eps, cfg_alpha, dt, ratio, x, v_last)
+    return codes_of(x, semantic, levels, embeddings, semantic_size)
+
+
+def codes_of(x: Tensor, semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int) -> tuple[Tensor, Tensor]:
+    """A frame's codes, and the sum of their embeddings."""
     acoustic = quantise(x, levels) + 2
     codes = torch.cat((semantic[:, None], acoustic.where(semantic[:, None] != 1, 2)), dim=1)
     offset = torch.arange(x.shape[1], device=x.device) * (levels + 2) + semantic_size + 2
@@ -69,6 +74,14 @@ def integers(make: Maker, n: int, first: int, every: int) -> Tensor:
 def state(s: Any, make: Maker) -> Tensor:
     """x as it stands late in the flow: most of it within -1..1, some not."""
     return make(s.B, s.K, std=0.7).float()
+
+
+def semantic_of(s: Any, make: Maker) -> Tensor:
+    """Semantic codes, of which the second request's is END."""
+    semantic = integers(make, s.B, 7, 1) % s.semantic_size + 2
+    if s.B > 1:
+        semantic[1] = 1
+    return semantic
 
 
 def flow_start_inputs(s: Any, make: Maker) -> dict[str, Any]:
@@ -113,11 +126,8 @@ def flow_step_inputs(s: Any, make: Maker) -> dict[str, Any]:
 
 def flow_finish_inputs(s: Any, make: Maker) -> dict[str, Any]:
     """Semantic codes, of which the second request's is END."""
-    semantic = integers(make, s.B, 7, 1) % s.semantic_size + 2
-    if s.B > 1:
-        semantic[1] = 1
     return head_inputs(s, make) | {
-        "semantic": semantic,
+        "semantic": semantic_of(s, make),
         "levels": s.levels,
         "embeddings": make(s.semantic_size + 2 + s.K * (s.levels + 2) + 5, s.E),
         "semantic_size": s.semantic_size,

@@ -1,7 +1,7 @@
-"""What surrounds the flow head's layers: noise and tokens at the start of a frame, an Euler step, codes at its end.
+"""What surrounds the flow head's layers: noise and tokens at the start of a frame, a solver's step, codes at its end.
 
-The velocity's projection and the input projection of the next x are 221 KB each in the public model, and the second
-waits for the first: one block does both for one request, so that a step is one launch and no block waits for another.
+The velocity's projection and the input projection of the next x, which one block does for one request, are 221 KB each
+in the public model.
 """
 
 import torch
@@ -9,12 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cast, normals, round_half_even
+from .head import advance, begin, enter, expect_codes, finish, padded, project, stand
 from .operator import expect, expect_batch, operator
 from .settings import Table
-
-EMBED_OFFSET = tl.constexpr(2)  # codes of EMPTY and END stand before those of sound, in every codebook
-END = tl.constexpr(1)
 
 FLOW_START = Table(
     "flow_start",
@@ -50,7 +47,7 @@ def _velocity(
 
     Guidance is linear and so is the projection: combining the two normalised rows first halves the multiply-adds.
     """
-    o_n, o_k = tl.arange(0, PAD_N), tl.arange(0, PAD_K)
+    o_n = tl.arange(0, PAD_N)
     m_n = o_n < N
     b_cond = tl.load(p_y + i_b * N + o_n, mask=m_n, other=0.0).to(tl.float32)
     b_uncond = tl.load(p_y + (B + i_b) * N + o_n, mask=m_n, other=0.0).to(tl.float32)
@@ -59,15 +56,7 @@ def _velocity(
     b_cond *= alpha * tl.rsqrt(tl.sum(b_cond * b_cond, 0) / N + eps)
     b_uncond *= (1 - alpha) * tl.rsqrt(tl.sum(b_uncond * b_uncond, 0) / N + eps)
     b_y = (b_cond + b_uncond) * b_norm  # [N]
-
-    b_v = tl.zeros([PAD_K], dtype=tl.float32)
-    for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
-        o_row = k + tl.arange(0, BLOCK_K)
-        m_w = (o_row < K)[:, None] & m_n[None, :]
-        b_w = tl.load(p_w_out + o_row[:, None] * N + o_n[None, :], mask=m_w, other=0.0).to(tl.float32)
-        b_some = tl.sum(b_w * b_y[None, :], 1)  # [BLOCK_K]
-        b_v += tl.sum(tl.where(o_k[:, None] == o_row[None, :], b_some[None, :], 0.0), 1)
-    return b_v
+    return project(p_w_out, b_y, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
 
 
 @triton.jit
@@ -77,17 +66,10 @@ def _advance(
     BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """``x += dt * (v + ratio * (v - v_last))`` in memory, v_last = v, and the new x: fp32 [PAD_K], zeros past K."""
-    eps, dt = tl.full([], eps, tl.float32), tl.full([], dt, tl.float32)  # torch.compile passes them as fp64
-    ratio = tl.full([], ratio, tl.float32)
-    o_k = tl.arange(0, PAD_K)
-    b_x = tl.load(p_x + i_b * K + o_k, mask=o_k < K, other=0.0)
-    b_last = tl.load(p_last + i_b * K + o_k, mask=o_k < K, other=0.0)
-    tl.debug_barrier()  # several warps hold the same x: all have read it before one writes it
+    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
+    b_x, b_last = stand(p_x, p_last, i_b, K, PAD_K)
     b_v = _velocity(p_y, p_norm, p_w_out, p_alpha, i_b, B, eps, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
-    b_x += dt * tl.where(ratio == 0.0, b_v, b_v + ratio * (b_v - b_last))  # a first step has no last: it may be NaN
-    tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
-    tl.store(p_last + i_b * K + o_k, b_v, mask=o_k < K)
-    return b_x
+    return advance(p_x, p_last, b_x, b_last, b_v, i_b, dt, ratio, K, PAD_K)
 
 
 @triton.jit
@@ -99,21 +81,6 @@ def _enter_time(p_time, p_tokens, i_b, B, N: tl.constexpr, PAD_N: tl.constexpr):
     tl.store(p_tokens + (3 * B + i_b) * N + o_n, b_time, mask=o_n < N)
 
 
-@triton.jit
-def _enter(
-    p_w_in, p_tokens, b_x, i_b, n, B,
-    N: tl.constexpr, K: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Write columns n .. n + BLOCK_N of a request's x tokens, both branches; `b_x` is fp32 [PAD_K]."""
-    o_n, o_k = n + tl.arange(0, BLOCK_N), tl.arange(0, PAD_K)
-    m_n = o_n < N
-    b_w = tl.load(p_w_in + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
-    b_x = cast(b_x, b_w.dtype).to(tl.float32)  # the network's input is an activation
-    b_token = cast(tl.sum(b_w.to(tl.float32) * b_x[None, :], 1), p_tokens.dtype.element_ty)  # [N]
-    tl.store(p_tokens + i_b * N + o_n, b_token, mask=m_n)
-    tl.store(p_tokens + (B + i_b) * N + o_n, b_token, mask=m_n)
-
-
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_seed", "p_frame"])
 def _flow_start_kernel(
     p_seed, p_frame, p_noise, p_quantiles, p_w_in, p_time, p_x, p_tokens,
@@ -121,19 +88,12 @@ def _flow_start_kernel(
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_k = tl.arange(0, PAD_K)
-    if p_noise is None:
-        b_n0, b_n1, b_n2, b_n3 = normals(
-            tl.load(p_seed + i_b), tl.load(p_frame + i_b), tl.arange(0, PAD_K // 4), p_quantiles
-        )  # each [K / 4]: every fourth codebook
-        b_x = tl.interleave(tl.interleave(b_n0, b_n2), tl.interleave(b_n1, b_n3))  # [K]
-        b_x = tl.where(o_k < K, b_x, 0.0)
-    else:
-        b_x = tl.load(p_noise + i_b * K + o_k, mask=o_k < K, other=0.0)
+    b_x = begin(p_seed, p_frame, p_noise, p_quantiles, i_b, K, PAD_K)
     if i_n == 0:
+        o_k = tl.arange(0, PAD_K)
         tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
         _enter_time(p_time, p_tokens, i_b, B, N, PAD_N)
-    _enter(p_w_in, p_tokens, b_x, i_b, i_n * BLOCK_N, B, N, K, PAD_K, BLOCK_N)
+    enter(p_w_in, None, p_tokens, b_x, i_b, i_n * BLOCK_N, B, N, K, PAD_K, BLOCK_N)
 
 
 def launch_flow_start(
@@ -142,7 +102,7 @@ def launch_flow_start(
 ) -> None:  # fmt: skip
     """Fill `x` and the first 4B rows of `tokens`; the arguments are those of :func:`flow_start`, unchecked."""
     B, (N, K) = x.shape[0], w_in.shape
-    constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | _padded(N, K)
+    constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
     _flow_start_kernel[(B, triton.cdiv(N, constants["BLOCK_N"]))](
         seed, frame, noise, quantiles, w_in, time, x, tokens, B, **constants
     )
@@ -200,7 +160,7 @@ def _flow_step_kernel(
         p_y, p_norm, p_w_out, p_alpha, p_x, p_last, i_b, B, eps, dt, ratio, N, K, PAD_N, PAD_K, BLOCK_K, PIPE
     )
     for n in tl.range(0, N, BLOCK_N, num_stages=PIPE):
-        _enter(p_w_in, p_tokens, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
+        enter(p_w_in, None, p_tokens, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
 
 
 def launch_flow_step(
@@ -209,7 +169,7 @@ def launch_flow_step(
 ) -> None:  # fmt: skip
     """Update `x` and the first 4B rows of `tokens`; the arguments are those of :func:`flow_step`, unchecked."""
     B, (N, K) = x.shape[0], w_in.shape
-    constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | _padded(N, K)
+    constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
     constants["PIPE"] = constants["num_stages"]
     _flow_step_kernel[(B,)](y, norm, w_out, cfg_alpha, x, v_last, w_in, time, tokens, B, eps, dt, ratio, **constants)
 
@@ -271,28 +231,9 @@ def _flow_finish_kernel(
     b_x = _advance(
         p_y, p_norm, p_w_out, p_alpha, p_x, p_last, i_b, B, eps, dt, ratio, N, K, PAD_N, PAD_K, BLOCK_K, PIPE
     )
-    b_x = tl.where(b_x > -1.0, b_x, -1.0)  # NaN as well: it must not become an address
-    b_x = tl.where(b_x < 1.0, b_x, 1.0)
-    b_level = round_half_even((b_x + 1) / 2 * (LEVELS - 1)).to(tl.int64)
-    semantic = tl.load(p_semantic + i_b)
-    b_code = tl.where(semantic == END, 0, b_level) + EMBED_OFFSET  # [K]
-    o_k, o_e = tl.arange(0, PAD_K), tl.arange(0, PAD_E)
-    tl.store(p_codes + i_b * (1 + K), semantic)
-    tl.store(p_codes + i_b * (1 + K) + 1 + o_k, b_code, mask=o_k < K)
-
-    if p_embeddings is None:
-        return
-    m_e = o_e < E
-    b_next = tl.load(p_embeddings + semantic * E + o_e, mask=m_e, other=0.0).to(tl.float32)
-    b_row = SEMANTIC_SIZE + EMBED_OFFSET + (LEVELS + EMBED_OFFSET) * o_k + b_code  # [K], int64
-    for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
-        o_some = k + tl.arange(0, BLOCK_K)
-        o_row = tl.sum(tl.where(o_some[:, None] == o_k[None, :], b_row[None, :], 0), 1)  # [BLOCK_K] of b_row
-        m_b = (o_some < K)[:, None] & m_e[None, :]
-        b_next += tl.sum(
-            tl.load(p_embeddings + o_row[:, None] * E + o_e[None, :], mask=m_b, other=0.0).to(tl.float32), 0
-        )
-    tl.store(p_next + i_b * E + o_e, cast(b_next, p_next.dtype.element_ty), mask=m_e)
+    finish(
+        b_x, p_semantic, p_embeddings, p_codes, p_next, i_b, K, E, PAD_K, PAD_E, LEVELS, SEMANTIC_SIZE, BLOCK_K, PIPE
+    )
 
 
 def launch_flow_finish(
@@ -305,7 +246,7 @@ def launch_flow_finish(
     codes, following = out
     B, (K, N) = x.shape[0], w_out.shape
     E = following.shape[1]
-    constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | _padded(N, K)
+    constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | padded(N, K)
     constants |= {"E": E, "PAD_E": triton.next_power_of_2(max(E, 1)), "PIPE": constants["num_stages"]}
     constants |= {"LEVELS": levels, "SEMANTIC_SIZE": semantic_size}
     del constants["BLOCK_N"]  # of the input projection, which is not done here
@@ -361,27 +302,11 @@ def flow_finish(
     B, _ = expect("x", x, ("B", K), like=w_out, dtype=torch.float32)
     expect_batch("x", B, 1, max_batch)
     _expect_head(y, norm, w_out, cfg_alpha, v_last, B)
-    expect("semantic", semantic, (B,), like=w_out, dtype=torch.int64)
-    codes = x.new_empty((B, 1 + K), dtype=torch.int64)
-    if embeddings is None:
-        return codes, w_out.new_empty(B, 0)
-    rows, E = expect("embeddings", embeddings, ("rows", "E"), like=w_out)
-    least = semantic_size + 2 + K * (levels + 2)
-    if levels < 2 or semantic_size < 1 or rows < least:
-        raise ValueError(
-            f"embeddings has {rows} rows but must have {least} or more: {semantic_size} + 2 semantic codes "
-            f"(semantic_size) and {K} x ({levels} + 2) acoustic ones (levels)"
-        )
-    return codes, w_out.new_empty(B, E)
-
-
-def _padded(N: int, K: int) -> dict[str, int]:
-    # blocks have powers of two: of columns, and of codebooks, which come in groups of four
-    return {"N": N, "PAD_N": triton.next_power_of_2(N), "PAD_K": max(4, triton.next_power_of_2(K))}
+    return expect_codes(B, w_out, semantic, levels, embeddings, semantic_size)
 
 
 def _expect_entrance(w_in: Tensor, time: Tensor, x: Tensor, tokens: Tensor, max_batch: int) -> int:
-    """Check what :func:`_enter` writes and reads; B."""
+    """Check what is written for the next step, and read for it; B."""
     N, K = expect("w_in", w_in, ("dim", "K"))
     expect("time", time, (N,), like=w_in)
     B, _ = expect("x", x, ("B", K), like=w_in, dtype=torch.float32)
