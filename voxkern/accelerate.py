@@ -2,12 +2,14 @@
 
 import importlib.util
 import logging
+from typing import Any
 
 from torch import nn
 
 from .reference.backbone import Backbone
 from .reference.codec import AudioTokenizer
-from .reference.flow import FlowMatchingAudioTransformer
+from .reference.flow import FlowHead, FlowMatchingAudioTransformer
+from .reference.velocity_mlp import FlowMatchingAudioMLP
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +36,23 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
     from .twins.backbone import BackboneTwin
     from .twins.codec import CodecTwin
     from .twins.flow import FlowTwin
+    from .twins.head import HeadTwin
+    from .twins.velocity_mlp import MLPTwin
 
     embeddings = dict(model.named_modules()).get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
     replaced = []
+    table = embeddings if isinstance(embeddings, nn.Embedding) else None
     for name, module in model.named_modules():
         if isinstance(module, Backbone):
             module.hidden_states = BackboneTwin(module, max_batch)  # type: ignore[method-assign]
             replaced.append(f"{name}.hidden_states".lstrip("."))
-        if isinstance(module, FlowMatchingAudioTransformer):
-            table = embeddings if isinstance(embeddings, nn.Embedding) else None
-            module.forward = FlowTwin(module, max_batch, table)  # type: ignore[method-assign]
+        if isinstance(module, FlowMatchingAudioTransformer | FlowMatchingAudioMLP):
+            twin: HeadTwin[Any, Any, Any]
+            if isinstance(module, FlowMatchingAudioMLP):
+                twin = MLPTwin(module, max_batch, table)
+            else:
+                twin = FlowTwin(module, max_batch, table)
+            module.forward, module.solve = twin, twin.solve  # type: ignore[method-assign]
             replaced.append(name or type(module).__name__)
         if isinstance(module, AudioTokenizer):
             module.stream = CodecTwin(module)  # type: ignore[method-assign, assignment]
@@ -65,8 +74,8 @@ def restore(model: nn.Module) -> list[str]:
         if isinstance(module, Backbone) and "hidden_states" in vars(module):
             del module.hidden_states
             restored.append(f"{name}.hidden_states".lstrip("."))
-        if isinstance(module, FlowMatchingAudioTransformer) and "forward" in vars(module):
-            del module.forward
+        if isinstance(module, FlowHead) and "forward" in vars(module):
+            del module.forward, module.solve
             restored.append(name or type(module).__name__)
         if isinstance(module, AudioTokenizer) and "stream" in vars(module):
             del module.stream

@@ -6,7 +6,7 @@ and then; the host learns of it some frames late, which costs those frames' time
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .kernels.operator import on_device
 from .reference import VoxtralTTS
 from .reference.noise import seed_tensor
 from .twins.backbone import BackboneTwin, Rows
-from .twins.flow import FlowTwin
+from .twins.head import HeadTwin
 
 LOOK = 8  # frames from one look at who is still there to the next: on a GPU each waits for the device
 
@@ -42,7 +42,7 @@ class Frames:
             solver: "euler" or "ab2".
         """
         self._backbone = cast(BackboneTwin, model.hidden_states)
-        self._flow = cast(FlowTwin, model.acoustic_transformer.forward)
+        self._flow = cast(HeadTwin[Any, Any, Any], model.acoustic_transformer.forward)
         self._steps, self._solver = steps, solver
         weight, prompts = model.norm.weight, [len(request.prompt) for request in requests]
         device, limits = weight.device, [request.max_frames for request in requests]

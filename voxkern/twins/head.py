@@ -1,0 +1,262 @@
+"""What every flow head's twin shares: a frame from hidden state to codes, its memory, its tables, its checks."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.operator import on_device
+from ..kernels.semantic import launch_semantic_codes, semantic_scratch
+from ..reference.config import N_SPECIAL_CODES
+from ..reference.flow import FlowHead, step_ratios, time_grid
+from ..reference.noise import quantile_table
+
+MAX_BATCH = 64  # six rows a request in the transformer, and the linear family is made for 512
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Memory of a frame of B requests.
+
+    Attributes:
+        x: fp32 [B, K], the flow's state.
+        v_last: fp32 [B, K], the last step's velocity.
+        semantic: int64 [B].
+        best: scratch of the semantic head.
+        codes: int64 [B, 1 + K], the result.
+        following: [B, E], the result's embedding.
+    """
+
+    x: Tensor
+    v_last: Tensor
+    semantic: Tensor
+    best: Tensor
+    codes: Tensor
+    following: Tensor
+
+
+@dataclass(frozen=True)
+class Times:
+    """What depends on weights, solver and steps alone.
+
+    Attributes:
+        weights: that it was made from.
+        key: what they were then.
+        lengths: of the steps.
+        ratios: of each step, see :func:`voxkern.reference.flow.integrate`.
+    """
+
+    weights: list[Tensor]
+    key: tuple[Any, ...]
+    lengths: list[float]
+    ratios: list[float]
+
+
+Start = tuple[Tensor | None, Tensor | None, Tensor | None]  # seed and frame, or noise
+HostT = TypeVar("HostT", bound=FlowHead)
+BuffersT = TypeVar("BuffersT", bound=Buffers)
+TimesT = TypeVar("TimesT", bound=Times)
+
+
+class HeadTwin(Generic[HostT, BuffersT, TimesT]):
+    """Stands in for a host's ``forward`` and ``solve``: same arguments, same results up to rounding.
+
+    A network's twin is a subclass that adds the methods that raise NotImplementedError here.
+
+    Attributes:
+        host: whose weights it reads, anew in every frame.
+        max_batch: requests that it is prepared for.
+    """
+
+    def __init__(self, host: HostT, max_batch: int, embeddings: nn.Embedding | None = None) -> None:
+        """`embeddings`: the table of codes, for the next input of the backbone; without it there is none.
+
+        Raises:
+            ValueError: `max_batch` is not in 1..64.
+        """
+        if not 1 <= max_batch <= MAX_BATCH:
+            raise ValueError(f"max_batch must lie in 1..{MAX_BATCH}, got {max_batch}")
+        self.host, self.embeddings, self.max_batch = host, embeddings, max_batch
+        self._buffers: dict[tuple[int, torch.dtype, torch.device], BuffersT] = {}
+        self._times: dict[tuple[str, int], TimesT] = {}
+        self._quantiles: Tensor | None = None
+
+    def __call__(
+        self,
+        h: Tensor,
+        cfg_alpha: Tensor,
+        noise: Tensor | None = None,
+        steps: int | None = None,
+        solver: str = "euler",
+    ) -> Tensor:
+        """One frame of codes, as :meth:`FlowHead.forward` says them.
+
+        Raises:
+            RuntimeError: gradients are asked for.
+            ValueError: a shape is wrong, or there are more requests than `max_batch`.
+            TypeError: a dtype is wrong.
+        """
+        n_acoustic = self.host.audio.n_acoustic_codebook
+        if noise is None:
+            noise = torch.randn(h.shape[0], n_acoustic, device=h.device)
+        alpha, noise = cfg_alpha.float().contiguous(), noise.float().contiguous()
+        codes, _ = self.frame(h, alpha, steps=steps, solver=solver, noise=noise)
+        return codes.clone()
+
+    def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
+        """The frame's acoustic latents before they are quantised, as :meth:`FlowHead.solve` says them: fp32 [B, K].
+
+        A whole frame is run, its codes too. After a :meth:`frame` they stand in the ``x`` of its buffers.
+        """
+        alpha, noise = cfg_alpha.float().contiguous(), noise.float().contiguous()
+        self.frame(h, alpha, steps=steps, solver=solver, noise=noise)
+        return self.buffers(len(h), h.dtype, h.device).x.clone()
+
+    def frame(
+        self,
+        h: Tensor,
+        cfg_alpha: Tensor,
+        *,
+        steps: int | None = None,
+        solver: str = "euler",
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
+        frame: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One frame, in launches and nothing else once a call of as many requests and steps has been made.
+
+        Args:
+            h: [B, input_dim] in the weights' dtype.
+            cfg_alpha: fp32 [B].
+            steps: evaluations of the velocity; None takes the config's.
+            solver: "euler" or "ab2".
+            noise: fp32 [B, K]; None draws it from `seed` and `frame`.
+            seed: int64 [B], see :func:`voxkern.reference.noise.seed_tensor`.
+            frame: int64 [B].
+
+        Returns:
+            Codes int64 [B, 1 + K] and the next input [B, E] (E = 0 without embeddings), in memory that the next frame
+            of as many requests writes again.
+        """
+        steps = self.host.config.n_decoding_steps if steps is None else steps
+        self._check(h, cfg_alpha, noise, seed, frame)
+        with on_device("the accelerated flow head", h):
+            buffers, times = self.buffers(len(h), h.dtype, h.device), self.times(solver, steps)
+            weight = self.host.semantic_codebook_output.weight
+            launch_semantic_codes(buffers.semantic, h, weight, self._n_codes, self.max_batch, buffers.best)
+            self._flow(buffers, times, h, cfg_alpha, (seed, frame, noise))
+        return buffers.codes, buffers.following
+
+    def buffers(self, B: int, dtype: torch.dtype, device: torch.device) -> BuffersT:
+        """The memory of a frame of `B` requests; made at the first call."""
+        if (B, dtype, device) not in self._buffers:
+
+            def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.zeros(shape, dtype=dtype, device=device)
+
+            K = self.host.audio.n_acoustic_codebook
+            common = Buffers(
+                x=zeros(B, K, dtype=torch.float32),
+                v_last=zeros(B, K, dtype=torch.float32),
+                semantic=zeros(B, dtype=torch.int64),
+                best=semantic_scratch(self.host.semantic_codebook_output.weight, self._n_codes, self.max_batch),
+                codes=zeros(B, 1 + K, dtype=torch.int64),
+                following=zeros(B, 0 if self.embeddings is None else self.embeddings.embedding_dim),
+            )
+            self._buffers[B, dtype, device] = self._make_buffers(B, vars(common), zeros)
+        return self._buffers[B, dtype, device]
+
+    def times(self, solver: str, steps: int) -> TimesT:
+        """The tables of a solver's steps; made anew when a weight that they come from is seen to have changed.
+
+        What is written through ``.data``, or to weights made in inference mode, leaves no trace: :meth:`refresh` then.
+        """
+        weights = self._weights_of_times()
+        key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
+        known = self._times.get((solver, steps))
+        # the tensors themselves, too: a new one may lie where an old one lay
+        if known is None or known.key != key or any(a is not b for a, b in zip(known.weights, weights, strict=True)):
+            times = time_grid(solver, steps)
+            lengths = [end - start for start, end in itertools.pairwise(times)]
+            with torch.no_grad():
+                projected = self.host.project_time(
+                    torch.tensor(times[:-1], dtype=torch.float64, device=weights[0].device)
+                )
+                made = self._make_times(Times(weights, key, lengths, step_ratios(solver, times)), projected)
+            self._times[solver, steps] = made
+        return self._times[solver, steps]
+
+    def refresh(self) -> None:
+        """Forget the tables: the next frame makes them from the weights as they are then."""
+        self._times.clear()
+
+    def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> BuffersT:
+        """The network's own memory beside what is `common`; `zeros` makes tensors."""
+        raise NotImplementedError
+
+    def _weights_of_times(self) -> list[Tensor]:
+        """What the tables of times are made from."""
+        raise NotImplementedError
+
+    def _make_times(self, times: Times, projected: Tensor) -> TimesT:
+        """The network's own tables, from the projected times [steps, dim]."""
+        raise NotImplementedError
+
+    def _flow(self, b: BuffersT, times: TimesT, h: Tensor, cfg_alpha: Tensor, start: Start) -> None:
+        """Launch all of a frame but its semantic codes."""
+        raise NotImplementedError
+
+    @property
+    def _hidden_projection(self) -> nn.Linear:
+        """The host's, of the hidden state."""
+        raise NotImplementedError
+
+    @property
+    def _n_codes(self) -> int:
+        return self.host.audio.semantic_codebook_size + N_SPECIAL_CODES
+
+    @property
+    def _codebooks(self) -> tuple[int, Tensor | None, int]:
+        """Levels of an acoustic code, the embeddings of codes, and the semantic codebook's size."""
+        audio = self.host.audio
+        embeddings = None if self.embeddings is None else self.embeddings.weight
+        return audio.acoustic_codebook_size, embeddings, audio.semantic_codebook_size
+
+    def _quantiles_on(self, device: torch.device) -> Tensor:
+        if self._quantiles is None or self._quantiles.device != device:
+            self._quantiles = quantile_table().to(device)
+        return self._quantiles
+
+    def _check(
+        self, h: Tensor, cfg_alpha: Tensor, noise: Tensor | None, seed: Tensor | None, frame: Tensor | None
+    ) -> None:
+        weight, audio = self._hidden_projection.weight, self.host.audio
+        if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
+            raise RuntimeError(
+                "gradients are asked of an accelerated flow head, and kernels have none: call it under "
+                "torch.inference_mode(), or voxkern.restore() the model to train it"
+            )
+        if h.ndim != 2 or h.shape[1] != self.host.config.input_dim:
+            raise ValueError(f"h must be [B, {self.host.config.input_dim}], got {list(h.shape)}")
+        B = len(h)
+        if not 1 <= B <= self.max_batch:
+            raise ValueError(f"h has {B} rows, the flow head is prepared for 1..{self.max_batch} (max_batch)")
+        if h.dtype != weight.dtype or h.device != weight.device:
+            raise TypeError(f"h is {h.dtype} on {h.device}, the weights are {weight.dtype} on {weight.device}")
+        if h.stride(1) != 1:
+            raise ValueError(f"h has strides {h.stride()} but its last dimension must have stride 1")
+        if noise is None and (seed is None or frame is None):
+            raise ValueError("give noise, or seed and frame to draw it from")
+        shapes = {"cfg_alpha": (cfg_alpha, [B]), "noise": (noise, [B, audio.n_acoustic_codebook])}
+        shapes |= {"seed": (seed, [B]), "frame": (frame, [B])}
+        for name, (tensor, shape) in shapes.items():
+            if tensor is None:
+                continue
+            dtype = torch.int64 if name in ("seed", "frame") else torch.float32
+            if tensor.dtype != dtype or tensor.device != h.device:
+                raise TypeError(f"{name} is {tensor.dtype} on {tensor.device} but must be {dtype} on {h.device}")
+            if list(tensor.shape) != shape or not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous {shape}, got {list(tensor.shape)}, {tensor.stride()}")
