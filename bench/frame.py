@@ -1,13 +1,15 @@
-"""What a frame costs at the public shapes: launches, multiply-adds, bytes; of the flow head, and of the backbone.
+"""What a frame costs at the public shapes: launches, multiply-adds, bytes; of the flow heads, and of the backbone.
 
-``python -m bench.frame`` runs the twins' own code in the interpreter with the tiles of sm_90, on a head and a layer of
-the public shapes, and counts. Launches of regular grids are counted by their first, second and last blocks: nothing is
-computed. The fewest bytes are: every weight a launch uses once, every activation it is given or fills once.
+``python -m bench.frame`` runs the twins' own code in the interpreter with the tiles of sm_90, and counts: on a head and
+a layer of the public shapes, and on a head whose velocity network is the MLP, 1536 wide. Launches of regular grids are
+counted by their first, second and last blocks: nothing is computed. The fewest bytes are: every weight a launch uses
+once, every activation it is given or fills once.
 """
 
+import itertools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,15 +28,25 @@ from voxkern.kernels.linear import launch_norm_linear
 from voxkern.maker import public_params
 from voxkern.reference import Config
 from voxkern.reference.backbone import Backbone
-from voxkern.reference.flow import FlowMatchingAudioTransformer
+from voxkern.reference.flow import FlowHead, FlowMatchingAudioTransformer
+from voxkern.reference.model import make_head
+from voxkern.reference.velocity_mlp import FlowMatchingAudioMLP
 from voxkern.twins import backbone as backbone_twins
-from voxkern.twins import flow as twins
+from voxkern.twins import flow as flow_twins
+from voxkern.twins import head as head_twins
+from voxkern.twins import velocity_mlp as mlp_twins
 
 STEPS = 7
 LAYERS = 26
 MAX_TOKENS, PAGE = 4096, 64
 # launchers whose blocks are alike along each axis; of the others all blocks are counted
-ALIKE = {"norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_codes", "rms_norm"}
+ALIKE = {
+    "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_codes", "rms_norm", "modulated_silu",
+    "gated_linear",
+}  # fmt: skip
+ONCE = {"semantic_codes", "flow_start", "flow_finish", "mlp_start", "mlp_finish", "modulations"}  # in a frame
+SEMANTIC = {"flow_finish": 10, "mlp_finish": 11}  # the place of the semantic codes among the arguments
+BEGUN = {"norm_qkv": 1, "linear": 1, "gated_linear": 1}  # calls for the hidden states, before the steps
 
 
 @dataclass(frozen=True)
@@ -48,26 +60,34 @@ class Cost:
 
 
 def frame_cost(
-    head: FlowMatchingAudioTransformer, B: int, embeddings: torch.nn.Embedding, count_bytes: bool = True
+    head: FlowMatchingAudioTransformer | FlowMatchingAudioMLP,
+    B: int,
+    embeddings: torch.nn.Embedding,
+    count_bytes: bool = True,
 ) -> Cost:
     """A frame of `B` requests, prepared for as many: a frame of two steps is counted, and its middle repeated."""
     calls: dict[str, list[Cost]] = defaultdict(list)
-    twin = twins.FlowTwin(head, B, embeddings)
-    weight = head.llm_projection.weight
-    h = torch.zeros(B, head.config.dim, dtype=weight.dtype, device=weight.device)
+    twin: head_twins.HeadTwin[Any, Any, Any]
+    if isinstance(head, FlowMatchingAudioMLP):
+        twin = mlp_twins.MLPTwin(head, B, embeddings)
+    else:
+        twin = flow_twins.FlowTwin(head, B, embeddings)
+    weight = head.semantic_codebook_output.weight
+    h = torch.zeros(B, head.config.input_dim, dtype=weight.dtype, device=weight.device)
     alpha = torch.ones(B, device=weight.device)
     seed, frame = (torch.zeros(B, dtype=torch.int64, device=weight.device) for _ in range(2))
-    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, twins, count_bytes):
-        with mock.patch.object(twins, "launch_norm_qkv"):
-            twin.times("euler", 2)  # tables are made once, not in a frame
+    modules = (head_twins, flow_twins, mlp_twins)
+    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, modules, count_bytes):
+        tables = (flow_twins, "launch_norm_qkv"), (mlp_twins, "launch_modulations")
+        with mock.patch.object(*tables[0]), mock.patch.object(*tables[1]):
+            twin.times("euler", 2)  # made once, not in a frame
         twin.frame(h, alpha, seed=seed, frame=frame, steps=2)
-    once = {"semantic_codes", "flow_start", "flow_finish"}
-    begun = {"norm_qkv": 1, "linear": 1}  # of the hidden states, before the steps
     total = [0, 0, 0, 0]
     for name, costs in calls.items():
-        first = begun.get(name, 0)
+        first = BEGUN.get(name, 0)
         for i, cost in enumerate(costs):
-            times = 1.0 if name in once or i < first else STEPS - 1 if name == "flow_step" else STEPS / 2
+            step = STEPS - 1 if name in ("flow_step", "mlp_step") else STEPS / 2
+            times = 1.0 if name in ONCE or i < first else step
             for j, value in enumerate((cost.launches, cost.products, cost.dram, cost.fewest)):
                 total[j] += value * times  # type: ignore[assignment]
     return Cost(*(round(value) for value in total))
@@ -82,7 +102,7 @@ def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
     table = torch.arange(B, dtype=torch.int32, device=device).view(B, 1)
     u = torch.zeros(B, config.dim, dtype=weight.dtype, device=device)
     lengths = torch.ones(B, dtype=torch.int32, device=device)
-    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, backbone_twins, count_bytes):
+    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, (backbone_twins,), count_bytes):
         twin.decode(u, pool, table, lengths)
     total = [0, 0, 0, 0]
     for name, costs in calls.items():
@@ -117,13 +137,13 @@ def cache_traffic(context: int, dtype: torch.dtype = torch.bfloat16) -> CacheTra
 
 
 @contextmanager
-def recorded(calls: dict[str, list[Cost]], module: ModuleType, count_bytes: bool) -> Iterator[None]:
-    """Within the block, a twin's launchers are counted into `calls` by name; `module` is the twin's."""
-    names = [name.removeprefix("launch_") for name in vars(module) if name.startswith("launch_")]
+def recorded(calls: dict[str, list[Cost]], modules: Sequence[ModuleType], count_bytes: bool) -> Iterator[None]:
+    """Within the block, twins' launchers are counted into `calls` by name; `modules` are the twins'."""
+    found = [(module, name) for module in modules for name in vars(module) if name.startswith("launch_")]
     with ExitStack() as stack:
-        for name in names:
-            recorder = _recorder(name, getattr(module, f"launch_{name}"), calls, count_bytes)
-            stack.enter_context(mock.patch.object(module, f"launch_{name}", recorder))
+        for module, name in found:
+            recorder = _recorder(name.removeprefix("launch_"), getattr(module, name), calls, count_bytes)
+            stack.enter_context(mock.patch.object(module, name, recorder))
         yield
 
 
@@ -131,16 +151,25 @@ def _recorder(
     name: str, launch: Callable[..., None], calls: dict[str, list[Cost]], count_bytes: bool
 ) -> Callable[..., None]:
     def record(*args: Any) -> None:
+        if name == "modulations":
+            args = _of_all_steps(*args)
         launches = 2 if name == "semantic_codes" else 1
         dram = fewest = 0
-        if name == "flow_finish" and count_bytes:
-            args[10].zero_()  # semantic codes become addresses, and the launches that make them were not run whole
+        if name in SEMANTIC and count_bytes:
+            args[SEMANTIC[name]].zero_()  # they become addresses, and the launches that make them were not run whole
         if count_bytes and name != "paged_attention":  # see cache_traffic
             dram = sum(_dram(one, *some) for one, some in _parts(name, launch, args))
             fewest = _fewest(name, args)
         calls[name].append(Cost(launches, products(name, args), dram, fewest))
 
     return record
+
+
+def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> tuple[Any, ...]:
+    """Modulations are made once a frame, for all its steps: not for the two that are run here."""
+    *weights, max_rows = weights  # type: ignore[assignment]
+    room = out.new_zeros(STEPS, *out.shape[1:])
+    return room, times.new_zeros(STEPS, times.shape[1]), states, *weights, max_rows // len(times) * STEPS
 
 
 def _parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
@@ -160,7 +189,8 @@ def _parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> lis
 
 
 def _dram(name: str, launch: Callable[..., None], *args: Any) -> int:
-    with counting(whole=name not in ALIKE) as launches:
+    lists = [tensor for arg in args if isinstance(arg, list) for tensor in arg]
+    with counting(whole=name not in ALIKE, reached=lists) as launches:
         launch(*args)
     return sum(traffic.dram for one in launches for traffic in one.traffic().values())
 
@@ -168,7 +198,7 @@ def _dram(name: str, launch: Callable[..., None], *args: Any) -> int:
 def _fewest(name: str, args: tuple[Any, ...]) -> int:
     tensors: list[Tensor] = []
     for arg in args:
-        tensors += [t for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
+        tensors += [t for t in (arg if isinstance(arg, tuple | list) else (arg,)) if isinstance(t, Tensor)]
     sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # in place is one tensor
     if name == "norm_qkv_append":  # a row of keys and of values each, and of rotations: kilobytes
         x, _, _, wk, *_, rope, table, lengths, _, pool, _, _ = args
@@ -186,12 +216,18 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
         B = len(args[8])
         sizes[embeddings.data_ptr()] = (1 + len(w_out)) * B * embeddings.shape[1] * embeddings.element_size()
         sizes[y.data_ptr()] = 2 * B * y.shape[1] * y.element_size()
+    if name == "mlp_finish":
+        _, _, _, w_out, *_, embeddings, _, _ = args
+        each = (1 + len(w_out)) * embeddings.shape[1] * embeddings.element_size()
+        sizes[embeddings.data_ptr()] = len(args[9]) * each
+    if name == "modulated_silu":  # it leaves the gates to the next
+        sizes[args[2].data_ptr()] = args[2].numel() * args[2].element_size() * 2 // 3
     if name in ("flow_start", "flow_step"):  # the hidden state's tokens are left alone
         tokens = args[-2]
         sizes[tokens.data_ptr()] = tokens.numel() * tokens.element_size() * 4 // 6
     if name == "flow_step":
         sizes[args[0].data_ptr()] = 2 * len(args[7]) * args[0].shape[1] * args[0].element_size()
-    if name == "flow_start":
+    if name in ("flow_start", "mlp_start"):
         sizes.pop(args[3].data_ptr())  # a few quantiles of a table
     return sum(sizes.values())
 
@@ -205,8 +241,19 @@ def products(name: str, args: tuple[Any, ...]) -> int:
         return q_rows * wq.numel() + len(x) * (wk.numel() + wv.numel())
     if name == "norm_swiglu":
         return len(args[1]) * (args[3].numel() + args[4].numel())  # type: ignore[no-any-return]
-    if name == "linear":
+    if name in ("linear", "gated_linear"):
         return len(args[1]) * args[2].numel()  # type: ignore[no-any-return]
+    if name == "modulated_silu":
+        return len(args[1]) * args[3].numel()  # type: ignore[no-any-return]
+    if name == "modulations":
+        _, times, states, weights, _, _ = args
+        return len(times) * len(states) * sum(weight.numel() for weight in weights)
+    if name == "mlp_start":
+        return len(args[6]) * args[4].numel()  # type: ignore[no-any-return]
+    if name == "mlp_step":
+        return len(args[8]) * (args[2].numel() + args[10].numel())  # type: ignore[no-any-return]
+    if name == "mlp_finish":
+        return len(args[9]) * args[3].numel()  # type: ignore[no-any-return]
     if name == "token_attention_linear":
         return len(args[0]) * args[4].numel()  # type: ignore[no-any-return]
     if name == "semantic_codes":
@@ -218,8 +265,13 @@ def products(name: str, args: tuple[Any, ...]) -> int:
     return len(args[8]) * 2 * args[3].numel() if name == "flow_finish" else 0
 
 
-def plain_products(head: FlowMatchingAudioTransformer, B: int) -> int:
-    """Multiply-adds of the head as it is usually written: 6B rows through everything, every step."""
+def plain_products(head: FlowHead, B: int) -> int:
+    """Multiply-adds of the head as it is usually written: 6B rows (the MLP: 2B) through everything, every step."""
+    if isinstance(head, FlowMatchingAudioMLP):
+        step = sum(p.numel() for name, p in head.named_parameters() if name.startswith(("input", "res_", "final")))
+        hidden = head.cond_embed.weight.numel()
+        return STEPS * 2 * B * step + B * head.semantic_codebook_output.weight.numel() + 2 * B * hidden
+    assert isinstance(head, FlowMatchingAudioTransformer)
     layer = sum(p.numel() for name, p in head.layers[0].named_parameters() if "norm" not in name)
     step = 6 * B * layer * len(head.layers)
     step += 2 * B * (head.input_projection.weight.numel() + head.acoustic_codebook_output.weight.numel())
@@ -227,11 +279,11 @@ def plain_products(head: FlowMatchingAudioTransformer, B: int) -> int:
     return STEPS * step + once
 
 
-def public_head(device: str = "cpu") -> tuple[FlowMatchingAudioTransformer, torch.nn.Embedding]:
-    """The public shapes in bf16, zeros."""
-    config = Config.from_params(public_params())
+def public_head(device: str = "cpu", velocity_mlp: bool = False) -> tuple[Any, torch.nn.Embedding]:
+    """A head of either kind and the embeddings, in the public shapes, bf16, zeros."""
+    config = Config.from_params(public_params(velocity_mlp))
     with torch.device("meta"):
-        head = FlowMatchingAudioTransformer(config.acoustic_transformer, config.audio).bfloat16()
+        head = make_head(config.acoustic_transformer, config.audio).bfloat16()
         embeddings = torch.nn.Embedding(config.audio.embedding_rows, config.backbone.dim).bfloat16()
     for module in (head, embeddings):
         if device != "meta":
@@ -256,14 +308,15 @@ def public_backbone(device: str = "cpu") -> Backbone:
 
 
 def main() -> None:
-    """Print a row a batch size, and a row a context."""
-    head, embeddings = public_head()
-    print("The flow head, 7 steps")
-    print("batch  launches  GB from DRAM  fewest  ratio  multiply-adds, G  as usually written  ratio")
-    for B in (1, 32):
+    """Print a row for each head and batch size, and a row a context."""
+    print("Flow heads, 7 steps")
+    print("network      batch  launches  GB from DRAM  fewest  ratio  multiply-adds, G  as usually written  ratio")
+    for velocity_mlp, B in itertools.product((False, True), (1, 32)):
+        head, embeddings = public_head(velocity_mlp=velocity_mlp)
         cost, plain = frame_cost(head, B, embeddings), plain_products(head, B)
+        network = "MLP" if velocity_mlp else "transformer"
         print(
-            f"{B:5d}  {cost.launches:8d}  {cost.dram / 1e9:12.3f}  {cost.fewest / 1e9:6.3f}  "
+            f"{network:11s}  {B:5d}  {cost.launches:8d}  {cost.dram / 1e9:12.3f}  {cost.fewest / 1e9:6.3f}  "
             f"{cost.dram / cost.fewest:5.3f}  {cost.products / 1e9:16.1f}  {plain / 1e9:18.1f}  "
             f"{cost.products / plain:5.3f}",
             flush=True,

@@ -20,8 +20,10 @@ from voxkern.kernels.linear import norm_linear
 from voxkern.maker import tiny_params
 from voxkern.reference import Config
 from voxkern.reference.flow import FlowMatchingAudioTransformer
+from voxkern.reference.model import make_head
 from voxkern.reference.noise import seed_tensor
 from voxkern.twins.flow import FlowTwin
+from voxkern.twins.velocity_mlp import MLPTwin
 
 LIMITS = {1: 96, 32: 117}  # launches of the flow head's frame, by the batch it is prepared for
 WHOLE = {1: 230, 32: 250}  # and of a whole frame: flow head, bookkeeping, backbone
@@ -82,6 +84,37 @@ def test_products_as_usually_written() -> None:
     assert 2 * plain_products(head, 1) == pytest.approx(29.4e9, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("n_layers", "steps", "max_batch", "solver"), [(1, 1, 1, "euler"), (3, 7, 32, "euler"), (4, 4, 2, "ab2")]
+)
+def test_the_velocity_mlp_has_two_launches_a_block_and_one_a_step(
+    n_layers: int, steps: int, max_batch: int, solver: str
+) -> None:
+    """And five once a frame: semantic codes (2), hidden states, modulations, noise."""
+    params = copy.deepcopy(tiny_params(velocity_mlp=True))
+    params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]["n_layers"] = n_layers
+    config = Config.from_params(params)
+    head = make_head(config.acoustic_transformer, config.audio).bfloat16().requires_grad_(False)
+    twin = MLPTwin(head, max_batch, torch.nn.Embedding(config.audio.embedding_rows, 64).bfloat16())
+    B = min(max_batch, 2)
+    h, alpha = torch.zeros(B, 64, dtype=torch.bfloat16), torch.ones(B)
+    asked = {"seed": seed_tensor([5] * B), "frame": torch.zeros(B, dtype=torch.int64), "steps": steps}
+    with torch.inference_mode():
+        twin.frame(h, alpha, **asked, solver=solver)
+        with only_launches(reached=list(head.parameters())) as launches:
+            twin.frame(h, alpha, **asked, solver=solver)
+    assert len(launches) <= steps * (2 * n_layers + 1) + 5
+
+
+@pytest.mark.parametrize("B", LIMITS)
+def test_public_shapes_with_the_velocity_mlp(B: int) -> None:
+    """54 launches; the modulations without condition, a third of all multiply-adds, are a table."""
+    head, embeddings = public_head("meta", velocity_mlp=True)
+    cost = frame_cost(head, B, embeddings, count_bytes=False)
+    assert cost.launches <= 54
+    assert cost.products <= 0.69 * plain_products(head, B)
+
+
 @pytest.mark.parametrize("case", ["odd", "odd-some-ask"])
 def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
     """Bytes of the weights, and of the results, counted whole: what the frame's count rests on."""
@@ -100,9 +133,10 @@ def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("velocity_mlp", [False, True])
 @pytest.mark.parametrize("B", LIMITS)
-def test_bytes_at_the_public_shapes(B: int) -> None:
-    head, embeddings = public_head()
+def test_bytes_at_the_public_shapes(B: int, velocity_mlp: bool) -> None:
+    head, embeddings = public_head(velocity_mlp=velocity_mlp)
     cost = frame_cost(head, B, embeddings)
     print(f"batch {B}: {cost}")
     assert cost.dram <= 1.05 * cost.fewest

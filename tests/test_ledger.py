@@ -78,7 +78,15 @@ def test_the_committed_ledger_is_clean_and_whole() -> None:
 
 @pytest.mark.parametrize(
     ("operator", "case"),
-    [("norm_qkv", "b1"), ("token_attention_linear", "wo-b1"), ("norm_swiglu", "b1"), ("linear", "down-b1")],
+    [
+        ("norm_qkv", "b1"),
+        ("token_attention_linear", "wo-b1"),
+        ("norm_swiglu", "b1"),
+        ("linear", "down-b1"),
+        ("modulations", "mar-b1"),
+        ("modulated_silu", "mar-b1"),
+        ("gated_linear", "mar-b1"),
+    ],
 )
 def test_the_flow_heads_products_keep_memory_busy(operator: str, case: str) -> None:
     """At batch 1 on an H100: 32 KB of weights under way a multiprocessor, by asynchronous copies, to matrix units."""
