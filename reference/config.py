@@ -7,16 +7,14 @@ names them, because a wrong size that loads is a buzz instead of speech.
 
 import dataclasses
 import math
-import typing
 from dataclasses import dataclass
 from typing import Any, Self
 
+from .reader import ConfigError as ConfigError
+from .reader import Reader
+
 N_SPECIAL_CODES = 2  # every codebook starts with EMPTY and END; real codes are stored from 2 on
 EMPTY_AUDIO, END_AUDIO = 0, 1
-
-
-class ConfigError(ValueError):
-    """A ``params.json`` that is incomplete, contradictory, or describes a model voxkern does not run."""
 
 
 @dataclass(frozen=True)
@@ -241,13 +239,13 @@ class Config:
         """
         if not isinstance(params, dict):
             raise ConfigError(f"params must be the dict of a params.json, got {type(params).__name__}")
-        reader = _Reader()
+        reader = Reader()
         multimodal = reader.section(params, "multimodal")
         audio_args = reader.section(multimodal, "multimodal.audio_model_args")
         codec_args = reader.section(multimodal, "multimodal.audio_tokenizer_args")
         acoustic_args = reader.section(audio_args, "multimodal.audio_model_args.acoustic_transformer_args")
         backbone = reader.read(BackboneConfig, params, "", skip=("moe",))
-        head = reader.head(acoustic_args)
+        head = _head(reader, acoustic_args)
         acoustic = reader.read(head, acoustic_args, "multimodal.audio_model_args.acoustic_transformer_args.")
         audio = reader.read(AudioModelConfig, audio_args, "multimodal.audio_model_args.")
         codec = reader.read(CodecConfig, codec_args, "multimodal.audio_tokenizer_args.")
@@ -278,90 +276,22 @@ def _stages(codec: CodecConfig, side: str) -> list[tuple[int, int, int]]:
     return list(zip(*columns, strict=True))
 
 
+def _head(reader: Reader, args: dict[str, Any]) -> type[AcousticTransformerConfig] | type[VelocityMLPConfig]:
+    kind = args.get("kind", "transformer")
+    if kind not in list(HEADS):  # it may be of any kind of JSON
+        reader.wrong.append(f"acoustic_transformer_args.kind must be one of {', '.join(HEADS)}, got {kind!r}")
+        return AcousticTransformerConfig
+    other = {field.name for cls in HEADS.values() for field in dataclasses.fields(cls)}
+    other -= {field.name for field in dataclasses.fields(HEADS[kind])}
+    reader.wrong += [f"acoustic_transformer_args.{key} is no key of the kind {kind}" for key in args if key in other]
+    return HEADS[kind]
+
+
 def _moe_args(params: dict[str, Any]) -> dict[str, Any]:
     moe = params["moe"]
     if not isinstance(moe, dict):
         return {}
     return {"expert_hidden_dim": params.get("hidden_dim"), **moe}  # Mixtral's form: experts are hidden_dim wide
-
-
-class _Reader:
-    """Collects what is wrong with a params dict, so that one error names all of it."""
-
-    def __init__(self) -> None:
-        self.missing: list[str] = []
-        self.wrong: list[str] = []
-
-    def section(self, parent: dict[str, Any], path: str) -> dict[str, Any]:
-        value = parent.get(path.rsplit(".", 1)[-1])
-        if isinstance(value, dict):
-            return value
-        self.missing.append(path) if value is None else self.wrong.append(f"{path} must be an object")
-        return {}
-
-    def head(self, args: dict[str, Any]) -> type[AcousticTransformerConfig] | type[VelocityMLPConfig]:
-        kind = args.get("kind", "transformer")
-        if kind not in list(HEADS):  # it may be of any kind of JSON
-            self.wrong.append(f"acoustic_transformer_args.kind must be one of {', '.join(HEADS)}, got {kind!r}")
-            return AcousticTransformerConfig
-        other = {field.name for cls in HEADS.values() for field in dataclasses.fields(cls)}
-        other -= {field.name for field in dataclasses.fields(HEADS[kind])}
-        self.wrong += [f"acoustic_transformer_args.{key} is no key of the kind {kind}" for key in args if key in other]
-        return HEADS[kind]
-
-    def read(self, cls: type, args: dict[str, Any], prefix: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-        kinds = typing.get_type_hints(cls)
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            if field.name in skip:
-                continue
-            value = args.get(field.name)
-            if value is None:
-                if field.default is dataclasses.MISSING:
-                    self.missing.append(prefix + field.name)
-                continue
-            kind = kinds[field.name]
-            if kind is float and type(value) is int:
-                value = float(value)
-            if type(value) is not kind:
-                self.wrong.append(f"{prefix}{field.name} must be {kind.__name__}, got {value!r}")
-            elif kind in (int, float) and value < 0:
-                self.wrong.append(f"{prefix}{field.name} must not be negative, got {value!r}")
-            else:
-                values[field.name] = value
-        return values
-
-    def unsupported(
-        self, params: dict[str, Any], audio: dict[str, Any], codec: dict[str, Any], acoustic: dict[str, Any]
-    ) -> None:
-        """Keys whose other value would be computed wrongly, so that ignoring them is not an option."""
-        checks: list[tuple[dict[str, Any], str, Any]] = [
-            (params, "use_biases", False),
-            (params, "causal", True),
-            (params, "sliding_window", None),
-            (params, "qk_norm", False),
-            (acoustic, "use_biases", acoustic.get("kind") == "adaln_mlp"),
-            (audio, "input_embedding_concat_type", "sum"),
-            (audio.get("audio_encoding_args") or {}, "codebook_pattern", "parallel"),
-            (codec, "use_biases", False),
-            (codec, "causal", True),
-            (codec, "qk_norm", True),
-            (codec, "layer_scale", True),
-            (codec, "conv_weight_norm", True),
-            (codec, "channels", 1),
-        ]
-        for args, key, only in checks:
-            if args.get(key, only) != only:
-                self.wrong.append(f"{key} = {args[key]!r} is not supported (only {only!r})")
-
-    def raise_problems(self) -> None:
-        parts = []
-        if self.missing:
-            parts.append("missing keys: " + ", ".join(self.missing))
-        if self.wrong:
-            parts.append("; ".join(self.wrong))
-        if parts:
-            raise ConfigError("params.json: " + "; ".join(parts))
 
 
 def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
