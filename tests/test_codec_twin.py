@@ -117,16 +117,15 @@ def test_weights_that_change_are_heard_by_the_next_stream(codec: AudioTokenizer)
 
 
 def test_behind_generate(tiny_folder: Path) -> None:
-    """Accelerated, generate() and stream() decode through it, and agree to the last bit."""
+    """Accelerated, generate() decodes through it; that a stream's chunks are the same is in test_stream.py."""
     tts = voxkern.load(tiny_folder, backend="triton")
     assert isinstance(tts.model.audio_tokenizer.stream(), CodecTwinStream)
-    whole = tts.generate("one", seed=4, steps=1, max_frames=4)
-    chunks = list(tts.stream("one", seed=4, steps=1, max_frames=4, first_chunk=1, chunk=3))
-    np.testing.assert_array_equal(voxkern.Audio.join(chunks).samples, whole.samples)
-    codes = torch.from_numpy(whole.codes).long().unsqueeze(0)
+    audio = tts.generate("one", seed=4, steps=1, max_frames=2)
     with torch.inference_mode():
-        expected = tts.model.audio_tokenizer.decode(codes).flatten()
-    np.testing.assert_allclose(whole.samples, expected.numpy(), atol=1e-5)
+        expected = tts.model.audio_tokenizer.decode(torch.from_numpy(audio.codes).long().unsqueeze(0)).flatten()
+    np.testing.assert_allclose(audio.samples, expected.numpy(), atol=1e-5)
+    voxkern.restore(tts.model)
+    assert isinstance(tts.model.audio_tokenizer.stream(), CodecStream)
 
 
 def test_what_cannot_run_says_so(codec: AudioTokenizer, tiny_params: dict) -> None:
