@@ -1,4 +1,4 @@
-"""The codec's decoder as codes come: causal convolutions as products, windowed attention, and their memory.
+"""The codec's decoder as codes come: dequantisation, causal convolutions as products, and their memory.
 
 What a chunk needs of the past lies twice, as ``memory[turn]`` and ``memory[1 - turn]``: a launch reads the one and
 writes the other, so that no block can read what another has overwritten; ``codec_advance`` then turns them round.
@@ -19,7 +19,6 @@ from .operator import expect, expect_batch, operator
 from .settings import FP_FUSION, Table
 
 RULES = ("zero", "replicate", "reflect")  # what stands before a request's first row
-MAX_WINDOW = 16
 
 # A frame is 1 to 8 rows and a chunk of 25 up to 200: tiles of 32 waste little of either. What makes sound is fp32.
 CODEC_CONV = Table(
@@ -31,15 +30,6 @@ CODEC_CONV = Table(
     gfx*         *     | 32       32       64       4          2
     sm_*         fp32  | 16       32       32       4          4
     sm_*         *     | 32       32       64       4          6
-    """,
-)
-
-CODEC_ATTENTION = Table(
-    "codec_attention",
-    """
-    arch         dtype | BLOCK_Q  BLOCK_W  num_warps  num_stages
-    interpreter  *     | 16       64       4          1
-    *            *     | 16       128      4          2
     """,
 )
 
@@ -213,7 +203,7 @@ def codec_conv(
     """
     M, K = expect("x", x, ("B T", "K"))
     _, B, n, _ = expect("tail", tail, (2, "B", "n", K), like=x)
-    _expect_chunk("x", M, B, rate, frames, lengths, turn)
+    expect_chunk("x", M, B, rate, frames, lengths, turn)
     like = x if weight.dtype == x.dtype else weight
     expect("weight", weight, ("N", (n + 1) * K), like=like, dtype=like.dtype if like is x else torch.float32)
     expect("y", y, (M, weight.shape[0]), like=weight)
@@ -221,161 +211,6 @@ def codec_conv(
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if rule == "reflect" and rate <= n:
         raise ValueError(f"rate is {rate} but must be more than {n}, the rows that are reflected about the first")
-
-
-@triton.jit
-def _scales(p_row, m_row, eps, W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """``1 / sqrt(mean(x^2) + eps)`` of whole rows: [R]."""
-    o_w = tl.arange(0, BLOCK_W)
-    b_square = tl.zeros([BLOCK_R, BLOCK_W], dtype=tl.float32)
-    for w in range(0, W, BLOCK_W):
-        m_x = m_row[:, None] & (w + o_w < W)[None, :]
-        b_x = tl.load(p_row[:, None] + (w + o_w)[None, :], mask=m_x, other=0.0).to(tl.float32)
-        b_square += b_x * b_x
-    return tl.rsqrt(tl.sum(b_square, 1) / W + eps)
-
-
-@triton.jit
-def _keys(
-    p_qkv, p_k_norm, p_old, b_t, m_t, past, eps,
-    B, H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """Keys, normed, and values of the rows `b_t` of a request and head, in the chunk or, if negative, before it.
-
-    Returns:
-        Two [R, COLUMNS] in the model's dtype, zeros where `m_t` is false or nothing was, and what is there: [R].
-    """
-    W: tl.constexpr = H * D
-    o_d = tl.arange(0, COLUMNS)
-    m_new, m_old = m_t & (b_t >= 0), m_t & (b_t < 0) & (b_t >= -past)
-    m_d = (o_d < D)[None, :]
-    b_scale = _scales(p_qkv + b_t * (3 * W) + W, m_new, eps, W, BLOCK_R, BLOCK_W)
-    i_head = tl.program_id(1).to(tl.int64) * D
-    p_k = p_qkv + (b_t * (3 * W) + W + i_head)[:, None] + o_d[None, :]
-    b_norm = tl.load(p_k_norm + i_head + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_k = tl.load(p_k, mask=m_new[:, None] & m_d, other=0.0)
-    b_k = cast(b_k.to(tl.float32) * b_scale[:, None] * b_norm[None, :], b_k.dtype)
-    b_v = tl.load(p_k + W, mask=m_new[:, None] & m_d, other=0.0)
-    p_kept = p_old + ((WINDOW + b_t) * W + i_head)[:, None] + o_d[None, :]
-    m_kept = m_old[:, None] & m_d
-    b_k = tl.where(m_old[:, None], tl.load(p_kept, mask=m_kept, other=0.0), b_k)
-    b_v = tl.where(m_old[:, None], tl.load(p_kept + B * WINDOW * W, mask=m_kept, other=0.0), b_v)
-    return b_k, b_v, m_new | m_old
-
-
-@triton.jit(
-    do_not_specialize=["B", "T", "rate"],
-    do_not_specialize_on_alignment=["p_frames", "p_lengths", "p_turn"],
-)
-def _codec_attention_kernel(
-    p_qkv, p_q_norm, p_k_norm, p_ring, p_frames, p_lengths, p_turn, p_out,
-    B, T, rate, eps,
-    H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, KEPT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    i_q, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    W: tl.constexpr = H * D
-    eps = tl.full([], eps, tl.float32)
-    turn = tl.load(p_turn)
-    past = (tl.load(p_frames + i_b) * rate).to(tl.int32)
-    valid = (tl.load(p_lengths + i_b) * rate).to(tl.int32)
-    p_old = p_ring + (turn * 2 * B + i_b) * WINDOW * W
-    p_request = p_qkv + i_b * T * (3 * W)
-    o_d = tl.arange(0, COLUMNS)
-    m_d = (o_d < D)[None, :]
-    if i_q == tl.num_programs(0) - 1:  # the last block keeps the window that the next chunk needs
-        o_r = tl.arange(0, KEPT)
-        b_k, b_v, _ = _keys(
-            p_request, p_k_norm, p_old, valid - WINDOW + o_r, o_r < WINDOW, past, eps,
-            B, H, D, COLUMNS, WINDOW, KEPT, BLOCK_W,
-        )  # fmt: skip
-        p_new = p_ring + ((1 - turn) * 2 * B + i_b) * WINDOW * W + o_r[:, None] * W + i_h * D + o_d[None, :]
-        m_new = (o_r < WINDOW)[:, None] & m_d
-        tl.store(p_new, b_k, mask=m_new)
-        tl.store(p_new + B * WINDOW * W, b_v, mask=m_new)
-        return
-    # tiles begin at multiples of BLOCK_Q of the request's own rows: a row is summed alike in whichever chunk it comes
-    b_t = (past // BLOCK_Q + i_q) * BLOCK_Q - past + tl.arange(0, BLOCK_Q)
-    m_q = (b_t >= 0) & (b_t < T)
-    p_q = p_request + b_t * (3 * W)
-    b_scale = _scales(p_q, m_q, eps, W, BLOCK_Q, BLOCK_W)
-    b_q = tl.load((p_q + i_h * D)[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
-    b_norm = tl.load(p_q_norm + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_q = cast(b_q.to(tl.float32) * b_scale[:, None] * b_norm[None, :], b_q.dtype)  # [Q, D]
-    KEYS: tl.constexpr = 2 * BLOCK_Q  # the tile's own rows, and BLOCK_Q >= WINDOW before them
-    b_j = (past // BLOCK_Q + i_q) * BLOCK_Q - past - BLOCK_Q + tl.arange(0, KEYS)
-    b_k, b_v, m_k = _keys(
-        p_request, p_k_norm, p_old, b_j, b_j < T, tl.minimum(past, WINDOW), eps,
-        B, H, D, COLUMNS, WINDOW, KEYS, BLOCK_W,
-    )  # fmt: skip
-    b_s = dot(b_k, tl.trans(b_q), tl.zeros([KEYS, BLOCK_Q], dtype=tl.float32)) * (D**-0.5)  # [keys, Q]
-    b_far = b_j[:, None] - b_t[None, :]
-    slope = tl.exp2(-8.0 * i_h.to(tl.float32) / H)
-    m_s = m_k[:, None] & (b_far <= 0) & (b_far >= -WINDOW)
-    b_s = tl.where(m_s, b_s + slope * b_far.to(tl.float32), float("-inf"))
-    b_max = tl.max(b_s, 0)
-    b_p = tl.exp2((b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :]) * 1.4426950408889634)
-    b_sum = tl.sum(b_p, 0)
-    b_o = dot(tl.trans(b_v), cast(b_p, b_v.dtype), tl.zeros([COLUMNS, BLOCK_Q], dtype=tl.float32))  # [D, Q]
-    b_o = b_o / tl.where(b_sum > 0.0, b_sum, 1.0)[None, :]
-    p_result = p_out + ((i_b * T + b_t) * W + i_h * D)[None, :] + o_d[:, None]
-    tl.store(p_result, cast(b_o, p_out.dtype.element_ty), mask=m_q[None, :] & (o_d < D)[:, None])
-
-
-def launch_codec_attention(
-    out: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, ring: Tensor, frames: Tensor, lengths: Tensor,
-    turn: Tensor, rate: int, eps: float, n_heads: int,
-) -> None:  # fmt: skip
-    """The arguments are those of :func:`codec_attention`, unchecked."""
-    (M, W), (B, window) = out.shape, ring.shape[2:4]
-    T, D = M // B, W // n_heads
-    constants = CODEC_ATTENTION(N=W, K=D, dtype=qkv.dtype, rows=1)
-    del constants["N"], constants["K"]
-    constants |= {"H": n_heads, "D": D, "COLUMNS": max(16, triton.next_power_of_2(D)), "WINDOW": window}
-    constants["KEPT"] = triton.next_power_of_2(window)
-    # rows that begin anywhere in a tile may touch one more
-    grid = (triton.cdiv(T - 1, constants["BLOCK_Q"]) + 2, n_heads, B)
-    _codec_attention_kernel[grid](qkv, q_norm, k_norm, ring, frames, lengths, turn, out, B, T, rate, eps, **constants)
-
-
-@operator(launch_codec_attention, mutates=("out", "ring"))
-def codec_attention(
-    out: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, ring: Tensor, frames: Tensor, lengths: Tensor,
-    turn: Tensor, rate: int, eps: float, n_heads: int,
-) -> None:  # fmt: skip
-    """Attention over a window, ``i - window <= j <= i``, with ALiBi (arXiv 2108.12409) and RMSNorm of q and k.
-
-    Scores are ``q k / sqrt(D) + r^h (j - i)`` with r = 2^(-8 / H); the norms are over all heads at once.
-
-    Args:
-        out: [B T, H D], written.
-        qkv: [B T, 3 H D] fp32, bf16 or fp16, not normed.
-        q_norm: [H D].
-        k_norm: [H D].
-        ring: [2, 2, B, window, H D], the last keys, normed, and values before the chunk at index `turn`; the next
-            chunk's are written to the other. Those from before a request's first row may hold anything.
-        frames: int64 [B], decoded before the chunk.
-        lengths: int64 [B], frames of the chunk, 0..T / rate.
-        turn: int32 [1], 0 or 1.
-        rate: rows a frame.
-        eps: added to the mean squares.
-        n_heads: H.
-
-    Raises:
-        TypeError: a dtype is wrong or differs from qkv's.
-        ValueError: a shape, stride or device is wrong, or a number out of range.
-    """
-    M, W = expect("qkv", qkv, ("B T", "3 H D"))
-    if W % (3 * n_heads):
-        raise ValueError(f"qkv has {W} columns, which are no multiple of 3 * {n_heads} (n_heads)")
-    expect("out", out, (M, W // 3), like=qkv)
-    expect("q_norm", q_norm, (W // 3,), like=qkv)
-    expect("k_norm", k_norm, (W // 3,), like=qkv)
-    _, _, B, window, _ = expect("ring", ring, (2, 2, "B", "window", W // 3), like=qkv)
-    if not 1 <= window <= MAX_WINDOW:
-        raise ValueError(f"ring has a window of {window} but must have 1..{MAX_WINDOW}")
-    _expect_chunk("qkv", M, B, rate, frames, lengths, turn)
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_lengths", "p_frames", "p_turn"])
@@ -411,7 +246,7 @@ def codec_advance(lengths: Tensor, frames: Tensor, turn: Tensor) -> None:
     expect("turn", turn, (1,), like=frames, dtype=torch.int32)
 
 
-def _expect_chunk(name: str, rows: int, B: int, rate: int, frames: Tensor, lengths: Tensor, turn: Tensor) -> None:
+def expect_chunk(name: str, rows: int, B: int, rate: int, frames: Tensor, lengths: Tensor, turn: Tensor) -> None:
     """Raise unless `rows` are whole frames of as many requests as the memory is of."""
     expect_batch("frames", B, 1, 64)
     expect("frames", frames, (B,), dtype=torch.int64)

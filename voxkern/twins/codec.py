@@ -10,13 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..kernels.codec import (
-    MAX_WINDOW,
-    launch_codec_advance,
-    launch_codec_attention,
-    launch_codec_conv,
-    launch_codec_dequantise,
-)
+from ..kernels.codec import launch_codec_advance, launch_codec_conv, launch_codec_dequantise
+from ..kernels.codec_attention import MAX_WINDOW, launch_codec_attention
 from ..kernels.linear import launch_linear, launch_norm_swiglu
 from ..kernels.operator import on_device
 from ..kernels.qkv import launch_norm_qkv
