@@ -71,7 +71,7 @@ def noise_words(seed: Tensor, frame: Tensor, n_codebooks: int) -> Tensor:
 def quantile_table() -> Tensor:
     """Standard normal quantiles at (i + 1/2) / 2^16, fp32 [65536]."""
     n = 1 << QUANTILE_BITS
-    quantiles: Tensor = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    quantiles: Tensor = torch.special.ndtri((torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n)
     return quantiles.float()
 
 

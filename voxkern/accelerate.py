@@ -10,18 +10,23 @@ from .reference.backbone import Backbone
 from .reference.codec import AudioTokenizer
 from .reference.flow import FlowHead, FlowMatchingAudioTransformer
 from .reference.velocity_mlp import FlowMatchingAudioMLP
+from .servers import accelerate_servers, restore_servers
 
 log = logging.getLogger(__name__)
 
 
-def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
+def accelerate(model: Any, max_batch: int = 1) -> list[str]:
     """Run what voxkern has kernels for through them, on the model's own weights.
 
     Weights may be loaded, moved, copied and saved as before. A model that is accelerated already is prepared anew.
 
     Args:
-        model: a :class:`voxkern.reference.VoxtralTTS`, or any module that holds its parts.
-        max_batch: the most requests a call may have, 1..64. Settings, and so the last bits of a result, belong to it.
+        model: a :class:`voxkern.reference.VoxtralTTS`, or any module that holds its parts. Or a module that holds the
+            flow head of vLLM-Omni or SGLang-Omni, with its weights loaded and on their device, or vLLM-Omni's wrapper
+            of one before it captures its graphs; see :mod:`voxkern.servers`. A part like one of these that is not
+            known is left as it is, and a warning says why.
+        max_batch: the most requests a call may have, 1..64; a server's may have more, and they run in groups.
+            Settings, and so the last bits of a result, belong to it.
 
     Returns:
         Names of the modules that were replaced, and of methods: the backbone's ``hidden_states``, the codec's
@@ -29,7 +34,7 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
 
     Raises:
         ValueError: the model has no part that voxkern knows.
-        RuntimeError: Triton is not installed.
+        RuntimeError: Triton is not installed, or a server's head is where no kernel runs.
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("triton is not installed, and kernels need it; the model runs without them as it is")
@@ -39,10 +44,11 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
     from .twins.head import HeadTwin
     from .twins.velocity_mlp import MLPTwin
 
-    embeddings = dict(model.named_modules()).get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
-    replaced = []
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    embeddings = modules.get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
+    replaced, left = accelerate_servers(model, max_batch)
     table = embeddings if isinstance(embeddings, nn.Embedding) else None
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if isinstance(module, Backbone):
             module.hidden_states = BackboneTwin(module, max_batch)  # type: ignore[method-assign]
             replaced.append(f"{name}.hidden_states".lstrip("."))
@@ -58,19 +64,22 @@ def accelerate(model: nn.Module, max_batch: int = 1) -> list[str]:
             module.stream = CodecTwin(module)  # type: ignore[method-assign, assignment]
             replaced.append(f"{name}.stream".lstrip("."))
     if not replaced:
-        raise ValueError(f"{type(model).__name__} has no part that voxkern has kernels for")
+        reasons = "".join(f"; {name} is not known: {why}" for name, why in left.items())
+        raise ValueError(f"{type(model).__name__} has no part that voxkern has kernels for{reasons}")
+    for name, why in left.items():
+        log.warning("%s is left as it is: %s", name, why)
     log.info("accelerated: %s", ", ".join(replaced))
     return replaced
 
 
-def restore(model: nn.Module) -> list[str]:
+def restore(model: Any) -> list[str]:
     """Undo :func:`accelerate`.
 
     Returns:
         Names of what was put back.
     """
-    restored = []
-    for name, module in model.named_modules():
+    restored = restore_servers(model)
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, Backbone) and "hidden_states" in vars(module):
             del module.hidden_states
             restored.append(f"{name}.hidden_states".lstrip("."))

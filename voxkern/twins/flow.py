@@ -125,12 +125,15 @@ class FlowTwin(HeadTwin[FlowMatchingAudioTransformer, FlowBuffers, FlowTimes]):
             self._eps, q_rows, self._max_rows,
         )  # fmt: skip
 
-    def _layers(self, b: FlowBuffers, t_qkv: Tensor) -> None:
-        """All layers of one evaluation: 4 launches each, 5 when prepared for more than one request."""
+    def _layers(self, b: FlowBuffers, t_qkv: Tensor | None) -> None:
+        """All layers of one evaluation: 4 launches each, 5 when prepared for more than one request.
+
+        `t_qkv` is the table's row; without one nothing is known of the tokens, and they stand in the stream.
+        """
         B, layers = len(b.x), self._blocks
         for i, layer in enumerate(layers):
             rows = 2 * B if i == len(layers) - 1 else 6 * B  # in the last layer only the x tokens ask
-            if i == 0:
+            if i == 0 and t_qkv is not None:
                 self._qkv(b.x_qkv, b.tokens[:B], layer, B)
                 self._attend(b, b.tokens[:rows], b.x_qkv, t_qkv, b.h_qkv, layer)
             else:

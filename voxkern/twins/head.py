@@ -158,15 +158,16 @@ class HeadTwin(Generic[HostT, BuffersT, TimesT]):
                 return torch.zeros(shape, dtype=dtype, device=device)
 
             K = self.host.audio.n_acoustic_codebook
-            common = Buffers(
-                x=zeros(B, K, dtype=torch.float32),
-                v_last=zeros(B, K, dtype=torch.float32),
-                semantic=zeros(B, dtype=torch.int64),
-                best=semantic_scratch(self.host.semantic_codebook_output.weight, self._n_codes, self.max_batch),
-                codes=zeros(B, 1 + K, dtype=torch.int64),
-                following=zeros(B, 0 if self.embeddings is None else self.embeddings.embedding_dim),
-            )
-            self._buffers[B, dtype, device] = self._make_buffers(B, vars(common), zeros)
+            with torch.inference_mode(False):  # to be written in any mode
+                common = Buffers(
+                    x=zeros(B, K, dtype=torch.float32),
+                    v_last=zeros(B, K, dtype=torch.float32),
+                    semantic=zeros(B, dtype=torch.int64),
+                    best=semantic_scratch(self.host.semantic_codebook_output.weight, self._n_codes, self.max_batch),
+                    codes=zeros(B, 1 + K, dtype=torch.int64),
+                    following=zeros(B, 0 if self.embeddings is None else self.embeddings.embedding_dim),
+                )
+                self._buffers[B, dtype, device] = self._make_buffers(B, vars(common), zeros)
         return self._buffers[B, dtype, device]
 
     def times(self, solver: str, steps: int) -> TimesT:
@@ -181,7 +182,7 @@ class HeadTwin(Generic[HostT, BuffersT, TimesT]):
         if known is None or known.key != key or any(a is not b for a, b in zip(known.weights, weights, strict=True)):
             times = time_grid(solver, steps)
             lengths = [end - start for start, end in itertools.pairwise(times)]
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 projected = self.host.project_time(
                     torch.tensor(times[:-1], dtype=torch.float64, device=weights[0].device)
                 )
@@ -234,11 +235,7 @@ class HeadTwin(Generic[HostT, BuffersT, TimesT]):
         self, h: Tensor, cfg_alpha: Tensor, noise: Tensor | None, seed: Tensor | None, frame: Tensor | None
     ) -> None:
         weight, audio = self._hidden_projection.weight, self.host.audio
-        if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
-            raise RuntimeError(
-                "gradients are asked of an accelerated flow head, and kernels have none: call it under "
-                "torch.inference_mode(), or voxkern.restore() the model to train it"
-            )
+        self._check_gradients(h)
         if h.ndim != 2 or h.shape[1] != self.host.config.input_dim:
             raise ValueError(f"h must be [B, {self.host.config.input_dim}], got {list(h.shape)}")
         B = len(h)
@@ -260,3 +257,11 @@ class HeadTwin(Generic[HostT, BuffersT, TimesT]):
                 raise TypeError(f"{name} is {tensor.dtype} on {tensor.device} but must be {dtype} on {h.device}")
             if list(tensor.shape) != shape or not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous {shape}, got {list(tensor.shape)}, {tensor.stride()}")
+
+    def _check_gradients(self, *arguments: Tensor) -> None:
+        tensors = (*arguments, self._hidden_projection.weight)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(
+                "gradients are asked of an accelerated flow head, and kernels have none: call it under "
+                "torch.inference_mode(), or voxkern.restore() the model to train it"
+            )

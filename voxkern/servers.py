@@ -1,0 +1,180 @@
+"""Flow heads of public servers, recognised by what they are made of; no server is imported.
+
+vLLM-Omni's and SGLang-Omni's heads have the checkpoint's names for their layers, and more in common: the numbers in
+``model_args`` and ``acoustic_transformer_args``, the flow's times in ``_timesteps``. vLLM-Omni captures one in graphs
+through a wrapper that is no module and repeats the head's computation in ``_forward_cudagraph_compatible``.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .reference.config import AcousticTransformerConfig, AudioModelConfig
+from .reference.flow import FlowHead, FlowMatchingAudioTransformer, time_grid
+
+if TYPE_CHECKING:
+    from .twins.server import ServerTwin
+
+CAPTURED, VELOCITY = "_forward_cudagraph_compatible", "_predict_velocity"
+MARK = "_voxkern_replaced"  # names of the methods that were replaced on an object
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class UnknownHead(ValueError):
+    """A flow head by its names, but not one that kernels can stand in for; it says why."""
+
+
+def is_server_head(module: nn.Module) -> bool:
+    """Whether it has the two outputs by which a flow head is known, and is none of ours."""
+    outputs = {"semantic_codebook_output", "acoustic_codebook_output"}
+    return outputs <= dict(module.named_children()).keys() and not isinstance(module, FlowHead)
+
+
+def is_wrapper(thing: object) -> bool:
+    """Whether it captures a flow head as vLLM-Omni's wrapper does."""
+    return hasattr(thing, CAPTURED) and isinstance(getattr(thing, "acoustic_transformer", None), nn.Module)
+
+
+def as_reference(module: nn.Module) -> FlowMatchingAudioTransformer:
+    """A server's head as one of ours, made of its own layers: nothing is copied, and weights that change are seen.
+
+    Raises:
+        UnknownHead: a name, a number, a shape or a dtype is not as in the public model's head.
+    """
+    config, audio = _configs(module)
+    with torch.device("meta"):
+        head = FlowMatchingAudioTransformer(config, audio)
+    mine, theirs = ({name: list(p.shape) for name, p in one.named_parameters()} for one in (head, module))
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise UnknownHead(f"{name} is {theirs.get(name, 'missing')} but must be {mine.get(name, 'missing')}")
+    dtypes = {p.dtype for p in module.parameters()}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise UnknownHead(f"its weights are {', '.join(sorted(map(str, dtypes)))} but must be one of fp32, bf16, fp16")
+    for name, layer in list(head.named_modules()):
+        if next(layer.children(), None) is None:
+            (owner, _, child), own = name.rpartition("."), module.get_submodule(name)
+            if getattr(own, "eps", None) not in (None, config.norm_eps):
+                raise UnknownHead(f"{name}.eps is {own.eps} but must be {config.norm_eps}, as the config says")
+            setattr(head.get_submodule(owner), child, own)
+    return head
+
+
+def accelerate_servers(model: object, max_batch: int) -> tuple[list[str], dict[str, str]]:
+    """Rebind the methods of every server's head in `model`, and of every wrapper that captures one.
+
+    Returns:
+        Names of what was replaced; names of what was left as it is, with the reason.
+    """
+    replaced: list[str] = []
+    left: dict[str, str] = {}
+    for name, thing in _parts(model):
+        try:
+            done, undone = (_accelerate_wrapper if is_wrapper(thing) else _accelerate_head)(thing, max_batch)
+        except UnknownHead as why:
+            left[name] = str(why)
+            continue
+        replaced += [f"{name}.{method}".removesuffix(".forward") for method in done]
+        left |= {f"{name}.{method}": why for method, why in undone.items()}
+    return replaced, left
+
+
+def restore_servers(model: object) -> list[str]:
+    """Undo :func:`accelerate_servers`; names of what was put back."""
+    restored = []
+    for name, thing in _parts(model):
+        for method in vars(thing).get(MARK, ()):
+            delattr(thing, method)
+            restored.append(f"{name}.{method}".removesuffix(".forward"))
+        vars(thing).pop(MARK, None)
+    return restored
+
+
+def _parts(model: object) -> Iterator[tuple[str, Any]]:
+    """Servers' heads and wrappers in `model`, which may be one itself, with their names."""
+    if is_wrapper(model):
+        yield "acoustic_transformer", model.acoustic_transformer  # type: ignore[attr-defined]
+        yield type(model).__name__, model
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    for name, module in modules.items():
+        if is_server_head(module):
+            yield name or type(module).__name__, module
+    for name, module in modules.items():
+        for attribute, thing in vars(module).items():
+            if is_wrapper(thing):
+                yield f"{name}.{attribute}".lstrip("."), thing
+
+
+def _configs(module: Any) -> tuple[AcousticTransformerConfig, AudioModelConfig]:
+    try:
+        times, args, audio = module._timesteps, module.acoustic_transformer_args, module.model_args
+        numbers = {f.name: getattr(args, f.name) for f in fields(AcousticTransformerConfig) if hasattr(args, f.name)}
+        config = AcousticTransformerConfig(**numbers | {"n_decoding_steps": len(times) - 1})
+        sizes = audio.semantic_codebook_size, audio.acoustic_codebook_size, audio.n_acoustic_codebook
+    except (AttributeError, TypeError) as why:
+        raise UnknownHead(str(why)) from None
+    even = torch.tensor(time_grid("euler", config.n_decoding_steps), dtype=torch.float64, device=times.device)
+    if not torch.allclose(times.double(), even, rtol=0, atol=4e-3):  # they may have been rounded to bf16
+        raise UnknownHead(f"its _timesteps are {times.tolist()} but must be even steps from 0 to 1")
+    return config, AudioModelConfig(*sizes)
+
+
+def _accelerate_head(module: Any, max_batch: int) -> tuple[list[str], dict[str, str]]:
+    from .twins.server import ServerTwin
+
+    twin = _twin_of(module)
+    if twin is None and "forward" in vars(module):
+        raise UnknownHead("its forward has been replaced already, by something else")
+    forward = _parameters(type(module).forward)
+    if forward not in (["llm_hidden", "cfg_alpha"], ["llm_hidden"]):
+        raise UnknownHead(f"its call takes ({', '.join(forward)}) but must take (llm_hidden, cfg_alpha)")
+    if twin is None or twin.max_batch != max_batch:
+        twin = ServerTwin(as_reference(module), module, max_batch)
+    twin.prepare()
+    methods: dict[str, Callable[..., Any]] = {"forward": twin.forward}
+    left = {}
+    if hasattr(module, VELOCITY):
+        ways = {tuple(_parameters(way)): way for way in (twin.velocity_of_projected, twin.velocity_of_embedded)}
+        taken = _parameters(getattr(type(module), VELOCITY))
+        if tuple(taken) in ways:
+            methods[VELOCITY] = ways[tuple(taken)]
+        else:
+            left[VELOCITY] = f"it takes ({', '.join(taken)})"
+    return _bind(module, methods), left
+
+
+def _accelerate_wrapper(wrapper: Any, max_batch: int) -> tuple[list[str], dict[str, str]]:
+    from .twins.server import CapturedFrame
+
+    twin = _twin_of(wrapper.acoustic_transformer)
+    taken = _parameters(getattr(type(wrapper), CAPTURED))
+    if twin is None or taken != ["hidden_states", "cfg_alpha", "noise"]:
+        raise UnknownHead(
+            f"what it captures takes ({', '.join(taken)}), of a head that is {'known' if twin else 'not'}"
+        )
+    if wrapper.graphs:
+        if MARK not in vars(wrapper):
+            raise UnknownHead("it has captured its graphs already, and they stay as they are")
+        return list(vars(wrapper)[MARK]), {}
+    return _bind(wrapper, {CAPTURED: CapturedFrame(twin, wrapper.n_steps, wrapper.capture_sizes)}), {}
+
+
+def _bind(thing: object, methods: dict[str, Callable[..., Any]]) -> list[str]:
+    for name, method in methods.items():
+        setattr(thing, name, method)
+    setattr(thing, MARK, tuple(methods))
+    return list(methods)
+
+
+def _twin_of(module: nn.Module) -> "ServerTwin | None":
+    return vars(module)["forward"].__self__ if MARK in vars(module) else None
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """Names of what a caller gives; of ours, what the servers' own have beside is left out."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.name != "self" and p.kind is not p.KEYWORD_ONLY]
