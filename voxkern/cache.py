@@ -67,71 +67,90 @@ class PagePool:
         self.pool[:, target].copy_(self.pool[:, source])
 
 
-@dataclass(eq=False)
-class Prefix:
-    """What a voice is in the cache.
+@dataclass(frozen=True, eq=False)
+class Voice:
+    """What the first tokens of a prompt are made of.
 
     Attributes:
-        voice: its embeddings, and what they were when the pages were made.
-        version: of `voice`.
-        n_tokens: of the prompt that the pages hold.
-        pages: of them; the last may be filled partly.
+        embeddings: of the voice, [N, dim].
+        version: of them, when the prompt was made.
+        stamp: of the weights, then.
+        n_tokens: that are the same in every prompt of the voice.
     """
 
-    voice: Tensor
+    embeddings: Tensor
     version: int
+    stamp: Hashable
     n_tokens: int
-    pages: list[int]
+
+    @classmethod
+    def of(cls, embeddings: Tensor, stamp: Hashable, n_tokens: int) -> "Voice":
+        """As it is now. What is written to embeddings made in inference mode leaves no trace."""
+        return cls(embeddings, 0 if embeddings.is_inference() else embeddings._version, stamp, n_tokens)
 
     @property
-    def n_full(self) -> int:
-        """Pages that are full, and so can be shared."""
-        return self.n_tokens // PAGE
+    def key(self) -> tuple[int, int, int]:
+        """Two voices in the cache that have the same one are the same."""
+        return id(self.embeddings), self.version, self.n_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """A voice in the cache.
+
+    Attributes:
+        voice: which; it also keeps the embeddings' identity from being another's.
+        pages: of its tokens; the last may be filled partly.
+    """
+
+    voice: Voice
+    pages: list[int]
 
 
 class Prefixes:
     """Voices' prefixes: made once, shared by whoever speaks with the voice, forgotten when pages are short.
 
     Attributes:
-        known: those in the cache by their voice's identity, least recently used first.
+        known: those in the cache, least recently used first.
     """
 
     def __init__(self, pool: PagePool) -> None:
         """None yet."""
-        self.known: dict[int, Prefix] = {}
+        self.known: dict[tuple[int, int, int], Prefix] = {}
         self._pool = pool
         self._stamp: Hashable = None
 
     def pages(
-        self, voice: Tensor | None, n_shared: int, n_tokens: int, stamp: Hashable, make: Callable[[list[int]], object]
+        self, voice: Voice | None, n_tokens: int, stamp: Hashable, make: Callable[[list[int]], object]
     ) -> list[int] | None:
-        """Pages for a request whose first tokens are its voice's, which then are in them.
+        """Pages for a request, in which its voice's tokens are already.
 
-        Where the whole cache is too small for the prefix beside the request, nothing is shared.
+        Nothing is shared where the weights are others than when the prompt was made, or where the whole cache is too
+        small for the prefix beside the request.
 
         Args:
-            voice: its embeddings; None shares nothing.
-            n_shared: tokens that are the same in every request of the voice.
+            voice: None shares nothing.
             n_tokens: all that the request may ever have.
-            stamp: of the weights; prefixes made with others are forgotten.
-            make: fills pages with the first `n_shared` tokens' keys and values.
+            stamp: of the weights now; prefixes made with others are forgotten.
+            make: fills pages with the voice's tokens.
 
         Returns:
             The pages, held by the caller; None if too few are free.
         """
-        self._forget_old(stamp)
-        n_pages, n_full, n_prefix = pages_for(n_tokens), n_shared // PAGE, pages_for(n_shared)
-        if voice is None or n_prefix + n_pages - n_full > self._pool.n_pages:
-            if not self._make_room(n_pages, None):
-                return None
-            return self._filled(n_pages, make)
-        prefix = self._find(voice, n_shared)
-        n_new = n_pages - n_full + (0 if prefix else n_prefix)
-        if not self._make_room(n_new, prefix):
+        if stamp != self._stamp:
+            self.clear()
+            self._stamp = stamp
+        n_pages = pages_for(n_tokens)
+        n_full, n_prefix = (voice.n_tokens // PAGE, pages_for(voice.n_tokens)) if voice is not None else (0, 0)
+        if voice is None or voice.stamp != stamp or n_prefix + n_pages - n_full > self._pool.n_pages:
+            return self._filled(n_pages, make) if self._make_room(n_pages) else None
+        prefix = self.known.get(voice.key)
+        if not self._make_room(n_pages - n_full + (0 if prefix else n_prefix), prefix):
             return None
         if prefix is None:
-            prefix = Prefix(voice, _version(voice), n_shared, self._filled(n_prefix, make))
-        self.known[id(voice)] = prefix  # the last is the most recently used
+            prefix = Prefix(voice, self._filled(n_prefix, make))
+        self.known.pop(voice.key, None)
+        self.known[voice.key] = prefix  # the last is the most recently used
         own = self._pool.take(n_pages - n_full)
         if n_full < n_prefix:
             self._pool.copy(prefix.pages[-1], own[0])
@@ -152,29 +171,14 @@ class Prefixes:
             raise
         return pages
 
-    def _find(self, voice: Tensor, n_shared: int) -> Prefix | None:
-        """The voice's prefix, taken out of its place; an outdated one is forgotten."""
-        prefix = self.known.pop(id(voice), None)
-        if prefix is not None and (prefix.version, prefix.n_tokens) != (_version(voice), n_shared):
-            self._pool.give_back(prefix.pages)
-            return None
-        return prefix
-
-    def _forget_old(self, stamp: Hashable) -> None:
-        if stamp != self._stamp:
-            self.clear()
-            self._stamp = stamp
-
-    def _make_room(self, n_pages: int, keep: Prefix | None) -> bool:
+    def _make_room(self, n_pages: int, keep: Prefix | None = None) -> bool:
         """Forget unused prefixes until so many pages are free, but none if that is not enough."""
-        unused = [prefix for prefix in self.known.values() if self._unused(prefix)]
+        unused = [prefix for prefix in self.known.values() if prefix is not keep and self._unused(prefix)]
         if n_pages > self._pool.n_free + sum(len(prefix.pages) for prefix in unused):
-            if keep is not None:
-                self.known[id(keep.voice)] = keep
             return False
         for prefix in unused:
             if n_pages > self._pool.n_free:
-                self._pool.give_back(self.known.pop(id(prefix.voice)).pages)
+                self._pool.give_back(self.known.pop(prefix.voice.key).pages)
         return True
 
     def _unused(self, prefix: Prefix) -> bool:
@@ -190,7 +194,3 @@ def cache_bytes(config: BackboneConfig, n_tokens: int, dtype: torch.dtype) -> in
     """Memory of a request's keys and values."""
     row = 2 * config.n_kv_heads * config.head_dim * dtype.itemsize
     return config.n_layers * pages_for(n_tokens) * PAGE * row
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -255,17 +255,18 @@ class Engine:
         if not self._there:
             slots.begin()
             self.sounds.begin()
-        shared, own = request.prompt[: request.n_shared], request.prompt[request.n_shared :]
+        n_shared = request.voice.n_tokens if request.voice is not None else 0
+        shared, own = request.prompt[:n_shared], request.prompt[n_shared:]
 
         def run_shared(pages: list[int]) -> None:
-            if len(shared):
+            if n_shared:
                 slots.prefill(shared, pages, 0)
 
-        pages = self.prefixes.pages(request.voice, len(shared), request.n_tokens, slots.stamp(), run_shared)
+        pages = self.prefixes.pages(request.voice, request.n_tokens, slots.stamp(), run_shared)
         if pages is None:
             return False
         job.pages = pages
-        state = slots.prefill(own, pages, len(shared))
+        state = slots.prefill(own, pages, n_shared)
         job.slot = min(set(range(slots.n)) - self._there.keys())
         self._there[job.slot] = job
         self.sounds.restart(job.slot)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .cache import PagePool
+from .cache import PagePool, Voice
 from .reference import VoxtralTTS
 from .reference.attention import PagedCache
 from .reference.config import END_AUDIO
@@ -34,8 +34,7 @@ class Request:
         max_frames: where it is cut off.
         steps: evaluations of the velocity a frame.
         solver: "euler" or "ab2".
-        voice: the embeddings that stand in the prompt's first rows; None for a prompt that shares nothing.
-        n_shared: rows of the prompt, less than all, that are the same in every request of the voice.
+        voice: what the prompt's first rows are made of; None for a prompt in one part.
     """
 
     prompt: Tensor
@@ -44,8 +43,7 @@ class Request:
     max_frames: int
     steps: int
     solver: str
-    voice: Tensor | None = None
-    n_shared: int = 0
+    voice: Voice | None = None
 
     @property
     def n_tokens(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .accelerate import accelerate
 from .arguments import check_int, per_text
 from .audio import Audio
-from .cache import PAGE, PagePool, pages_for
+from .cache import PAGE, PagePool, Voice, pages_for
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
 from .engine import Engine
 from .maker import make_checkpoint
@@ -391,8 +391,9 @@ class TTS:
         check_int("max_frames", max_frames, 1, room)
         prefix, audio = self.voices[voice], self.model.config.audio.audio_token_id
         n_shared = tokens.index(audio) + len(prefix)  # up to the voice's last row, prompts of a voice are the same
+        shared = Voice.of(prefix, self.engine.slots.stamp(), n_shared)
         prompt = self._embed(tokens, prefix)
-        return Request(prompt, seed, float(cfg_alpha), max_frames, steps, solver, prefix, n_shared)
+        return Request(prompt, seed, float(cfg_alpha), max_frames, steps, solver, shared)
 
     @property
     def _twin(self) -> "BackboneTwin | None":
