@@ -202,9 +202,8 @@ class Traffic(RuleBasedStateMachine):
 
     @rule()
     def change_weights(self) -> None:
-        """While nobody is there, maybe while somebody waits: pages of running requests are of the old ones."""
-        if not self.slots.there:
-            self.slots.weights += 1
+        """Whoever is there keeps what the old ones made; whoever comes shares none of it."""
+        self.slots.weights += 1
 
     @rule(voice=st.sampled_from([*SHARED]), in_place=st.booleans())
     def change_voice(self, voice: int, in_place: bool) -> None:

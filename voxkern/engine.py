@@ -162,9 +162,15 @@ class Engine:
         self._sweep()
 
     def work(self, ready: Callable[[], bool], on_step: Callable[[], None] | None = None) -> None:
-        """Step, or wait for who is stepping, until `ready`; `on_step` is called after each own step."""
+        """Step, or wait for who is stepping, until `ready`; `on_step` is called after each own step.
+
+        Raises:
+            RuntimeError: nobody is left, and still it is not.
+        """
         while not ready():
             seen = self._n_turns
+            if not self._there and not self._queue and not ready():
+                raise RuntimeError("nobody is left to say what is waited for")
             if self._take_turn(self._step):
                 self._sweep()
                 if on_step is not None:
