@@ -1,7 +1,7 @@
 """The ledger: what the compiler makes of every kernel, for every GPU it may meet, without one.
 
-Each operator's own launcher runs at its public shapes on a stub driver (``bench/stub.py``), and one row is written for
-each launch and architecture. The committed ``bench/ledger.csv`` is compared with a fresh one by
+Each operator's own launcher runs at its public shapes on a stub driver (``voxkern/stub.py``), and one row is written
+for each launch and architecture. The committed ``bench/ledger.csv`` is compared with a fresh one by
 ``python -m bench ledger --check``: a change of machine code then stands in the diff of the commit that made it.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.machines import MACHINES
 from bench.registry import DTYPES, Case, Entry, Maker, entries
-from bench.stub import Binary, Launch, standing_in
+from voxkern.stub import Binary, Launch, standing_in
 
 FILE = Path(__file__).with_suffix(".csv")
 MATRIX = r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w?MMA)[\w.]*|v_s?mfma_\w+|v_wmma_\w+"

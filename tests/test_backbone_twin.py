@@ -13,12 +13,12 @@ from poison import poison_pages
 from torch import Tensor
 
 import voxkern
-from bench.counters import counting, only_launches
+from bench.counters import only_launches
 from voxkern.checkpoint import read_checkpoint
-from voxkern.frames import Frames, speak
-from voxkern.generate import Request
+from voxkern.engine import Job
 from voxkern.reference import VoxtralTTS
 from voxkern.reference.attention import PagedCache
+from voxkern.slots import Request
 from voxkern.twins.backbone import BackboneTwin, Rows
 
 
@@ -105,17 +105,20 @@ def test_alone_in_a_batch_and_in_parts(tiny_folder: Path, dtype: torch.dtype) ->
 
 @torch.inference_mode()
 def test_a_frame_is_launches_and_nothing_else(tiny_folder: Path) -> None:
-    tts = voxkern.load(tiny_folder, backend="triton", max_batch=2)
-    requests = [Request(embeddings(n, seed=n), n, 1.2, 9) for n in (5, 8)]
-    with counting(whole=True):
-        group = Frames(tts.model, requests, 2, "euler")
-        group.frame()
+    tts = voxkern.load(tiny_folder, backend="triton", max_batch=3)
+    slots = tts.engine.slots
+    for slot, n in ((0, 5), (2, 8)):
+        prompt = embeddings(n, seed=n)
+        pages = slots.pool.take(1)
+        slots.join(slot, Request(prompt, n, 1.2, 9, 2, "euler"), slots.prefill(prompt, pages, 0), pages)
+    slots.frame()
+    (frames,) = slots._kinds.values()
     with only_launches() as launches:
-        group.frame()
+        frames.launch(3)
     # flow head: 5, and 2 steps of 2 layers of 5 launches and 1; the codes; 2 layers of 5 launches, and the norm
     assert len(launches) == 5 + 2 * (2 * 5 + 1) + 1 + 2 * 5 + 1
-    assert group.frames.tolist() == [2, 2]
-    assert group.lengths.tolist() == [7, 10]
+    assert frames.frames.tolist() == [2, 0, 2]
+    assert frames.lengths.tolist() == [7, 0, 10]
 
 
 def test_speaks_as_the_torch_backend_does(tiny_folder: Path) -> None:
@@ -142,21 +145,31 @@ def test_speaks_as_the_torch_backend_does_for_long(tiny_folder: Path, solver: st
         np.testing.assert_array_equal(one.codes, other.codes)
 
 
-@torch.inference_mode()
 def test_a_request_that_ends_leaves_the_others_alone(tiny_folder: Path) -> None:
     """END, limits, and who is beside: each says the same as alone; END's frame is not kept."""
-    model = voxkern.load(tiny_folder, backend="triton", max_batch=3).model
-    model.acoustic_transformer.semantic_codebook_output.weight[1] *= 4  # END comes soon
-    requests = [Request(embeddings(4, seed=seed), seed, 1.2, limit) for seed, limit in ((3, 9), (4, 2), (5, 9))]
-    *_, together = speak(model, requests, 1, "euler", iter(()))
-    assert {u.ended for u in together} == {True, False}
-    assert len({len(u.frames) for u in together}) > 1
+    tts = voxkern.load(tiny_folder, backend="triton", max_batch=3)
+    with torch.no_grad():
+        tts.model.acoustic_transformer.semantic_codebook_output.weight[1] *= 4  # END comes soon
+    requests = [
+        Request(embeddings(4, seed=seed), seed, 1.2, limit, 1, "euler") for seed, limit in ((3, 9), (4, 2), (5, 9))
+    ]
+
+    def speak(requests: list[Request]) -> list[Job]:
+        jobs = [tts.engine.submit(request) for request in requests]
+        tts.engine.work(lambda: all(job.over for job in jobs))
+        return jobs
+
+    together = speak(requests)
+    assert {job.ended for job in together} == {True, False}
+    assert len({job.n_frames for job in together}) > 1
     for request, both in zip(requests, together, strict=True):
-        *_, (alone,) = speak(model, [request], 1, "euler", iter(()))
+        (alone,) = speak([request])
         assert alone.ended == both.ended
-        assert len(alone.frames) == len(both.frames)
-        assert all(torch.equal(a, b) for a, b in zip(alone.frames, both.frames, strict=True))
-        assert all(frame[0] != 1 for frame in both.frames)
+        one, other = alone.take(), both.take()
+        assert one.codes.shape[1] == both.n_frames
+        np.testing.assert_array_equal(one.codes, other.codes)
+        np.testing.assert_array_equal(one.samples, other.samples)
+        assert (one.codes[0] >= 0).all()
 
 
 def test_errors(model: VoxtralTTS) -> None:

@@ -9,7 +9,6 @@ import torch
 
 import voxkern
 from voxkern.cache import PagePool, pages_for
-from voxkern.reference.attention import PagedCache
 from voxkern.reference.noise import noise, seed_tensor
 
 TEXTS = ["a", "hello there", "x" * 50, "yes\nno", "fünf", "six", "seven three one"]
@@ -177,10 +176,16 @@ def test_the_default_model_says_that_it_is_noise(caplog: pytest.LogCaptureFixtur
 def test_page_pool(tiny_model: voxkern.reference.VoxtralTTS) -> None:
     assert [pages_for(n) for n in (1, 64, 65)] == [1, 1, 2]
     pool = PagePool(tiny_model.config.backbone, 4, torch.float32, torch.device("cpu"))
-    first, second = pool.take(100), pool.take(64)
-    assert len({*first.tolist(), *second.tolist()}) == 3
+    first, second = pool.take(2), pool.take(1)
+    assert len({*first, *second}) == 3
     with pytest.raises(RuntimeError, match="1 free pages, 2 are needed"):
-        pool.take(65)
+        pool.take(2)
+    pool.share(first[:1])
     pool.give_back(first)
-    assert len(pool.take(150)) == 3
-    assert PagedCache(pool.pool, first, second).pool.shape == (2, 4, 2, 2, 64, 16)
+    assert pool.n_free == 2
+    assert pool.holders[first[0]] == 1
+    pool.give_back(first[:1])
+    with pytest.raises(RuntimeError, match="nobody holds it"):
+        pool.give_back(first[:1])
+    assert len(pool.take(3)) == 3
+    assert pool.pool.shape == (2, 4, 2, 2, 64, 16)

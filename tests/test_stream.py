@@ -5,7 +5,6 @@ import gc
 import io
 import re
 import time
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import soundfile
 import torch
 
 import voxkern
-from voxkern import cache, generate
+from voxkern import slots
 from voxkern.audio import Audio, Timings
 from voxkern.stream import chunk_sizes
 
@@ -57,8 +56,8 @@ def test_on_kernels(tiny_folder: Path) -> None:
 
 
 def test_the_first_chunk_comes_after_one_frame(tts: voxkern.TTS, monkeypatch: pytest.MonkeyPatch) -> None:
-    frames, plain = [], generate.speak_frame
-    monkeypatch.setattr(generate, "speak_frame", lambda *args: (frames.append(1), plain(*args)))
+    frames, plain = [], slots.speak_frame
+    monkeypatch.setattr(slots, "speak_frame", lambda *args: (frames.append(1), plain(*args)))
     stream = tts.stream("one two", seed=4, max_frames=40)
     assert not frames  # nothing runs before the first is asked for
     assert next(stream).codes.shape[1] == 1
@@ -96,27 +95,27 @@ def test_a_limit_after_a_full_chunk_makes_no_empty_one(tts: voxkern.TTS) -> None
     assert not chunks[-1].ended
 
 
-def test_closing_frees_everything(tts: voxkern.TTS, monkeypatch: pytest.MonkeyPatch) -> None:
-    pools: list[weakref.ref] = []
+def test_closing_frees_everything(tts: voxkern.TTS) -> None:
+    """Closed, dropped, or never begun: nobody is there, and only the voice's own pages are held."""
+    engine = tts.engine
 
-    class Watched(cache.PagePool):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)
-            pools.append(weakref.ref(self.pool))
+    def held() -> int:
+        prefixes = sum(len(prefix.pages) for prefix in engine.prefixes.known.values())
+        return engine.slots.pool.n_pages - engine.slots.pool.n_free - prefixes
 
-    monkeypatch.setattr(generate, "PagePool", Watched)
     stream = tts.stream("one two", seed=4, max_frames=40)
+    assert not engine.n_waiting
     next(stream)
-    assert pools[0]() is not None
+    assert (engine.n_running, held()) == (1, 1)
     stream.close()
-    gc.collect()
-    assert pools[0]() is None
+    assert (engine.n_running, held()) == (0, 0)
     with pytest.raises(StopIteration):
         next(stream)
     for _ in tts.stream("one two", seed=4, max_frames=40):
         break  # dropped, not closed
     gc.collect()
-    assert pools[1]() is None
+    assert (engine.n_running, held()) == (0, 0)
+    tts.stream("one two").close()
 
 
 def test_two_streams_at_once(tts: voxkern.TTS) -> None:

@@ -17,10 +17,10 @@ class Timings:
     Those of a text in parts are added up.
 
     Attributes:
-        prefill: the prompt's pass through the backbone; on kernels, all prompts of its group.
-        frames: all frames: backbone steps and flow head; on kernels it is known to eight frames.
+        prefill: the prompt's pass through the backbone; its voice's part only where it was not in the cache.
+        frames: all frames: backbone steps and flow head.
         codec: codes to sound.
-        first_sound: from the call until something could be heard: all of it, but for a stream.
+        first_sound: until something could be heard, with the work for others before it: all of it, but for a stream.
     """
 
     prefill: float

@@ -1,4 +1,4 @@
-"""The command line: ``voxkern say``, ``info``, ``doctor``, ``make``."""
+"""The command line: ``voxkern say``, ``info``, ``doctor``, ``make``, ``warmup``."""
 
 import contextlib
 import importlib.metadata
@@ -23,7 +23,7 @@ from . import __version__
 from .audio import Audio, sound_format
 from .cache import cache_bytes
 from .checkpoint import WEIGHTS, find_folder, read_params, read_voices, tensor_table
-from .maker import TINY_MOE, make_checkpoint
+from .maker import TINY_MOE, make_checkpoint, public_params
 from .reference import Config
 from .reference.config import BackboneConfig
 from .tts import CFG_ALPHA, load
@@ -180,6 +180,34 @@ def make(
         overrides = {"moe": TINY_MOE} if moe else None
         make_checkpoint(folder, full, seed, encoder=encoder, overrides=overrides, velocity_mlp=velocity_mlp)
     err.print(f"{folder}: {_size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}", highlight=False)
+
+
+@app.command()
+def warmup(
+    source: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or hub id; the public shapes if none.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="Such as sm_90; this machine's GPU by default.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Requests side by side, as for load().")] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Compile all kernels of a model now, also for a GPU that is not here. Its weights are not read."""
+    from .warmup import warm_up
+
+    with _plain_errors():
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        if dtype not in dtypes:
+            raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+        if arch is None:
+            if not torch.cuda.is_available():
+                raise ValueError("there is no GPU here: name one with --arch, such as --arch sm_90")
+            arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        params = public_params() if source is None else read_params(find_folder(source))
+        with err.status("compiling") as status:
+            n = warm_up(
+                Config.from_params(params), arch, max_batch, dtypes[dtype], lambda name: status.update(f"ready: {name}")
+            )
+    err.print(f"{n} kernels are ready for {arch}, max_batch {max_batch}, {dtype}", highlight=False)
 
 
 def _backend(has_triton: bool) -> str:

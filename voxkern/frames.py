@@ -1,135 +1,150 @@
-"""The frame loop on kernels: what a group of requests says, frame by frame, with no host in between.
+"""Requests side by side on kernels: static rows, a frame of which is launches with no host in between.
 
 Lengths, frame numbers and codes stay on the device. A request that says END, or reaches its limit, gets length 0 there
-and then; the host learns of it some frames late, which costs those frames' time and nothing else.
+and then; the host learns of it a frame late, which costs that frame's time and nothing else.
 """
 
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import PagePool, pages_for
-from .generate import Request, Utterance
 from .kernels.backbone import launch_advance
 from .kernels.operator import on_device
 from .reference import VoxtralTTS
 from .reference.noise import seed_tensor
+from .slots import Request, Said, weights_stamp
 from .twins.backbone import BackboneTwin, Rows
 from .twins.head import HeadTwin
 
-LOOK = 8  # frames from one look at who is still there to the next: on a GPU each waits for the device
+FRAMES = 256  # of the history to begin with: 20 s
 
 
 class Frames:
-    """A group of requests on kernels.
+    """Static rows of requests of one number of steps and one solver.
 
     Attributes:
-        lengths: int32 [B], tokens of each with the next frame's; 0 has ended.
-        frames: int64 [B], frames kept.
-        history: int64 [B, max_frames, 37], their codes with the +2 offset.
+        there: slots that are taken.
+        lengths: int32 [slots], tokens of each with the next frame's; 0 is empty, or has ended.
+        frames: int64 [slots], frames kept.
+        history: int64 [slots, frames, 37], their codes with the +2 offset; it grows with what is asked for.
     """
 
-    def __init__(self, model: VoxtralTTS, requests: list[Request], steps: int, solver: str) -> None:
-        """Prefill the prompts.
+    def __init__(self, model: VoxtralTTS, n: int, pool: PagePool, max_tokens: int, steps: int, solver: str) -> None:
+        """`n` empty rows."""
+        self._backbone, self._flow = twins_of(model)
+        self._pool, self._steps, self._solver = pool.pool, steps, solver
+        weight = model.norm.weight
+        device, config = weight.device, model.config
+        self.there: set[int] = set()
+        self._table = torch.zeros(n, pages_for(max_tokens), dtype=torch.int32, device=device)
+        self._seeds = torch.zeros(n, dtype=torch.int64, device=device)
+        self._alpha = torch.zeros(n, dtype=torch.float32, device=device)
+        self._limits = torch.zeros(n, dtype=torch.int64, device=device)
+        self._states = torch.zeros(n, config.backbone.dim, dtype=weight.dtype, device=device)
+        self.lengths = torch.zeros(n, dtype=torch.int32, device=device)
+        self.frames = torch.zeros(n, dtype=torch.int64, device=device)
+        self.history = torch.zeros(n, FRAMES, config.audio.n_codebooks, dtype=torch.int64, device=device)
 
-        Args:
-            model: accelerated for as many requests or more.
-            requests: at least one.
-            steps: evaluations of the velocity a frame.
-            solver: "euler" or "ab2".
+    def join(self, slot: int, request: Request, state: Tensor, pages: list[int]) -> None:
+        """Write a request into its row."""
+        if request.max_frames > self.history.shape[1]:  # what it holds of others is theirs already
+            shape = (len(self.history), 2 * request.max_frames, self.history.shape[2])
+            self.history = self.history.new_zeros(shape)
+        self.there.add(slot)
+        self._table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self._seeds[slot : slot + 1] = seed_tensor([request.seed])
+        self._alpha[slot], self._limits[slot] = request.cfg_alpha, request.max_frames
+        self._states[slot] = state
+        self.lengths[slot], self.frames[slot] = len(request.prompt), 0
+
+    def leave(self, slot: int) -> None:
+        """Empty a row."""
+        self.there.discard(slot)
+        self.lengths[slot] = 0
+
+    def frame(self) -> Said:
+        """A frame of everybody, in the first rows up to the last that is taken."""
+        rows = max(self.there) + 1
+        before = self.frames.clone()
+        codes, states = self.launch(rows)
+        self._states[:rows] = states
+        said = torch.zeros_like(self.history[:, 0])
+        said[:rows] = codes
+        return Said(said, self.frames - before)
+
+    def launch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """A frame of the first rows: launches and nothing else, once one of as many rows has been made.
+
+        Returns:
+            Codes int64 [rows, 37] and states [rows, dim], in memory that the next frame writes again.
         """
-        self._backbone = cast(BackboneTwin, model.hidden_states)
-        self._flow = cast(HeadTwin[Any, Any, Any], model.acoustic_transformer.forward)
-        self._steps, self._solver = steps, solver
-        weight, prompts = model.norm.weight, [len(request.prompt) for request in requests]
-        device, limits = weight.device, [request.max_frames for request in requests]
-        tokens = [prompt + limit for prompt, limit in zip(prompts, limits, strict=True)]
-        pool = PagePool(model.config.backbone, sum(map(pages_for, tokens)), weight.dtype, device)
-        self._pool, self._table = pool.pool, torch.zeros(len(requests), pages_for(max(tokens)), dtype=torch.int32)
-        for row, n_tokens in zip(self._table, tokens, strict=True):
-            row[: pages_for(n_tokens)] = pool.take(n_tokens).cpu()
-        self._table = self._table.to(device)
-        self._seeds = seed_tensor([request.seed for request in requests]).to(device)
-        self._alpha = torch.tensor([request.cfg_alpha for request in requests], device=device)
-        self._limits = torch.tensor(limits, device=device)
-        self.lengths = torch.tensor(prompts, dtype=torch.int32, device=device)
-        self.frames = torch.zeros(len(requests), dtype=torch.int64, device=device)
-        shape = (len(requests), max(limits), model.config.audio.n_codebooks)
-        self.history = torch.zeros(shape, dtype=torch.int64, device=device)
+        codes, following = self._flow.frame(
+            self._states[:rows], self._alpha[:rows],
+            steps=self._steps, solver=self._solver, seed=self._seeds[:rows], frame=self.frames[:rows],
+        )  # fmt: skip
+        with on_device("advance", self.history):
+            launch_advance(
+                codes, self._limits[:rows], self.lengths[:rows], self.frames[:rows], self.history[:rows]
+            )  # fmt: skip
+        return codes, self._backbone.decode(following, self._pool, self._table[:rows], self.lengths[:rows])
 
-        rows = Rows.of(prompts, prompts, device)
-        prompt = torch.cat([request.prompt for request in requests])
-        states = self._backbone.prefill(prompt, rows, self._pool, self._table)
-        self._hidden = self._backbone.norm(states[rows.starts[1:].long() - 1])
+
+class KernelSlots:
+    """:class:`voxkern.slots.Slots` on kernels: rows of their own for each kind of steps that somebody asks for."""
+
+    late = True
+
+    def __init__(self, model: VoxtralTTS, n: int, pool: PagePool, max_tokens: int) -> None:
+        """`n` places, at most as many as the model is accelerated for."""
+        self.model, self.n, self.pool, self.max_tokens = model, n, pool, max_tokens
+        self._backbone, self._flow = twins_of(model)
+        self._kinds: dict[tuple[int, str], Frames] = {}
+        self._table = torch.zeros(1, pages_for(max_tokens), dtype=torch.int32, device=pool.pool.device)
+
+    def begin(self) -> None:
+        """The flow head's tables, which weights may have changed under."""
         self._flow.refresh()
 
-    def frame(self) -> None:
-        """A frame of each request that is still there: launches and nothing else, once one has been made."""
-        codes, following = self._flow.frame(
-            self._hidden, self._alpha, steps=self._steps, solver=self._solver, seed=self._seeds, frame=self.frames
-        )
-        with on_device("advance", self.history):
-            launch_advance(codes, self._limits, self.lengths, self.frames, self.history)
-        self._hidden = self._backbone.decode(following, self._pool, self._table, self.lengths)
+    def stamp(self) -> Hashable:
+        """See :func:`voxkern.slots.weights_stamp`."""
+        return weights_stamp(self.model)
+
+    def prefill(self, rows: Tensor, pages: list[int], past: int) -> Tensor:
+        """In six launches a layer; a prompt in parts has the bits of the whole."""
+        self._table[0, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        of = Rows.of([len(rows)], [past + len(rows)], rows.device)
+        return self._backbone.norm(self._backbone.prefill(rows, of, self.pool.pool, self._table)[-1:])[0]
+
+    def join(self, slot: int, request: Request, state: Tensor, pages: list[int]) -> None:
+        """Among those of its steps and solver."""
+        kind = (request.steps, request.solver)
+        if kind not in self._kinds:
+            self._kinds = {known: frames for known, frames in self._kinds.items() if frames.there}
+            self._kinds[kind] = Frames(self.model, self.n, self.pool, self.max_tokens, *kind)
+        self._kinds[kind].join(slot, request, state, pages)
+
+    def leave(self, slot: int) -> None:
+        """Whatever its kind."""
+        for frames in self._kinds.values():
+            if slot in frames.there:
+                frames.leave(slot)
+
+    def frame(self) -> Said:
+        """Kind by kind."""
+        said = [frames.frame() for frames in self._kinds.values() if frames.there]
+        if len(said) == 1:
+            return said[0]
+        kept = torch.stack([one.kept for one in said])  # [kinds, slots]
+        codes = torch.stack([one.codes for one in said])  # [kinds, slots, 37]
+        return Said((codes * kept.unsqueeze(2)).sum(0), kept.sum(0))
 
 
-@torch.inference_mode()
-def speak(
-    model: VoxtralTTS,
-    requests: list[Request],
-    steps: int,
-    solver: str,
-    looks: Iterator[int],
-    on_frame: Callable[[int], None] | None = None,
-) -> Generator[Sequence[Utterance]]:
-    """What :func:`voxkern.generate.speak` does, on kernels.
-
-    Args:
-        model: accelerated for as many requests or more.
-        requests: at least one.
-        steps: evaluations of the velocity a frame.
-        solver: "euler" or "ab2".
-        looks: rising numbers of frames, after each of which the utterances so far are wanted.
-        on_frame: called with the number of frames done after each, and up to 7 times after the last.
-
-    Yields:
-        The utterances, in the order of their requests: at each look, and at the end.
-    """
-    start = time.perf_counter()
-    group = Frames(model, requests, steps, solver)
-    if group.history.is_cuda:
-        torch.cuda.synchronize(group.history.device)  # launches return before they are done
-    begun, ended_at, look = time.perf_counter(), [0.0] * len(requests), next(looks, 0)
-    for n_frames in range(1, max(request.max_frames for request in requests) + 1):
-        group.frame()
-        if on_frame is not None:
-            on_frame(n_frames)
-        if (n_frames % LOOK == 0 or n_frames == look) and not _note_ends(group.lengths, ended_at):
-            break
-        if n_frames == look:
-            yield _utterances(group, requests, begun - start, [at - begun for at in ended_at])
-            look = next(looks, 0)
-    _note_ends(group.lengths, ended_at)
-    yield _utterances(group, requests, begun - start, [at - begun for at in ended_at])
-
-
-def _utterances(group: Frames, requests: list[Request], prefill: float, seconds: list[float]) -> list[Utterance]:
-    """What a group has said so far; `seconds` of those that are still there mean nothing."""
-    utterances = []
-    rows = zip(requests, group.history, group.frames.tolist(), group.lengths.tolist(), seconds, strict=True)
-    for request, said, frames, length, frames_seconds in rows:
-        ended = not length and frames < request.max_frames
-        utterances.append(Utterance(request, list(said[:frames]), ended, prefill, frames_seconds))
-    return utterances
-
-
-def _note_ends(lengths: Tensor, ended_at: list[float]) -> bool:
-    """Write down when requests were first seen to have ended; whether any is still there."""
-    there, now = lengths.tolist(), time.perf_counter()
-    for i, length in enumerate(there):
-        if not length and not ended_at[i]:
-            ended_at[i] = now
-    return any(there)
+def twins_of(model: VoxtralTTS) -> tuple[BackboneTwin, HeadTwin[Any, Any, Any]]:
+    """Of an accelerated model."""
+    backbone, flow = model.hidden_states, model.acoustic_transformer.forward
+    assert isinstance(backbone, BackboneTwin)
+    assert isinstance(flow, HeadTwin)
+    return backbone, flow

@@ -1,58 +1,57 @@
 """Sound as it is made: codes go through the codec as they come, and what was decoded once is never decoded again.
 
-``generate`` decodes in the same units, so that a stream's chunks, whatever their sizes, are its sound to the last bit.
+``generate`` decodes in the same way, so that a stream's chunks, whatever their sizes, are its sound to the last bit.
 """
 
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .audio import Audio, Timings
-from .generate import Request, Utterance
+from .audio import Audio
+from .engine import Engine, Job
 from .reference import VoxtralTTS
 from .reference.config import N_SPECIAL_CODES
-
-Speak = Callable[[Request, Iterator[int]], Generator[Sequence[Utterance]]]  # of a request, and when it is looked at
+from .slots import Request, Said, block_rows
 
 
 class Decoder:
-    """Decodes one utterance's frames as they come."""
+    """The codec for many requests, a frame at a time, in blocks of a fixed number of rows.
 
-    def __init__(self, model: VoxtralTTS) -> None:
-        """Begin an utterance."""
-        self._config, self._stream = model.config, model.audio_tokenizer.stream()
+    Attributes:
+        sampling_rate: of the sound.
+    """
 
-    @torch.inference_mode()
-    def decode(self, frames: list[Tensor], seed: int, ended: bool, prefill: float, speaking: float) -> Audio:
-        """The sound of the next frames.
+    def __init__(self, model: VoxtralTTS, n: int) -> None:
+        """For `n` slots."""
+        self.sampling_rate = model.config.codec.sampling_rate
+        self._codec, self._n, self._rows = model.audio_tokenizer, n, block_rows(n)
+        self._n_blocks = -(-n // self._rows)
+        self.begin()
 
-        Args:
-            frames: int64 [37] each with the +2 offset; none give an empty sound.
-            seed: see :class:`Audio`, also for `ended`.
-            ended: the model said END.
-            prefill: seconds that the prompt took, where it belongs to these frames.
-            speaking: seconds that the frames took.
-        """
-        start = time.perf_counter()
-        samples, codes = torch.empty(0), torch.empty(self._config.audio.n_codebooks, 0, dtype=torch.int64)
-        if frames:
-            codes = torch.stack(frames, dim=1) - N_SPECIAL_CODES  # [37, T]
-            units = torch.split(codes.unsqueeze(0), self._stream.unit, dim=2)
-            samples = torch.cat([self._stream.decode(unit).flatten() for unit in units]).float().cpu()
-        decoding = time.perf_counter() - start
-        return Audio(
-            samples=samples.numpy(),
-            sampling_rate=self._config.codec.sampling_rate,
-            codes=codes.to(torch.int16).cpu().numpy(),
-            seed=seed,
-            ended=ended,
-            timings=Timings(prefill, speaking, decoding, prefill + speaking + decoding),
-        )
+    def begin(self) -> None:
+        """Look at the codec's weights as they are now."""
+        self._streams = [self._codec.stream(self._rows) for _ in range(self._n_blocks)]
+
+    def restart(self, slot: int) -> None:
+        """Another request begins in a slot."""
+        stream, row = self._streams[slot // self._rows], slot % self._rows
+        stream.restart(torch.arange(self._rows, device=stream.state.frames.device) == row)
+
+    def decode(self, said: Said, slots: list[int]) -> Tensor:
+        """The sound of a frame, wide [slots, samples]; zeros where nobody is, or says END."""
+        padding = self._n_blocks * self._rows - self._n
+        codes = F.pad(said.codes - N_SPECIAL_CODES, (0, 0, 0, padding)).unsqueeze(2)  # [rows, 37, 1]
+        kept = F.pad(said.kept, (0, padding))
+        samples = torch.zeros(len(codes), self._codec.config.samples_per_frame, device=codes.device)
+        for i_block in sorted({slot // self._rows for slot in slots}):
+            rows = slice(i_block * self._rows, (i_block + 1) * self._rows)
+            samples[rows] = self._streams[i_block].decode(codes[rows], kept[rows])[:, 0]
+        return samples[: self._n]
 
 
 def chunk_sizes(first: int, most: int) -> Iterator[int]:
@@ -66,30 +65,69 @@ def chunk_sizes(first: int, most: int) -> Iterator[int]:
         first = min(2 * first, most)
 
 
-def stream_parts(model: VoxtralTTS, parts: list[Request], speak: Speak, sizes: Iterator[int]) -> Iterator[Audio]:
-    """Speak parts one after the other, in chunks; the last chunk may be empty, and says how the whole ended.
+class Speech:
+    """Parts spoken one after the other, in chunks; the last chunk may be empty, and says how the whole ended.
 
-    Args:
-        model: the host.
-        parts: at least one.
-        speak: gives a request's utterance after as many frames as it is asked for, and at its end.
-        sizes: frames of each chunk; a part's last may have fewer.
+    Nothing runs before the first chunk is asked for. Closing it, or dropping it, ends the work and frees its memory.
     """
-    ended, first_sound = True, None
-    for part in parts:
-        decoder, n_done, prefill = Decoder(model), 0, 0.0
-        clock = time.perf_counter()
-        with closing(speak(part, accumulate(sizes))) as speaking:
-            for (utterance,) in speaking:
-                prefill = 0.0 if n_done else utterance.prefill_seconds
-                over = utterance.ended or len(utterance.frames) == part.max_frames
-                ended = ended and (utterance.ended or not over)
-                frames, last = utterance.frames[n_done:], over and part is parts[-1]
-                if frames or last:
-                    speaking_for = time.perf_counter() - clock - prefill
-                    chunk = decoder.decode(frames, part.seed, last and ended, prefill, speaking_for)
-                    first_sound = chunk.timings.total if first_sound is None else first_sound
-                    yield replace(chunk, timings=replace(chunk.timings, first_sound=first_sound))
-                    n_done, clock = len(utterance.frames), time.perf_counter()
-                if over:
-                    break
+
+    def __init__(self, engine: Engine, parts: list[Request], sizes: Iterator[int]) -> None:
+        """`sizes`: frames of each chunk; a part's last may have fewer."""
+        self._engine, self._parts, self._sizes = engine, deque(parts), sizes
+        self._job: Job | None = None
+        self._ended, self._closed = True, False
+        self._first_sound: float | None = None
+
+    def __iter__(self) -> Iterator[Audio]:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Audio:
+        """The next chunk, worked for until it is there."""
+        while not self._closed and (self._job is not None or self._parts):
+            job = self._job = self._job or self._engine.submit(self._parts.popleft())
+            if self._closed:  # in another thread, just now
+                job.cancel()
+                break
+            size = next(self._sizes)
+            try:
+                job.wait(size)
+            except BaseException:
+                self.close()
+                raise
+            if self._closed:
+                break
+            chunk = job.take(size)
+            if job.over and not job.codes:
+                self._ended, self._job = self._ended and job.ended, None
+                last = not self._parts
+                chunk = replace(chunk, ended=last and self._ended)
+                if last or chunk.codes.size:
+                    return self._timed(chunk)
+            else:
+                return self._timed(chunk)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Say nothing more; from any thread, at any time."""
+        self._closed, job = True, self._job
+        if job is not None:
+            job.cancel()
+
+    def __del__(self) -> None:
+        """Dropped is closed."""
+        self.close()
+
+    def _timed(self, chunk: Audio) -> Audio:
+        if self._first_sound is None:
+            self._first_sound = chunk.timings.first_sound
+        return replace(chunk, timings=replace(chunk.timings, first_sound=self._first_sound))
+
+
+async def in_threads(speech: Speech) -> AsyncIterator[Audio]:
+    """Its chunks, each worked for in a thread of its own; what ends the iteration ends the work."""
+    try:
+        while (chunk := await asyncio.to_thread(next, speech, None)) is not None:
+            yield chunk
+    finally:
+        speech.close()

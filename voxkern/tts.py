@@ -1,15 +1,17 @@
 """Text to speech: ``load`` a checkpoint, ``generate`` or ``stream`` sound."""
 
 import importlib.util
+import itertools
 import logging
 import math
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -17,20 +19,23 @@ from torch import Tensor
 from .accelerate import accelerate
 from .arguments import check_int, per_text
 from .audio import Audio
+from .cache import PAGE, PagePool, Voice, pages_for
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
-from .generate import BLOCK_ROWS, Request, Utterance, speak
+from .engine import Engine
 from .maker import make_checkpoint
 from .prompt import Prompt
 from .reference import VoxtralTTS
 from .reference.flow import MAX_STEPS, SOLVERS
 from .sentences import MAX_CHARS, split_text
-from .stream import Decoder, chunk_sizes, stream_parts
+from .slots import Request, Slots, TorchSlots
+from .stream import Decoder, Speech, chunk_sizes, in_threads
 from .voice import read_recording, voice_prefix
 
 if TYPE_CHECKING:
     from .twins.backbone import BackboneTwin  # needs Triton
 
 MAX_FRAMES = 2048  # 164 s: where vLLM-Omni cuts off as well
+PROMPT = 512  # tokens of voice and text that the cache has room for beside that, unless it is told
 CFG_ALPHA = 1.2
 
 log = logging.getLogger(__name__)
@@ -42,6 +47,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     max_batch: int = 1,
+    cache_tokens: int | None = None,
 ) -> "TTS":
     """Load a model.
 
@@ -53,19 +59,23 @@ def load(
             Triton's interpreter (TRITON_INTERPRET=1) too.
         max_batch: requests that run side by side, up to 64 on kernels. A sound belongs to its seed, backend, dtype and
             this number: with another one products are made in another order.
+        cache_tokens: of keys and values that all requests together may have, 80 ms each; a request waits while they are
+            short. None is 2560 for each of `max_batch`, or the model's length where that is less.
 
     Raises:
         ValueError: an argument, or a checkpoint (:class:`CheckpointError`, :class:`ConfigError`), that cannot be used.
         RuntimeError: "triton" without Triton.
     """
     check_int("max_batch", max_batch, 1, None)
+    if cache_tokens is not None:
+        check_int("cache_tokens", cache_tokens, PAGE, None)
     target = _device(device)
-    on_kernels = _on_kernels(backend, target)
+    settings = (max_batch, _on_kernels(backend, target), cache_tokens)
     if source is not None:
-        return TTS(read_checkpoint(find_folder(source), _dtype(dtype), target), max_batch, on_kernels)
+        return TTS(read_checkpoint(find_folder(source), _dtype(dtype), target), *settings)
     log.warning("No checkpoint given: a tiny model of random weights speaks, and what it says is NOISE.")
     with tempfile.TemporaryDirectory(prefix="voxkern-") as folder:
-        return TTS(read_checkpoint(make_checkpoint(Path(folder)), _dtype(dtype), target), max_batch, on_kernels)
+        return TTS(read_checkpoint(make_checkpoint(Path(folder)), _dtype(dtype), target), *settings)
 
 
 class TTS:
@@ -77,11 +87,16 @@ class TTS:
         max_batch: requests that run side by side.
     """
 
-    def __init__(self, checkpoint: Checkpoint, max_batch: int = 1, on_kernels: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, max_batch: int = 1, on_kernels: bool = False, cache_tokens: int | None = None
+    ) -> None:
         """Use :func:`load`."""
         self.model: VoxtralTTS = checkpoint.model
         self.voices = checkpoint.voices
         self.max_batch = max_batch
+        self._cache_tokens = cache_tokens
+        self._engine: tuple[Hashable, Engine] | None = None
+        self._building = threading.Lock()
         if on_kernels:
             accelerate(self.model, max_batch)
         self._prompt = Prompt(
@@ -197,7 +212,7 @@ class TTS:
         texts = [text] if isinstance(text, str) else text
         n_steps = self._steps(steps, solver)
         parts = [
-            self._parts(*arguments, max_chars)
+            self._parts(*arguments, max_chars, n_steps, solver)
             for arguments in zip(
                 texts,
                 per_text("voice", voice, len(texts)),
@@ -207,13 +222,22 @@ class TTS:
                 strict=True,
             )
         ]
-        requests = [request for of_text in parts for request in of_text]
-        spoken = []
-        side_by_side = self.max_batch if self._twin is None else min(self.max_batch, self._twin.max_batch)
-        for start in range(0, len(requests), side_by_side):
-            group = requests[start : start + side_by_side]
-            *_, utterances = self._speak(group, n_steps, solver, iter(()), on_frame)
-            spoken += [self._audio(utterance) for utterance in utterances]
+        engine, jobs = self.engine, []
+        try:
+            for request in itertools.chain(*parts):
+                jobs.append(engine.submit(request))
+            n_frames = itertools.count(1)
+            engine.work(
+                lambda: all(job.over for job in jobs) or any(job.error for job in jobs),
+                None if on_frame is None else lambda: on_frame(next(n_frames)),
+            )
+            for job in jobs:
+                if job.error is not None:
+                    raise job.error
+        finally:
+            for job in jobs:
+                job.cancel()
+        spoken = [job.take() for job in jobs]
         sounds = iter(spoken)
         audios = [_joined([next(sounds) for _ in of_text]) for of_text in parts]
         return audios[0] if isinstance(text, str) else audios
@@ -231,7 +255,7 @@ class TTS:
         max_chars: int | None = MAX_CHARS,
         first_chunk: int = 1,
         chunk: int = 25,
-    ) -> Iterator[Audio]:
+    ) -> Speech:
         """Speak one text in chunks, as they are made. Joined, they are what :meth:`generate` says, to the last bit.
 
         Chunks have `first_chunk` frames, then twice as many each time up to `chunk`. The last may be empty; its `ended`
@@ -250,7 +274,7 @@ class TTS:
             chunk: frames of a chunk, at most; not less than `first_chunk`.
 
         Returns:
-            An iterator of Audio. Each one's timings are its own, but for ``first_sound``.
+            An iterator of Audio, with ``close()``. Each one's timings are its own, but for ``first_sound``.
 
         Raises:
             ValueError: an argument out of range, named, before anything runs.
@@ -259,27 +283,53 @@ class TTS:
         n_steps = self._steps(steps, solver)
         check_int("first_chunk", first_chunk, 1, None)
         check_int("chunk", chunk, first_chunk, None)
-        parts = self._parts(text, voice, seed, cfg_alpha, max_frames, max_chars)
+        parts = self._parts(text, voice, seed, cfg_alpha, max_frames, max_chars, n_steps, solver)
 
-        def speak_one(request: Request, looks: Iterator[int]) -> Generator[Sequence[Utterance]]:
-            return self._speak([request], n_steps, solver, looks, None)
+        return Speech(self.engine, parts, chunk_sizes(first_chunk, chunk))
 
-        return stream_parts(self.model, parts, speak_one, chunk_sizes(first_chunk, chunk))
+    async def submit(
+        self, text: str, voice: str | None = None, seed: int | None = None, **arguments: Any
+    ) -> AsyncIterator[Audio]:
+        """:meth:`stream` for asyncio: the same arguments, and an async iterator of the same chunks.
 
-    def _speak(
-        self,
-        group: list[Request],
-        steps: int,
-        solver: str,
-        looks: Iterator[int],
-        on_frame: Callable[[int], None] | None,
-    ) -> Generator[Sequence[Utterance]]:
-        if self._twin is not None:
-            from . import frames  # needs Triton
+        The work is done in threads, for all requests by one of them at a time. Leaving the iteration early, or
+        cancelling the task that is in it, ends the work and frees its memory.
 
-            return frames.speak(self.model, group, steps, solver, looks, on_frame)
-        block_rows = BLOCK_ROWS if self.max_batch > 1 else 1
-        return speak(self.model, group, block_rows, steps, solver, looks, on_frame)
+        Raises:
+            ValueError: an argument out of range, named, before anything runs.
+            TypeError: an argument of the wrong kind, named.
+        """
+        return in_threads(self.stream(text, voice, seed, **arguments))
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests; another one where the model was accelerated, restored or moved since."""
+        twin, weight = self._twin, self.model.norm.weight
+        key = (twin, self.max_batch, weight.dtype, weight.device)
+        with self._building:
+            if self._engine is None or self._engine[0] != key:
+                self._engine = (key, self._new_engine())
+            return self._engine[1]
+
+    def _new_engine(self) -> Engine:
+        twin, weight, config = self._twin, self.model.norm.weight, self.model.config
+        n = self.max_batch if twin is None else min(self.max_batch, twin.max_batch)
+        n_pages = pages_for(self._cache_tokens or n * min(self._positions, MAX_FRAMES + PROMPT))
+        pool = PagePool(config.backbone, n_pages, weight.dtype, weight.device)
+        slots: Slots
+        if twin is None:
+            slots = TorchSlots(self.model, n, pool, min(self._positions, n_pages * PAGE))
+        else:
+            from .frames import KernelSlots  # needs Triton
+
+            slots = KernelSlots(self.model, n, pool, min(self._positions, n_pages * PAGE))
+        return Engine(slots, Decoder(self.model, n), config.audio.n_codebooks)
+
+    @property
+    def _positions(self) -> int:
+        """Tokens that the model is made, and prepared, for."""
+        positions = self.model.config.backbone.max_seq_len
+        return positions if self._twin is None else min(positions, self._twin.max_tokens)
 
     def _steps(self, steps: int | None, solver: str) -> int:
         """Check how the flow is to be solved; the number of steps."""
@@ -297,14 +347,28 @@ class TTS:
         cfg_alpha: float,
         max_frames: int | None,
         max_chars: int | None,
+        steps: int,
+        solver: str,
     ) -> list[Request]:
         """Requests that say a text one after the other."""
         if max_chars is not None:
             check_int("max_chars", max_chars, 1, None)
         seed = secrets.randbits(64) if seed is None else seed
-        return [self._request(part, voice, seed, cfg_alpha, max_frames) for part in split_text(text, max_chars)]
+        return [
+            self._request(part, voice, seed, cfg_alpha, max_frames, steps, solver)
+            for part in split_text(text, max_chars)
+        ]
 
-    def _request(self, text: str, voice: str | None, seed: int, cfg_alpha: float, max_frames: int | None) -> Request:
+    def _request(
+        self,
+        text: str,
+        voice: str | None,
+        seed: int,
+        cfg_alpha: float,
+        max_frames: int | None,
+        steps: int,
+        solver: str,
+    ) -> Request:
         """Check one request's arguments and embed its prompt."""
         if voice is None:
             if not self.voices:
@@ -315,9 +379,7 @@ class TTS:
         check_int("seed", seed, 0, 2**64 - 1)
         if isinstance(cfg_alpha, bool) or not isinstance(cfg_alpha, int | float) or not math.isfinite(cfg_alpha):
             raise ValueError(f"cfg_alpha must be a finite number, got {cfg_alpha!r}")
-        positions = self.model.config.backbone.max_seq_len
-        if self._twin is not None:
-            positions = min(positions, self._twin.max_tokens)
+        positions = self.engine.slots.max_tokens
         room = positions - len(tokens)
         if room < 1:
             raise ValueError(
@@ -327,15 +389,18 @@ class TTS:
         if max_frames is None:
             max_frames = min(MAX_FRAMES, room)
         check_int("max_frames", max_frames, 1, room)
-        return Request(self._embed(tokens, voice), seed, float(cfg_alpha), max_frames)
+        prefix, audio = self.voices[voice], self.model.config.audio.audio_token_id
+        n_shared = tokens.index(audio) + len(prefix)  # up to the voice's last row, prompts of a voice are the same
+        shared = Voice.of(prefix, self.engine.slots.stamp(), n_shared)
+        prompt = self._embed(tokens, prefix)
+        return Request(prompt, seed, float(cfg_alpha), max_frames, steps, solver, shared)
 
     @property
     def _twin(self) -> "BackboneTwin | None":
         return vars(self.model).get("hidden_states")
 
-    def _embed(self, tokens: list[int], voice: str) -> Tensor:
+    def _embed(self, tokens: list[int], prefix: Tensor) -> Tensor:
         """The prompt's embeddings, [T, dim]: the [AUDIO] rows are the voice's."""
-        prefix = self.voices[voice]
         ids = torch.tensor(tokens, device=prefix.device)
         vocabulary = self.model.config.backbone.vocab_size
         if max(tokens) >= vocabulary:
@@ -343,11 +408,6 @@ class TTS:
         rows = self.model.embed_tokens(ids).clone()
         rows[ids == self.model.config.audio.audio_token_id] = prefix
         return rows
-
-    def _audio(self, said: Utterance) -> Audio:
-        return Decoder(self.model).decode(
-            said.frames, said.request.seed, said.ended, said.prefill_seconds, said.frames_seconds
-        )
 
 
 def _joined(parts: list[Audio]) -> Audio:

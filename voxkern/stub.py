@@ -17,8 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench.machines import MACHINES
-
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -68,7 +67,7 @@ class Stub:
     """Stands where Triton's driver stands. Each architecture is a device of its own, with compile caches of its own."""
 
     def __init__(self, arch: str) -> None:
-        """Be one GPU of architecture `arch`, a key of ``MACHINES``."""
+        """Be one GPU of architecture `arch`, one of ``ARCHITECTURES``."""
         self.arch = arch
         self.launches: list[Launch] = []
         self.utils = self
@@ -81,7 +80,7 @@ class Stub:
 
     def get_current_device(self) -> int:
         """A number of its own for each architecture, since Triton caches by it."""
-        return list(MACHINES).index(self.arch)
+        return ARCHITECTURES.index(self.arch)
 
     def get_current_stream(self, device: int) -> int:
         """None."""
@@ -93,7 +92,7 @@ class Stub:
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """No limit on shared memory: the ledger judges that, and reports by how much."""
-        return {"max_shared_mem": 1 << 30, "multiprocessor_count": MACHINES[self.arch].multiprocessors}
+        return {"max_shared_mem": 1 << 30}
 
     def load_binary(self, name: str, code: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
         """Nothing is loaded."""
@@ -112,7 +111,8 @@ class Stub:
 
         def launch(x: int, y: int, z: int, *_: Any) -> None:
             # Triton keeps a binary for the next stub of its architecture
-            triton.runtime.driver.active.launches.append(Launch(binary, (x, y, z)))
+            active: Any = triton.runtime.driver.active
+            active.launches.append(Launch(binary, (x, y, z)))
 
         return launch
 
@@ -123,14 +123,23 @@ class Stub:
 
 @contextmanager
 def standing_in(arch: str) -> Iterator[list[Launch]]:
-    """Within the block, kernels launched on meta tensors are compiled for `arch` and recorded in the list it yields."""
+    """Within the block, kernels launched on meta tensors are compiled for `arch` and recorded in the list it yields.
+
+    Raises:
+        ValueError: `arch` is not one of ``ARCHITECTURES``.
+        RuntimeError: kernels are interpreted in this process.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     if triton.knobs.runtime.interpret:
         raise RuntimeError("kernels are compiled only in a process without TRITON_INTERPRET")
-    stub, hooks = Stub(arch), triton.knobs.runtime.kernel_load_start_hook
-    triton.runtime.driver.set_active(stub)
+    stub = Stub(arch)
+    hooks: Any = triton.knobs.runtime.kernel_load_start_hook
+    driver: Any = triton.runtime.driver
+    driver.set_active(stub)
     hooks.add(stub.keep_files)
     try:
         yield stub.launches
     finally:
         hooks.remove(stub.keep_files)
-        triton.runtime.driver.set_active(None)
+        driver.set_active(None)

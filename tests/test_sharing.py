@@ -1,0 +1,285 @@
+"""Requests that share a machine say what they say alone: real slots, on both backends."""
+
+import asyncio
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import voxkern
+from voxkern.audio import Audio
+from voxkern.engine import Engine, Job
+from voxkern.slots import Request, TorchSlots
+
+ARGUMENTS = {"steps": 2, "max_frames": 24}
+WORDS = ["one two", "three", "x" * 40, "yes", "five six", "seven", "no", "nine ten"]
+VOICES = ["ada", "bob"] * 4
+
+
+@pytest.fixture(scope="module")
+def tts(tiny_folder: Path) -> voxkern.TTS:
+    return voxkern.load(tiny_folder, backend="torch", max_batch=8)
+
+
+@pytest.fixture(scope="module")
+def alone(tts: voxkern.TTS) -> list[Audio]:
+    return [
+        tts.generate(text, voice, i, **ARGUMENTS) for i, (text, voice) in enumerate(zip(WORDS, VOICES, strict=True))
+    ]
+
+
+def each_alone(tts: voxkern.TTS) -> list[Audio]:
+    spoken = zip(WORDS, VOICES, range(8), strict=True)
+    return [tts.generate(text, voice, seed, **ARGUMENTS) for text, voice, seed in spoken]
+
+
+def requests_of(tts: voxkern.TTS, steps: int = 2, max_frames: int = 24) -> list[Request]:
+    return [
+        tts._request(text, voice, i, 1.2, max_frames, steps, "euler")
+        for i, (text, voice) in enumerate(zip(WORDS, VOICES, strict=True))
+    ]
+
+
+def held(engine: Engine) -> int:
+    """Pages that are held by requests."""
+    pool = engine.slots.pool
+    return pool.n_pages - pool.n_free - sum(len(prefix.pages) for prefix in engine.prefixes.known.values())
+
+
+def same(one: Audio, other: Audio) -> None:
+    np.testing.assert_array_equal(one.codes, other.codes)
+    np.testing.assert_array_equal(one.samples, other.samples)
+    assert one.ended == other.ended
+
+
+def test_eight_together_interleave(tts: voxkern.TTS, alone: list[Audio]) -> None:
+    """Nobody waits: after every frame of the machine, each has one frame more, or is over."""
+    jobs = [tts.engine.submit(request) for request in requests_of(tts)]
+    seen: list[list[int]] = []
+    tts.engine.work(lambda: all(job.over for job in jobs), lambda: seen.append([job.n_frames for job in jobs]))
+    for n, frames in enumerate(seen, 1):
+        assert all(k == n or (job.over and k == job.n_frames) for k, job in zip(frames, jobs, strict=True))
+    assert max(seen[-1]) == 24
+    for job, audio in zip(jobs, alone, strict=True):
+        same(job.take(), audio)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whoever_else_is_there(tiny_folder: Path, dtype: str) -> None:
+    """Joining and leaving all the time, in other slots, beside other steps and solvers, in too few pages."""
+    tts = voxkern.load(tiny_folder, dtype=dtype, backend="torch", max_batch=3, cache_tokens=4 * 64)
+    expected = each_alone(tts)
+    requests = requests_of(tts)
+    kinds = ((1, "euler"), (2, "ab2"), (3, "ab2"), (1, "ab2"))
+    others = [replace(requests[i], steps=kinds[i][0], solver=kinds[i][1], max_frames=7, seed=99) for i in range(4)]
+    jobs: list[Job] = []
+    for i, request in enumerate(requests):
+        jobs.append(tts.engine.submit(request))
+        other = tts.engine.submit(others[i % 4])
+        if i % 3 == 0:
+            tts.engine.work(lambda other=other: other.over or other.n_frames > 2)
+            other.cancel()
+    tts.engine.work(lambda: all(job.over for job in jobs))
+    for job, audio in zip(jobs, expected, strict=True):
+        same(job.take(), audio)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_with_and_without_shared_prefixes(tiny_folder: Path, backend: str) -> None:
+    """A voice of 70 rows: one full page is shared, a partly filled one copied."""
+    tts = voxkern.load(tiny_folder, backend=backend, max_batch=2)
+    tts.voices["ada"] = torch.cat([tts.voices["bob"], tts.voices["ada"]] * 8)[:70]
+    tts._prompt.add("ada", 70)
+    n = 30 if backend == "torch" else 3
+    first, second = (tts._request(text, "ada", 5, 1.2, n, 1, "euler") for text in ("one", "two three"))
+    assert first.voice is not None
+    assert first.voice.n_tokens == 72
+    prefills: list[int] = []
+    plain = tts.engine.slots.prefill
+
+    def prefill(rows: torch.Tensor, pages: list[int], past: int) -> torch.Tensor:
+        prefills.append(len(rows))
+        return plain(rows, pages, past)
+
+    tts.engine.slots.prefill = prefill
+    jobs = [tts.engine.submit(request) for request in (first, second)]
+    tts.engine.work(lambda: any(job.n_frames for job in jobs))
+    assert prefills == [72, len(first.prompt) - 72, len(second.prompt) - 72]
+    assert jobs[0].pages[0] == jobs[1].pages[0]
+    assert jobs[0].pages[1] != jobs[1].pages[1]
+    tts.engine.work(lambda: all(job.over for job in jobs))
+    tts.engine.prefixes.clear()
+    for job, request in zip(jobs, (first, second), strict=True):
+        own = voxkern.cache.Voice(torch.empty(0), 0, "other weights", 72)  # shares nothing
+        again = tts.engine.submit(replace(request, voice=own))
+        tts.engine.work(lambda again=again: again.over)
+        same(again.take(), job.take())
+    assert not tts.engine.prefixes.known
+
+
+def test_new_weights_and_new_voices_share_nothing_old(tiny_folder: Path) -> None:
+    tts, fresh = (voxkern.load(tiny_folder, backend="torch") for _ in range(2))
+    before = tts.generate("one", "ada", 3, **ARGUMENTS)
+    for one in (tts, fresh):
+        with torch.no_grad():
+            one.model.layers[0].attention.wv.weight.mul_(1.5)
+    after = tts.generate("one", "ada", 3, **ARGUMENTS)
+    assert not np.array_equal(after.codes, before.codes)
+    same(after, fresh.generate("one", "ada", 3, **ARGUMENTS))
+    for one in (tts, fresh):
+        one.voices["ada"] += 0.25
+    same(tts.generate("one", "ada", 3, **ARGUMENTS), fresh.generate("one", "ada", 3, **ARGUMENTS))
+
+
+def test_a_request_that_fails_hurts_no_other(tts: voxkern.TTS, alone: list[Audio]) -> None:
+    engine, requests = tts.engine, requests_of(tts)
+    bad = replace(requests[0], prompt=requests[0].prompt[:, :-1])  # one column too few
+    jobs = [engine.submit(request) for request in (*requests[:4], bad, *requests[4:])]
+    failed = jobs.pop(4)
+    engine.work(lambda: failed.over)
+    with pytest.raises((RuntimeError, ValueError)):
+        failed.wait(1)
+    assert not failed.pages
+    engine.work(lambda: all(job.over for job in jobs))
+    for job, audio in zip(jobs, alone, strict=True):
+        same(job.take(), audio)
+    assert held(engine) == 0
+
+
+def test_an_error_of_one_text_is_generates(tts: voxkern.TTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = TorchSlots.join, []
+
+    def join(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no memory")
+        plain(*args)
+
+    monkeypatch.setattr(TorchSlots, "join", join)
+    with pytest.raises(MemoryError, match="no memory"):
+        tts.generate(["a", "b", "c"], **ARGUMENTS)
+    assert (tts.engine.n_running, tts.engine.n_waiting, held(tts.engine)) == (0, 0, 0)
+
+
+def test_an_interrupt_leaves_nothing_behind(tts: voxkern.TTS, alone: list[Audio]) -> None:
+    def interrupt(n: int) -> None:
+        if n == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tts.generate(WORDS, on_frame=interrupt, **ARGUMENTS)
+    assert (tts.engine.n_running, tts.engine.n_waiting, held(tts.engine)) == (0, 0, 0)
+    same(tts.generate(WORDS[0], VOICES[0], 0, **ARGUMENTS), alone[0])
+
+
+def test_several_threads(tts: voxkern.TTS, alone: list[Audio]) -> None:
+    """Streams and generate() at once, more than there are slots; one of the streams is dropped half-way."""
+    said: dict[int, Audio] = {}
+
+    def stream(i: int) -> None:
+        chunks = list(tts.stream(WORDS[i], VOICES[i], i, chunk=5, **ARGUMENTS))
+        said[i] = Audio.join(chunks)
+
+    def generate(i: int) -> None:
+        said[i] = tts.generate(WORDS[i], VOICES[i], i, **ARGUMENTS)
+
+    def drop(i: int) -> None:
+        next(tts.stream(WORDS[i % 8], VOICES[i % 8], i, **ARGUMENTS))
+
+    threads = [threading.Thread(target=(stream, generate)[i % 2], args=(i,)) for i in range(8)]
+    threads += [threading.Thread(target=drop, args=(i,)) for i in range(8, 12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    for i, audio in enumerate(alone):
+        same(said[i], audio)
+    assert (tts.engine.n_running, tts.engine.n_waiting, held(tts.engine)) == (0, 0, 0)
+
+
+def test_async(tts: voxkern.TTS, alone: list[Audio]) -> None:
+    """Many at once, more than there are threads; one is cancelled, one is left early."""
+
+    async def listen(i: int) -> Audio:
+        chunks = await tts.submit(WORDS[i], VOICES[i], i, chunk=3, **ARGUMENTS)
+        return Audio.join([chunk async for chunk in chunks])
+
+    async def leave_early() -> None:
+        async for chunk in await tts.submit("two", **ARGUMENTS):
+            assert chunk.codes.shape[1] == 1
+            return
+
+    async def everybody() -> list[Audio]:
+        doomed = asyncio.create_task(listen(0))
+        tasks = [asyncio.create_task(listen(i)) for i in range(8)]
+        await asyncio.sleep(0.05)
+        doomed.cancel()
+        await leave_early()
+        with pytest.raises(asyncio.CancelledError):
+            await doomed
+        return await asyncio.gather(*tasks)
+
+    for audio, expected in zip(asyncio.run(everybody()), alone, strict=True):
+        same(audio, expected)
+    assert (tts.engine.n_running, tts.engine.n_waiting, held(tts.engine)) == (0, 0, 0)
+
+
+def test_what_never_comes_is_not_waited_for(tts: voxkern.TTS) -> None:
+    with pytest.raises(RuntimeError, match="nobody is left"):
+        tts.engine.work(lambda: False)
+
+
+def test_async_errors_come_before_anything_runs(tts: voxkern.TTS) -> None:
+    async def ask() -> object:
+        return await tts.submit("two", steps=0)
+
+    with pytest.raises(ValueError, match="steps must be in"):
+        asyncio.run(ask())
+
+
+def test_on_kernels(tiny_folder: Path) -> None:
+    """Joining while another runs, of other steps, in the slot of one that was cancelled; codes as alone."""
+    tts = voxkern.load(tiny_folder, backend="triton", max_batch=2)
+    arguments = {"voice": "ada", "max_frames": 5}
+    expected = [tts.generate(text, seed=i, steps=1 + i % 2, **arguments) for i, text in enumerate(WORDS[:3])]
+    requests = [tts._request(text, "ada", i, 1.2, 5, 1 + i % 2, "euler") for i, text in enumerate(WORDS[:3])]
+    engine = tts.engine
+    first, doomed = engine.submit(requests[0]), engine.submit(replace(requests[2], seed=77))
+    engine.work(lambda: first.over or first.n_frames == 2)
+    doomed.cancel()
+    assert held(engine) == 1
+    others = [engine.submit(request) for request in requests[1:]]
+    engine.work(lambda: all(job.over for job in (first, *others)))
+    for job, audio in zip((first, *others), expected, strict=True):
+        same(job.take(), audio)
+    assert held(engine) == 0
+
+
+def test_memory_is_flat(tts: voxkern.TTS) -> None:
+    """Nothing of a request is left when it is over: tensors counted after some, and after many more."""
+    import gc
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    def speak(n: int) -> int:
+        for i in range(n):
+            tts.generate(["a", "b"], seed=[i, i + 1], steps=1, max_frames=2)
+        return tensors()
+
+    assert speak(3) == speak(20)
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_a_small_cache_limits_a_request(tiny_folder: Path, tokens: int) -> None:
+    tts = voxkern.load(tiny_folder, backend="torch", cache_tokens=tokens)
+    with pytest.raises(ValueError, match=r"max_frames must be in 1..\d+, got 200"):
+        tts.generate("one", max_frames=200)
+    assert tts.generate("one", seed=1, steps=1).codes.shape[1] <= tokens
+    with pytest.raises(ValueError, match="cache_tokens must be at least 64, got 63"):
+        voxkern.load(tiny_folder, cache_tokens=63)

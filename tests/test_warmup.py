@@ -1,0 +1,33 @@
+"""voxkern warmup: for a GPU that is not here, in a process of its own, as the interpreter compiles nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def _warm_up(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from voxkern.cli import app; app(sys.argv[1:])"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, "warmup", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env | {"TRITON_CACHE_DIR": str(cache)})
+
+
+def test_compiles_once(tiny_folder: Path, tmp_path: Path) -> None:
+    """Whatever is launched has a binary of its architecture on the disk; a second time nothing is added."""
+    arguments = (str(tiny_folder), "--arch", "sm_90", "--max-batch", "2")
+    first = _warm_up(tmp_path, *arguments)
+    assert "kernels are ready for sm_90, max_batch 2, bfloat16" in first.stderr, first.stderr
+    made = sorted(tmp_path.rglob("*.cubin"))
+    assert len(made) == int(first.stderr.split()[0])
+    names = {path.stem for path in made}
+    assert {"_advance_kernel", "_prefill_attention_kernel", "_flow_finish_kernel", "_rms_norm_kernel"} <= names
+    assert _warm_up(tmp_path, *arguments).stderr == first.stderr
+    assert sorted(tmp_path.rglob("*.cubin")) == made
+
+
+def test_errors(tmp_path: Path) -> None:
+    unknown = _warm_up(tmp_path, "--arch", "sm_75")
+    assert unknown.returncode == 1
+    assert "arch must be one of sm_80" in unknown.stderr
+    assert "name one with --arch" in _warm_up(tmp_path).stderr

@@ -1,0 +1,76 @@
+"""Compile before anybody waits: every kernel of a model in every form that a frame or a prompt asks for.
+
+Triton keeps what it compiles on disk, by source, constants and architecture, so this may run where there is no GPU of
+that architecture: launches are made as always, on tensors without memory, under a driver that starts none.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .accelerate import accelerate
+from .cache import PAGE, PagePool
+from .reference import Config, VoxtralTTS
+
+ROWS = (1, 2, 3, 8)  # of a batch, and of a prompt: other numbers make no other binaries, which the ledger checks
+
+
+@torch.inference_mode()
+def warm_up(
+    config: Config,
+    arch: str,
+    max_batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    on_binary: Callable[[str], None] | None = None,
+) -> int:
+    """Compile what :func:`voxkern.load` with the same `max_batch` and `dtype` launches.
+
+    Args:
+        config: of the model; weights are not needed.
+        arch: such as "sm_90", see ``ARCHITECTURES`` of :mod:`voxkern.stub`.
+        max_batch: the most requests side by side, 1..64.
+        dtype: of the weights.
+        on_binary: called with the name of a kernel for each binary that is ready, compiled or found on the disk.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        ValueError: `arch` or `max_batch` is none that there is.
+        RuntimeError: Triton is not installed, or interprets.
+    """
+    from triton import knobs
+
+    from .frames import Frames, twins_of
+    from .stub import standing_in
+    from .twins.backbone import Rows
+
+    ready: set[str] = set()
+
+    def note(module: Any, function: Any, name: str, metadata_group: dict[str, str], hash: str) -> None:
+        if hash in ready:
+            return
+        ready.add(hash)
+        if on_binary is not None:
+            on_binary(name)
+
+    hooks = knobs.runtime.kernel_load_start_hook
+    with standing_in(arch), torch.device("meta"):
+        hooks.add(note)
+        try:
+            model = VoxtralTTS(config).to(dtype).requires_grad_(False)
+            accelerate(model, max_batch)
+            pool = PagePool(config.backbone, 2, dtype, torch.device("meta"))
+            frames = Frames(model, max_batch, pool, PAGE, 2, "euler")  # two steps: the last has kernels of its own
+            for n in sorted({min(n, max_batch) for n in ROWS}):
+                frames.launch(n)
+            backbone, _ = twins_of(model)
+            table = torch.zeros(1, 1, dtype=torch.int32)
+            for n in ROWS:
+                rows = Rows.of([n], [n], torch.device("meta"))
+                u = torch.zeros(n, config.backbone.dim, dtype=dtype)
+                backbone.norm(backbone.prefill(u, rows, pool.pool, table)[-1:])
+        finally:
+            hooks.remove(note)
+    return len(ready)
