@@ -20,7 +20,7 @@ class Timings:
         prefill: the prompt's pass through the backbone; its voice's part only where it was not in the cache.
         frames: all frames: backbone steps and flow head.
         codec: codes to sound.
-        first_sound: until something could be heard, with the work for others before it began: all of it, but for a stream.
+        first_sound: until something could be heard, work for others before it began among it; all, but for a stream.
     """
 
     prefill: float
