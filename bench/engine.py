@@ -1,6 +1,7 @@
 """Requests side by side on this machine: frames a second, time to the first sound under load, memory.
 
 ``python -m bench.engine`` runs the torch backend on a random checkpoint of middling size; ``--tiny`` on the tiny one.
+Two threads of a product wait for each other: on a machine that others use, set OMP_NUM_THREADS=1.
 Random models seldom say END, so every request has as many frames as it may.
 """
 

@@ -296,5 +296,5 @@ def test_traffic() -> None:
 
 @pytest.mark.slow
 def test_much_traffic() -> None:
-    events = _run(700, 60)
+    events = _run(900, 60)
     assert sum(events.values()) > 100_000
