@@ -162,6 +162,10 @@ def uneven(server: SGLangHead) -> None:
     server._timesteps = server._timesteps**2
 
 
+def too_many_steps(server: SGLangHead) -> None:
+    server._timesteps = torch.linspace(0, 1, 66)
+
+
 def without_args(server: SGLangHead) -> None:
     del server.acoustic_transformer_args
 
@@ -179,6 +183,7 @@ UNKNOWN = {
     narrow: r"acoustic_codebook_output.weight is \[35, 64\] but must be \[36, 64\]",
     in_fp8: "its weights are torch.float8_e4m3fn but must be one of fp32, bf16, fp16",
     uneven: r"its _timesteps are \[0.0, 0.25, 1.0\] but must be even steps from 0 to 1",
+    too_many_steps: r"steps must lie in 1..64, got 65",
     without_args: "has no attribute 'acoustic_transformer_args'",
     other_eps: "norm.eps is 0.001 but must be",
     patched: "its forward has been replaced already, by something else",

@@ -115,9 +115,10 @@ def _configs(module: Any) -> tuple[AcousticTransformerConfig, AudioModelConfig]:
         numbers = {f.name: getattr(args, f.name) for f in fields(AcousticTransformerConfig) if hasattr(args, f.name)}
         config = AcousticTransformerConfig(**numbers | {"n_decoding_steps": len(times) - 1})
         sizes = audio.semantic_codebook_size, audio.acoustic_codebook_size, audio.n_acoustic_codebook
-    except (AttributeError, TypeError) as why:
+        grid = time_grid("euler", config.n_decoding_steps)
+    except (AttributeError, TypeError, ValueError) as why:
         raise UnknownHead(str(why)) from None
-    even = torch.tensor(time_grid("euler", config.n_decoding_steps), dtype=torch.float64, device=times.device)
+    even = torch.tensor(grid, dtype=torch.float64, device=times.device)
     if not torch.allclose(times.double(), even, rtol=0, atol=4e-3):  # they may have been rounded to bf16
         raise UnknownHead(f"its _timesteps are {times.tolist()} but must be even steps from 0 to 1")
     return config, AudioModelConfig(*sizes)

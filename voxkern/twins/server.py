@@ -89,7 +89,7 @@ class ServerTwin(FlowTwin):
         if cfg_alpha is None:
             if not hasattr(self.server, "_cfg_alpha"):
                 raise TypeError("cfg_alpha is missing: this head has none of its own")
-            cfg_alpha = torch.full((B,), self.server._cfg_alpha, device=llm_hidden.device)
+            cfg_alpha = llm_hidden.new_full((B,), self.server._cfg_alpha, dtype=torch.float32)
         if noise is None and seed is None:
             noise = self._draw(llm_hidden)
         if noise is not None:
