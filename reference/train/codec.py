@@ -1,0 +1,107 @@
+"""First stage: the codec, sound to codes and back; its semantic code learns to name the word and frame it hears."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..codec import AudioTokenizer
+from ..config import Config
+from .data import FRAME, VOICES, Bank, make_bank, random_words
+from .params import PARAMS
+from .stage import Stage, arguments
+
+CROP = 32  # frames of an example
+BATCH = 4
+SILENCED = 0.15  # of the examples have no acoustic codes
+NOISE = 0.12  # added to acoustic latents, whose levels are 0.1 apart
+FLOOR = 1e-3  # quieter than this is silence: of full scale
+WINDOWS = (2048, 1024, 512, 256, 128)
+
+
+class CodecTrainer(nn.Module):
+    """The codec with its semantic codebook as a parameter: learnt by gradient, where the public one took averages."""
+
+    def __init__(self, codec: AudioTokenizer) -> None:
+        """`codec` keeps its buffers until :meth:`store`."""
+        super().__init__()
+        self.codec = codec
+        self.codebook = nn.Parameter(torch.randn_like(codec.quantizer.semantic_codebook.embedding_sum))
+
+    def forward(self, sound: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sound [B, 1, n] back, the loss of its semantic codes against labels [B, T], and the share of right ones."""
+        dim = self.codebook.shape[1]
+        latents = self.codec.latents(sound).float()
+        semantic, acoustic = latents[:, :dim].transpose(1, 2), latents[:, dim:].tanh()
+        with torch.autocast("cpu", enabled=False):
+            logits = (2 * semantic @ self.codebook.T - self.codebook.square().sum(1)) / math.sqrt(dim)
+        codes = logits.argmax(-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.01)
+        half = (self.codec.quantizer.levels - 1) / 2
+        rounded = acoustic + (((acoustic * half).round() / half) - acoustic).detach()
+        # noise asks for codes that bear being a level or two off, and silence of some examples' acoustic codes for
+        # semantic ones that suffice to be understood
+        noisy = rounded + NOISE * torch.randn_like(rounded)
+        kept = (torch.rand(len(sound), 1, 1) > SILENCED).float()
+        quantised = torch.cat((self.codebook[codes].transpose(1, 2), noisy * kept), dim=1)
+        return self.codec.synthesize(quantised).float(), loss, (codes == labels).float().mean()
+
+    @torch.no_grad()
+    def store(self) -> AudioTokenizer:
+        """The codec, with the codebook in its buffers."""
+        book = self.codec.quantizer.semantic_codebook
+        book.embedding_sum.copy_(self.codebook)
+        book.cluster_usage.fill_(1.0)
+        return self.codec
+
+
+def spectral_loss(a: Tensor, b: Tensor, step: int) -> Tensor:
+    """L1 of log magnitudes and relative error of magnitudes, over windows of five lengths (arXiv 1910.11480)."""
+    total = a.new_zeros(())
+    lengths = np.random.default_rng(step).permutation(WINDOWS)[:2].tolist()  # two a step: they cost half of it
+    for n in lengths:
+        window = torch.hann_window(n)
+        x, y = (torch.stft(s, n, n // 4, window=window, return_complex=True) for s in (a, b))
+        floor = FLOOR**2 * 0.375 * n  # the power of white noise of RMS FLOOR in a Hann window
+        x, y = (torch.sqrt(z.real.square() + z.imag.square() + floor) for z in (x, y))
+        total = total + (x.log() - y.log()).abs().mean() + (x - y).norm() / y.norm()
+    return total / len(lengths)
+
+
+def batch(bank: Bank, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Random strings cut to CROP frames: sounds [BATCH, CROP FRAME], labels [BATCH, CROP]."""
+    sounds, labels = [], []
+    for _ in range(BATCH):
+        sound, label = bank.speak(int(generator.integers(len(VOICES))), random_words(generator, CROP // 6))
+        if generator.random() < 0.3:
+            n_quiet = int(generator.integers(1, 4))
+            sound, label = F.pad(sound, (n_quiet * FRAME, 0)), F.pad(label, (n_quiet, 0))
+        missing = max(0, CROP - len(label))
+        sounds.append(F.pad(sound, (0, missing * FRAME))[: CROP * FRAME])
+        labels.append(F.pad(label, (0, missing))[:CROP])
+    return torch.stack(sounds), torch.stack(labels)
+
+
+def main() -> None:
+    """Train for some minutes, from where the last run stopped; leaves ``codec.pt``."""
+    args = arguments(__doc__, minutes=25)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    trainer = CodecTrainer(AudioTokenizer(Config.from_params(PARAMS).codec, encoder=True))
+    stage = Stage(args.folder / "codec_training.pt", trainer, args.minutes, rate=1.5e-3)
+    bank, generator = make_bank(), np.random.default_rng(stage.step)
+    while not stage.ended:
+        sound, labels = batch(bank, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            again, semantic, right = trainer(sound.unsqueeze(1), labels)
+        again = again.squeeze(1)
+        spectral, wave = spectral_loss(again, sound, stage.step), (again - sound).abs().mean() / sound.abs().mean()
+        loss = spectral + 0.3 * wave + 0.3 * semantic
+        if stage.learn(loss, {"spectral": spectral, "wave": wave, "semantic": semantic, "right": right}):
+            torch.save(trainer.store().state_dict(), args.folder / "codec.pt")
+
+
+if __name__ == "__main__":
+    main()
