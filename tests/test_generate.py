@@ -166,13 +166,6 @@ def test_empty_list(tts: voxkern.TTS) -> None:
     assert tts.generate([]) == []
 
 
-def test_the_default_model_says_that_it_is_noise(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("WARNING", logger="voxkern"):
-        audio = voxkern.load().generate("a", seed=1, max_frames=2)
-    assert "NOISE" in caplog.text
-    assert audio.codes.shape[0] == 37
-
-
 def test_page_pool(tiny_model: voxkern.reference.VoxtralTTS) -> None:
     assert [pages_for(n) for n in (1, 64, 65)] == [1, 1, 2]
     pool = PagePool(tiny_model.config.backbone, 4, torch.float32, torch.device("cpu"))

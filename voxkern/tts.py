@@ -1,12 +1,8 @@
 """Text to speech: ``load`` a checkpoint, ``generate`` or ``stream`` sound."""
 
-import importlib.util
 import itertools
-import logging
 import math
-import os
 import secrets
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import replace
@@ -17,12 +13,11 @@ import torch
 from torch import Tensor
 
 from .accelerate import accelerate
-from .arguments import check_int, per_text
+from .arguments import check_int, device_of, dtype_of, on_kernels, per_text
 from .audio import Audio
 from .cache import PAGE, PagePool, Voice, pages_for
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
 from .engine import Engine
-from .maker import make_checkpoint
 from .prompt import Prompt
 from .reference import VoxtralTTS
 from .reference.flow import MAX_STEPS, SOLVERS
@@ -37,8 +32,7 @@ if TYPE_CHECKING:
 MAX_FRAMES = 2048  # 164 s: where vLLM-Omni cuts off as well
 PROMPT = 512  # tokens of voice and text that the cache has room for beside that, unless it is told
 CFG_ALPHA = 1.2
-
-log = logging.getLogger(__name__)
+DEMO = Path(__file__).with_name("demo")  # the voice that comes with the package
 
 
 def load(
@@ -52,7 +46,7 @@ def load(
     """Load a model.
 
     Args:
-        source: a checkpoint folder or a hub id; None makes a tiny random model, whose speech is noise.
+        source: a checkpoint folder or a hub id; None takes the demo voice, which says the ten digits.
         device: None takes the GPU if there is one.
         dtype: "bfloat16", "float16", "float32" or a torch dtype; None keeps the checkpoint's.
         backend: "triton", the kernels; "torch", the reference modules; "auto" takes the kernels on a GPU, and in
@@ -69,13 +63,10 @@ def load(
     check_int("max_batch", max_batch, 1, None)
     if cache_tokens is not None:
         check_int("cache_tokens", cache_tokens, PAGE, None)
-    target = _device(device)
-    settings = (max_batch, _on_kernels(backend, target), cache_tokens)
-    if source is not None:
-        return TTS(read_checkpoint(find_folder(source), _dtype(dtype), target), *settings)
-    log.warning("No checkpoint given: a tiny model of random weights speaks, and what it says is NOISE.")
-    with tempfile.TemporaryDirectory(prefix="voxkern-") as folder:
-        return TTS(read_checkpoint(make_checkpoint(Path(folder)), _dtype(dtype), target), *settings)
+    target = device_of(device)
+    settings = (max_batch, on_kernels(backend, target), cache_tokens)
+    folder = DEMO if source is None else find_folder(source)
+    return TTS(read_checkpoint(folder, dtype_of(dtype), target), *settings)
 
 
 class TTS:
@@ -415,36 +406,3 @@ def _joined(parts: list[Audio]) -> Audio:
     joined = Audio.join(parts)
     timings = replace(joined.timings, first_sound=joined.timings.total)
     return replace(joined, ended=all(part.ended for part in parts), timings=timings)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}: {error}") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but torch finds no GPU; use device='cpu'")
-    return target
-
-
-def _on_kernels(backend: str, device: torch.device) -> bool:
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if backend == "auto":
-        return (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
-    if backend == "triton" and device.type != "cuda" and not interpreted:
-        raise ValueError(
-            f"backend is 'triton' and device '{device.type}', where kernels run only in Triton's interpreter: use "
-            "device='cuda', backend='torch', or set TRITON_INTERPRET=1 before triton is first imported"
-        )
-    return backend == "triton"
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    for known in (torch.bfloat16, torch.float16, torch.float32):
-        if dtype in (known, str(known).removeprefix("torch.")):
-            return known
-    if dtype is not None:
-        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    return None
