@@ -246,7 +246,7 @@ def _player(sampling_rate: int) -> Any:
         import sounddevice
     except ImportError:
         raise ValueError("--play needs sounddevice, which is not installed: pip install 'voxkern[play]'") from None
-    return sounddevice.OutputStream(sampling_rate, channels=1, dtype="float32")
+    return sounddevice.OutputStream(sampling_rate, channels=1, dtype="float32")  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _experts(backbone: BackboneConfig) -> str:
