@@ -80,9 +80,8 @@ def assert_right(layer: MoEBlock, u: Tensor, out: Tensor) -> None:
 EXPERTS = [(8, 2), (128, 4), (16, 1), (12, 3)]
 
 
-@pytest.mark.parametrize(
-    ("M", "E", "k"), [(M, *experts) for M in (1, 2, 7, 64) for experts in EXPERTS] + [(300, 128, 4), (300, 12, 3)]
-)
+@pytest.mark.parametrize("M", [1, 2, 7, 64, 300])
+@pytest.mark.parametrize(("E", "k"), EXPERTS)
 def test_right(M: int, E: int, k: int) -> None:
     layer = block(num_experts=E, num_experts_per_tok=k, num_shared_experts=1)
     u = tokens(M)
