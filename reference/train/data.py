@@ -19,7 +19,16 @@ from torch import Tensor
 
 RATE, FRAME = 24000, 1920
 VOICES = ("slt", "rms")
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+MONTHS = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
+          "december")  # fmt: skip
+GREETINGS = ("hello", "goodbye", "good", "morning", "afternoon", "evening", "night", "thanks", "please", "welcome")
+SMALL = ("yes", "no", "today", "tomorrow")
+WORDS = DIGITS + TEENS + TENS + WEEKDAYS + MONTHS + GREETINGS + SMALL
+DIGITS_SHARE = 0.4  # of random strings are of digits alone
 QUIET = 0.004  # of full scale: nothing of the word is heard below it
 
 
@@ -84,5 +93,6 @@ def make_bank() -> Bank:
 
 
 def random_words(generator: np.random.Generator, n: int) -> list[int]:
-    """A string of n words."""
-    return [int(i) for i in generator.integers(0, len(WORDS), n)]
+    """A string of n words, or of n digits."""
+    known = len(DIGITS) if generator.random() < DIGITS_SHARE else len(WORDS)
+    return [int(i) for i in generator.integers(0, known, n)]

@@ -5,7 +5,7 @@ from typing import Any
 from .data import VOICES
 
 N_SPECIAL_TOKENS = 64
-_CODEBOOKS = {"semantic_codebook_size": 638, "acoustic_codebook_size": 21}
+_CODEBOOKS = {"semantic_codebook_size": 766, "acoustic_codebook_size": 21}
 
 PARAMS: dict[str, Any] = {
     "dim": 192,

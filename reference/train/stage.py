@@ -16,13 +16,13 @@ def arguments(description: str | None, minutes: float) -> argparse.Namespace:
     """The command line of a stage."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path, help="where the stages keep their files, outside the repository")
-    parser.add_argument("--minutes", type=float, default=minutes, help="of training in all, earlier runs included")
+    parser.add_argument("--minutes", type=float, default=minutes, help="of processor time in all, earlier runs included")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
 class Stage:
-    """Trains for some minutes of wall time, with AdamW on a cosine of that time.
+    """Trains for some minutes of processor time, whatever else the machine does, with AdamW on a cosine of that time.
 
     Attributes:
         step: steps done, earlier runs included.
@@ -44,7 +44,7 @@ class Stage:
         torch.manual_seed(self.step)
         size = sum(p.numel() for p in self._parameters) / 1e6
         print(f"{size:.2f} M parameters, step {self.step}, {self._seconds / 60:.1f} min spent", flush=True)
-        self._clock = time.perf_counter()
+        self._clock = time.process_time()
 
     @property
     def ended(self) -> bool:
@@ -62,7 +62,7 @@ class Stage:
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         self.step += 1
-        now = time.perf_counter()
+        now = time.process_time()
         self._seconds, self._clock = self._seconds + now - self._clock, now
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.item() / SHOWN_EVERY
