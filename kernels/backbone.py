@@ -62,61 +62,60 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit(
-    do_not_specialize=["max_frames"],
-    do_not_specialize_on_alignment=["p_codes", "p_limits", "p_lengths", "p_frames", "p_history"],
+    do_not_specialize_on_alignment=["p_codes", "p_limits", "p_lengths", "p_frames", "p_said", "p_kept"],
 )
-def _advance_kernel(
-    p_codes, p_limits, p_lengths, p_frames, p_history, max_frames, K: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def _advance_kernel(p_codes, p_limits, p_lengths, p_frames, p_said, p_kept, K: tl.constexpr, COLUMNS: tl.constexpr):
     i_b = tl.program_id(0).to(tl.int64)
     length, frame = tl.load(p_lengths + i_b), tl.load(p_frames + i_b)
-    if length == 0:
+    semantic = tl.load(p_codes + i_b * K)
+    if length == 0 or semantic == END:
+        tl.store(p_kept + i_b, 0)
+        tl.store(p_lengths + i_b, 0)
         return
     o_k = tl.arange(0, COLUMNS)
     b_codes = tl.load(p_codes + i_b * K + o_k, mask=o_k < K, other=0)
-    semantic = tl.load(p_codes + i_b * K)
-    if semantic == END:
-        tl.store(p_lengths + i_b, 0)
-        return
-    tl.store(p_history + (i_b * max_frames + frame) * K + o_k, b_codes, mask=o_k < K)
+    tl.store(p_said + i_b * K + o_k, b_codes, mask=o_k < K)
+    tl.store(p_kept + i_b, 1)
     tl.store(p_frames + i_b, frame + 1)
     is_last = frame + 1 >= tl.load(p_limits + i_b)
     tl.store(p_lengths + i_b, tl.where(is_last, 0, length + 1))
 
 
-def launch_advance(codes: Tensor, limits: Tensor, lengths: Tensor, frames: Tensor, history: Tensor) -> None:
+def launch_advance(codes: Tensor, limits: Tensor, lengths: Tensor, frames: Tensor, said: Tensor, kept: Tensor) -> None:
     """The arguments are those of :func:`advance`, unchecked."""
-    B, max_frames, K = history.shape
+    B, K = codes.shape
     constants: dict[str, Any] = {
         "K": K,
         "COLUMNS": triton.next_power_of_2(K),
         "num_warps": 1,
         "enable_fp_fusion": FP_FUSION,
     }
-    _advance_kernel[(B,)](codes, limits, lengths, frames, history, max_frames, **constants)
+    _advance_kernel[(B,)](codes, limits, lengths, frames, said, kept, **constants)
 
 
-@operator(launch_advance, mutates=("lengths", "frames", "history"))
-def advance(codes: Tensor, limits: Tensor, lengths: Tensor, frames: Tensor, history: Tensor) -> None:
+@operator(launch_advance, mutates=("lengths", "frames", "said", "kept"))
+def advance(codes: Tensor, limits: Tensor, lengths: Tensor, frames: Tensor, said: Tensor, kept: Tensor) -> None:
     """Keep a frame's codes and make room for the next, on the device: nobody waits for a host to see END.
 
-    A request of length 0 is not there, and is left alone. One whose semantic code is END, or whose frame was its last,
-    gets length 0 from here on: END's own frame is not kept. All others get a frame and a token more.
+    A request of length 0 is not there, and its codes are left alone. One whose semantic code is END, or whose frame was
+    its last, gets length 0 from here on: END's own frame is not kept. All others get a frame and a token more.
 
     Args:
         codes: int64 [B, 1 + K] with the +2 offset, semantic first.
-        limits: int64 [B], the most frames of each request, at most `max_frames`.
+        limits: int64 [B], the most frames of each request.
         lengths: int32 [B], tokens in the cache, then with the next frame's.
         frames: int64 [B], frames kept so far.
-        history: int64 [B, max_frames, 1 + K], the frames.
+        said: int64 [B, 1 + K], the last frame that was kept.
+        kept: int64 [B], whether this one is: 1 or 0.
 
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape, stride or device is wrong.
     """
-    B, _, K = expect("history", history, ("B", "max_frames", "1 + K"), dtype=torch.int64)
-    expect_batch("history", B, 1, 64)
-    expect("codes", codes, (B, K), like=history)
-    expect("limits", limits, (B,), like=history)
-    expect("lengths", lengths, (B,), like=history, dtype=torch.int32)
-    expect("frames", frames, (B,), like=history)
+    B, K = expect("said", said, ("B", "1 + K"), dtype=torch.int64)
+    expect_batch("said", B, 1, 64)
+    expect("codes", codes, (B, K), like=said)
+    expect("limits", limits, (B,), like=said)
+    expect("lengths", lengths, (B,), like=said, dtype=torch.int32)
+    expect("frames", frames, (B,), like=said)
+    expect("kept", kept, (B,), like=said)

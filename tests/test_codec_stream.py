@@ -25,6 +25,11 @@ class Operators(TorchDispatchMode):
         self.seen.append((func, *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
         return func(*args, **(kwargs or {}))
 
+    @property
+    def n_kernels(self) -> int:
+        """Those that would start a kernel on a GPU, not the views."""
+        return sum(not func.is_view for func, *_ in self.seen)
+
 
 def _codes(T: int, B: int = 1, seed: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)

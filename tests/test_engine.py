@@ -4,10 +4,12 @@ Bookkeeping is proved on slots that compute nothing but write each token into it
 request in every frame: a page that is shared wrongly is seen by its content.
 """
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
@@ -170,7 +172,7 @@ class Traffic(RuleBasedStateMachine):
         request = Request(torch.zeros(10, 1), 0, 1.0, N_PAGES * PAGE - 9, 1, "euler")
         with pytest.raises(ValueError, match=r"769 tokens, but a request may have 768 \(cache_tokens\)"):
             self.engine.submit(request)
-        self.count("page shortages")
+        self.count("refusals")
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), during=st.booleans())
@@ -214,10 +216,13 @@ class Traffic(RuleBasedStateMachine):
 
     def _step(self) -> None:
         before = {job: job.n_frames for job in self.engine._there.values()}
+        cancelled = list(self.slots.meanwhile)
         self.engine._take_turn(self.engine._step)
         self.engine._sweep()
         for job, n in before.items():
             assert job.over or job.n_frames == n + 1 or self.slots.late  # a frame each, every time
+            assert job.over or job.n_frames >= 1  # and the first at once
+        assert all(job.over for job in cancelled)  # during the frame: gone with its end
         if self.engine.n_waiting and self.engine.n_running < N_SLOTS:
             self.count("page shortages", self.engine._queue[0] not in self.short)
             self.short.add(self.engine._queue[0])
@@ -270,7 +275,7 @@ class Traffic(RuleBasedStateMachine):
                 break
             self._step()
         assert not self.jobs
-        assert self.engine._late is None
+        assert not self.engine._late
         assert not self.engine._cancelled
         assert not self.slots.there
         self.engine.prefixes.clear()
@@ -296,5 +301,40 @@ def test_traffic() -> None:
 
 @pytest.mark.slow
 def test_much_traffic() -> None:
-    events = _run(900, 60)
-    assert sum(events.values()) > 100_000
+    events = _run(1200, 60)
+    assert sum(events.values()) - events["refusals"] > 100_000
+
+
+def test_what_another_thread_has_just_ended_is_over() -> None:
+    """A waiter looks between the moment in which nobody is left and that in which its request counts as over."""
+    slots = FakeSlots(False)
+    engine = Engine(slots, FakeSounds(), 2)
+    job = engine.submit(Request(torch.zeros(1, 1, dtype=torch.float64) + 0.25, 5, 1.0, 1, 1, "euler"))
+    leaving, looked = threading.Event(), threading.Event()
+    leave = slots.leave
+
+    def slow_leave(slot: int) -> None:
+        leaving.set()
+        looked.wait(0.2)  # the other waits for this turn's end, and does not say so
+        leave(slot)
+
+    slots.leave = slow_leave  # type: ignore[method-assign]
+    worker = threading.Thread(target=job.wait, args=(1,))
+    worker.start()
+    leaving.wait(10)
+    job.wait(1)
+    looked.set()
+    worker.join(10)
+    assert job.over
+    assert job.error is None
+
+
+def test_who_cannot_leave_is_over_all_the_same() -> None:
+    slots = FakeSlots(False)
+    engine = Engine(slots, FakeSounds(), 2)
+    job = engine.submit(Request(torch.zeros(1, 1, dtype=torch.float64) + 0.25, 5, 1.0, 9, 1, "euler"))
+    job.wait(1)
+    with mock.patch.object(slots, "leave", side_effect=ArithmeticError("a lost GPU")):  # noqa: SIM117
+        with pytest.raises(ArithmeticError, match="a lost GPU"):
+            job.cancel()
+    assert job.over

@@ -23,6 +23,8 @@ from voxkern.sentences import split_text
         ("Wait... what? No", 13, ["Wait... what?", "No"]),
         ("first line\nsecond line", 12, ["first line", "second line"]),
         ("यह एक है। यह दो है।", 10, ["यह एक है।", "यह दो है।"]),
+        ("这是一。这是二！「这是三？」完", 5, ["这是一。", "这是二！", "「这是三？」", "完"]),  # no spaces
+        ("一、二，三", 2, ["一、", "二，", "三"]),
         ("a, b and c; d. e", 11, ["a, b and c;", "d. e"]),  # too long a sentence: clauses
         ("aa bb cc dd", 5, ["aa bb", "cc dd"]),  # and then words
         ("aaaaaaaa bb", 5, ["aaaaaaaa", "bb"]),  # but no word is cut

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,6 +228,23 @@ def test_async(tts: voxkern.TTS, alone: list[Audio]) -> None:
     for audio, expected in zip(asyncio.run(everybody()), alone, strict=True):
         same(audio, expected)
     assert (tts.engine.n_running, tts.engine.n_waiting, held(tts.engine)) == (0, 0, 0)
+
+
+def test_async_requests_do_not_wait_for_each_others_threads(tts: voxkern.TTS) -> None:
+    """All of eight are soon heard, though asyncio has one thread to lend."""
+    said: list[int] = []
+
+    async def listen(i: int) -> None:
+        async for _ in await tts.submit(WORDS[i], VOICES[i], i, first_chunk=1, chunk=8, **ARGUMENTS):
+            said.append(i)
+
+    async def everybody() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        await asyncio.gather(*(listen(i) for i in range(8)))
+
+    asyncio.run(everybody())
+    assert len(said) > 32
+    assert all(said.index(i) < 16 for i in range(8))  # nobody has three chunks before another has one
 
 
 def test_what_never_comes_is_not_waited_for(tts: voxkern.TTS) -> None:

@@ -66,6 +66,28 @@ def test_the_first_chunk_comes_after_one_frame(tts: voxkern.TTS, monkeypatch: py
     assert len(frames) == 3
 
 
+def test_the_first_chunk_on_kernels_comes_after_one_frame_too(tiny_folder: Path) -> None:
+    """Later ones are read when the next frame has been launched."""
+    mine = voxkern.load(tiny_folder, backend="triton")
+    del mine.model.audio_tokenizer.stream  # the codec takes most of the time, and is in test_on_kernels
+    frames: list[int] = []
+    slots = mine.engine.slots
+    plain = slots.frame
+    slots.frame = lambda: (frames.append(1), plain())[1]
+    stream = mine.stream("one two", seed=4, steps=1, max_frames=6, chunk=2)
+    assert next(stream).codes.shape[1] == 1
+    assert len(frames) == 1
+    assert next(stream).codes.shape[1] == 2
+    assert len(frames) == 4
+    stream.close()
+
+
+def test_the_wait_for_a_place_is_in_the_first_sound(tts: voxkern.TTS) -> None:
+    first, second = tts.generate(["one two", "three"], seed=[1, 2], steps=1, max_frames=5)
+    assert first.timings.first_sound == pytest.approx(first.timings.total)
+    assert second.timings.first_sound > second.timings.total + 0.5 * first.timings.total
+
+
 def test_chunk_sizes_double() -> None:
     sizes = chunk_sizes(1, 25)
     assert [next(sizes) for _ in range(8)] == [1, 2, 4, 8, 16, 25, 25, 25]

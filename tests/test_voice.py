@@ -81,6 +81,7 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
         (np.stack((_tone(1), -_tone(1)), 1), "is silent"),
         (np.where(np.arange(48000) == 777, np.nan, _tone(2)), "not finite"),
         (np.where(np.arange(48000) == 777, np.inf, _tone(2)), "not finite"),
+        (np.stack((_tone(2), _tone(2)), 1) * 3e38, "beyond 100 times full scale"),
     ],
 )
 def test_bad_sound(tmp_path: Path, samples: np.ndarray, named: str) -> None:

@@ -151,10 +151,14 @@ class Prefixes:
             prefix = Prefix(voice, self._filled(n_prefix, make))
         self.known.pop(voice.key, None)
         self.known[voice.key] = prefix  # the last is the most recently used
-        own = self._pool.take(n_pages - n_full)
-        if n_full < n_prefix:
-            self._pool.copy(prefix.pages[-1], own[0])
-        return self._pool.share(prefix.pages[:n_full]) + own
+        shared, partly_filled = prefix.pages[:n_full], prefix.pages[n_full:]
+
+        def copy(own: list[int]) -> None:
+            for page in partly_filled:
+                self._pool.copy(page, own[0])
+
+        own = self._filled(n_pages - n_full, copy)
+        return self._pool.share(shared) + own
 
     def clear(self) -> None:
         """Forget all; what requests share stays theirs."""

@@ -201,7 +201,9 @@ def warmup(
         if arch is None:
             if not torch.cuda.is_available():
                 raise ValueError("there is no GPU here: name one with --arch, such as --arch sm_90")
-            arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+            properties = torch.cuda.get_device_properties(0)  # AMD's names have features behind a colon
+            amd = torch.version.hip is not None
+            arch = properties.gcnArchName.split(":")[0] if amd else f"sm_{properties.major}{properties.minor}"
         params = public_params() if source is None else read_params(find_folder(source))
         with err.status("compiling") as status:
             n = warm_up(

@@ -126,7 +126,7 @@ class Engine:
         self._queue: deque[Job] = deque()
         self._cancelled: deque[Job] = deque()
         self._there: dict[int, Job] = {}  # by slot
-        self._late: Report | None = None
+        self._late: list[Report] = []  # one at the most
         self._turn = threading.Lock()  # of whoever works
         self._news, self._n_turns = threading.Condition(), 0
 
@@ -167,13 +167,21 @@ class Engine:
         Raises:
             RuntimeError: nobody is left, and still it is not.
         """
+        stepped = False
+
+        def step() -> None:
+            nonlocal stepped
+            stepped = not ready()  # looked at again: another thread's turn may have ended it just now
+            if stepped and not self._there and not self._queue:
+                raise RuntimeError("nobody is left to say what is waited for")
+            if stepped:
+                self._step()
+
         while not ready():
             seen = self._n_turns
-            if not self._there and not self._queue and not ready():
-                raise RuntimeError("nobody is left to say what is waited for")
-            if self._take_turn(self._step):
+            if self._take_turn(step):
                 self._sweep()
-                if on_step is not None:
+                if on_step is not None and stepped:
                     on_step()
                 continue
             with self._news:
@@ -218,10 +226,11 @@ class Engine:
         """A frame of everybody; `start` is when the step began."""
         said = self.slots.frame()
         spoken = time.perf_counter()
-        report: Report | None = Report(dict(self._there), said, self.sounds.decode(said, sorted(self._there)))
-        if self.slots.late:
-            report, self._late = self._late, report
-        read = report.read() if report is not None else ()
+        reports = [*self._late, Report(dict(self._there), said, self.sounds.decode(said, sorted(self._there)))]
+        # somebody's first sound is worth a wait of the host's
+        late = self.slots.late and all(job.n_frames for job in self._there.values())
+        self._late = [reports.pop()] if late else []
+        read = [line for report in reports for line in report.read()]
         end = time.perf_counter()
         for job in self._there.values():
             job.speaking += spoken - start
@@ -291,14 +300,15 @@ class Engine:
     def _finish(self, job: Job, error: BaseException | None = None) -> None:
         """Nothing more of a request, wherever it stands; what it held is free."""
         self.slots.pool.give_back(job.pages)
-        job.pages = []
-        if job.slot is not None:
-            del self._there[job.slot]
-            self.slots.leave(job.slot)
-            job.slot = None
-        if not self._there:
-            self._late = None
-        job.error, job.over = error, True  # the last: another thread may be looking
+        job.pages, slot, job.slot = [], job.slot, None
+        try:
+            if slot is not None:
+                del self._there[slot]
+                self.slots.leave(slot)
+            if not self._there:
+                self._late = []
+        finally:  # even on a GPU that is lost nobody waits for ever
+            job.error, job.over = error, True  # the last: another thread may be looking
 
 
 class Report:
@@ -310,7 +320,7 @@ class Report:
         self._on_host = [_to_host(x) for x in (said.codes - N_SPECIAL_CODES, said.kept, samples)]
         self._ready = torch.cuda.Event() if samples.is_cuda else None  # type: ignore[no-untyped-call]
         if self._ready is not None:
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(samples.device))
 
     def read(self) -> list[tuple[Job, NDArray[np.int16] | None, NDArray[np.float32]]]:
         """Each job's codes, None for an END, and sound."""
@@ -325,5 +335,5 @@ class Report:
 
 def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
-        return x
+        return x.clone()  # the next frame may write over it before it is read
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

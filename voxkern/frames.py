@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .cache import PagePool, pages_for
+from .graphs import Capture, Graphs, addresses
 from .kernels.backbone import launch_advance
 from .kernels.operator import on_device
 from .reference import VoxtralTTS
@@ -19,7 +20,7 @@ from .slots import Request, Said, weights_stamp
 from .twins.backbone import BackboneTwin, Rows
 from .twins.head import HeadTwin
 
-FRAMES = 256  # of the history to begin with: 20 s
+KINDS = 4  # steps and solvers whose rows, and graphs, are kept while nobody asks for them
 
 
 class Frames:
@@ -29,11 +30,21 @@ class Frames:
         there: slots that are taken.
         lengths: int32 [slots], tokens of each with the next frame's; 0 is empty, or has ended.
         frames: int64 [slots], frames kept.
-        history: int64 [slots, frames, 37], their codes with the +2 offset; it grows with what is asked for.
+        said: int64 [slots, 37], the last frame of each with the +2 offset.
+        kept: int64 [slots], 1 where it is new.
     """
 
-    def __init__(self, model: VoxtralTTS, n: int, pool: PagePool, max_tokens: int, steps: int, solver: str) -> None:
-        """`n` empty rows."""
+    def __init__(
+        self,
+        model: VoxtralTTS,
+        n: int,
+        pool: PagePool,
+        max_tokens: int,
+        steps: int,
+        solver: str,
+        capture: Capture | None = None,
+    ) -> None:
+        """`n` empty rows; with `capture` a frame is a graph, which is made here."""
         self._backbone, self._flow = twins_of(model)
         self._pool, self._steps, self._solver = pool.pool, steps, solver
         weight = model.norm.weight
@@ -46,13 +57,12 @@ class Frames:
         self._states = torch.zeros(n, config.backbone.dim, dtype=weight.dtype, device=device)
         self.lengths = torch.zeros(n, dtype=torch.int32, device=device)
         self.frames = torch.zeros(n, dtype=torch.int64, device=device)
-        self.history = torch.zeros(n, FRAMES, config.audio.n_codebooks, dtype=torch.int64, device=device)
+        self.said = torch.zeros(n, config.audio.n_codebooks, dtype=torch.int64, device=device)
+        self.kept = torch.zeros(n, dtype=torch.int64, device=device)
+        self._run = self.launch if capture is None else Graphs(self.launch, n, capture)
 
     def join(self, slot: int, request: Request, state: Tensor, pages: list[int]) -> None:
         """Write a request into its row."""
-        if request.max_frames > self.history.shape[1]:  # what it holds of others is theirs already
-            shape = (len(self.history), 2 * request.max_frames, self.history.shape[2])
-            self.history = self.history.new_zeros(shape)
         self.there.add(slot)
         self._table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         self._seeds[slot : slot + 1] = seed_tensor([request.seed])
@@ -63,33 +73,23 @@ class Frames:
     def leave(self, slot: int) -> None:
         """Empty a row."""
         self.there.discard(slot)
-        self.lengths[slot] = 0
+        self.lengths[slot] = self.kept[slot] = 0
 
     def frame(self) -> Said:
-        """A frame of everybody, in the first rows up to the last that is taken."""
-        rows = max(self.there) + 1
-        before = self.frames.clone()
-        codes, states = self.launch(rows)
-        self._states[:rows] = states
-        said = torch.zeros_like(self.history[:, 0])
-        said[:rows] = codes
-        return Said(said, self.frames - before)
+        """A frame of everybody, in the first rows up to the last that is taken; the next writes over what it said."""
+        self._run(max(self.there) + 1)
+        return Said(self.said, self.kept)
 
-    def launch(self, rows: int) -> tuple[Tensor, Tensor]:
-        """A frame of the first rows: launches and nothing else, once one of as many rows has been made.
-
-        Returns:
-            Codes int64 [rows, 37] and states [rows, dim], in memory that the next frame writes again.
-        """
+    def launch(self, rows: int) -> None:
+        """A frame of the first rows: launches and nothing else, once one of as many rows has been made."""
+        states, lengths = self._states[:rows], self.lengths[:rows]
         codes, following = self._flow.frame(
-            self._states[:rows], self._alpha[:rows],
+            states, self._alpha[:rows],
             steps=self._steps, solver=self._solver, seed=self._seeds[:rows], frame=self.frames[:rows],
         )  # fmt: skip
-        with on_device("advance", self.history):
-            launch_advance(
-                codes, self._limits[:rows], self.lengths[:rows], self.frames[:rows], self.history[:rows]
-            )  # fmt: skip
-        return codes, self._backbone.decode(following, self._pool, self._table[:rows], self.lengths[:rows])
+        with on_device("advance", codes):
+            launch_advance(codes, self._limits[:rows], lengths, self.frames[:rows], self.said[:rows], self.kept[:rows])
+        self._backbone.decode(following, self._pool, self._table[:rows], lengths, states)
 
 
 class KernelSlots:
@@ -97,16 +97,21 @@ class KernelSlots:
 
     late = True
 
-    def __init__(self, model: VoxtralTTS, n: int, pool: PagePool, max_tokens: int) -> None:
-        """`n` places, at most as many as the model is accelerated for."""
+    def __init__(
+        self, model: VoxtralTTS, n: int, pool: PagePool, max_tokens: int, capture: Capture | None = None
+    ) -> None:
+        """`n` places, at most as many as the model is accelerated for; `capture` makes graphs of frames."""
         self.model, self.n, self.pool, self.max_tokens = model, n, pool, max_tokens
+        self._capture, self._addresses = capture, addresses(model)
         self._backbone, self._flow = twins_of(model)
         self._kinds: dict[tuple[int, str], Frames] = {}
         self._table = torch.zeros(1, pages_for(max_tokens), dtype=torch.int32, device=pool.pool.device)
 
     def begin(self) -> None:
-        """The flow head's tables, which weights may have changed under."""
+        """The flow head's tables, which weights may have changed under, and graphs, if they lie elsewhere now."""
         self._flow.refresh()
+        if (found := addresses(self.model)) != self._addresses:
+            self._kinds, self._addresses = {}, found
 
     def stamp(self) -> Hashable:
         """See :func:`voxkern.slots.weights_stamp`."""
@@ -122,8 +127,10 @@ class KernelSlots:
         """Among those of its steps and solver."""
         kind = (request.steps, request.solver)
         if kind not in self._kinds:
-            self._kinds = {known: frames for known, frames in self._kinds.items() if frames.there}
-            self._kinds[kind] = Frames(self.model, self.n, self.pool, self.max_tokens, *kind)
+            idle = [known for known, frames in self._kinds.items() if not frames.there]
+            for known in idle[: max(0, len(self._kinds) - KINDS + 1)]:
+                del self._kinds[known]
+            self._kinds[kind] = Frames(self.model, self.n, self.pool, self.max_tokens, *kind, self._capture)
         self._kinds[kind].join(slot, request, state, pages)
 
     def leave(self, slot: int) -> None:

@@ -5,8 +5,9 @@ from itertools import pairwise
 
 MAX_CHARS = 400  # some 30 s of English
 ENDS = (
-    re.compile(r"""[.!?…。！？؟۔।]+["'”’»)\]]*\s+|\n\s*"""),  # of sentences: Chinese, Arabic, Urdu and Hindi ones too
-    re.compile(r"[,;:،؛—]\s+"),  # of clauses
+    # of sentences, Arabic, Urdu and Hindi ones too; after Chinese and Japanese ones there is no space
+    re.compile(r"""[.!?…؟۔।]+["'”’»)\]]*\s+|[。！？]+["'”’»」』)）\]]*\s*|\n\s*"""),
+    re.compile(r"[,;:،؛—]\s+|[，、；：]\s*"),  # of clauses
     re.compile(r"\s+"),  # of words
 )
 

@@ -6,7 +6,9 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,28 +16,63 @@ from torch import Tensor
 
 from .audio import Audio
 from .engine import Engine, Job
+from .graphs import Capture, addresses
 from .reference import VoxtralTTS
 from .reference.config import N_SPECIAL_CODES
 from .slots import Request, Said, block_rows
 
 
+class CapturedStream:
+    """A stream of the codec on kernels, which decodes a frame by a graph of its own."""
+
+    def __init__(self, stream: Any, capture: Capture) -> None:
+        """`stream`: a :class:`voxkern.twins.codec.CodecTwinStream`, none of whose requests has begun."""
+        frames = stream.state.frames
+        self.state, self.restart = stream.state, stream.restart
+        self._codes = frames.new_zeros(len(frames), 1 + stream.codec.config.acoustic_dim, 1)
+        self._lengths = torch.zeros_like(frames)
+        self._replay, self._sound = capture(lambda: stream.chunk(self._codes, self._lengths))
+
+    def decode(self, codes: Tensor, lengths: Tensor) -> Tensor:
+        """The sound of one frame, as the stream says it, in memory that the next frame writes again."""
+        self._codes.copy_(codes)
+        self._lengths.copy_(lengths)
+        self._replay()
+        sound: Tensor = self._sound
+        return sound
+
+
 class Decoder:
-    """The codec for many requests, a frame at a time, in blocks of a fixed number of rows.
+    """The codec for many requests, a frame at a time.
+
+    On the reference in blocks of a fixed number of rows; on kernels, whose bits do not depend on rows, in one of all.
 
     Attributes:
         sampling_rate: of the sound.
     """
 
-    def __init__(self, model: VoxtralTTS, n: int) -> None:
-        """For `n` slots."""
+    def __init__(self, model: VoxtralTTS, n: int, capture: Capture | None = None) -> None:
+        """For `n` slots; `capture` makes a frame a graph, if the codec is on kernels."""
+        on_kernels = "stream" in vars(model.audio_tokenizer)
         self.sampling_rate = model.config.codec.sampling_rate
-        self._codec, self._n, self._rows = model.audio_tokenizer, n, block_rows(n)
-        self._n_blocks = -(-n // self._rows)
+        self._codec, self._n, self._rows = model.audio_tokenizer, n, n if on_kernels else block_rows(n)
+        self._n_blocks, self._capture = -(-n // self._rows), capture if on_kernels else None
+        self._streams: list[Any] = []  # of the reference, or of the kernels, or captured
+        self._weights: Any = None
         self.begin()
 
     def begin(self) -> None:
-        """Look at the codec's weights as they are now."""
+        """Look at the codec's weights as they are now; streams of the same ones begin anew."""
+        folded, where = self._codec.folded(), addresses(self._codec)
+        if self._streams and folded is self._weights[0] and where == self._weights[1]:
+            everybody = torch.ones(self._rows, dtype=torch.bool, device=folded.weights[0].device)
+            for stream in self._streams:
+                stream.restart(everybody)
+            return
+        self._weights = folded, where
         self._streams = [self._codec.stream(self._rows) for _ in range(self._n_blocks)]
+        if self._capture is not None:
+            self._streams = [CapturedStream(stream, self._capture) for stream in self._streams]
 
     def restart(self, slot: int) -> None:
         """Another request begins in a slot."""
@@ -125,9 +162,14 @@ class Speech:
 
 
 async def in_threads(speech: Speech) -> AsyncIterator[Audio]:
-    """Its chunks, each worked for in a thread of its own; what ends the iteration ends the work."""
+    """Its chunks, each worked for in a thread of its own; what ends the iteration ends the work.
+
+    Not in asyncio's common threads: there are few of them, and who waits for one hears nothing meanwhile.
+    """
+    own = ThreadPoolExecutor(1, "voxkern")
     try:
-        while (chunk := await asyncio.to_thread(next, speech, None)) is not None:
+        while (chunk := await asyncio.get_running_loop().run_in_executor(own, next, speech, None)) is not None:
             yield chunk
     finally:
         speech.close()
+        own.shutdown(wait=False)

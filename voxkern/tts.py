@@ -18,11 +18,12 @@ from .audio import Audio
 from .cache import PAGE, PagePool, Voice, pages_for
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
 from .engine import Engine
+from .graphs import capture_on
 from .prompt import Prompt
 from .reference import VoxtralTTS
 from .reference.flow import MAX_STEPS, SOLVERS
 from .sentences import MAX_CHARS, split_text
-from .slots import Request, Slots, TorchSlots
+from .slots import Request, TorchSlots
 from .stream import Decoder, Speech, chunk_sizes, in_threads
 from .voice import read_recording, voice_prefix
 
@@ -42,6 +43,7 @@ def load(
     backend: str = "auto",
     max_batch: int = 1,
     cache_tokens: int | None = None,
+    graphs: bool = True,
 ) -> "TTS":
     """Load a model.
 
@@ -55,6 +57,8 @@ def load(
             this number: with another one products are made in another order.
         cache_tokens: of keys and values that all requests together may have, 80 ms each; a request waits while they are
             short. None is 2560 for each of `max_batch`, or the model's length where that is less.
+        graphs: on a GPU, a frame is one CUDA graph, captured when its steps and solver are first asked for. False makes
+            its launches one by one: the same bits, slower.
 
     Raises:
         ValueError: an argument, or a checkpoint (:class:`CheckpointError`, :class:`ConfigError`), that cannot be used.
@@ -64,7 +68,7 @@ def load(
     if cache_tokens is not None:
         check_int("cache_tokens", cache_tokens, PAGE, None)
     target = device_of(device)
-    settings = (max_batch, on_kernels(backend, target), cache_tokens)
+    settings = (max_batch, on_kernels(backend, target), cache_tokens, graphs)
     folder = DEMO if source is None else find_folder(source)
     return TTS(read_checkpoint(folder, dtype_of(dtype), target), *settings)
 
@@ -79,13 +83,18 @@ class TTS:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, max_batch: int = 1, on_kernels: bool = False, cache_tokens: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        max_batch: int = 1,
+        on_kernels: bool = False,
+        cache_tokens: int | None = None,
+        graphs: bool = True,
     ) -> None:
         """Use :func:`load`."""
         self.model: VoxtralTTS = checkpoint.model
         self.voices = checkpoint.voices
         self.max_batch = max_batch
-        self._cache_tokens = cache_tokens
+        self._cache_tokens, self._graphs = cache_tokens, graphs
         self._engine: tuple[Hashable, Engine] | None = None
         self._building = threading.Lock()
         if on_kernels:
@@ -307,14 +316,14 @@ class TTS:
         n = self.max_batch if twin is None else min(self.max_batch, twin.max_batch)
         n_pages = pages_for(self._cache_tokens or n * min(self._positions, MAX_FRAMES + PROMPT))
         pool = PagePool(config.backbone, n_pages, weight.dtype, weight.device)
-        slots: Slots
+        longest = min(self._positions, n_pages * PAGE)
         if twin is None:
-            slots = TorchSlots(self.model, n, pool, min(self._positions, n_pages * PAGE))
-        else:
-            from .frames import KernelSlots  # needs Triton
+            return Engine(TorchSlots(self.model, n, pool, longest), Decoder(self.model, n), config.audio.n_codebooks)
+        from .frames import KernelSlots  # needs Triton
 
-            slots = KernelSlots(self.model, n, pool, min(self._positions, n_pages * PAGE))
-        return Engine(slots, Decoder(self.model, n), config.audio.n_codebooks)
+        capture = capture_on(weight.device) if self._graphs else None
+        slots = KernelSlots(self.model, n, pool, longest, capture)
+        return Engine(slots, Decoder(self.model, n, capture), config.audio.n_codebooks)
 
     @property
     def _positions(self) -> int:
@@ -403,6 +412,7 @@ class TTS:
 
 def _joined(parts: list[Audio]) -> Audio:
     """A text's parts as one sound, in which nothing is heard before all of it is there."""
-    joined = Audio.join(parts)
-    timings = replace(joined.timings, first_sound=joined.timings.total)
+    joined, first = Audio.join(parts), parts[0].timings
+    waited = first.first_sound - first.total  # for a place, before anything was done for it
+    timings = replace(joined.timings, first_sound=waited + joined.timings.total)
     return replace(joined, ended=all(part.ended for part in parts), timings=timings)

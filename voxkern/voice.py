@@ -12,6 +12,7 @@ from .reference import VoxtralTTS
 from .reference.config import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_CODES
 
 SHORTEST, LONGEST = 1.0, 60.0  # seconds; the public model's own voices come from 5 to 18
+LOUDEST = 100.0  # times full scale: integers that were never scaled down are no recording
 
 
 def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
@@ -27,7 +28,7 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
         float32 [n].
 
     Raises:
-        ValueError: no such file or no sound file; a value that is not finite; silence; shorter than 1 s or longer than
+        ValueError: no such file or no sound file; a value that is not finite or far beyond full scale; silence; shorter than 1 s or longer than
             60 s; or another rate, where soxr is not installed.
     """
     import soundfile
@@ -42,8 +43,8 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
     seconds = len(channels) / rate
     if not SHORTEST <= seconds <= LONGEST:
         raise ValueError(f"{path}: is {seconds:.2f} s long, a voice needs {SHORTEST:g} to {LONGEST:g} s")
-    if not np.isfinite(channels).all():
-        raise ValueError(f"{path}: holds a sample that is not finite")
+    if not (np.abs(channels) <= LOUDEST).all():  # NaN is not, either
+        raise ValueError(f"{path}: holds a sample that is not finite, or beyond {LOUDEST:g} times full scale")
     samples = channels.mean(1)
     if not samples.any():
         raise ValueError(f"{path}: is silent")

@@ -5,7 +5,7 @@ that architecture: launches are made as always, on tensors without memory, under
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -45,6 +45,7 @@ def warm_up(
     from .frames import Frames, twins_of
     from .stub import standing_in
     from .twins.backbone import Rows
+    from .twins.codec import CodecTwinStream
 
     ready: set[str] = set()
 
@@ -67,6 +68,10 @@ def warm_up(
                 frames.launch(n)
             backbone, _ = twins_of(model)
             table = torch.zeros(1, 1, dtype=torch.int32)
+            codec = model.audio_tokenizer
+            for n in sorted({min(n, max_batch) for n in ROWS}):
+                codes = torch.zeros(n, 1 + codec.config.acoustic_dim, 1, dtype=torch.int64)
+                cast(CodecTwinStream, codec.stream(n)).chunk(codes, torch.zeros(n, dtype=torch.int64))
             for n in ROWS:
                 rows = Rows.of([n], [n], torch.device("meta"))
                 u = torch.zeros(n, config.backbone.dim, dtype=dtype)

@@ -16,7 +16,9 @@ def arguments(description: str | None, minutes: float) -> argparse.Namespace:
     """The command line of a stage."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path, help="where the stages keep their files, outside the repository")
-    parser.add_argument("--minutes", type=float, default=minutes, help="of processor time in all, earlier runs included")
+    parser.add_argument(
+        "--minutes", type=float, default=minutes, help="of processor time in all, earlier runs included"
+    )
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 

@@ -27,6 +27,7 @@ PREFILL_ROWS = 1 << 20  # prepared for: in a prefill the settings depend on no r
 MIXTURE_ROWS = 1024  # tokens of a prefill that go through the experts at once
 NAME = "the accelerated backbone"
 PAGE = 64  # of a cache made for a call without one
+MAX_PAGE = 128  # tokens of the largest page that attention does
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class BackboneTwin:
     def __call__(self, u: Tensor, cache: PagedCache | None = None) -> Tensor:
         """Run the layers over T tokens of each request, as :meth:`Backbone.hidden_states` says it.
 
+        One token a request is always a decode, though it be the last of a prompt in parts: its bits are a decode's,
+        summed in other tiles than a prefill's. :meth:`prefill` takes any number of tokens and has the whole's bits.
+
         Raises:
             RuntimeError: gradients are asked for.
             ValueError: a shape is wrong, or there are more requests than `max_batch` or tokens than `max_tokens`.
@@ -123,7 +127,9 @@ class BackboneTwin:
         states = self.prefill(u.reshape(B * T, dim), rows, cache.pool, table)
         return self.norm(states).view(B, T, dim)
 
-    def decode(self, u: Tensor, pool: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+    def decode(
+        self, u: Tensor, pool: Tensor, block_table: Tensor, lengths: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """One token a request, in launches and nothing else once a call of as many requests has been made.
 
         Args:
@@ -131,10 +137,11 @@ class BackboneTwin:
             pool: [layers, pages, 2, Hkv, PAGE, D].
             block_table: int32 [B, max_pages].
             lengths: int32 [B], with the new token; 0 holds no request.
+            out: contiguous [B, dim], takes the result.
 
         Returns:
-            [B, dim] after the final norm, in memory that the next call of as many requests writes again. Rows of length
-            0 hold nothing of meaning.
+            [B, dim] after the final norm: `out`, or memory that the next call of as many requests writes again. Rows of
+            length 0 hold nothing of meaning.
         """
         self._check(u, pool, block_table, lengths)
         if len(u) > self.max_batch:
@@ -152,8 +159,9 @@ class BackboneTwin:
                 launch_linear(b.stream, b.attended, attention.wo.weight, None, stream, self.max_batch)
                 stream = b.stream
                 self._feed(layer, stream, b.gated, self.max_batch, "decode")
-            launch_rms_norm(b.hidden, stream, self.host.norm.weight, self._eps)
-        return b.hidden
+            out = b.hidden if out is None else out
+            launch_rms_norm(out, stream, self.host.norm.weight, self._eps)
+        return out
 
     def prefill(self, u: Tensor, rows: Rows, pool: Tensor, block_table: Tensor) -> Tensor:
         """Many tokens of several requests, in launches but for the memory they need; six launches a layer.
@@ -242,9 +250,14 @@ class BackboneTwin:
         return self._buffers[B]
 
     def rope(self, device: torch.device) -> Tensor:
-        """The table of rotations, fp32 [max_tokens, 2, D / 2]; made at the first call, in fp64."""
+        """The table of rotations, fp32 [positions, 2, D / 2]; made at the first call, in fp64.
+
+        It ends where the last page may, of the largest there are: a cache has whole pages, and a request may fill its
+        last beyond `max_tokens`.
+        """
         if self._rope is None or self._rope.device != device:
-            config, positions = self.host.backbone_config, torch.arange(self.max_tokens, device=device)
+            config, rows = self.host.backbone_config, -(-self.max_tokens // MAX_PAGE) * MAX_PAGE
+            positions = torch.arange(rows, device=device)
             self._rope = torch.stack(rope_table(positions, config.head_dim, config.rope_theta), dim=1).float()
         return self._rope
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -176,23 +176,28 @@ class HeadTwin(Generic[HostT, BuffersT, TimesT]):
         What is written through ``.data``, or to weights made in inference mode, leaves no trace: :meth:`refresh` then.
         """
         weights = self._weights_of_times()
-        key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
+        key = _key(weights)
         known = self._times.get((solver, steps))
         # the tensors themselves, too: a new one may lie where an old one lay
         if known is None or known.key != key or any(a is not b for a, b in zip(known.weights, weights, strict=True)):
-            times = time_grid(solver, steps)
-            lengths = [end - start for start, end in itertools.pairwise(times)]
-            with torch.inference_mode(False), torch.no_grad():
-                projected = self.host.project_time(
-                    torch.tensor(times[:-1], dtype=torch.float64, device=weights[0].device)
-                )
-                made = self._make_times(Times(weights, key, lengths, step_ratios(solver, times)), projected)
-            self._times[solver, steps] = made
+            self._times[solver, steps] = self._new_times(solver, steps, weights, key)
         return self._times[solver, steps]
 
     def refresh(self) -> None:
-        """Forget the tables: the next frame makes them from the weights as they are then."""
-        self._times.clear()
+        """Make the tables anew from the weights as they are."""
+        weights = self._weights_of_times()
+        for solver, steps in self._times:
+            self._times[solver, steps] = self._new_times(solver, steps, weights, _key(weights))
+
+    def _new_times(self, solver: str, steps: int, weights: list[Tensor], key: tuple[Any, ...]) -> TimesT:
+        """Where old ones lie, if they fit: a captured graph reads them there."""
+        times = time_grid(solver, steps)
+        lengths = [end - start for start, end in itertools.pairwise(times)]
+        with torch.inference_mode(False), torch.no_grad():
+            projected = self.host.project_time(torch.tensor(times[:-1], dtype=torch.float64, device=weights[0].device))
+            made = self._make_times(Times(weights, key, lengths, step_ratios(solver, times)), projected)
+            known = self._times.get((solver, steps))
+            return made if known is None else replace(made, **_written_over(vars(known), vars(made)))
 
     def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> BuffersT:
         """The network's own memory beside what is `common`; `zeros` makes tensors."""
@@ -265,3 +270,17 @@ class HeadTwin(Generic[HostT, BuffersT, TimesT]):
                 "gradients are asked of an accelerated flow head, and kernels have none: call it under "
                 "torch.inference_mode(), or voxkern.restore() the model to train it"
             )
+
+
+def _key(weights: list[Tensor]) -> tuple[Any, ...]:
+    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
+
+
+def _written_over(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old tensors, by name, that can hold the new ones and now do."""
+    pairs = {name: (old[name], tensor) for name, tensor in new.items() if isinstance(tensor, Tensor)}
+    return {
+        name: a.copy_(b)
+        for name, (a, b) in pairs.items()
+        if (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    }

@@ -4,7 +4,6 @@ Servers hand in what they have, in the weights' dtype, for any number of request
 theirs to decide stays theirs: their noise, their guidance, their graphs.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ..kernels.linear import launch_linear, launch_norm_linear
 from ..kernels.operator import on_device
 from ..reference.config import END_AUDIO
 from ..reference.flow import FlowMatchingAudioTransformer
-from .flow import FlowTimes, FlowTwin
+from .flow import FlowTwin
 from .head import Start
 
 
@@ -43,20 +42,6 @@ class ServerTwin(FlowTwin):
         x = weight.new_zeros(2, self.host.audio.n_acoustic_codebook)
         self.frame(h, h.new_ones(1, dtype=torch.float32), noise=x[:1].float())
         self.velocity_of_projected(x, tokens, tokens)
-
-    def times(self, solver: str, steps: int) -> FlowTimes:
-        """The tables; made anew they keep their memory, which graphs may have been captured on."""
-        known = self._times.get((solver, steps))
-        made = super().times(solver, steps)
-        if known is None or made is known or (known.qkv.dtype, known.qkv.device) != (made.qkv.dtype, made.qkv.device):
-            return made
-        kept = replace(made, tokens=known.tokens.copy_(made.tokens), qkv=known.qkv.copy_(made.qkv))
-        self._times[solver, steps] = kept
-        return kept
-
-    def refresh(self) -> None:
-        """The next frame makes the tables from the weights as they are then."""
-        self._times = {name: replace(times, key=()) for name, times in self._times.items()}
 
     def forward(
         self,
