@@ -1,0 +1,254 @@
+"""The claim of the architecture: a few evaluations of a flow instead of 36 codes, one after another.
+
+Other speech models let a small causal transformer say the codes of a frame one by one (a depth transformer, as in
+RQ-Transformer, arXiv 2203.01941, and Moshi, arXiv 2410.00037). Here one of the flow head's own width and layers makes
+the same 36 acoustic codes from the same hidden state and semantic code. The semantic code itself, which both need, is
+left out on both sides. It is the architecture at equal size that is compared, not published models, whose depth
+transformers are often narrower; nor what the two would sound like.
+
+``python -m bench.depth`` prints, for one request: the weights that a frame streams, launches, the time that
+bench/roofline.py predicts, and the time in plain PyTorch on this machine, the candidates in turn. Launches are counted
+by one rule: kernels of our twins. The flow head's are its twin's; the depth transformer has none, and gets the 5 a
+layer and the norm that our backbone's twin takes for a token, 2 for a codebook's output and its argmax as the semantic
+code takes, 1 to gather the next input, and 1 a frame for the hidden state.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bench.results import Row
+from bench.roofline import GPUS, predict
+from bench.work import BF16, Work, decoder, dram_bytes, flow_head, launches, public, semantic_head, weight_bytes
+from voxkern.maker import random_tensor
+from voxkern.reference.attention import Attend, TransformerBlock, attention, rope_table, rotate
+from voxkern.reference.config import N_SPECIAL_CODES, AcousticTransformerConfig, AudioModelConfig
+from voxkern.reference.flow import FlowMatchingAudioTransformer, quantise
+from voxkern.reference.linear import RMSNorm
+
+STEPS = (4, 8, 16)
+THETA = 10_000.0
+ROUNDS = {"reduced": 15, "public": 5}
+COMMAND = "python -m bench.depth"
+DEPTH = "depth transformer"
+
+
+class DepthTransformer(nn.Module):
+    """Says the acoustic codes of a frame one after another, each given the hidden state and those before it."""
+
+    cos: Tensor
+    sin: Tensor
+    offsets: Tensor
+
+    def __init__(self, config: AcousticTransformerConfig, audio: AudioModelConfig) -> None:
+        """The flow head's layers, an embedding and an output head a codebook."""
+        super().__init__()
+        self.config, self.audio = config, audio
+        self.llm_projection = nn.Linear(config.input_dim, config.dim, bias=False)
+        self.embeddings = nn.Embedding(audio.embedding_rows, config.dim)
+        self.layers = nn.ModuleList(
+            TransformerBlock(
+                config.dim, config.hidden_dim, config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps
+            )
+            for _ in range(config.n_layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.outputs = nn.ModuleList(
+            nn.Linear(config.dim, audio.acoustic_codebook_size, bias=False) for _ in range(audio.n_acoustic_codebook)
+        )
+        cos, sin = rope_table(torch.arange(audio.n_acoustic_codebook), config.head_dim, THETA)
+        self.register_buffer("cos", cos.float(), persistent=False)
+        self.register_buffer("sin", sin.float(), persistent=False)
+        offsets = torch.tensor(audio.embedding_offsets)
+        self.register_buffer("offsets", offsets, persistent=False)
+
+    def forward(self, h: Tensor, codes: Tensor) -> Tensor:
+        """Logits of every code given those before it, all at once.
+
+        Args:
+            h: [B, input_dim].
+            codes: int64 [B, 1 + K] with the +2 offset, semantic first; the last is not looked at.
+
+        Returns:
+            [B, K, levels].
+        """
+        K = self.audio.n_acoustic_codebook
+        x = self.llm_projection(h).unsqueeze(1) + self.embeddings(codes[:, :K] + self.offsets[:K])
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin), v, causal=True)
+
+        for layer in self.layers:
+            x = layer(x, attend)
+        return torch.stack([output(x[:, i]) for i, output in enumerate(self.outputs)], dim=1)
+
+    def decode(self, h: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
+        """Say a frame, greedily, over a cache of keys and values.
+
+        Args:
+            h: [B, input_dim].
+            semantic: int64 [B] with the +2 offset.
+
+        Returns:
+            int64 [B, 1 + K] with the +2 offset, and the logits, [B, K, levels].
+        """
+        config, B, K = self.config, len(h), self.audio.n_acoustic_codebook
+        cache = h.new_empty(config.n_layers, 2, B, K, config.n_kv_heads, config.head_dim)
+        hidden, codes, logits = self.llm_projection(h), [semantic], []
+        for i, output in enumerate(self.outputs):
+            x = (hidden + self.embeddings(codes[-1] + self.offsets[i])).unsqueeze(1)
+            for layer, memory in zip(self.layers, cache, strict=True):
+                x = layer(x, self._attend(memory, i))
+            logits.append(output(x[:, 0]))
+            codes.append(logits[-1].argmax(-1) + N_SPECIAL_CODES)
+        return torch.stack(codes, dim=1), torch.stack(logits, dim=1)
+
+    def _attend(self, memory: Tensor, i: int) -> Attend:
+        """Attention of token `i`, whose keys and values are put into `memory`, [2, B, K, Hkv, D]."""
+        cos, sin = self.cos[i : i + 1], self.sin[i : i + 1]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            memory[0, :, i : i + 1], memory[1, :, i : i + 1] = rotate(k, cos, sin), v
+            return attention(rotate(q, cos, sin), memory[0, :, : i + 1], memory[1, :, : i + 1], causal=False)
+
+        return attend
+
+
+def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: int) -> list[Work]:
+    """A frame's launches: 19 a code with three layers, and one."""
+    K, levels, dim = audio.n_acoustic_codebook, audio.acoustic_codebook_size, config.dim
+    first, last = semantic_head(dim, levels, K, B)
+    return [
+        Work(
+            operator="linear", case="down-", times=1, rows=B, prepared=B, weights=BF16 * dim * config.input_dim,
+            moved=BF16 * B * (dim + config.input_dim), products=B * dim * config.input_dim,
+        ),
+        Work(operator="depth input", times=K, rows=B, prepared=B, moved=3 * BF16 * B * dim),
+        *decoder(config, K, B, (K + 1) / 2),
+        replace(first, operator="depth output"),  # of a tile or two, where the ledger's has 129
+        last,
+    ]  # fmt: skip
+
+
+def flow_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: int, steps: int) -> list[Work]:
+    """A frame's launches without the semantic code's."""
+    return [one for one in flow_head(config, audio, B, steps) if one.operator != "semantic_codes"]
+
+
+def candidates(B: int = 1) -> dict[tuple[str, str], list[Work]]:
+    """Each candidate's launches at the public shapes, by its name and its steps."""
+    config, audio = public().acoustic_transformer, public().audio
+    assert isinstance(config, AcousticTransformerConfig)
+    found = {(DEPTH, f"codes:{audio.n_acoustic_codebook}"): depth_work(config, audio, B)}
+    return found | {("flow head", f"euler:{steps}"): flow_work(config, audio, B, steps) for steps in STEPS}
+
+
+def reduced() -> AcousticTransformerConfig:
+    """A quarter of the public width, and as many layers."""
+    config = public().acoustic_transformer
+    assert isinstance(config, AcousticTransformerConfig)
+    return replace(config, input_dim=768, dim=768, hidden_dim=2304, n_heads=8, n_kv_heads=2)
+
+
+def calls(
+    config: AcousticTransformerConfig, audio: AudioModelConfig, dtype: torch.dtype
+) -> dict[tuple[str, str], Callable[[], object]]:
+    """A frame for one request by each candidate, on random weights; the two share their layers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = [
+            DepthTransformer(config, audio).state_dict(),
+            FlowMatchingAudioTransformer(config, audio).state_dict(),
+        ]
+    states = {name: random_tensor(name, t.shape, generator).to(dtype) for state in shapes for name, t in state.items()}
+    depth, flow = DepthTransformer(config, audio), FlowMatchingAudioTransformer(config, audio)
+    for module in (depth, flow):
+        module.load_state_dict({name: states[name] for name in module.state_dict()}, assign=True)
+    h, noise = (torch.randn(1, n, generator=generator) for n in (config.input_dim, audio.n_acoustic_codebook))
+    h, alpha, semantic = h.to(dtype), torch.full((1,), 1.2), torch.full((1,), 5)
+
+    def flow_frame(steps: int) -> Tensor:
+        return quantise(flow.solve(h, alpha, noise, steps), audio.acoustic_codebook_size)
+
+    found: dict[tuple[str, str], Callable[[], object]] = {
+        (DEPTH, f"codes:{audio.n_acoustic_codebook}"): partial(depth.decode, h, semantic)
+    }
+    return found | {("flow head", f"euler:{steps}"): partial(flow_frame, steps) for steps in STEPS}
+
+
+@torch.inference_mode()
+def alternate(calls: dict[tuple[str, str], Callable[[], object]], rounds: int) -> dict[tuple[str, str], list[float]]:
+    """Milliseconds of each call, in turn, after one of each to warm up."""
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if i:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def arithmetic_rows() -> list[Row]:
+    """What is counted and predicted, at the public shapes for one request."""
+    found = []
+    for (subject, steps), work in candidates().items():
+        counts = {"bytes of weights": (weight_bytes(work), "B"), "bytes": (dram_bytes(work), "B")}
+        counts["launches"] = (round(launches(work)), "1")
+        for metric, (value, unit) in counts.items():
+            found.append(_row(subject, steps, metric, value, unit, "counted"))
+        for name, gpu in GPUS.items():
+            found.append(_row(subject, steps, f"time on {name}", 1e3 * predict(work, gpu), "ms", "predicted"))
+    return found
+
+
+def measured_rows(width: str) -> list[Row]:
+    """Times on this machine at the ``reduced`` width in fp32, or at the ``public`` one in bf16."""
+    config = reduced() if width == "reduced" else public().acoustic_transformer
+    assert isinstance(config, AcousticTransformerConfig)
+    dtype, name = (torch.float32, "fp32") if width == "reduced" else (torch.bfloat16, "bf16")
+    found = []
+    for (subject, steps), times in alternate(calls(config, public().audio, dtype), ROUNDS[width]).items():
+        low, *_, high = statistics.quantiles(times, n=5)
+        row = _row(subject, steps, "time", statistics.median(times), "ms", "measured", f"frame-b1 width {config.dim}")
+        found.append(replace(row, provider="torch", dtype=name, low=low, high=high))
+    return found
+
+
+def rows() -> list[Row]:
+    """All figures; measures for about a minute."""
+    return arithmetic_rows() + measured_rows("reduced") + measured_rows("public")
+
+
+def _row(subject: str, steps: str, metric: str, value: float, unit: str, how: str, shape: str = "frame-b1") -> Row:
+    return Row(
+        "depth", subject, metric, value, unit, how, COMMAND, provider="voxkern", shape=shape, dtype="bf16", steps=steps
+    )
+
+
+def main() -> None:
+    """Print a row a candidate, and a table of times a width."""
+    print("One request, public shapes, bf16. Bytes and launches are counted; times on GPUs are PREDICTED, ms.")
+    print(f"{'':30s}GB of weights  launches" + "".join(f"{name:>12s}" for name in GPUS))
+    for (subject, steps), work in candidates().items():
+        print(
+            f"{subject + ' ' + steps:30s}{weight_bytes(work) / 1e9:13.2f}{launches(work):10.0f}"
+            + "".join(f"{1e3 * predict(work, gpu):12.2f}" for gpu in GPUS.values())
+        )
+    for width in ROUNDS:
+        print(f"\nMeasured on this machine, plain PyTorch, {torch.get_num_threads()} threads, {ROUNDS[width]} rounds")
+        print(f"{'':30s}{'':22s}    ms      p20      p80")
+        for row in measured_rows(width):
+            name = f"{row.subject} {row.steps}"
+            print(
+                f"{name:30s}{row.shape + ' ' + row.dtype:22s}{row.value:9.1f}{row.low:9.1f}{row.high:9.1f}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

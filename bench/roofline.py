@@ -1,0 +1,234 @@
+"""What a frame should take on GPUs that were not at hand: bytes, multiply-adds, the floor, and a predicted time.
+
+``python -m bench.roofline`` prints them for the public shapes in bf16, batch 1 to 64; nothing in it was run on a GPU.
+
+The work is a list of launches by arithmetic on the config's shapes (bench/work.py). **The floor** is what no
+implementation that reads every weight once an evaluation can beat: weights, keys and values at the data sheet's
+bandwidth, or multiply-adds at its dense bf16 rate, whichever is longer. **The prediction** adds up the launches one
+after another. A launch costs its start, one latency to fill the pipeline, and then its blocks in waves of as many as
+fit at once (the ledger's occupancy). A wave takes the longest of
+
+- its bytes at the share of the bandwidth that streaming reaches,
+- a block's bytes, at what it has in flight a latency (Little's law; the ledger's bytes in flight),
+- its products at the share of the dense rate that thin tiles reach.
+
+Left out: activations that blocks read again from L2, weights that L2 keeps from one evaluation to the next, rows that
+tiles pad, clocks that fall under load, and overlap of one launch's end with the next one's start.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.ledger import FILE as LEDGER
+from bench.ledger import Row as LedgerRow
+from bench.ledger import read as read_ledger
+from bench.machines import MACHINES
+from bench.results import FILE, Row, newest
+from bench.results import read as read_results
+from bench.work import CHUNK, CONTEXT, Work, dram_bytes, frame, launches, multiply_adds
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+SOLVERS = {"euler:7": 7, "ab2:4": 4}  # evaluations of the velocity
+COMMAND = "python -m bench.roofline"
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU, by its maker's data sheet.
+
+    Attributes:
+        bandwidth: of its memory, bytes/s.
+        flops: dense bf16 with fp32 sums, 1/s; makers print twice that, with sparsity.
+        multiprocessors: SMs, or AMD's compute units.
+        l2: bytes, or those of AMD's last-level cache.
+        arch: the ledger's.
+        device: torch's name of it.
+    """
+
+    bandwidth: float
+    flops: float
+    multiprocessors: int
+    l2: int
+    arch: str
+    device: str
+
+
+GPUS = {
+    # NVIDIA L4 data sheet: 300 GB/s, 242 TFLOPS with sparsity; Ada whitepaper (AD104): 58 SMs, 48 MB
+    "L4": GPU(0.300e12, 121e12, 58, 48 << 20, "sm_89", "NVIDIA L4"),
+    # NVIDIA A100 data sheet, 80GB SXM: 2,039 GB/s, 312 TFLOPS; Ampere whitepaper: 108 SMs, 40 MB
+    "A100 80GB": GPU(2.039e12, 312e12, 108, 40 << 20, "sm_80", "NVIDIA A100-SXM4-80GB"),
+    # NVIDIA H100 data sheet, SXM: 3.35 TB/s, 1,979 TFLOPS with sparsity; Hopper whitepaper: 132 SMs, 50 MB
+    "H100 SXM": GPU(3.35e12, 989.5e12, 132, 50 << 20, "sm_90", "NVIDIA H100 80GB HBM3"),
+    # NVIDIA H200 data sheet, SXM: 4.8 TB/s, and else the H100's
+    "H200": GPU(4.8e12, 989.5e12, 132, 50 << 20, "sm_90", "NVIDIA H200"),
+    # NVIDIA Ada whitepaper, table of the RTX 4090: 1,008 GB/s, 165.2 TFLOPS bf16, 128 SMs, 72 MB
+    "RTX 4090": GPU(1.008e12, 165.2e12, 128, 72 << 20, "sm_89", "NVIDIA GeForce RTX 4090"),
+    # NVIDIA RTX Blackwell whitepaper, table of the RTX 5090: 1,792 GB/s, 209.5 TFLOPS bf16, 170 SMs, 96 MB
+    "RTX 5090": GPU(1.792e12, 209.5e12, 170, 96 << 20, "sm_120", "NVIDIA GeForce RTX 5090"),
+    # NVIDIA DGX B200 data sheet, an eighth of it: 64 TB/s, 36 PFLOPS with sparsity; 148 SMs; L2 as CUDA reports it
+    "B200": GPU(8.0e12, 2250e12, 148, 126 << 20, "sm_100", "NVIDIA B200"),
+    # AMD Instinct MI300X data sheet: 5.3 TB/s, 1,307.4 TFLOPS, 304 CUs, 256 MB of last-level cache
+    "MI300X": GPU(5.3e12, 1307.4e12, 304, 256 << 20, "gfx942", "AMD Instinct MI300X"),
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no data sheet says. Round figures of what streaming kernels are known to do, not fitted to anything.
+
+    Attributes:
+        latency: of a load from memory that is busy, s: some 0.7 us on data-centre parts.
+        streaming: share of the bandwidth that long copies reach.
+        dense: share of the dense rate that tiles of 8 to 64 rows reach.
+        launch: from a kernel's end to the next one's start inside a CUDA graph, s.
+    """
+
+    latency: float = 0.7e-6
+    streaming: float = 0.9
+    dense: float = 0.5
+    launch: float = 1.5e-6
+
+
+USUAL = Assumptions()
+KIND, UNKIND = Assumptions(0.5e-6, 0.95, 0.7, 1e-6), Assumptions(1e-6, 0.8, 0.3, 3e-6)
+
+
+def floor(work: Sequence[Work], gpu: GPU) -> float:
+    """Seconds that nothing can be faster than: activations stay in L2 as far as they fit, weights and cache do not."""
+    streamed = sum(one.times * (one.weights + one.cache + max(0, one.moved - gpu.l2)) for one in work)
+    return max(streamed / gpu.bandwidth, 2 * multiply_adds(work) / gpu.flops)
+
+
+def predict(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL) -> float:
+    """Seconds of the launches one after another."""
+    return sum(one.times * (assume.launch + assume.latency + _running(one, gpu, assume)) for one in work)
+
+
+def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
+    row, dram_rate = _binary(one, gpu.arch), gpu.bandwidth * assume.streaming
+    flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor
+    if row is None:
+        return max(one.dram / dram_rate, 2 * one.products / flop_rate / gpu.multiprocessors)
+    shared_by = -(-one.rows // 64) if one.tiled else one.rows  # tiles have up to 64 rows
+    blocks, in_flight = _blocks(one, row), _in_flight(row)
+    dram, products = one.dram / blocks, 2 * one.products / blocks
+    alone = (one.weights * shared_by + one.cache + one.moved) / blocks / in_flight * assume.latency
+    slots = row.resident * gpu.multiprocessors
+    waves = [slots] * (blocks // slots) + [blocks % slots]
+    return sum(
+        max(alone, n * dram / dram_rate, math.ceil(n / gpu.multiprocessors) * products / flop_rate) for n in waves if n
+    )
+
+
+def _blocks(one: Work, row: LedgerRow) -> int:
+    x, y, z = map(int, row.grid.split("x"))
+    if one.tiled:
+        return -(-one.rows // 64) * y
+    return max(1, x * y * z * one.rows // int(row.case.rpartition("b")[2]))
+
+
+def _in_flight(row: LedgerRow) -> float:
+    """Bytes that one block has asked for at a time: stages of weights, and at least 16 bytes a thread."""
+    machine, (x, y, z) = MACHINES[row.arch], map(int, row.grid.split("x"))
+    staged = row.in_flight / min(row.resident, x * y * z / machine.multiprocessors)
+    return max(staged, 16 * row.warps * machine.warp_size)
+
+
+def _binary(one: Work, arch: str) -> LedgerRow | None:
+    """The ledger's row whose settings these are: they change at 8, 16 and 32 rows, the flow head's 6 a request."""
+    n = one.prepared
+    names = ("b1",) if n <= 8 else ("b2", "b1") if n <= 16 else ("b4", "b32") if n <= 32 else ()
+    found = (_ledger().get((one.operator, one.case + name, arch, one.launch)) for name in (*names, "b32"))
+    return next((row for row in found if row is not None), None)
+
+
+@functools.cache
+def _ledger() -> dict[tuple[str, str, str, int], LedgerRow]:
+    rows = read_ledger(LEDGER.read_text())[1]
+    return {(r.operator, r.case, r.arch, int(r.launch.partition(":")[0])): r for r in rows if r.dtype == "bf16"}
+
+
+def rows() -> list[Row]:
+    """Figures for the table: counts of the frame, and floor and predicted time on each GPU."""
+    found = []
+    for steps, evaluations in SOLVERS.items():
+        for B in BATCHES:
+            parts = frame(B, evaluations)
+            whole = [one for work in parts.values() for one in work]
+            counts: dict[str, tuple[float, str]] = {
+                "bytes": (dram_bytes(whole), "B"),
+                "multiply-adds": (multiply_adds(whole), "1"),
+            }
+            counts["launches"] = (launches(whole), "1")
+            for metric, (value, unit) in counts.items():
+                found.append(_row("frame", metric, value, unit, "counted", B, steps))
+            for name, gpu in GPUS.items():
+                timed = {"floor": floor(whole, gpu), "time": predict(whole, gpu)}
+                timed |= {f"time of the {part}": predict(work, gpu) for part, work in parts.items()}
+                for metric, seconds in timed.items():
+                    found.append(_row(name, metric, 1e3 * seconds, "ms", "predicted", B, steps))
+    return found
+
+
+def _row(subject: str, metric: str, value: float, unit: str, how: str, B: int, steps: str) -> Row:
+    return Row(
+        "roofline", subject, metric, value, unit, how, COMMAND,
+        provider="voxkern", shape=f"frame-b{B}", dtype="bf16", steps=steps,
+    )  # fmt: skip
+
+
+def laid_over(measured: Iterable[Row]) -> list[tuple[Row, float, float]]:
+    """Frames measured on one of these GPUs, each with the floor and the predicted time, ms.
+
+    They are rows of the subject ``frame`` and the metric ``time`` in bf16, shape ``frame-bN``; the newest of each.
+    """
+    found = []
+    for row in newest(row for row in measured if _is_a_frame(row)):
+        gpu = next(gpu for gpu in GPUS.values() if gpu.device == row.device)
+        parts = frame(int(row.shape.removeprefix("frame-b")), int(row.steps.partition(":")[2]))
+        whole = [one for work in parts.values() for one in work]
+        found.append((row, 1e3 * floor(whole, gpu), 1e3 * predict(whole, gpu)))
+    return found
+
+
+def _is_a_frame(row: Row) -> bool:
+    named = (row.how, row.subject, row.metric, row.dtype) == ("measured", "frame", "time", "bf16")
+    sized = re.fullmatch(r"frame-b\d+", row.shape) and re.fullmatch(r"\w+:\d+", row.steps) and row.unit in SECONDS
+    return bool(named and sized and any(gpu.device == row.device for gpu in GPUS.values()))
+
+
+def main() -> None:
+    """Print the work, the predictions, and what was measured."""
+    print(f"Public shapes, bf16, {CONTEXT} tokens of context, codec in chunks of {CHUNK} frames.")
+    print("PREDICTED, not measured: no figure here comes from a run on a GPU.")
+    for steps, evaluations in SOLVERS.items():
+        _print_solver(steps, evaluations)
+    pairs = laid_over(read_results(FILE.read_text()) if FILE.exists() else [])
+    print("\nMeasured frames" if pairs else "\nNo frame measured on one of these GPUs is in the table of results.")
+    for row, least, expected in pairs:
+        time = row.value * SECONDS[row.unit] * 1e3
+        print(
+            f"{row.device}  {row.shape}  {row.steps}  measured {time:.2f} ms, floor {least:.2f} ms, "
+            f"predicted {expected:.2f} ms, measured / predicted {time / expected:.2f}"
+        )
+
+
+def _print_solver(steps: str, evaluations: int) -> None:
+    work = {B: [one for part in frame(B, evaluations).values() for one in part] for B in BATCHES}
+    print(f"\n{steps:24s}" + "".join(f"{f'batch {B}':>10s}" for B in BATCHES))
+    print(f"{'launches':24s}" + "".join(f"{launches(w):10.1f}" for w in work.values()))
+    print(f"{'GB':24s}" + "".join(f"{dram_bytes(w) / 1e9:10.2f}" for w in work.values()))
+    print(f"{'multiply-adds, G':24s}" + "".join(f"{multiply_adds(w) / 1e9:10.1f}" for w in work.values()))
+    for name, gpu in GPUS.items():
+        print(f"{name + ': floor, ms':24s}" + "".join(f"{1e3 * floor(w, gpu):10.2f}" for w in work.values()))
+        for label, assume in (("predicted, ms", USUAL), ("kind", KIND), ("unkind", UNKIND)):
+            print(f"{'  ' + label:24s}" + "".join(f"{1e3 * predict(w, gpu, assume):10.2f}" for w in work.values()))
+
+
+if __name__ == "__main__":
+    main()

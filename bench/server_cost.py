@@ -1,0 +1,210 @@
+"""A frame of the public server's flow head beside ours, at the public shapes: launches, and bytes from DRAM.
+
+``python -m bench.server_cost`` needs vLLM-Omni for the server's (README, "Against the public server"). Without it, it
+says what is missing and prints ours: the kernels', and the plain PyTorch module's.
+
+Kernels are counted by arithmetic on shapes (bench/work.py). Of modules in PyTorch every operator is counted that would
+start a kernel, neither views nor allocations, as it runs on zeros on the CPU: one may start more than one, so these are
+lower bounds. One and two requests are run, and more follow from these by arithmetic. Bytes are an operator's distinct
+tensors, in and out, each read or written once, which is the kernels' rule, too; small ones may stay in a GPU's L2, on
+both sides.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.results import Row
+from bench.work import dram_bytes, flow_head, launches, public, weight_bytes
+from voxkern.maker import public_params
+from voxkern.reference.config import AcousticTransformerConfig
+from voxkern.reference.flow import FlowMatchingAudioTransformer
+from voxkern.servers import CAPTURED
+
+BATCHES, STEPS = (1, 32), 7
+COMMAND = "python -m bench.server_cost"
+ROOM = "vllm_omni.model_executor.models.voxtral_tts"
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a frame: kernels started, bytes from DRAM, and those of them that are weights."""
+
+    launches: int
+    dram: int
+    weights: int
+
+
+class Counter(TorchDispatchMode):
+    """Adds up what the operators within the block cost; `weights` are told apart."""
+
+    def __init__(self, weights: set[int]) -> None:
+        """`weights`: addresses of storages."""
+        super().__init__()
+        self.storages, self.launches, self.dram, self.weights = weights, 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and run."""
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            self.launches += 1
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            for tensor in {(t.data_ptr(), t.shape, t.stride()): t for t in tensors}.values():  # in place is one
+                self.dram += distinct_bytes(tensor)
+                if tensor.untyped_storage().data_ptr() in self.storages:
+                    self.weights += distinct_bytes(tensor)
+        return out
+
+
+def distinct_bytes(tensor: Tensor) -> int:
+    """Of its elements that lie at places of their own: expanded dimensions count once."""
+    n = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        n *= size if stride else min(size, 1)
+    return n
+
+
+@torch.no_grad()
+def counted(call: Callable[[], object], module: nn.Module) -> Cost:
+    """Of a call, after one that fills whatever is kept.
+
+    Not in inference mode: there a cast arrives as ``aten.to``, which calls itself a view whether it copies or not.
+    """
+    call()
+    storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    with Counter(storages) as counter:
+        call()
+    return Cost(counter.launches, counter.dram, counter.weights)
+
+
+def of_batch(B: int, one: Cost, two: Cost) -> Cost:
+    """Of `B` requests, from what one and two cost: weights stay, each further request adds the same activations.
+
+    Raises:
+        ValueError: one and two are not launched alike, so that more cannot be told from them.
+    """
+    if (one.launches, one.weights) != (two.launches, two.weights):
+        raise ValueError(f"one request costs {one} and two cost {two}: they take different paths")
+    return Cost(one.launches, one.dram + (B - 1) * (two.dram - one.dram), one.weights)
+
+
+def kernels(B: int) -> Cost:
+    """Ours, through the kernels."""
+    config = public().acoustic_transformer
+    assert isinstance(config, AcousticTransformerConfig)
+    work = flow_head(config, public().audio, B, STEPS)
+    return Cost(round(launches(work)), dram_bytes(work), weight_bytes(work))
+
+
+def plain(module: FlowMatchingAudioTransformer, B: int) -> Cost:
+    """Ours in plain PyTorch: a head in bf16."""
+    h, alpha, noise = _inputs(module.config.input_dim, module.audio.n_acoustic_codebook, B)
+    return counted(lambda: module(h, alpha, noise, STEPS), module)
+
+
+def server(B: int) -> dict[str, Cost]:
+    """vLLM-Omni's, called eagerly and as it is captured in graphs.
+
+    Raises:
+        ImportError: it or one of its requirements is missing.
+    """
+    generation = import_module(f"{ROOM}.voxtral_tts_audio_generation")
+    wrapper_class = import_module(f"{ROOM}.voxtral_tts").CUDAGraphAcousticTransformerWrapper
+    args = copy.deepcopy(public_params()["multimodal"]["audio_model_args"])
+    args["acoustic_transformer_args"]["n_decoding_steps"] = STEPS
+    head = zeroed(generation.FlowMatchingAudioTransformer(args).bfloat16())
+    wrapper = wrapper_class(SimpleNamespace(acoustic_transformer=head), [B])
+    dim = args["acoustic_transformer_args"]["input_dim"]
+    # it warms up on the CPU as it does on a GPU, but there are no graphs here
+    with (
+        mock.patch.object(torch.accelerator, "synchronize"),
+        mock.patch.object(wrapper_class, "_capture_graph_for_size"),
+    ):
+        wrapper._warmup_and_capture(torch.device("cpu"), torch.bfloat16, dim)
+    h, alpha, noise = (t.bfloat16() for t in _inputs(dim, args["n_acoustic_codebook"], B))
+    return {
+        "eager": counted(lambda: head(h, alpha), head),
+        "captured": counted(lambda: getattr(wrapper, CAPTURED)(h, alpha.unsqueeze(1), noise), head),
+    }
+
+
+def missing() -> str | None:
+    """What keeps the server's module from being imported; None if nothing does."""
+    try:
+        for name in ("voxtral_tts_audio_generation", "voxtral_tts"):
+            import_module(f"{ROOM}.{name}")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def costs() -> Iterator[tuple[int, str, str, Cost]]:
+    """Batch, provider, path and cost, as many as can be had here."""
+    config, audio = public().acoustic_transformer, public().audio
+    assert isinstance(config, AcousticTransformerConfig)
+    with torch.device("meta"):
+        module = FlowMatchingAudioTransformer(config, audio).bfloat16()
+    module = zeroed(module.to_empty(device="cpu"))
+    found = [{"plain PyTorch": plain(module, B)} for B in (1, 2)]
+    theirs = [server(B) for B in (1, 2)] if missing() is None else []
+    for B in BATCHES:
+        yield B, "voxkern", "kernels", kernels(B)
+        for provider, pair in (("torch", found), ("vllm-omni", theirs)):
+            if pair:
+                one, two = pair
+                for path in one:
+                    yield B, provider, path, of_batch(B, one[path], two[path])
+
+
+def rows() -> list[Row]:
+    """Figures for the table; runs the heads on the CPU for half a minute."""
+    found = []
+    for B, provider, path, cost in costs():
+        counts = {"launches": (cost.launches, "1"), "bytes": (cost.dram, "B"), "bytes of weights": (cost.weights, "B")}
+        for metric, (value, unit) in counts.items():
+            row = Row(
+                "server_cost", f"flow head, {path}", metric, value, unit, "counted", COMMAND,
+                provider=provider, shape=f"frame-b{B}", dtype="bf16", steps=f"euler:{STEPS}",
+            )  # fmt: skip
+            found.append(row)
+    return found
+
+
+def zeroed(module: ModuleT) -> ModuleT:
+    """The same module, its parameters zero and its gradients off."""
+    for parameter in module.requires_grad_(False).parameters():
+        nn.init.zeros_(parameter)
+    return module.eval()
+
+
+def _inputs(dim: int, K: int, B: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(B, dim, dtype=torch.bfloat16), torch.ones(B), torch.zeros(B, K)
+
+
+def main() -> None:
+    """Print a row a batch and path."""
+    why = missing()
+    print(f"The flow head's frame, public shapes, bf16, {STEPS} evaluations; counted, nothing was run on a GPU.")
+    if why is not None:
+        print(f"The public server's is not here: {why} (vllm-omni is needed, see the README)")
+    print("batch  provider   path           launches  GB from DRAM  of them weights")
+    for B, provider, path, cost in costs():
+        print(
+            f"{B:5d}  {provider:9s}  {path:13s}  {cost.launches:8d}  {cost.dram / 1e9:12.3f}  "
+            f"{cost.weights / 1e9:15.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

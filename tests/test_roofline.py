@@ -1,0 +1,177 @@
+"""The roofline's formulas against counts in the interpreter, and its model by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import roofline
+from bench.counters import counting
+from bench.frame import LAYERS, backbone_cost, cache_traffic, frame_cost, public_backbone, public_head
+from bench.results import Row
+from bench.roofline import BATCHES, GPUS, KIND, SOLVERS, UNKIND, floor, laid_over, predict
+from bench.work import (
+    CONTEXT,
+    Work,
+    codec_chunk,
+    dram_bytes,
+    frame,
+    launches,
+    multiply_adds,
+    public,
+    weight_bytes,
+)
+from voxkern.maker import tiny_params
+from voxkern.reference import Config
+from voxkern.reference.codec import AudioTokenizer
+from voxkern.twins.codec import CodecTwin
+
+COUNTED = {1: (5.009e9, 6.056e9), 32: (5.353e9, 6.137e9)}  # bytes of head and backbone, as bench.frame prints them
+HEADS = {1: 96, 32: 117}
+FUSED = Work(  # gate and up of the flow head for one request
+    operator="norm_swiglu", times=1, rows=6, prepared=6, weights=4 * 9216 * 3072, moved=2 * (3072 + 6 * 12288),
+    products=6 * 2 * 9216 * 3072,
+)  # fmt: skip
+
+
+def whole(B: int, steps: int = 7) -> list[Work]:
+    return [one for part in frame(B, steps).values() for one in part]
+
+
+def without_attention(work: list[Work]) -> list[Work]:
+    return [one for one in work if one.operator != "paged_attention"]  # its bytes are counted apart
+
+
+@pytest.mark.parametrize("B", COUNTED)
+def test_launches_and_products_are_the_counted_ones(B: int) -> None:
+    head, embeddings = public_head("meta")
+    parts, counted = frame(B, 7), frame_cost(head, B, embeddings, count_bytes=False)
+    assert launches(parts["flow head"]) == counted.launches == HEADS[B]
+    assert multiply_adds(parts["flow head"]) == counted.products
+    counted = backbone_cost(public_backbone("meta"), B, count_bytes=False)
+    assert launches(parts["backbone"]) == counted.launches == 131
+    assert multiply_adds(without_attention(parts["backbone"])) == counted.products
+    assert launches(parts["bookkeeping"]) == 1
+
+
+@pytest.mark.parametrize("B", COUNTED)
+def test_bytes_are_those_that_were_counted(B: int) -> None:
+    parts = frame(B, 7)
+    assert dram_bytes(parts["flow head"]) == pytest.approx(COUNTED[B][0], rel=0.01)
+    assert dram_bytes(without_attention(parts["backbone"])) == pytest.approx(COUNTED[B][1], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("B", COUNTED)
+def test_bytes_are_the_counted_ones(B: int) -> None:
+    head, embeddings = public_head()
+    parts = frame(B, 7)
+    assert dram_bytes(parts["flow head"]) == pytest.approx(frame_cost(head, B, embeddings).dram, rel=0.01)
+    counted = backbone_cost(public_backbone(), B).dram
+    assert dram_bytes(without_attention(parts["backbone"])) == pytest.approx(counted, rel=0.01)
+
+
+def test_keys_and_values_are_the_counted_ones() -> None:
+    counted = LAYERS * cache_traffic(CONTEXT).kv
+    for B in (1, 32):
+        assert sum(one.times * one.cache for one in frame(B, 7)["backbone"]) == B * counted
+
+
+def test_the_codec_is_its_twins_launches_and_its_modules_weights() -> None:
+    tiny = Config.from_params(tiny_params()).codec
+    stream = CodecTwin(AudioTokenizer(tiny).bfloat16())(1)
+    codes = torch.zeros(1, 37, 1, dtype=torch.int64)
+    with torch.inference_mode(), counting() as seen:
+        stream.chunk(codes, torch.ones(1, dtype=torch.int64))
+    # one layer a stage in the tiny model, two in the public one
+    assert launches(codec_chunk(tiny, 1, 1)) == len(seen) == 27
+    assert launches(codec_chunk(public().codec, 1, 1)) == 47
+    with torch.device("meta"):
+        modules = AudioTokenizer(public().codec)
+    weights = sum(p.numel() for name, p in modules.named_parameters() if p.ndim > 1 and "quantizer" not in name)
+    gains = sum(p.numel() for name, p in modules.named_parameters() if name.endswith("original0"))
+    assert 25 * weight_bytes(codec_chunk(public().codec, 1, 25)) == pytest.approx(2 * (weights - gains), rel=1e-6)
+    assert 2 * multiply_adds(codec_chunk(public().codec, 1, 25)) == pytest.approx(1094.7e6, rel=1e-4)
+
+
+def test_the_floor_by_hand() -> None:
+    """One request on an H100: 11.1 GB at 3.35 TB/s."""
+    layer = 3072 * 4096 + 2 * 3072 * 1024 + 4096 * 3072 + 3 * 3072 * 9216
+    once = 8194 * 3072 + 3072 * 3072 + 6144 * 3072  # semantic codes, the hidden state and its q | k | v
+    projections = 2 * 7 * 36 * 3072  # of the state, in and out
+    codec = 2 * 149_417_975 / 25
+    streamed = 2 * (26 * layer + once + 7 * 3 * layer + projections) + 400 * 26 * 2 * 1024 * 2 + codec
+    assert floor(whole(1), GPUS["H100 SXM"]) == pytest.approx(streamed / 3.35e12, rel=1e-6)
+    assert streamed / 3.35e12 == pytest.approx(3.315e-3, rel=1e-3)
+
+
+def test_a_launch_that_bandwidth_limits_by_hand() -> None:
+    """288 blocks, 3 x 132 fit at once; a block keeps 64 KiB under way, 4.2 us, which is less than all bytes take."""
+    bytes_ = 4 * 9216 * 3072 + 2 * (3072 + 6 * (3072 + 9216))
+    by_hand = 1.5e-6 + 0.7e-6 + bytes_ / (0.9 * 3.35e12)
+    assert predict([FUSED], GPUS["H100 SXM"]) == pytest.approx(by_hand, rel=1e-6)
+    assert by_hand == pytest.approx(39.8e-6, rel=1e-3)
+
+
+def test_a_launch_that_latency_limits_by_hand() -> None:
+    """The flow head's step for one request is one block; four stages keep 3 x 24 KiB of its 492 kB under way."""
+    (step,) = [one for one in frame(1, 7)["flow head"] if one.operator == "flow_step"]
+    found = predict([replace(step, times=1)], GPUS["H100 SXM"])
+    assert found == pytest.approx(2.2e-6 + 491_812 / (3 * 24 * 1024) * 0.7e-6, rel=1e-3)
+
+
+def test_a_launch_that_products_limit_by_hand() -> None:
+    """384 rows on an L4: 6 x 144 blocks, 2 x 58 fit at once: 7 full waves of 2 a multiprocessor, and 52 blocks."""
+    many = replace(FUSED, rows=384, prepared=384, moved=0, products=384 * 2 * 9216 * 3072)
+    a_block = 2 * 384 * 2 * 9216 * 3072 / 864 / (0.5 * 121e12 / 58)
+    assert predict([many], GPUS["L4"]) == pytest.approx(2.2e-6 + (7 * 2 + 1) * a_block, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_no_prediction_is_under_the_floor(name: str) -> None:
+    gpu = GPUS[name]
+    for steps in SOLVERS.values():
+        floors = [floor(whole(B, steps), gpu) for B in BATCHES]
+        assert floors == sorted(floors)
+        for B, least in zip(BATCHES, floors, strict=True):
+            kind, usual, unkind = (predict(whole(B, steps), gpu, one) for one in (KIND, roofline.USUAL, UNKIND))
+            assert least < kind < usual < unkind
+
+
+def test_more_work_or_a_lesser_gpu_takes_no_less() -> None:
+    gpu = GPUS["H100 SXM"]
+    times = [predict(whole(B), gpu) for B in BATCHES]
+    assert times == sorted(times)
+    assert predict(whole(1, 4), gpu) < predict(whole(1, 7), gpu)
+    for lesser in (replace(gpu, bandwidth=3e12), replace(gpu, flops=5e14)):
+        for B in (1, 64):
+            assert predict(whole(B), lesser) >= predict(whole(B), gpu)
+            assert floor(whole(B), lesser) >= floor(whole(B), gpu)
+
+
+def test_the_ledger_has_a_binary_of_every_launch_but_the_codecs() -> None:
+    """A name that is mistaken would be taken for one that has enough in flight."""
+    for gpu in GPUS.values():
+        for B in BATCHES:
+            for one in whole(B):
+                assert (roofline._binary(one, gpu.arch) is None) == one.operator.startswith("codec")
+
+
+def test_rows_say_what_they_are() -> None:
+    rows = roofline.rows()
+    assert {row.how for row in rows if row.subject in GPUS} == {"predicted"}
+    assert {row.how for row in rows if row.subject not in GPUS} == {"counted"}
+    assert len({row.key for row in rows}) == len(rows)
+
+
+def test_measured_frames_are_laid_over() -> None:
+    """One made up, of a GPU that is known; others are no frames, or of machines that are not."""
+    row = Row(
+        "frame", "frame", "time", 5000.0, "us", "measured", "none", shape="frame-b1", dtype="bf16", steps="euler:7",
+        device="NVIDIA H100 80GB HBM3",
+    )  # fmt: skip
+    others = [replace(row, subject="linear"), replace(row, how="predicted"), replace(row, device="NVIDIA L40S")]
+    ((found, least, expected),) = laid_over([row, *others])
+    assert found == row
+    assert least == pytest.approx(1e3 * floor(whole(1), GPUS["H100 SXM"]))
+    assert expected == pytest.approx(1e3 * predict(whole(1), GPUS["H100 SXM"]))
