@@ -1,0 +1,163 @@
+"""What fewer evaluations of the velocity cost the demo voice: distance to a fine solution, and what is heard of it.
+
+``python -m bench.distortion``: its flow head is solved with 2 to 16 evaluations on generate()'s grids, from the states
+that its own backbone has behind its own frames, and held against 256 of the two-step method. Then a recogniser listens
+to what the voice says with each solver. All in plain PyTorch, fp32, on a CPU.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import shutil
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from bench.errors import TEXTS, conditions, say
+from bench.hearing import Say, Score, digit_strings, listen, speaker
+from bench.results import FILE, Row, append, place, stamped
+from bench.solvers import FINE, solve
+from voxkern.checkpoint import read_checkpoint
+from voxkern.reference.config import END_AUDIO
+from voxkern.reference.flow import FlowMatchingAudioTransformer, lowest_argmax, quantise, time_grid
+from voxkern.reference.train.data import VOICES, WORDS, flite
+from voxkern.reference.train.hear import Ear
+from voxkern.tts import DEMO, TTS
+
+EVALUATIONS = (2, 3, 4, 5, 7, 10, 16)
+HEARD = [("euler", steps) for steps in (2, 4, 7, 16)] + [("ab2", steps) for steps in (2, 3, 4, 5, 7)]
+STRINGS, SEEDS = 20, 1
+MAX_BATCH = 16
+COMMAND = "python -m bench.distortion"
+RMSE = f"RMSE from {FINE} steps"
+
+
+def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[Row]:
+    """RMSE of x before it is quantised and the share of codes that differ, by solver and evaluations."""
+    h, x = spoken(tts)
+    head = cast(FlowMatchingAudioTransformer, tts.model.acoustic_transformer)  # any kind of head would do
+    levels = tts.model.config.audio.acoustic_codebook_size
+    exact = solve(head, h, x, "ab2", [1 - (1 - k / FINE) ** 1.5 for k in range(FINE + 1)])
+    found = []
+    for solver, steps in itertools.product(("euler", "ab2"), evaluations):
+        solved = solve(head, h, x, solver, time_grid(solver, steps))
+        differ = quantise(solved, levels) != quantise(exact, levels)
+        figures = {
+            RMSE: (float((solved - exact).square().mean().sqrt()), "1", "measured"),
+            "codes compared": (differ.numel(), "codes", "counted"),
+            "codes that differ": (100 * float(differ.double().mean()), "%", "counted"),
+        }
+        shape = f"{len(TEXTS)} texts, each voice"
+        found += [
+            Row(
+                "distortion",
+                "demo voice",
+                metric,
+                value,
+                unit,
+                how,
+                COMMAND,
+                "torch",
+                shape,
+                "fp32",
+                f"{solver}:{steps}",
+            )
+            for metric, (value, unit, how) in figures.items()
+        ]
+    return found
+
+
+def spoken(tts: TTS) -> tuple[Tensor, Tensor]:
+    """States [N, dim] that the voice says a frame after, not its end, and the frames' noise [N, K]."""
+    h, x = conditions(tts, say(tts, list(TEXTS)))
+    goes_on = lowest_argmax(tts.model.acoustic_transformer.semantic_logits(h)) != END_AUDIO
+    return h[goes_on], x[goes_on]
+
+
+def hearing(tts: TTS, strings: int, seeds: int) -> list[Row]:
+    """Words and strings that are heard right, by solver and evaluations, and of flite's own sound."""
+    ear, texts = Ear(WORDS), digit_strings(strings)
+    found = []
+    if shutil.which("flite"):
+        own: Say = lambda asked: [flite(text, voice) for text, voice, _ in asked]  # noqa: E731
+        found += heard(listen(own, texts, [0], ear), "flite", "flite", strings, 1)
+    for solver, steps in HEARD:
+        score = listen(speaker(tts, solver, steps), texts, list(range(seeds)), ear)
+        found += heard(score, "demo voice", "torch", strings, seeds, f"{solver}:{steps}")
+    return found
+
+
+def heard(score: Score, subject: str, provider: str, strings: int, seeds: int, steps: str = "") -> list[Row]:
+    """A score's rows."""
+    shape = f"{strings} strings, {seeds} seeds, {len(VOICES)} voices"
+    command = f"{COMMAND} --strings {strings} --seeds {seeds}"
+    figures = {
+        "words": (score.words, "words"),
+        "words heard": (100 * score.words_right / score.words, "%"),
+        "strings": (score.strings, "strings"),
+        "strings heard": (100 * score.strings_right / score.strings, "%"),
+    }
+    dtype = "fp32" if steps else ""
+    return [
+        Row("distortion", subject, metric, value, unit, "measured", command, provider, shape, dtype, steps)
+        for metric, (value, unit) in figures.items()
+    ]
+
+
+def missing() -> list[str]:
+    """What is left out on this machine, and why."""
+    lines = []
+    if not importlib.util.find_spec("pocketsphinx"):
+        lines.append("nothing is listened to: pocketsphinx is not installed (pip install 'voxkern[test]')")
+    elif not shutil.which("flite"):
+        lines.append("flite's own sound is not listened to: flite is not installed")
+    return lines
+
+
+def rows(strings: int = STRINGS, seeds: int = SEEDS, folder: Path = DEMO) -> list[Row]:
+    """All figures that this machine can make."""
+    tts = TTS(read_checkpoint(folder, torch.float32), MAX_BATCH)
+    found = distances(tts)
+    return found + (hearing(tts, strings, seeds) if importlib.util.find_spec("pocketsphinx") else [])
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each solver and number of evaluations; a figure that was not made is a dash."""
+    by_solver: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        by_solver.setdefault((row.subject, row.steps), {})[row.metric] = row.value
+    lines = ["                        RMSE   codes that differ      words heard     strings heard"]
+    for (subject, steps), of in by_solver.items():
+        cells = (share(of, "codes that differ", "codes compared"), share(of, "words heard", "words"))
+        rmse = f"{of[RMSE]:.4f}" if RMSE in of else "-"
+        lines.append(
+            f"{subject:10}  {steps:8}  {rmse:>6}  {cells[0]:>18}  {cells[1]:>15}  "
+            f"{share(of, 'strings heard', 'strings'):>16}"
+        )
+    return "\n".join(lines)
+
+
+def share(of: dict[str, float], metric: str, whole: str) -> str:
+    """A percentage with its denominator."""
+    return f"{of[metric]:.1f} % of {of[whole]:.0f}" if metric in of else "-"
+
+
+def main() -> None:
+    """Print the table; write rows only where it is said to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--strings", type=int, default=STRINGS, help="that are listened to, in each voice")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of each string in each voice")
+    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"append the rows, to {FILE.name} or another")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = rows(args.strings, args.seeds)
+    print(table(found), *missing(), sep="\n")
+    if args.csv:
+        here = place()
+        append((stamped(row, here) for row in found), args.csv)
+
+
+if __name__ == "__main__":
+    main()

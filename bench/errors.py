@@ -1,0 +1,238 @@
+"""What a dtype costs in the model's own currency: codes flipped and noise in the sound, against fp64.
+
+``python -m bench.errors``: the demo voice says a few strings in fp32. Under teacher forcing, each model is then given
+these frames as its past and asked for the next one after each. The truth is the same checkpoint in fp64; fp16 also
+pays for weights that it cannot hold. ``torch`` is the reference, ``voxkern`` the kernels in Triton's interpreter, on a
+CPU, with the backbone's states made in one pass, as a prompt's are. A sound's noise is the codec's alone: every codec
+decodes the same codes.
+"""
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.registry import DTYPES, ROOT
+from bench.results import FILE, Row, append, place, read, stamped
+from voxkern.checkpoint import read_checkpoint
+from voxkern.reference.config import END_AUDIO, N_SPECIAL_CODES
+from voxkern.reference.noise import noise, seed_tensor
+from voxkern.tts import CFG_ALPHA, DEMO, TTS
+
+TEXTS = ("seven three", "zero nine", "five two", "eight one", "four six")
+N_TEXTS = 1  # takes 89 s of a core, each further one about as much
+STEPS, MAX_FRAMES = 7, 15
+ROWS = 64  # states a call of the flow head: 16 of each of 4 histories, of two texts
+# The interpreter's time goes by operations, not by their size: with these tiles 32 states take 2 steps in 3.3 s of a
+# core, many times less than with the small ones of tests. Sums are made in another order, as on any architecture.
+TILES = {
+    "norm_linear": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
+    "norm_swiglu": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
+    "linear": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
+    "codec_conv": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
+    "semantic_codes": {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_K": 256},
+    "token_attention": {"BLOCK_B": 32},
+    "flow_step": {"BLOCK_N": 256, "BLOCK_K": 64},
+    "prefill_attention": {"COLUMNS_Q": 64, "BLOCK_N": 64},
+    "codec_attention": {"BLOCK_Q": 64},
+}
+
+
+@dataclass(frozen=True)
+class History:
+    """What was said once, and is everybody's past.
+
+    Attributes:
+        codes: int64 [T, 37] with the +2 offset.
+    """
+
+    text: str
+    voice: str
+    seed: int
+    codes: Tensor
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Codes that are not the truth's.
+
+    Attributes:
+        acoustic: how many were compared: of frames that neither side ends at.
+        by: how many are off by 1 level, by 2, by more.
+        semantic: how many were compared, END among them.
+        semantic_flipped: how many of these differ.
+    """
+
+    acoustic: int
+    by: tuple[int, int, int]
+    semantic: int
+    semantic_flipped: int
+
+    @classmethod
+    def of(cls, codes: Tensor, truth: Tensor) -> "Flips":
+        """Compare frames of codes, int64 [N, 37] with the offset."""
+        spoken = (codes[:, 0] != END_AUDIO) & (truth[:, 0] != END_AUDIO)
+        off = (codes - truth)[spoken, 1:].abs()
+        by = (int((off == 1).sum()), int((off == 2).sum()), int((off > 2).sum()))
+        return cls(off.numel(), by, len(codes), int((codes[:, 0] != truth[:, 0]).sum()))
+
+
+def say(tts: TTS, texts: list[str], max_frames: int = MAX_FRAMES) -> list[History]:
+    """Every text in every voice."""
+    asked = [(text, voice) for text in texts for voice in tts.voices]
+    said, voices = zip(*asked, strict=True)
+    seeds = list(range(len(asked)))
+    audios = tts.generate(list(said), list(voices), seeds, steps=STEPS, max_frames=max_frames)
+    return [
+        History(text, voice, seed, torch.from_numpy(audio.codes.T).long() + N_SPECIAL_CODES)
+        for (text, voice), seed, audio in zip(asked, seeds, audios, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def conditions(tts: TTS, histories: list[History]) -> tuple[Tensor, Tensor]:
+    """Backbone states [N, dim], after each history's prompt and after each of its frames, and their noise [N, K]."""
+    model, states, draws = tts.model, [], []
+    for history in histories:
+        prompt = tts._embed(tts._prompt.encode(history.text, history.voice), tts.voices[history.voice])
+        u = torch.cat((prompt, model.embed_codes(history.codes)))
+        states.append(model.hidden_states(u.unsqueeze(0))[0, len(prompt) - 1 :])
+        frames = torch.arange(len(history.codes) + 1)
+        seeds = seed_tensor([history.seed] * len(frames))
+        draws.append(noise(seeds, frames, model.config.audio.n_acoustic_codebook))
+    return torch.cat(states), torch.cat(draws)
+
+
+@torch.inference_mode()
+def next_frames(tts: TTS, histories: list[History]) -> Tensor:
+    """The frame that the model says after each of :func:`conditions`, int64 [N, 37] with the offset."""
+    parts = zip(*(torch.split(rows, ROWS) for rows in conditions(tts, histories)), strict=True)
+    head = tts.model.acoustic_transformer
+    return torch.cat([head(h, torch.full((len(h),), CFG_ALPHA), x, STEPS) for h, x in parts])
+
+
+def sound(tts: TTS, histories: list[History]) -> Tensor:
+    """The histories' own codes as sound, one after another, fp64 [n]."""
+    chunks = []
+    for history in histories:
+        stream = tts.model.audio_tokenizer.stream()
+        codes = (history.codes - N_SPECIAL_CODES).T.unsqueeze(0)  # [1, 37, T]
+        chunks += [stream.decode(part).flatten().double() for part in torch.split(codes, stream.unit, dim=2)]
+    return torch.cat(chunks)
+
+
+def snr(found: Tensor, truth: Tensor) -> float:
+    """Energy of the truth over that of what was added to it, in dB; infinite where nothing was."""
+    added = float((found.double() - truth).square().sum())
+    return 10 * math.log10(float(truth.square().sum()) / added) if added else math.inf
+
+
+def measured(
+    folder: Path, n_texts: int, dtypes: tuple[str, ...] = tuple(DTYPES), max_frames: int = MAX_FRAMES
+) -> list[Row]:
+    """Rows of each dtype and provider, in a process that interprets kernels."""
+    histories = say(TTS(read_checkpoint(folder, torch.float32)), list(TEXTS[:n_texts]), max_frames)
+    exact = TTS(read_checkpoint(folder, torch.float64))
+    truth, exact_sound = next_frames(exact, histories), sound(exact, histories)
+    rows = []
+    for dtype in dtypes:
+        for provider in ("torch", "voxkern"):
+            tts = TTS(read_checkpoint(folder, DTYPES[dtype]), ROWS, on_kernels=provider == "voxkern")
+            with large_tiles():
+                flips = Flips.of(next_frames(tts, histories), truth)
+                rows += rows_of(flips, snr(sound(tts, histories), exact_sound), provider, dtype, n_texts)
+    return rows
+
+
+def rows_of(flips: Flips, decibels: float, provider: str, dtype: str, n_texts: int) -> list[Row]:
+    """A model's figures: shares, and how many codes they are of."""
+    share = 100 / max(flips.acoustic, 1)
+    figures = {
+        "acoustic codes compared": (flips.acoustic, "codes"),
+        "acoustic codes flipped": (share * sum(flips.by), "%"),
+        "acoustic codes flipped by 1 level": (share * flips.by[0], "%"),
+        "acoustic codes flipped by 2 levels": (share * flips.by[1], "%"),
+        "acoustic codes flipped by more": (share * flips.by[2], "%"),
+        "semantic codes compared": (flips.semantic, "codes"),
+        "semantic codes flipped": (100 * flips.semantic_flipped / flips.semantic, "%"),
+        "waveform SNR": (decibels, "dB"),
+    }
+    shape, command = f"{n_texts} texts, each voice", f"python -m bench.errors --texts {n_texts}"
+    return [
+        Row(
+            "errors", "demo voice", metric, value, unit, "measured" if unit == "dB" else "counted", command,
+            provider, shape, dtype, f"euler:{STEPS}",
+        )
+        for metric, (value, unit) in figures.items()
+    ]  # fmt: skip
+
+
+@contextmanager
+def large_tiles() -> Iterator[None]:
+    """Within the block, kernels are launched with :data:`TILES`."""
+    from voxkern.kernels import settings  # needs Triton
+
+    with ExitStack() as stack:
+        for kernel, tiles in TILES.items():
+            stack.enter_context(settings.override(kernel, **tiles))
+        yield
+
+
+def rows(n_texts: int = N_TEXTS) -> list[Row]:
+    """All figures, from a process of its own: whether kernels are interpreted is settled when Triton is imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.csv"
+        command = [sys.executable, "-m", "bench.errors", "--texts", str(n_texts), "--csv", str(file)]
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        return read(file.read_text())
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each dtype and provider; counts, so that shares have their denominators."""
+    lines = ["dtype  provider  acoustic codes flipped     by 1    2  more   semantic codes flipped   waveform SNR"]
+    by_model: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        by_model.setdefault((row.dtype, row.provider), {})[row.metric] = row.value
+    for (dtype, provider), of in by_model.items():
+        n, n_semantic = max(of["acoustic codes compared"], 1), of["semantic codes compared"]
+        flipped, *by = (
+            round(of[f"acoustic codes flipped{how}"] * n / 100)
+            for how in ("", " by 1 level", " by 2 levels", " by more")
+        )
+        semantic = round(of["semantic codes flipped"] * n_semantic / 100)
+        lines.append(
+            f"{dtype:5}  {provider:8}  {flipped:5} of {n:5.0f} = {flipped / n:6.2%}  {by[0]:5} {by[1]:4} {by[2]:5}"
+            f"   {semantic:5} of {n_semantic:4.0f} = {semantic / n_semantic:6.2%}   {of['waveform SNR']:9.1f} dB"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table; write rows only where it is said to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--texts", type=int, default=N_TEXTS, choices=range(1, len(TEXTS) + 1), help="digit strings")
+    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"append the rows, to {FILE.name} or another")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        found = rows(args.texts)
+    else:
+        torch.set_num_threads(1)
+        here = place()
+        found = [stamped(row, here) for row in measured(DEMO, args.texts)]
+    print(table(found))
+    if args.csv:
+        append(found, args.csv)
+
+
+if __name__ == "__main__":
+    main()
