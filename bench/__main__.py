@@ -1,34 +1,40 @@
-"""``python -m bench ledger`` and ``python -m bench run``, from the repository's root."""
+"""``python -m bench COMMAND``, from the repository's root."""
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from importlib import import_module
+
+# command -> what it does; but for the ledger, a module of that name in this folder has a ``main(arguments)``
+COMMANDS = {
+    "ledger": "compile every kernel for every architecture and write bench/ledger.csv; --check compares instead",
+    "run": "time operators, whole frames and single modules",
+    "tune": "search launch settings for the GPU at hand",
+}
 
 
 def main() -> int:
     """Do what the command line asks; 1 where a check fails."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    ledger = commands.add_parser(
-        "ledger", help="compile every kernel for every architecture and write bench/ledger.csv"
-    )
-    ledger.add_argument("--check", action="store_true", help="compare with bench/ledger.csv instead of writing it")
-    run = commands.add_parser("run", help="time every operator")
-    run.add_argument("operators", nargs="*", help="their names; none = all")
-    run.add_argument("--device", default="cpu", help="cpu: plain PyTorch only; cuda: the kernels as well")
+    lines = "\n".join(f"  {name:10s} {what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, epilog=f"commands:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; --help says which")
     options = parser.parse_args()
     if options.command == "ledger":
-        return _ledger(options.check)
-    from bench.run import report
-
-    report(options.operators, options.device)
-    return 0
+        return _ledger(options.arguments)
+    return int(import_module(f"bench.{options.command}").main(options.arguments))
 
 
-def _ledger(check: bool) -> int:
+def _ledger(arguments: Sequence[str]) -> int:
     from bench import ledger
 
-    start = time.perf_counter()
+    parser = argparse.ArgumentParser(prog="python -m bench ledger", description=COMMANDS["ledger"])
+    parser.add_argument("--check", action="store_true", help="compare with bench/ledger.csv instead of writing it")
+    check, start = parser.parse_args(arguments).check, time.perf_counter()
     if check:
         found = ledger.check()
     else:

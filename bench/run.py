@@ -1,136 +1,216 @@
-"""Microbenchmarks: every operator at its public shapes, in microseconds and in bytes per second.
+"""Microbenchmarks: operators at the public shapes, whole frames and single modules, by everybody who can compute them.
 
-On a CPU only plain PyTorch is timed, which says nothing about the kernels. The CUDA path has not been run yet: there
-has been no GPU to run it on.
+``python -m bench run`` prints a line a timing and appends rows to ``bench/results.csv``. On a CPU the torch providers
+are timed, which says nothing about the kernels. The GPU's path has been run with a made-up clock only: there has been
+no GPU to run it on.
 """
 
-import csv
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 
-from bench.accuracy import judge
-from bench.registry import DTYPES, Case, Entry, Maker, each_tensor, entries, listed, to_dtype
+from bench.modules import Spot, modules
+from bench.providers import PROVIDERS, Trial, missing, operator_trial
+from bench.registry import DTYPES, Case, Entry, Maker, entries, listed
+from bench.results import FILE, Place, Row, append, place, stamped
+from bench.timing import Call, Clock, Copy, Measured, clock_of, copies_for, measure
+from voxkern.kernels import settings
 
-ROUNDS = 20
-COLD = 256 << 20  # bytes of copies to go round, so that weights come from memory: five times the L2 cache of an H100
+ROOF = "copy"  # the variant that moves bytes and computes nothing
+# On a CPU torch.compile takes some ten seconds of a C++ compiler a shape: there it is timed where it is asked for.
+ON_CPU = tuple(name for name in PROVIDERS if name != "torch.compile")
+# bytes of arguments: of the 2 GB of 64 experts, copies and an fp64 truth would be 15 GB
+MOST_ON_CPU = 512 << 20
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One operator at one shape: microseconds a call at the median and at the 20th and 80th percentile of rounds.
+class Choice:
+    """What to time.
 
     Attributes:
-        provider: ``torch``, the reference in plain PyTorch, or ``voxkern``.
-        gb_per_s: the fewest bytes that the operator can move / median.
-        versions: of torch and triton.
+        subjects: operators and modules; none = all.
+        shape: part of the shape's name.
+        dtypes: none = all that a case has.
+        providers: none = all that are here, but torch.compile on a CPU.
+        device: ``cpu``, which leaves out shapes of more than 512 MiB, or ``cuda``.
+        quick: the first public case of an operator, no module of gigabytes, and no fp16.
     """
 
-    operator: str
-    case: str
-    dtype: str
-    provider: str
-    device: str
-    us: float
-    us_20: float
-    us_80: float
-    gb_per_s: float
-    versions: str
+    subjects: tuple[str, ...] = ()
+    shape: str = ""
+    dtypes: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    device: str = "cpu"
+    quick: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Where kernels run."""
+        return self.device.startswith("cuda")
+
+    @property
+    def timed(self) -> list[str]:
+        """Providers that are asked for and here."""
+        asked = self.providers or (tuple(PROVIDERS) if self.on_gpu else ON_CPU)
+        absent = missing(self.device)
+        return [name for name in asked if name not in absent]
+
+    def takes(self, subject: str, shape: str, dtype: str) -> bool:
+        """Whether a case is asked for."""
+        return (
+            (not self.subjects or subject in self.subjects)
+            and self.shape in shape
+            and (dtype in self.dtypes if self.dtypes else not (self.quick and dtype == "fp16"))
+        )
+
+    def command(self, trial: Trial, provider: str) -> str:
+        """That times this one again."""
+        parts = ["--op", trial.subject, "--shape", trial.shape, "--dtype", trial.dtype, "--device", self.device]
+        if provider != ROOF:
+            parts += ["--provider", provider]
+        return " ".join(("python -m bench run", *parts))
 
 
-def report(names: Sequence[str], device: str) -> None:
-    """Time the named operators, or all, and print a CSV line for each as it comes."""
-    known = {entry.name: entry for entry in entries()}
-    unknown = sorted(set(names) - set(known))
-    if unknown:
-        raise SystemExit(f"no operator {', '.join(unknown)}; there are {', '.join(known)}")
-    table = csv.DictWriter(sys.stdout, [field.name for field in fields(Timing)], lineterminator="\n")
-    table.writeheader()
-    for entry in [known[name] for name in names] or known.values():
-        for case in entry.cases:
-            for dtype in case.dtypes if case.public else ():
-                for timing in time_case(entry, case, dtype, device):
-                    table.writerow(asdict(timing))
-                    sys.stdout.flush()
+def subjects(device: str) -> list[str]:
+    """Names of all operators and modules."""
+    return list(dict.fromkeys([entry.name for entry in entries()] + [module.name for module in modules(device)]))
+
+
+def trials(choice: Choice) -> Iterator[Trial]:
+    """All that is asked for, operators first; each is made when it is its turn, and can be forgotten after it."""
+    for entry in entries():
+        for case in _public(entry, choice.quick):
+            for dtype in case.dtypes:
+                if choice.takes(entry.name, case.name, dtype) and (choice.on_gpu or _fits_cpu(entry, case, dtype)):
+                    yield operator_trial(entry, case, dtype, choice.device)
+    for module in modules(choice.device):
+        for dtype in module.dtypes:
+            if choice.takes(module.name, module.shape, dtype) and not (choice.quick and module.large):
+                yield module.build(Spot(module.name, module.shape, dtype, choice.device))
+
+
+def _fits_cpu(entry: Entry, case: Case, dtype: str) -> bool:
+    args = entry.args(case, Maker(DTYPES[dtype], "meta"))
+    tensors = [arg for arg in (*args.values(), *listed(args)) if isinstance(arg, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= MOST_ON_CPU
+
+
+def _public(entry: Entry, quick: bool) -> list[Case]:
+    public = [case for case in entry.cases if case.public]
+    return public[:1] if quick else public
+
+
+def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str, Measured], list[str]]:
+    """Time the providers of a trial that are right, and beside them a copy.
+
+    Returns:
+        What was measured by provider, and what is wrong with the others.
+    """
+    faults = {name: trial.fault(name) for name in trial.variants}
+    right = [name for name, fault in faults.items() if not fault]
+    n = copies_for(clock, trial.nbytes) if trial.rotates else 1
+    variants: dict[str, list[Call]] = {
+        name: [partial(trial.variants[name], **args) for args in trial.copies(n)] for name in right
+    }
+    if roof is not None and right:
+        variants[ROOF] = [roof.call]
+    return measure(clock, variants), list(filter(None, faults.values()))
+
+
+def rows_of(trial: Trial, found: Mapping[str, Measured], roof: Copy | None, choice: Choice, where: Place) -> list[Row]:
+    """A row for the time of each provider; where there is a roof, its bytes per second and what part of it that is."""
+    rows = []
+    for provider, measured in found.items():
+        t = measured.timing
+        values = {("time", "us"): [1e6 * seconds for seconds in (t.median, t.low, t.high)]}
+        nbytes = roof.nbytes if roof and provider == ROOF else trial.nbytes
+        if roof and nbytes:
+            rate = [nbytes / seconds / 1e9 for seconds in (t.median, t.high, t.low)]
+            highest = roof.nbytes / found[ROOF].timing.median / 1e9
+            values["bandwidth", "GB/s"] = rate
+            values["of the copy roof", "%"] = [100 * one / highest for one in rate]
+        for (metric, unit), value in values.items():
+            median, low, high = (float(f"{one:.5g}") for one in value)
+            row = Row(
+                "micro", trial.subject, metric + (", no graph" if measured.rounds == "no graph" else ""), median, unit,
+                "measured", choice.command(trial, provider), provider, trial.shape, trial.dtype, trial.steps, low, high,
+            )  # fmt: skip
+            rows.append(stamped(row, where))
+    return rows
 
 
 @torch.inference_mode()
-def time_case(entry: Entry, case: Case, dtype: str, device: str) -> Iterator[Timing]:
-    """One timing for each provider that runs on `device`.
+def run(choice: Choice, clock: Clock, file: Path | None, where: Place) -> tuple[list[Row], list[str]]:
+    """Time all that is asked for: lines and rows for each as it comes.
+
+    Returns:
+        The rows, and what is wrong with the providers that were not timed.
+    """
+    rows, wrong, roof = list[Row](), list[str](), clock.copy()
+    for trial in trials(choice):
+        found, faults = time_trial(trial.only(choice.timed), clock, roof)
+        made = rows_of(trial, found, roof, choice, where)
+        for line in [*map(line_of, made), *(f"WRONG, not timed: {fault}" for fault in faults)]:
+            print(line, flush=True)
+        if file is not None:
+            append(made, file)
+        rows, wrong = rows + made, wrong + faults
+    return rows, wrong
+
+
+def line_of(row: Row) -> str:
+    """A figure for people."""
+    name = f"{row.subject} {row.shape} {row.dtype} {row.steps}"
+    spread = f"({row.low:.6g} to {row.high:.6g})"
+    return f"{name:42s} {row.provider:13s} {row.metric:17s} {row.value:9.6g} {row.unit:5s} {spread}"
+
+
+def choice_of(arguments: Sequence[str]) -> tuple[Choice, argparse.Namespace]:
+    """What a command line asks for, and the rest of it.
 
     Raises:
-        RuntimeError: a kernel's result is wrong; a wrong one is not timed.
+        SystemExit: it names a subject, a provider or a dtype that is not known.
     """
-    args = entry.args(case, Maker(DTYPES[dtype], device))
-    fewest = _bytes(args.values()) + _bytes(listed(args)) + _bytes(_outputs(entry.op.declare(**args)))
-    providers: dict[str, Callable[..., Any]] = {"torch": entry.reference}
-    if device.startswith("cuda"):
-        _must_be_right(entry, case, dtype, args)
-        providers["voxkern"] = entry.op.run
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
-    for provider, call in providers.items():
-        copies = _copies(args, max(2, COLD // fewest + 1) if device.startswith("cuda") else 2)
-        rounds = _on_gpu(call, copies) if device.startswith("cuda") else _on_cpu(call, copies)
-        low, *_, high = statistics.quantiles(rounds, n=5)
-        median = statistics.median(rounds)
-        yield Timing(
-            entry.name, case.name, dtype, provider, name, *(round(1e6 * t, 2) for t in (median, low, high)),
-            round(fewest / median / 1e9, 2), f"torch {torch.__version__} triton {triton.__version__}",
-        )  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m bench run", description=__doc__)
+    parser.add_argument("--op", nargs="+", default=(), metavar="NAME", help="operators and modules; without it, all")
+    parser.add_argument("--shape", default="", metavar="PART", help="only shapes whose name has this in it")
+    parser.add_argument("--dtype", nargs="+", default=(), choices=DTYPES, help="without it, all that a shape has")
+    parser.add_argument("--provider", nargs="+", default=(), choices=PROVIDERS, help="without it, all that are here")
+    parser.add_argument("--device", default="cpu", help="cpu: the torch providers only; cuda: the kernels as well")
+    parser.add_argument("--quick", action="store_true", help="one shape an operator, none of gigabytes, no fp16")
+    parser.add_argument("--csv", default=str(FILE), metavar="FILE", help="where rows are appended; - for nowhere")
+    parser.add_argument("--compare", metavar="REV", help="measure the git revision REV as well: old, new, ratio")
+    options = parser.parse_args(arguments)
+    known = subjects(options.device)
+    if unknown := sorted(set(options.op) - set(known)):
+        parser.error(f"--op: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    choice = Choice(
+        tuple(options.op), options.shape, tuple(options.dtype), tuple(options.provider), options.device, options.quick
+    )
+    return choice, options
 
 
-def _on_cpu(call: Callable[..., Any], copies: Sequence[Mapping[str, Any]]) -> list[float]:
-    call(**copies[0])
-    times = []
-    for i in range(ROUNDS):
-        start = time.perf_counter()
-        call(**copies[i % len(copies)])
-        times.append(time.perf_counter() - start)
-    return times
+def main(arguments: Sequence[str]) -> int:
+    """Do what the command line asks; 1 where a provider is wrong, or the operators' tests are red."""
+    choice, options = choice_of(arguments)
+    clock, absent = clock_of(choice.device), missing(choice.device)
+    if absent:
+        print("not here: " + "; ".join(f"{name} ({what})" for name, what in absent.items()), flush=True)
+    if not choice.timed:
+        raise SystemExit(f"none of the providers {', '.join(choice.providers)} is here")
+    file = None if options.csv == "-" else Path(options.csv)
+    if options.compare:
+        from bench.compare import compare
 
-
-def _on_gpu(call: Callable[..., Any], copies: Sequence[Mapping[str, Any]]) -> list[float]:
-    # one graph over all copies: event pairs around single short launches would time the gaps between them
-    for args in copies:
-        call(**args)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for args in copies:
-            call(**args)
-    times = []
-    for _ in range(ROUNDS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(copies))
-    return times
-
-
-def _must_be_right(entry: Entry, case: Case, dtype: str, args: Mapping[str, Any]) -> None:
-    truth = _outputs(entry.reference(**to_dtype(args, torch.float64)))
-    for out, plain, exact in zip(_outputs(entry.op.run(**args)), _outputs(entry.reference(**args)), truth, strict=True):
-        verdict = judge(out, plain, exact)
-        if not verdict.right:
-            raise RuntimeError(f"{entry.name} {case.name} {dtype} is wrong on this device: {verdict}")
-
-
-def _copies(args: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
-    return [each_tensor(Tensor.clone, args) for _ in range(n)]
-
-
-def _outputs(returned: Any) -> list[Tensor]:
-    return [returned] if isinstance(returned, Tensor) else list(returned or ())
-
-
-def _bytes(values: Any) -> int:
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+        return compare(options.compare, choice, arguments, file)
+    # operators whose tiles are among their inputs ask for the architecture, and a processor has none
+    with nullcontext() if choice.on_gpu else settings.pretend("sm_90"):
+        rows, wrong = run(choice, clock, file, place(choice.device))
+    print(f"{len(rows)} rows" + (f" appended to {file}" if file else ", written nowhere"))
+    return 1 if wrong else 0

@@ -1,0 +1,320 @@
+"""Whole frames and single modules to time: of the demo voice, and of the public sizes with random weights.
+
+Weights lie where they lie: those of the public head and layer are larger than any cache, the demo's are not. There is
+no figure of bytes per second: a head reads its weights once a step, and what a frame moves is counted elsewhere
+(``bench/frame.py``).
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import voxkern
+from bench.providers import Trial, by_codes, by_distance, missing, results_of
+from bench.registry import DTYPES, ROOT
+from voxkern.checkpoint import read_checkpoint, read_params
+from voxkern.maker import public_params, random_tensor
+from voxkern.reference import Config, VoxtralTTS
+from voxkern.reference.attention import PagedCache
+from voxkern.reference.backbone import Backbone
+from voxkern.reference.codec import AudioTokenizer
+from voxkern.reference.config import N_SPECIAL_CODES, MoEConfig
+from voxkern.reference.flow import FlowHead
+from voxkern.reference.model import make_head
+from voxkern.reference.moe import MoEBlock
+
+DEMO = ROOT / "voxkern" / "demo"
+STEPS, CONTEXT, PAGE = 7, 400, 64  # evaluations of the velocity; tokens in the cache, some 30 s of speech; of a page
+
+
+class Spot(NamedTuple):
+    """Which trial to make: of what, at which shape, in which dtype, on which device."""
+
+    subject: str
+    shape: str
+    dtype: str
+    device: str
+
+    @property
+    def on_gpu(self) -> bool:
+        """Where kernels run."""
+        return self.device.startswith("cuda")
+
+
+@dataclass(frozen=True)
+class Module:
+    """What makes trials of one module.
+
+    Attributes:
+        name: of the module.
+        shape: of the case.
+        build: makes the trial.
+        dtypes: that it is timed in.
+        large: whether it is of the public sizes, and takes gigabytes and seconds to make.
+    """
+
+    name: str
+    shape: str
+    build: Callable[[Spot], Trial]
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    large: bool = False
+
+
+def trial_of(
+    spot: Spot,
+    host: nn.Module,
+    run: Callable[..., Any],
+    args: Mapping[str, Any],
+    complaint: Callable[[list[Tensor], list[Tensor], list[Tensor]], str],
+    ours: Callable[[], Callable[..., Any]],
+    peers: Mapping[str, Callable[..., Any]] | None = None,
+    steps: str = "",
+) -> Trial:
+    """A trial of ``run(host, **args)``; `ours` makes the same call on kernels, `peers` are the others' calls."""
+
+    def exact() -> list[Tensor]:
+        wide = {key: arg.double() if arg.is_floating_point() else arg.clone() for key, arg in args.items()}
+        return results_of(partial(run, copy.deepcopy(host).double()), wide)
+
+    calls: dict[str, Callable[..., Any]] = {"torch": partial(run, host), **(peers or {})}
+    calls["torch.compile"] = torch.compile(partial(run, host), dynamic=False)
+    if spot.on_gpu:
+        calls["voxkern"] = ours()
+    return Trial(
+        spot.subject, spot.shape, spot.dtype, args, calls, calls["torch"], exact, complaint, rotates=False, steps=steps
+    )
+
+
+def on_kernels(run: Callable[..., Any], host: nn.Module, max_batch: int) -> Callable[..., Any]:
+    """The call on a copy of the host with twins in place."""
+    accelerated = copy.deepcopy(host)
+    voxkern.accelerate(accelerated, max_batch)
+    return partial(run, accelerated)
+
+
+def demo(dtype: str, device: str) -> VoxtralTTS:
+    """The demo voice."""
+    return read_checkpoint(DEMO, DTYPES[dtype], device).model.requires_grad_(False)
+
+
+def demo_head(dtype: str, device: str) -> FlowHead:
+    """Its flow head."""
+    return demo(dtype, device).acoustic_transformer
+
+
+def public_head(dtype: str, device: str) -> FlowHead:
+    """The public flow head with random weights."""
+    config = Config.from_params(public_params())
+    head: FlowHead = filled(lambda: make_head(config.acoustic_transformer, config.audio), dtype, device)
+    return head
+
+
+def public_layer(dtype: str, device: str) -> Backbone:
+    """The public backbone with one layer, a small vocabulary and random weights."""
+    config = Config.from_params(public_params() | {"n_layers": 1, "vocab_size": 64})
+    backbone: Backbone = filled(lambda: Backbone(config.backbone, config.audio), dtype, device)
+    return backbone
+
+
+def filled(make: Callable[[], nn.Module], dtype: str, device: str) -> Any:
+    """A module of random weights under which activations keep their size."""
+    with torch.device("meta"):
+        module = make()
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: random_tensor(name, t.shape, generator).to(device, DTYPES[dtype])
+        for name, t in module.state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def numbers(*shape: int, seed: int = 1) -> Tensor:
+    """Normal ones, the same every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def head_args(head: FlowHead, B: int) -> dict[str, Tensor]:
+    """Hidden states of RMS 1, the usual guidance, and noise."""
+    weight = head.semantic_codebook_output.weight
+    return {
+        "h": numbers(B, head.config.input_dim).to(weight),
+        "cfg_alpha": torch.full((B,), 1.2, device=weight.device),
+        "noise": numbers(B, head.audio.n_acoustic_codebook, seed=2).to(weight.device),
+    }
+
+
+def head_trial(spot: Spot, make: Callable[[str, str], FlowHead], B: int, params: Callable[[], dict[str, Any]]) -> Trial:
+    """A frame of codes from hidden states; `params` gives those that the public server builds the same head from."""
+    head = make(spot.dtype, spot.device)
+    peers = {} if "vllm-omni" in missing(spot.device) else {"vllm-omni": server_head(head, params())}
+
+    def run(head: FlowHead, h: Tensor, cfg_alpha: Tensor, noise: Tensor) -> Tensor:
+        return head(h, cfg_alpha, noise, STEPS)  # type: ignore[no-any-return]
+
+    ours = partial(on_kernels, run, head, B)
+    return trial_of(spot, head, run, head_args(head, B), by_codes, ours, peers, f"euler:{STEPS}")
+
+
+def server_head(head: FlowHead, params: dict[str, Any]) -> Callable[..., Tensor]:
+    """vLLM-Omni's own module on the same weights; it draws its noise, and is handed ours."""
+    server = import_module("vllm_omni.model_executor.models.voxtral_tts.voxtral_tts_audio_generation")
+    args = copy.deepcopy(params["multimodal"]["audio_model_args"])
+    args["acoustic_transformer_args"]["n_decoding_steps"] = STEPS
+    theirs = server.FlowMatchingAudioTransformer(args).eval()
+    theirs.load_state_dict(head.state_dict(), assign=True, strict=False)
+    theirs.to(head.semantic_codebook_output.weight.device)  # its table of times
+
+    def run(h: Tensor, cfg_alpha: Tensor, noise: Tensor) -> Tensor:
+        with mock.patch.object(torch, "randn", return_value=noise.to(h.dtype)):
+            return theirs(h, cfg_alpha)  # type: ignore[no-any-return]
+
+    return run
+
+
+def cache_args(backbone: Backbone, B: int) -> dict[str, Tensor]:
+    """A cache of as many tokens a request, the last of which the step appends."""
+    config, weight = backbone.backbone_config, backbone.norm.weight
+    pages = -(-CONTEXT // PAGE)
+    return {
+        "pool": numbers(config.n_layers, B * pages, 2, config.n_kv_heads, PAGE, config.head_dim).to(weight),
+        "table": torch.arange(B * pages, dtype=torch.int32, device=weight.device).view(B, pages),
+        "lengths": torch.full((B,), CONTEXT, dtype=torch.int32, device=weight.device),
+    }
+
+
+def step(backbone: Backbone, u: Tensor, pool: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    """One token a request through all layers."""
+    return backbone.hidden_states(u.unsqueeze(1), PagedCache(pool, table, lengths))[:, 0]
+
+
+def backbone_trial(spot: Spot, make: Callable[[str, str], Backbone], B: int) -> Trial:
+    """A token of every request."""
+    backbone = make(spot.dtype, spot.device)
+    args = {"u": numbers(B, backbone.backbone_config.dim).to(backbone.norm.weight)} | cache_args(backbone, B)
+    return trial_of(spot, backbone, step, args, by_distance, partial(on_kernels, step, backbone, B))
+
+
+class Sound:
+    """A frame of codes to sound: the first of a stream, again and again, so that every call gives the same."""
+
+    def __init__(self, B: int) -> None:
+        """For as many requests."""
+        self.B, self.streams = B, dict[int, Any]()
+
+    def __call__(self, codec: AudioTokenizer, codes: Tensor) -> Tensor:
+        """int64 [B, 37] without the offset -> [B, 1, 1920]. A stream is made once for each codec: it folds weights."""
+        if id(codec) not in self.streams:
+            self.streams[id(codec)] = codec.stream(self.B)
+        stream = self.streams[id(codec)]
+        stream.restart(torch.ones(self.B, dtype=torch.bool, device=codes.device))
+        return stream.decode(codes.unsqueeze(2))  # type: ignore[no-any-return]
+
+
+def codec_trial(spot: Spot, B: int) -> Trial:
+    """The sound of a frame."""
+    codec, sound = demo(spot.dtype, spot.device).audio_tokenizer, Sound(B)
+    codes = torch.randint(21, (B, 37), generator=torch.Generator().manual_seed(3)).to(spot.device)
+    return trial_of(spot, codec, sound, {"codes": codes}, by_distance, partial(on_kernels, sound, codec, B))
+
+
+def frame_trial(spot: Spot, B: int) -> Trial:
+    """A whole frame: codes of the hidden states, their sound, and the next hidden states."""
+    model, sound = demo(spot.dtype, spot.device), Sound(B)
+    args = head_args(model.acoustic_transformer, B) | cache_args(model, B)
+
+    def run(model: VoxtralTTS, h: Tensor, cfg_alpha: Tensor, noise: Tensor, **cache: Tensor) -> list[Tensor]:
+        codes = model.acoustic_transformer(h, cfg_alpha, noise, STEPS)
+        wave = sound(model.audio_tokenizer, (codes - N_SPECIAL_CODES).clamp(min=0))
+        return [codes, wave, step(model, model.embed_codes(codes), **cache)]
+
+    ours = partial(on_kernels, run, model, B)
+    return trial_of(spot, model, run, args, by_codes, ours, steps=f"euler:{STEPS}")
+
+
+# Mistral Small 4's layer: 4 of 128 experts of 2048 and a shared one, 4096 wide. An eighth of the experts fits a desktop
+# GPU; a processor's is a quarter as wide besides.
+SMALL_4, SMALL_4_CPU = (4096, 2048, 16), (1024, 512, 16)
+
+
+def moe_trial(spot: Spot, sizes: tuple[int, int, int], B: int) -> Trial:
+    """A mixture of experts with its norm and residual; of transformers' block, with ours around it."""
+    dim, hidden, n_experts = sizes
+    moe = MoEConfig(n_experts, 4, hidden, 1)
+    layer = filled(lambda: MoEBlock(dim, moe, 2, 1, 8, 1e-5), spot.dtype, spot.device)
+    peers = {} if "transformers" in missing(spot.device) else {"transformers": transformers_block(layer, moe, dim)}
+    args = {"x": numbers(B, dim).to(layer.gate.weight)}
+
+    def run(layer: MoEBlock, x: Tensor) -> Tensor:
+        return x + layer.mixture(layer.ffn_norm(x).unsqueeze(1))[:, 0]
+
+    return trial_of(spot, layer, run, args, by_distance, lambda: moe_twin(layer, B), peers)
+
+
+def moe_twin(layer: Any, B: int) -> Callable[..., Tensor]:
+    """The layer on kernels, which are not put in place by accelerate() but by the backbone's twin."""
+    from voxkern.twins.moe import MoETwin
+
+    twin = MoETwin(layer, B)
+
+    def run(x: Tensor) -> Tensor:
+        twin.run(stream := x.clone())
+        return stream
+
+    return run
+
+
+def transformers_block(layer: Any, moe: MoEConfig, dim: int) -> Callable[..., Tensor]:
+    """Hugging Face's Mistral 4 mixture on the same weights, laid as it wants them, with our norm before it."""
+    models = import_module("transformers.models.mistral4.modeling_mistral4")
+    weight = layer.gate.weight
+    config = models.Mistral4Config(
+        hidden_size=dim, moe_intermediate_size=moe.expert_hidden_dim, n_routed_experts=moe.num_experts,
+        num_local_experts=moe.num_experts, num_experts_per_tok=moe.num_experts_per_tok, n_group=1, topk_group=1,
+        n_shared_experts=moe.num_shared_experts, routed_scaling_factor=1.0, norm_topk_prob=True, hidden_act="silu",
+    )  # fmt: skip
+    config._experts_implementation = "grouped_mm"  # what from_pretrained() chooses
+    theirs = models.Mistral4MoE(config).to(weight).requires_grad_(False)
+    experts, shared = layer.experts, layer.shared_experts
+    for target, tensors in (
+        (theirs.gate.weight, weight),
+        (theirs.experts.gate_up_proj, torch.stack([torch.cat((e.w1.weight, e.w3.weight)) for e in experts])),
+        (theirs.experts.down_proj, torch.stack([e.w2.weight for e in experts])),
+        (theirs.shared_experts.gate_proj.weight, shared.w1.weight),
+        (theirs.shared_experts.up_proj.weight, shared.w3.weight),
+        (theirs.shared_experts.down_proj.weight, shared.w2.weight),
+    ):
+        target.copy_(tensors)
+    return lambda x: x + theirs(layer.ffn_norm(x).unsqueeze(1))[:, 0]
+
+
+def modules(device: str) -> list[Module]:
+    """All of them; on a CPU some are smaller."""
+    small_4 = SMALL_4 if device.startswith("cuda") else SMALL_4_CPU
+    mixture, found = "x".join(map(str, small_4)), list[Module]()
+    for B in (1, 8):
+        found += [
+            Module("frame", f"demo-b{B}", partial(frame_trial, B=B)),
+            Module("flow_head", f"demo-b{B}", partial(head_trial, make=demo_head, B=B, params=demo_params)),
+            Module("backbone", f"demo-b{B}", partial(backbone_trial, make=demo, B=B)),
+            Module("codec_chunk", f"demo-b{B}", partial(codec_trial, B=B)),
+            Module("moe_block", f"{mixture}-b{B}", partial(moe_trial, sizes=small_4, B=B), ("bf16",)),
+        ]
+    public = partial(head_trial, make=public_head, B=1, params=public_params)
+    return [
+        *found,
+        Module("flow_head", "public-b1", public, ("bf16",), large=True),
+        Module("backbone", "public-layer-b1", partial(backbone_trial, make=public_layer, B=1), ("bf16",), large=True),
+    ]
+
+
+def demo_params() -> dict[str, Any]:
+    """The demo voice's ``params.json``."""
+    return read_params(DEMO)

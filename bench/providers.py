@@ -1,0 +1,187 @@
+"""Who computes an operator: voxkern's kernels, plain PyTorch, torch.compile, and public peers where importable.
+
+A :class:`Trial` is one thing to time, at one shape in one dtype, with all its providers. Each one's results are held
+against fp64 before it is timed; a wrong one is told, and never timed. Those that need a GPU have not been run on one.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.accuracy import CEILINGS, judge
+from bench.registry import DTYPES, Case, Entry, Maker, each_tensor, to_dtype
+from bench.traffic import fewest_bytes
+
+# provider -> the packages that it needs, and whether it needs a GPU
+PROVIDERS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "voxkern": (("triton",), True),
+    "torch": ((), False),
+    "torch.compile": ((), False),
+    "vllm-omni": (("vllm", "vllm_omni"), False),
+    "transformers": (("transformers",), False),
+    "flashinfer": (("flashinfer",), True),
+}
+Results = list[Tensor]
+
+
+def missing(device: str) -> dict[str, str]:
+    """Providers that cannot run on `device` here, and what they lack."""
+    found = {}
+    for name, (packages, gpu) in PROVIDERS.items():
+        lacks = [f"no {package}" for package in packages if importlib.util.find_spec(package) is None]
+        lacks += ["no GPU"] if gpu and not device.startswith("cuda") else []
+        if lacks:
+            found[name] = ", ".join(lacks)
+    return found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing to time.
+
+    Attributes:
+        subject: the operator, or the module.
+        shape: name of the case.
+        dtype: bf16, fp16 or fp32.
+        args: by name; those that are written to are written to in place.
+        variants: what each provider runs on them.
+        reference: plain PyTorch, whether it is timed or not.
+        exact: makes the fp64 results.
+        complaint: (results, plain torch's, exact ones) -> what is wrong with them, or nothing.
+        nbytes: the fewest that a call moves; 0 where nobody counted.
+        mutates: arguments that are results as well.
+        rotates: whether copies of `args` are copies of all that is read, weights too.
+        steps: evaluations of the velocity with their solver.
+    """
+
+    subject: str
+    shape: str
+    dtype: str
+    args: Mapping[str, Any]
+    variants: Mapping[str, Callable[..., Any]]
+    reference: Callable[..., Any]
+    exact: Callable[[], Results]
+    complaint: Callable[[Results, Results, Results], str]
+    nbytes: int = 0
+    mutates: tuple[str, ...] = ()
+    rotates: bool = True
+    steps: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return " ".join(filter(None, (self.subject, self.shape, self.dtype, self.steps)))
+
+    def only(self, providers: Sequence[str]) -> "Trial":
+        """The same with these providers, as far as it has them."""
+        return replace(self, variants={name: call for name, call in self.variants.items() if name in providers})
+
+    def results(self, call: Callable[..., Any]) -> Results:
+        """What a call returns and what it writes to, from fresh copies of the arguments."""
+        return results_of(call, self.copies(1)[0], self.mutates)
+
+    def copies(self, n: int) -> list[dict[str, Any]]:
+        """Of the arguments, `n` times."""
+        return [each_tensor(Tensor.clone, self.args) for _ in range(n)]
+
+    @cached_property
+    def truth(self) -> tuple[Results, Results]:
+        """What every provider is held against: plain PyTorch's results, and exact ones."""
+        return self.results(self.reference), self.exact()
+
+    def fault(self, provider: str) -> str:
+        """What is wrong with a provider's results, or nothing."""
+        plain, exact = self.truth
+        found = plain if provider == "torch" else self.results(self.variants[provider])
+        what = self.complaint(found, plain, exact)
+        return f"{provider} is wrong at {self.name}: {what}" if what else ""
+
+
+def results_of(call: Callable[..., Any], args: Mapping[str, Any], mutates: Sequence[str] = ()) -> Results:
+    """What a call returns, in order, then what it writes to."""
+    returned = call(**args)
+    returned = [returned] if isinstance(returned, Tensor) else list(returned or ())
+    return [*returned, *(args[name] for name in mutates)]
+
+
+def operator_trial(entry: Entry, case: Case, dtype: str, device: str) -> Trial:
+    """An operator at one of its shapes."""
+    args = entry.args(case, Maker(DTYPES[dtype], device))
+    variants = {"torch": entry.reference, "torch.compile": torch.compile(entry.reference, dynamic=False)}
+    if device.startswith("cuda"):
+        variants["voxkern"] = entry.op.run
+    if entry.name == "paged_attention" and "flashinfer" not in missing(device):
+        variants["flashinfer"] = flashinfer_attention(args)
+    return Trial(
+        entry.name, case.name, dtype, args, variants, entry.reference,
+        exact=lambda: results_of(entry.reference, to_dtype(args, torch.float64), entry.op.mutates),
+        complaint=partial(by_verdict, CEILINGS[DTYPES[dtype]]),
+        nbytes=fewest_bytes(entry, args), mutates=entry.op.mutates,
+    )  # fmt: skip
+
+
+def by_verdict(ceiling: float, found: Results, plain: Results, exact: Results) -> str:
+    """The rule that kernels are held to (``bench/accuracy.py``); integers must be plain PyTorch's.
+
+    The ceiling of the RMS ratio is that of the arguments' dtype: kernels hand some results on in fp32 that they have
+    not rounded, which is tested, and plain PyTorch has rounded them.
+    """
+    for i, (out, same_dtype, truth) in enumerate(zip(found, plain, exact, strict=True)):
+        if not out.dtype.is_floating_point:
+            if not torch.equal(out, same_dtype):
+                return f"result {i}: {int((out != same_dtype).sum())} of {out.numel()} integers differ"
+        else:
+            verdict = replace(judge(out, same_dtype, truth), ceiling=ceiling)
+            if not verdict.right:
+                return f"result {i}: {verdict}"
+    return ""
+
+
+def by_distance(found: Results, plain: Results, exact: Results) -> str:
+    """For whole modules: an RMS error of twice plain PyTorch's at most, and that under 5 % of the truth's RMS."""
+    for i, (out, same_dtype, truth) in enumerate(zip(found, plain, exact, strict=True)):
+        rms = _rms(truth)
+        ours, torchs = (_rms(one.double() - truth) / max(rms, 1e-30) for one in (out, same_dtype))
+        if not ours <= 2 * torchs + 1e-6 or not torchs < 0.05:
+            return f"result {i}: RMS error {ours:.3g} of the RMS where plain torch has {torchs:.3g}"
+    return ""
+
+
+def by_codes(found: Results, plain: Results, exact: Results) -> str:
+    """For frames: codes are off by twice as many levels as plain PyTorch's at most, and 0.02 in the mean.
+
+    Semantic codes are fp64's or plain PyTorch's.
+    """
+    (codes, *_), (same_dtype, *_), (truth, *_) = found, plain, exact
+    semantic = (codes[:, 0] == truth[:, 0]) | (codes[:, 0] == same_dtype[:, 0])
+    if not semantic.all():
+        return f"{int((~semantic).sum())} of {len(codes)} semantic codes differ"
+    ours, torchs = ((one[:, 1:] - truth[:, 1:]).abs().double().mean().item() for one in (codes, same_dtype))
+    if ours > 2 * torchs + 0.02:
+        return f"acoustic codes are off by {ours:.3f} levels in the mean where plain torch's are by {torchs:.3f}"
+    return ""
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def flashinfer_attention(args: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """FlashInfer's paged decode on the same cache, whose layout is the one that it calls HND; planned outside."""
+    flashinfer = importlib.import_module("flashinfer")
+    q, pool, table, lengths = (args[name] for name in ("q", "pool", "block_table", "lengths"))
+    HKV, PAGE, D = pool.shape[2:]
+    counts = (lengths + PAGE - 1) // PAGE
+    indptr = torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
+    indices = torch.cat([row[:n] for row, n in zip(table, counts.tolist(), strict=True)]).int()
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
+    last = (lengths - (counts - 1).clamp(min=0) * PAGE).int()
+    wrapper.plan(indptr, indices, last, q.shape[1] // D, HKV, D, PAGE, q_data_type=q.dtype, kv_data_type=pool.dtype)
+    return lambda q, pool, **_: wrapper.run(q.view(len(q), -1, D), pool).flatten(1)

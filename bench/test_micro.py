@@ -1,0 +1,54 @@
+"""The same trials under pytest-benchmark: ``pytest bench --benchmark-only``.
+
+On a CPU a few of plain PyTorch's; on a GPU every operator at its first public shape, by all who are there. It times
+calls one after another, gaps and all: what a frame in a CUDA graph costs is what ``python -m bench run`` says. The
+GPU's part has not been run on a GPU.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from bench.providers import missing, operator_trial
+from bench.registry import Case, Entry, entries
+from bench.results import place
+from voxkern.kernels import settings
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROVIDERS = [name for name in ("voxkern", "torch", "torch.compile", "flashinfer") if name not in missing(DEVICE)]
+FEW = ("flow_step", "linear", "norm_linear", "paged_attention", "rms_norm", "token_attention")  # on a CPU
+ON_CPU = ("torch",)  # torch.compile takes a C++ compiler ten seconds a shape
+
+
+def cases() -> list[Any]:
+    """(operator, its first public shape, provider)."""
+    found = []
+    for entry in entries():
+        if DEVICE == "cuda" or entry.name in FEW:
+            case = next(case for case in entry.cases if case.public)
+            for provider in PROVIDERS if DEVICE == "cuda" else ON_CPU:
+                found.append(pytest.param(entry, case, provider, id=f"{entry.name}-{case.name}-{provider}"))
+    return found
+
+
+@pytest.mark.parametrize(("entry", "case", "provider"), cases())
+def test_operator(benchmark: Any, entry: Entry, case: Case, provider: str) -> None:
+    """One provider of one operator, right before it is timed."""
+    dtype = case.dtypes[0]
+    with torch.inference_mode(), nullcontext() if DEVICE == "cuda" else settings.pretend("sm_90"):
+        trial = operator_trial(entry, case, dtype, DEVICE)
+        if provider not in trial.variants:
+            pytest.skip(f"{provider} has no {entry.name}")
+        assert trial.fault(provider) == ""
+        (args,) = trial.copies(1)
+
+        def call() -> None:
+            trial.variants[provider](**args)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.group = f"{entry.name} {case.name} {dtype}"
+        benchmark.extra_info |= {"provider": provider, "dtype": dtype, **vars(place(DEVICE))}
+        benchmark.pedantic(call, rounds=10, iterations=2, warmup_rounds=1)

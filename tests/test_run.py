@@ -1,0 +1,269 @@
+"""Microbenchmarks: what is timed, that it is right, what the rows say; and two states of the code beside each other."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_clock import FakeClock
+from plant import case_of, entry_of
+from torch import Tensor
+
+from bench import compare, providers, run
+from bench.modules import Spot, modules
+from bench.providers import Trial, by_codes, by_distance, by_verdict, operator_trial
+from bench.registry import Maker
+from bench.results import Place, Row, read
+from bench.run import Choice, choice_of, rows_of, time_trial, trials
+from bench.timing import Copy, Measured, Timing
+from bench.traffic import fewest_bytes
+from voxkern.kernels import settings
+
+HERE = Place("2026-01-01T00:00:00+00:00", "abc", "a GPU", "torch 2")
+ROOF = Copy(lambda: run.ROOF, 3_000_000)
+
+
+def trial(**variants: Callable[..., Any]) -> Trial:
+    """Twice x, in place."""
+    args = {"x": torch.arange(8.0), "y": torch.zeros(1)}
+    return Trial(
+        "twice", "b1", "fp32", args, variants, lambda x, y: x.mul_(2), lambda: [2 * torch.arange(8.0).double()],
+        lambda found, plain, exact: by_verdict(1e-5, found[1:], plain[1:], exact), 600_000, ("x",),
+    )  # fmt: skip
+
+
+def named(name: str, factor: float = 2.0) -> Callable[..., Any]:
+    """A provider that says its name to the clock, as its result."""
+
+    class Name(Tensor):
+        def __str__(self) -> str:
+            return name
+
+    return lambda x, y: (x.mul_(factor), y.as_subclass(Name))[1]
+
+
+def test_a_wrong_provider_is_named_and_never_timed() -> None:
+    clock = FakeClock({"good": [2e-6], "copy": [1e-6]})
+    found, wrong = time_trial(trial(good=named("good"), bad=named("bad", 2.001)), clock, ROOF)
+    assert set(clock.log) == {"good", "copy"}
+    assert list(found) == ["good", "copy"]
+    (fault,) = wrong
+    assert fault.startswith("bad is wrong at twice b1 fp32: result 0: error 0.007")
+    assert len(clock.prepared["good"]) == (256 << 20) // 600_000 + 1
+    assert clock.log[:4] == ["good", "copy", "copy", "good"]
+
+
+def test_nothing_right_is_nothing_timed() -> None:
+    clock = FakeClock({})
+    found, wrong = time_trial(trial(bad=named("bad", 1.0)), clock, ROOF)
+    assert (found, clock.log, len(wrong)) == ({}, [], 1)
+
+
+def test_rows_say_time_bandwidth_and_part_of_the_roof() -> None:
+    found = {
+        "voxkern": Measured(Timing(2e-6, 1e-6, 3e-6), "graph"),
+        "torch": Measured(Timing(4e-6, 4e-6, 4e-6), "no graph"),
+        "copy": Measured(Timing(5e-6, 4e-6, 6e-6), "graph"),
+    }
+    rows = rows_of(trial(), found, ROOF, Choice(device="cuda"), HERE)
+    said = {(row.provider, row.metric): (row.value, row.low, row.high, row.unit) for row in rows}
+    assert said == {
+        ("voxkern", "time"): (2.0, 1.0, 3.0, "us"),
+        ("voxkern", "bandwidth"): (300.0, 200.0, 600.0, "GB/s"),
+        ("voxkern", "of the copy roof"): (50.0, 33.333, 100.0, "%"),
+        ("torch", "time, no graph"): (4.0, 4.0, 4.0, "us"),
+        ("torch", "bandwidth, no graph"): (150.0, 150.0, 150.0, "GB/s"),
+        ("torch", "of the copy roof, no graph"): (25.0, 25.0, 25.0, "%"),
+        ("copy", "time"): (5.0, 4.0, 6.0, "us"),
+        ("copy", "bandwidth"): (600.0, 500.0, 750.0, "GB/s"),
+        ("copy", "of the copy roof"): (100.0, 83.333, 125.0, "%"),
+    }
+    first = rows[0]
+    assert (first.bench, first.subject, first.shape, first.dtype, first.how) == (
+        "micro", "twice", "b1", "fp32", "measured",
+    )  # fmt: skip
+    assert (first.device, first.commit, first.date, first.versions) == ("a GPU", "abc", HERE.date, "torch 2")
+    assert first.command == "python -m bench run --op twice --shape b1 --dtype fp32 --device cuda --provider voxkern"
+    assert not any(row.provider == "copy" and "--provider copy" in row.command for row in rows)
+
+
+def test_a_run_appends_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = trial(torch=named("torch"), voxkern=named("voxkern", 3.0))
+    monkeypatch.setattr(run, "trials", lambda choice: iter([both, replace(both, shape="b2", steps="euler:7")]))
+    monkeypatch.setattr(Choice, "timed", ["torch", "voxkern"])
+    file = tmp_path / "rows.csv"
+    clock = FakeClock({"torch": [2e-6], "copy": [1e-6]}, ROOF)
+    rows, wrong = run.run(Choice(device="cuda"), clock, file, HERE)
+    assert read(file.read_text()) == rows
+    assert [(row.shape, row.steps, row.provider) for row in rows[::3]] == [
+        ("b1", "", "torch"), ("b1", "", "copy"), ("b2", "euler:7", "torch"), ("b2", "euler:7", "copy"),
+    ]  # fmt: skip
+    assert len(wrong) == 2
+    assert capsys.readouterr().out.count("WRONG, not timed: voxkern is wrong at twice") == 2
+
+
+def test_on_a_processor_the_torch_providers_of_an_operator_are_right() -> None:
+    one = operator_trial(entry_of("flow_step"), case_of(entry_of("flow_step"), "odd"), "bf16", "cpu")
+    assert set(one.variants) == {"torch", "torch.compile"}
+    assert one.fault("torch") == ""
+    spoilt = replace(one, variants={"torch.compile": lambda x, **rest: entry_of("flow_step").reference(x=-x, **rest)})
+    assert "torch.compile is wrong at flow_step odd bf16" in spoilt.fault("torch.compile")
+    assert [len(t) for t in one.results(one.reference)] == [5, 5, 30]  # x, v_last and the tokens that are written to
+
+
+@pytest.mark.parametrize(("name", "steps"), [("flow_head", "euler:7"), ("codec_chunk", ""), ("backbone", "")])
+def test_modules_of_the_demo_voice_are_right(name: str, steps: str) -> None:
+    module = next(module for module in modules("cpu") if module.name == name and module.shape == "demo-b1")
+    one = module.build(Spot(name, module.shape, "bf16", "cpu"))
+    assert one.steps == steps
+    with torch.inference_mode():
+        assert one.fault("torch") == ""
+        assert all(torch.equal(a, b) for a, b in zip(*(one.results(one.reference) for _ in range(2)), strict=True))
+    assert (one.nbytes, one.rotates) == (0, False)
+
+
+def test_whole_modules_have_tolerances_of_their_own() -> None:
+    exact = [torch.tensor([[5, 10, 10], [1, 2, 2]])]
+    near, far = [torch.tensor([[5, 10, 11], [1, 2, 2]])], [torch.tensor([[5, 10, 13], [1, 2, 2]])]
+    assert by_codes(near, near, exact) == ""
+    assert by_codes(far, near, exact) == (
+        "acoustic codes are off by 0.750 levels in the mean where plain torch's are by 0.250"
+    )
+    assert by_codes([torch.tensor([[6, 10, 10], [1, 2, 2]])], exact, exact) == "1 of 2 semantic codes differ"
+    truth = [torch.tensor([3.0, 4.0]).double()]
+    plain, twice, thrice = ([torch.tensor([3.0, 4.0 + 0.01 * n])] for n in (1, 2, 3))
+    assert by_distance(twice, [plain[0] + 1e-5], truth) == ""
+    assert "RMS error 0.006 of the RMS where plain torch has 0.002" in by_distance(thrice, plain, truth)
+    assert by_distance([torch.full((2,), torch.nan)], plain, truth)
+
+
+def test_bytes_are_those_that_must_move() -> None:
+    entry, sizes = entry_of("paged_attention"), {"H": 32, "HKV": 8, "D": 128}
+    args = entry.args(case_of(entry, "b1"), Maker(torch.bfloat16))
+    rows = 2 * 2 * sizes["H"] * sizes["D"]  # q and the result
+    table = sum(args[name].numel() * args[name].element_size() for name in ("block_table", "lengths"))
+    assert fewest_bytes(entry, args) == rows + table + 2 * 2 * int(args["lengths"].sum()) * sizes["HKV"] * sizes["D"]
+    entry = entry_of("norm_linear")
+    args = entry.args(case_of(entry, "odd"), Maker(torch.bfloat16))
+    made = entry.op.declare(**args)
+    assert fewest_bytes(entry, args) == 2 * (sum(args[n].numel() for n in ("x", "norm", "weight")) + made.numel())
+
+
+def test_what_is_asked_for_is_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "operator_trial", lambda entry, case, dtype, device: (entry.name, case.name, dtype))
+    monkeypatch.setattr(run, "modules", lambda device: [])
+    chosen = [("linear", "down-b1", dtype) for dtype in ("bf16", "fp16", "fp32")]
+    with settings.pretend("sm_90"):
+        assert list(trials(Choice(("linear",), shape="down-b1"))) == chosen
+        assert list(trials(Choice(("linear",), quick=True))) == [chosen[0], chosen[2]]
+        assert list(trials(Choice(("linear",), shape="down-b1", dtypes=("fp16",)))) == [chosen[1]]
+        # 64 experts and their fp64 truth are too much for a processor
+        assert [shape for _, shape, _ in trials(Choice(("experts_up",)))] == ["small-4-b1"]
+        assert [shape for _, shape, _ in trials(Choice(("experts_up",), device="cuda"))] == [
+            "small-4-b1",
+            "small-4-b32",
+        ]
+
+
+def test_absent_providers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None if name == "vllm_omni" else name)
+    assert providers.missing("cpu") == {"voxkern": "no GPU", "vllm-omni": "no vllm_omni", "flashinfer": "no GPU"}
+    assert providers.missing("cuda") == {"vllm-omni": "no vllm_omni"}
+    assert Choice().timed == ["torch", "transformers"]
+    assert Choice(device="cuda").timed == ["voxkern", "torch", "torch.compile", "transformers", "flashinfer"]
+    assert Choice(providers=("torch.compile", "voxkern")).timed == ["torch.compile"]
+    with pytest.raises(SystemExit, match="none of the providers voxkern is here"):
+        run.main(["--provider", "voxkern", "--csv", "-"])
+    assert "not here: voxkern (no GPU); vllm-omni (no vllm_omni)" in capsys.readouterr().out
+
+
+def test_an_unknown_operator_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        choice_of(["--op", "linear", "liner"])
+    assert "--op: there is no liner; there are" in capsys.readouterr().err
+    choice, options = choice_of(["--op", "linear", "frame", "--dtype", "bf16", "--csv", "-"])
+    assert (choice.subjects, choice.dtypes, options.csv) == (("linear", "frame"), ("bf16",), "-")
+
+
+def timed(value: float, unit: str = "us", shape: str = "b1") -> Row:
+    metric = "time" if unit == "us" else "bandwidth"
+    return Row("micro", "linear", metric, value, unit, "measured", "run", "torch", shape, "bf16")
+
+
+def test_old_and_new_are_measured_in_turn_and_the_better_half_counts() -> None:
+    values = {"old": iter([8.0, 10.0]), "new": iter([6.0, 5.0])}
+    log = []
+
+    def measure(tree: Path, asked: Any) -> list[Row]:
+        log.append((tree.name, asked))
+        value = next(values[tree.name])
+        return [timed(value), timed(1000 / value, "GB/s")]
+
+    rows = compare.in_turn({"old": Path("old"), "new": Path("new")}, ["--op", "linear"], measure)
+    assert log == [(name, ["--op", "linear"]) for name in ("old", "new", "new", "old")]
+    assert [row.value for row in rows["old"]] == [8.0, 125.0]
+    assert [row.value for row in rows["new"]] == [5.0, 200.0]
+    head, line = compare.table("v1", rows)
+    assert head.split() == ["us", "v1", "this", "tree", "new", "/", "old"]
+    assert line.split() == ["linear", "b1", "bf16", "torch", "8", "5", "0.625"]
+    with pytest.raises(ValueError, match="was measured, and then"):
+        compare.faster(timed(1.0), timed(1.0, shape="b2"))
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(1, "tests are red of linear, frame"), (5, "there are no tests of linear, frame"), (0, "")]
+)
+def test_nothing_is_compared_while_tests_are_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, said: str
+) -> None:
+    fake = tmp_path / "pytest"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho 3 failed\nexit {code}\n')
+    fake.chmod(0o755)
+    measured = {"old": [timed(8.0)], "new": [timed(4.0)]}
+    monkeypatch.setattr(compare, "PYTEST", fake)
+    monkeypatch.setattr(compare, "in_turn", lambda trees, asked, measure: measured)
+    monkeypatch.setattr(compare, "worktree", lambda rev: compare.tempfile.TemporaryDirectory())
+    file = tmp_path / "rows.csv"
+    assert compare.compare("v1", Choice(("linear", "frame")), ["--op", "linear", "frame"], file) == bool(said)
+    out = capsys.readouterr().out
+    assert (tmp_path / "asked").read_text().strip() == "-q -x tests -k linear or test_frame or test_generate"
+    if said:
+        assert f"nothing is measured: {said}" in out
+        assert "3 failed" in out
+        assert not file.exists()
+    else:
+        assert out.splitlines()[1].split()[-3:] == ["8", "4", "0.500"]
+        assert read(file.read_text()) == [timed(4.0)]
+
+
+def test_a_revision_stands_in_a_worktree_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = tmp_path / "repo"
+    (repo / "bench").mkdir(parents=True)
+    for module in compare.TIMER:
+        (repo / "bench" / f"{module}.py").write_text("old")
+    (repo / "kernel").write_text("old")
+    who = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a"}
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "old"]):
+        subprocess.run(["git", *words], cwd=repo, check=True, env=os.environ | who)
+    for file in (repo / "bench" / "run.py", repo / "kernel"):
+        file.write_text("new")
+    monkeypatch.setattr(compare, "ROOT", repo)
+    with compare.worktree("HEAD") as tree:
+        assert [(tree / name).read_text() for name in ("kernel", "bench/run.py", "bench/timing.py")] == [
+            "old", "new", "old",
+        ]  # fmt: skip
+    assert not tree.exists()
+    assert (repo / "kernel").read_text() == "new"
+    with pytest.raises(SystemExit, match=r"--compare nowhere: .*invalid reference"), compare.worktree("nowhere"):
+        pass
+
+
+def test_the_rest_of_the_command_line_is_kept() -> None:
+    asked = ["--op", "a", "b", "--compare", "HEAD~1", "--csv=x", "--dtype", "bf16", "--csv", "-"]
+    assert compare.without(asked, "--compare", "--csv") == ["--op", "a", "b", "--dtype", "bf16"]
