@@ -10,6 +10,7 @@ from importlib import import_module
 COMMANDS = {
     "ledger": "compile every kernel for every architecture and write bench/ledger.csv; --check compares instead",
     "run": "time operators, whole frames and single modules",
+    "report": "measure what this machine can, and write the page, the pictures and the README's tables",
     "tune": "search launch settings for the GPU at hand",
 }
 

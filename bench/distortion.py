@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from bench.errors import TEXTS, conditions, say
-from bench.hearing import Say, Score, digit_strings, listen, speaker
+from bench.hearing import Say, Score, Speaker, digit_strings, listen
 from bench.results import FILE, Row, append, place, stamped
 from bench.solvers import FINE, solve
 from voxkern.checkpoint import read_checkpoint
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.flow import FlowMatchingAudioTransformer, lowest_argmax, quantise, time_grid
-from voxkern.reference.train.data import VOICES, WORDS, flite
+from voxkern.reference.train.data import DIGITS, VOICES, flite
 from voxkern.reference.train.hear import Ear
 from voxkern.tts import DEMO, TTS
 
@@ -78,13 +78,13 @@ def spoken(tts: TTS) -> tuple[Tensor, Tensor]:
 
 def hearing(tts: TTS, strings: int, seeds: int) -> list[Row]:
     """Words and strings that are heard right, by solver and evaluations, and of flite's own sound."""
-    ear, texts = Ear(WORDS), digit_strings(strings)
+    ear, texts = Ear(DIGITS), digit_strings(strings)
     found = []
     if shutil.which("flite"):
         own: Say = lambda asked: [flite(text, voice) for text, voice, _ in asked]  # noqa: E731
         found += heard(listen(own, texts, [0], ear), "flite", "flite", strings, 1)
     for solver, steps in HEARD:
-        score = listen(speaker(tts, solver, steps), texts, list(range(seeds)), ear)
+        score = listen(Speaker(tts, solver, steps), texts, list(range(seeds)), ear)
         found += heard(score, "demo voice", "torch", strings, seeds, f"{solver}:{steps}")
     return found
 

@@ -1,27 +1,31 @@
 """Requests side by side on this machine: frames a second, time to the first sound under load, memory.
 
-``python -m bench.engine`` runs the torch backend on a random checkpoint of middling size; ``--tiny`` on the tiny one.
-Two threads of a product wait for each other: on a machine that others use, set OMP_NUM_THREADS=1.
-Random models seldom say END, so every request has as many frames as it may.
+``python -m bench.engine`` runs the torch backend, in one thread, on the demo voice and on a random checkpoint of
+middling size. Random models seldom say END, and the demo voice not before all is measured.
 """
 
-import argparse
 import copy
 import resource
 import statistics
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import voxkern
+from bench.results import Row
 from voxkern.cache import cache_bytes
 from voxkern.maker import make_checkpoint, tiny_params
+from voxkern.tts import DEMO
 
 BATCHES = (1, 8, 32)
 FRAMES, STEPS = 25, 7
-TEXT = "seven three one, and then some more of it"
+TEXT = "seven three one nine five two"  # some sixty frames of the demo voice
 
 
 def middling() -> dict[str, Any]:
@@ -67,24 +71,50 @@ def first_sound(folder: Path, batch: int, others: int) -> float:
     return statistics.median(waits)
 
 
-def main() -> None:
-    """Print a row a batch size."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = make_checkpoint(Path(name), overrides={} if arguments.tiny else middling())
-        model = voxkern.load(folder, backend="torch").model
-        config, dtype = model.config.backbone, model.norm.weight.dtype
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {dtype}, {STEPS} steps")
-        print("batch  frames a second  first sound, s, beside batch - 1 others  peak memory, MB")
-        for batch in BATCHES:
-            speed, wait = frames_a_second(folder, batch), first_sound(folder, batch, batch - 1)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-            print(f"{batch:5d}  {speed:15.1f}  {wait:39.3f}  {peak:15.0f}", flush=True)
-        print("keys and values of a request, MB: ", end="")
-        print(", ".join(f"{n} tokens {cache_bytes(config, n, dtype) / 1e6:.2f}" for n in (64, 400, 1000)))
+def rows() -> list[Row]:
+    """Figures of the demo voice and of a random model of middling size, each as it comes.
+
+    A batch has a process of its own, so that its peak of memory is its own.
+    """
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as own,
+    ):
+        middle = make_checkpoint(Path(name), overrides=middling())
+        folders = {"demo voice": DEMO, "random, 8 layers of 768": middle}
+        return [
+            row
+            for model, folder in folders.items()
+            for batch in BATCHES
+            for row in own.submit(rows_of, model, folder, batch).result()
+        ]
+
+
+def rows_of(model: str, folder: Path, batch: int) -> list[Row]:
+    """Figures of one model at one batch size."""
+    torch.set_num_threads(1)
+    config = voxkern.load(folder, backend="torch").model.config.backbone
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    figures = {
+        "frames a second": (frames_a_second(folder, batch), "1/s"),
+        "first sound under load": (first_sound(folder, batch, batch - 1), "s"),
+    }
+    figures["peak memory"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "MB")
+    figures["memory before any request"] = (before, "MB")
+    for n in (64, 400, 1000):
+        figures[f"keys and values of {n} tokens"] = (cache_bytes(config, n, torch.bfloat16) / 1e6, "MB")
+    print(
+        f"{model}, {batch}: " + ", ".join(f"{name} {value:.4g} {unit}" for name, (value, unit) in figures.items()),
+        flush=True,
+    )
+    return [
+        Row(
+            "engine", model, metric, value, unit, "counted" if metric.startswith("keys") else "measured",
+            "python -m bench.engine", "torch", f"batch {batch}", "bf16", f"euler:{STEPS}",
+        )
+        for metric, (value, unit) in figures.items()
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    rows()

@@ -1,18 +1,36 @@
 """What a recogniser hears of a voice: ``python -m bench.hearing FOLDER``, beside flite's own sound."""
 
 import argparse
+import functools
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 import voxkern
-from voxkern.reference.train.data import RATE, VOICES, WORDS, flite
+from bench.results import Row, append, place, stamped
+from voxkern.reference.train.data import (
+    DIGITS,
+    FRAME,
+    MONTHS,
+    RATE,
+    TEENS,
+    TENS,
+    VOICES,
+    WEEKDAYS,
+    WORDS,
+    flite,
+    whole_frames,
+)
 from voxkern.reference.train.hear import Ear, words_right
+from voxkern.tts import DEMO
 
 MAX_FRAMES = 150
+COMMAND = "python -m bench.hearing"
 Request = tuple[str, str, int]  # text, voice, seed
 Say = Callable[[list[Request]], list[NDArray[np.float32]]]  # fp32 [n] each, at RATE
 
@@ -42,7 +60,30 @@ class Score:
 def digit_strings(n: int, seed: int = 20250101) -> list[str]:
     """Random strings of 1 to 6 digits."""
     generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(WORDS, generator.integers(1, 7))) for _ in range(n)]
+    return [" ".join(generator.choice(DIGITS, generator.integers(1, 7))) for _ in range(n)]
+
+
+def sentences(n: int, seed: int = 20250102) -> list[str]:
+    """Of the wider vocabulary: greetings, days, months and numbers to ninety-nine, 2 to 7 words each."""
+    generator = np.random.default_rng(seed)
+
+    def one(words: tuple[str, ...]) -> str:
+        return str(generator.choice(words))
+
+    def number() -> str:
+        kind = generator.integers(3)
+        return one(DIGITS) if kind == 0 else one(TEENS) if kind == 1 else f"{one(TENS)} {one(DIGITS[1:])}"
+
+    def sentence() -> str:
+        greeting = one(("hello", "goodbye", "thanks", "welcome", "good morning", "good afternoon", "good evening"))
+        day, month = one(("today", "tomorrow", *WEEKDAYS)), one(MONTHS)
+        forms = (
+            f"{greeting} {day}", f"{greeting} {day} {month} {number()}", f"{day} {month} {number()} please",
+            f"{one(('yes', 'no'))} {number()} {one(('please', 'thanks'))}", f"{day} {one(WEEKDAYS)} {month} {number()}",
+        )  # fmt: skip
+        return one(forms)
+
+    return [sentence() for _ in range(n)]
 
 
 def listen(say: Say, texts: list[str], seeds: list[int], ear: Ear, show: int = 0) -> Score:
@@ -57,46 +98,134 @@ def listen(say: Say, texts: list[str], seeds: list[int], ear: Ear, show: int = 0
     return score
 
 
-def speaker(tts: voxkern.TTS, solver: str, steps: int) -> Say:
-    """The voice with a solver; what it says prints how its requests ended."""
+class Speaker:
+    """The voice with a solver.
 
-    def say(requests: list[Request]) -> list[NDArray[np.float32]]:
+    Attributes:
+        ended: of each request that it said, whether it ended by itself.
+        lengths: of each, its frames by those of the words that it learnt from.
+    """
+
+    def __init__(self, tts: voxkern.TTS, solver: str, steps: int) -> None:
+        """Nothing is said yet."""
+        self._tts, self._solver, self._steps = tts, solver, steps
+        self.ended: list[bool] = []
+        self.lengths: list[float] = []
+
+    def __call__(self, requests: list[Request]) -> list[NDArray[np.float32]]:
+        """Say them."""
         texts, voices, seeds = (list(column) for column in zip(*requests, strict=True))
-        audios = tts.generate(texts, voice=voices, seed=seeds, steps=steps, solver=solver, max_frames=MAX_FRAMES)
-        ended = np.mean([audio.ended for audio in audios])
-        frames = [audio.codes.shape[1] / len(text.split()) for audio, text in zip(audios, texts, strict=True)]
-        print(
-            f"{solver}, {steps} steps: {ended:.1%} ended, frames a word {np.mean(frames):.1f}, most {max(frames):.1f}"
+        audios = self._tts.generate(
+            texts, voice=voices, seed=seeds, steps=self._steps, solver=self._solver, max_frames=MAX_FRAMES
         )
+        for text, voice, audio in zip(texts, voices, audios, strict=True):
+            natural = sum(natural_frames(word, voice) for word in text.split())
+            self.ended.append(audio.ended)
+            self.lengths.append(audio.codes.shape[1] / natural)
         return [audio.samples for audio in audios]
 
-    return say
+
+@functools.cache
+def natural_frames(word: str, voice: str) -> int:
+    """Of flite's own sound of a word."""
+    return len(whole_frames(flite(word, voice))) // FRAME
+
+
+def joined_of_flite() -> Say:
+    """flite's words one after another, which is what the voice learns."""
+    apart = {(word, voice): flite(word, voice) for word in WORDS for voice in VOICES}
+    return lambda requests: [
+        np.concatenate([apart[word, voice] for word in text.split()]) for text, voice, _ in requests
+    ]
+
+
+def rows(
+    folder: str = str(DEMO),
+    strings: int = 20,
+    seeds: int = 1,
+    solvers: tuple[str, ...] = ("euler:7", "ab2:4"),
+    show: int = 0,
+) -> list[Row]:
+    """What is heard of digits and of sentences, flite's own sound first, and how fast the voice is."""
+    torch.set_num_threads(1)
+    sets = {
+        f"{strings} strings of digits": (digit_strings(strings), Ear(DIGITS), seeds),
+        f"{2 * strings // 5} sentences": (sentences(2 * strings // 5), Ear(WORDS), 1),
+    }
+    tts, found = voxkern.load(folder, backend="torch", max_batch=16), list[Row]()
+    for kind, (texts, ear, n_seeds) in sets.items():
+        whole: Say = lambda asked: [flite(text, voice) for text, voice, _ in asked]  # noqa: E731
+        for subject, own in (("flite, whole", whole), ("flite, word by word", joined_of_flite())):
+            found += heard(subject, "flite", f"{kind}, 2 voices", "", listen(own, texts, [0], ear))
+        for name in solvers:
+            solver, steps = name.split(":")
+            say, shape = Speaker(tts, solver, int(steps)), f"{kind}, 2 voices, {n_seeds} seeds"
+            found += heard("demo voice", "torch", shape, name, listen(say, texts, list(range(n_seeds)), ear, show))
+            found += ends(say, shape, name)
+    return found + speed(folder)
+
+
+def heard(subject: str, provider: str, shape: str, steps: str, score: Score) -> list[Row]:
+    """A score's rows, which are printed too."""
+    print(f"{subject}, {shape} {steps}: {score}", flush=True)
+    figures = {
+        "words": (score.words, "words"), "words heard": (100 * score.words_right / score.words, "%"),
+        "strings": (score.strings, "strings"), "strings heard": (100 * score.strings_right / score.strings, "%"),
+    }  # fmt: skip
+    return [
+        Row("hearing", subject, name, value, unit, "measured", COMMAND, provider, shape, "bf16" if steps else "", steps)
+        for name, (value, unit) in figures.items()
+    ]
+
+
+def ends(speaker: Speaker, shape: str, steps: str) -> list[Row]:
+    """How a voice's requests ended."""
+    figures = {"ended by itself": (100 * float(np.mean(speaker.ended)), "%"), "longest": (max(speaker.lengths), "1")}
+    print(f"  ended by themselves: {figures['ended by itself'][0]:.1f} %, longest of the natural length: "
+          f"{figures['longest'][0]:.2f}", flush=True)  # fmt: skip
+    return [
+        Row("hearing", "demo voice", name, value, unit, "measured", COMMAND, "torch", shape, "bf16", steps)
+        for name, (value, unit) in figures.items()
+    ]
+
+
+def speed(folder: str) -> list[Row]:
+    """Real-time factor, and time to the first sound, of one request at a time."""
+    alone, texts = voxkern.load(folder, backend="torch"), digit_strings(9)
+    alone.generate(texts[0], seed=0, max_frames=3)
+    whole = [alone.generate(text, seed=0, max_frames=MAX_FRAMES) for text in texts]
+    firsts = []
+    for text in texts:
+        start = time.perf_counter()
+        stream = alone.stream(text, seed=0, max_frames=MAX_FRAMES)
+        next(stream)
+        firsts.append(time.perf_counter() - start)
+        stream.close()
+    figures = {"real-time factor": ([a.real_time_factor for a in whole], "1"), "first sound": (firsts, "s")}
+    found = []
+    for name, (values, unit) in figures.items():
+        low, *_, high = statistics.quantiles(values, n=5)
+        median = statistics.median(values)
+        print(f"{name}, batch 1, median of {len(values)}: {median:.3f} {unit}", flush=True)
+        row = Row("voice", "demo voice", name, median, unit, "measured", COMMAND, "torch", "batch 1", "bf16", "euler:7")
+        found.append(replace(row, low=low, high=high))
+    return found
 
 
 def main() -> None:
-    """Print scores, ends and speed."""
+    """Print scores, ends and speed; append rows where it is asked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder")
-    parser.add_argument("--strings", type=int, default=100)
+    parser.add_argument("folder", nargs="?", default=str(DEMO))
+    parser.add_argument("--strings", type=int, default=100, help="of digits; 2 sentences for 5 of them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--solver", nargs="*", default=["euler:7"], help="such as euler:4 euler:16 ab2:4")
     parser.add_argument("--show", type=int, default=10, help="print so many misheard strings")
+    parser.add_argument("--csv", action="store_true", help="append the rows to bench/results.csv")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    ear, texts = Ear(WORDS), digit_strings(args.strings)
-    print(
-        "flite, whole strings:", listen(lambda asked: [flite(r[0], r[1]) for r in asked], texts, [0], ear), flush=True
-    )
-    apart = {(word, voice): flite(word, voice) for word in WORDS for voice in VOICES}
-    joined: Say = lambda asked: [np.concatenate([apart[w, r[1]] for w in r[0].split()]) for r in asked]  # noqa: E731
-    print("flite, word by word:", listen(joined, texts, [0], ear), flush=True)
-    tts = voxkern.load(args.folder, max_batch=16)
-    for name in args.solver:
-        solver, steps = name.split(":")
-        print(listen(speaker(tts, solver, int(steps)), texts, list(range(args.seeds)), ear, args.show), flush=True)
-    alone = voxkern.load(args.folder)
-    factors = [alone.generate(text, seed=0, max_frames=MAX_FRAMES).real_time_factor for text in texts[:5]]
-    print(f"real-time factor at batch 1, median of 5: {np.median(factors):.2f}")
+    found = rows(args.folder, args.strings, args.seeds, tuple(args.solver), args.show)
+    if args.csv:
+        here = place()
+        append(stamped(row, here) for row in found)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from voxkern.reference.model import make_head
 from voxkern.reference.moe import MoEBlock
 
 DEMO = ROOT / "voxkern" / "demo"
+ROOM_FOR_PUBLIC = 60e9  # bytes: the public model, and its fp64 copy that results are held against
 STEPS, CONTEXT, PAGE = 7, 400, 64  # evaluations of the velocity; tokens in the cache, some 30 s of speech; of a page
 
 
@@ -114,6 +115,13 @@ def public_head(dtype: str, device: str) -> FlowHead:
     config = Config.from_params(public_params())
     head: FlowHead = filled(lambda: make_head(config.acoustic_transformer, config.audio), dtype, device)
     return head
+
+
+def public_model(dtype: str, device: str) -> VoxtralTTS:
+    """The whole public model with random weights."""
+    config = Config.from_params(public_params())
+    model: VoxtralTTS = filled(lambda: VoxtralTTS(config), dtype, device)
+    return model
 
 
 def public_layer(dtype: str, device: str) -> Backbone:
@@ -225,9 +233,9 @@ def codec_trial(spot: Spot, B: int) -> Trial:
     return trial_of(spot, codec, sound, {"codes": codes}, by_distance, partial(on_kernels, sound, codec, B))
 
 
-def frame_trial(spot: Spot, B: int) -> Trial:
+def frame_trial(spot: Spot, make: Callable[[str, str], VoxtralTTS], B: int) -> Trial:
     """A whole frame: codes of the hidden states, their sound, and the next hidden states."""
-    model, sound = demo(spot.dtype, spot.device), Sound(B)
+    model, sound = make(spot.dtype, spot.device), Sound(B)
     args = head_args(model.acoustic_transformer, B) | cache_args(model, B)
 
     def run(model: VoxtralTTS, h: Tensor, cfg_alpha: Tensor, noise: Tensor, **cache: Tensor) -> list[Tensor]:
@@ -301,11 +309,16 @@ def modules(device: str) -> list[Module]:
     mixture, found = "x".join(map(str, small_4)), list[Module]()
     for B in (1, 8):
         found += [
-            Module("frame", f"demo-b{B}", partial(frame_trial, B=B)),
+            Module("frame", f"demo-b{B}", partial(frame_trial, make=demo, B=B)),
             Module("flow_head", f"demo-b{B}", partial(head_trial, make=demo_head, B=B, params=demo_params)),
             Module("backbone", f"demo-b{B}", partial(backbone_trial, make=demo, B=B)),
             Module("codec_chunk", f"demo-b{B}", partial(codec_trial, B=B)),
             Module("moe_block", f"{mixture}-b{B}", partial(moe_trial, sizes=small_4, B=B), ("bf16",)),
+        ]
+    if device.startswith("cuda") and torch.cuda.get_device_properties(device).total_memory > ROOM_FOR_PUBLIC:
+        found += [  # named as bench/roofline.py wants what it lays over its predictions
+            Module("frame", f"frame-b{B}", partial(frame_trial, make=public_model, B=B), ("bf16",), large=True)
+            for B in (1, 8, 32)
         ]
     public = partial(head_trial, make=public_head, B=1, params=public_params)
     return [

@@ -78,7 +78,8 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What names the figure; two rows of one key are the same figure at two times."""
-        return (self.bench, self.subject, self.provider, self.shape, self.dtype, self.steps, self.metric, self.device)
+        what = (self.bench, self.subject, self.provider, self.shape, self.dtype, self.steps, self.metric, self.how)
+        return (*what, self.device)
 
 
 def place(device: str = "cpu") -> Place:

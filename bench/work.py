@@ -18,7 +18,7 @@ from voxkern.reference.config import (
 )
 
 CONTEXT = 400  # tokens before the frame: a voice of 150, a sentence, and some ten seconds of speech
-CHUNK = 25  # frames the codec decodes at once, as a stream does once it has got going
+CHUNK = 1  # frames the codec decodes at once: the engine says each as soon as it is made
 BF16 = 2
 Layered = BackboneConfig | AcousticTransformerConfig
 

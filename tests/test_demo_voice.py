@@ -1,18 +1,20 @@
 """The demo voice, as a recogniser hears it."""
 
 import pytest
+import torch
 
 pytest.importorskip("pocketsphinx", reason="hearing needs pocketsphinx: pip install 'voxkern[test]'")
 
 import voxkern
-from bench.hearing import digit_strings, listen, speaker
-from voxkern.reference.train.data import RATE, WORDS
+from bench.errors import large_tiles
+from bench.hearing import Speaker, digit_strings, listen, sentences
+from voxkern.reference.train.data import DIGITS, RATE, WORDS
 from voxkern.reference.train.hear import Ear
 
 
 @pytest.fixture(scope="module")
 def ear() -> Ear:
-    return Ear(WORDS)
+    return Ear(DIGITS)
 
 
 @pytest.mark.parametrize(("voice", "text"), [("slt", "seven three one nine"), ("rms", "four six two")])
@@ -20,6 +22,28 @@ def test_the_demo_voice_is_understood(ear: Ear, voice: str, text: str) -> None:
     audio = voxkern.load(backend="torch").generate(text, voice=voice, seed=7, max_frames=80)
     assert audio.ended
     assert ear.hear(audio.samples, RATE) == text.split()
+
+
+def test_the_demo_voice_is_understood_on_kernels(ear: Ear) -> None:
+    """Backbone, flow head and codec, interpreted; and its codes are those of plain PyTorch but for rounding."""
+    arguments = {"voice": "rms", "seed": 7, "steps": 2, "solver": "ab2", "max_frames": 12}
+    tts = voxkern.load(backend="triton")
+    decode = tts.model.audio_tokenizer.stream().decode
+    del tts.model.audio_tokenizer.stream  # frame by frame it would take most of the time; below, it is one chunk
+    with large_tiles():
+        audio = tts.generate("eight", **arguments)
+        sound = decode(torch.from_numpy(audio.codes).long().unsqueeze(0)).flatten().numpy()
+    assert audio.ended
+    assert ear.hear(sound, RATE) == ["eight"]
+    plain = voxkern.load(backend="torch").generate("eight", **arguments)
+    assert (audio.codes[0] == plain.codes[0]).all()  # the semantic ones, which name the word
+
+
+def test_the_wider_vocabulary() -> None:
+    text = "good evening monday march twenty"
+    audio = voxkern.load(backend="torch").generate(text, voice="slt", seed=7, max_frames=100)
+    assert audio.ended
+    assert Ear(WORDS).hear(audio.samples, RATE) == text.split()
 
 
 def test_the_ear_hears_what_is_said_and_nothing_else(ear: Ear) -> None:
@@ -34,10 +58,19 @@ def test_other_texts_make_sound() -> None:
     assert audio.samples.any()
 
 
+def test_sentences_are_of_known_words() -> None:
+    found = sentences(200)
+    assert {word for text in found for word in text.split()} <= set(WORDS)
+    assert all(2 <= len(text.split()) <= 7 for text in found)
+    assert len(set(found)) > 150
+
+
 @pytest.mark.slow
 def test_unseen_strings(ear: Ear) -> None:
-    tts = voxkern.load(backend="torch", max_batch=16)
-    score = listen(speaker(tts, "euler", 7), digit_strings(100), [0, 1, 2], ear, show=20)
+    speaker = Speaker(voxkern.load(backend="torch", max_batch=16), "euler", 7)
+    score = listen(speaker, digit_strings(100), [0, 1, 2], ear, show=20)
     print(score)
     assert score.words_right >= 0.95 * score.words
     assert score.strings_right >= 0.85 * score.strings
+    assert all(speaker.ended)
+    assert max(speaker.lengths) <= 1.5

@@ -98,6 +98,12 @@ def test_right_in_half_precision(dtype: torch.dtype, phase: str, arch: str) -> N
         assert_right(layer, u, run(layer, u, 40, phase))
 
 
+def test_right_in_half_precision_with_many_experts() -> None:
+    layer = block(torch.bfloat16, num_experts=128, num_experts_per_tok=4, num_shared_experts=1)
+    u = tokens(300, torch.bfloat16)
+    assert_right(layer, u, run(layer, u, 300, "prefill"))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -48,7 +48,8 @@ def load(
     """Load a model.
 
     Args:
-        source: a checkpoint folder or a hub id; None takes the demo voice, which says the ten digits.
+        source: a checkpoint folder or a hub id; None takes the demo voice, which says numbers, days, months and
+            greetings.
         device: None takes the GPU if there is one.
         dtype: "bfloat16", "float16", "float32" or a torch dtype; None keeps the checkpoint's.
         backend: "triton", the kernels; "torch", the reference modules; "auto" takes the kernels on a GPU, and in

@@ -28,8 +28,8 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
         float32 [n].
 
     Raises:
-        ValueError: no such file or no sound file; a value that is not finite or far beyond full scale; silence; shorter than 1 s or longer than
-            60 s; or another rate, where soxr is not installed.
+        ValueError: no such file or no sound file; a value that is not finite or far beyond full scale; silence; shorter
+            than 1 s or longer than 60 s; or another rate, where soxr is not installed.
     """
     import soundfile
 

@@ -1,0 +1,99 @@
+"""One page of all figures: ``python -m bench report`` measures what this machine can, and writes the page and pictures.
+
+Every part runs in a process of its own and appends its rows to ``bench/results.csv``; then ``bench/report.html``,
+``bench/plots/*.png`` and the tables between the README's markers are made of the newest rows and of the ledger. With
+``--no-measure`` nothing is run.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from bench import ledger, page, results
+from bench.tables import Figures, Table, tables
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, PLOTS, README = ROOT / "bench" / "report.html", ROOT / "bench" / "plots", ROOT / "README.md"
+# modules with rows(), and how they are run again; cheap ones first, so that a broken one is soon seen
+PARTS = ("roofline", "server_cost", "depth", "errors", "distortion", "hearing", "engine", "frame")
+INTERPRETED = ("frame",)  # counted in Triton's interpreter, which is chosen when Triton is imported
+MARKED = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what the command line asks."""
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.add_argument("--no-measure", action="store_true", help="make the page of the rows that are there")
+    parser.add_argument("--only", choices=(*PARTS, "run"), nargs="+", help="measure these parts alone")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of a process of its own
+    options = parser.parse_args(arguments)
+    if options.part:
+        results.append(rows_of(options.part))
+        return 0
+    failed = [] if options.no_measure else [part for part in options.only or (*PARTS, "run") if not measured(part)]
+    write()
+    print(f"wrote {PAGE.relative_to(ROOT)}, {PLOTS.relative_to(ROOT)} and the README's tables")
+    if failed:
+        print(f"FAILED, with their older rows in the page: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def rows_of(part: str) -> list[results.Row]:
+    """A part's rows, with their place."""
+    rows = import_module(f"bench.{part}").rows()
+    here = results.place()
+    return [row if row.date else results.stamped(row, here) for row in rows]
+
+
+def measured(part: str) -> bool:
+    """Run a part; whether it went well."""
+    command = ["run", "--quick"] if part == "run" else ["report", "--part", part]
+    start = time.perf_counter()
+    print(f"{part} ...", end=" ", flush=True)
+    env = {**os.environ, "TRITON_INTERPRET": str(int(part in INTERPRETED))}
+    done = subprocess.run([sys.executable, "-m", "bench", *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    print(
+        f"{time.perf_counter() - start:.0f} s" if done.returncode == 0 else f"failed:\n{done.stderr[-2000:]}",
+        flush=True,
+    )
+    return done.returncode == 0
+
+
+def write() -> None:
+    """Page, pictures and README from what is committed."""
+    from bench import plots  # needs matplotlib
+
+    figures = Figures(results.read(results.FILE.read_text()))
+    version, compiled = ledger.read(ledger.FILE.read_text())
+    pictures = {
+        "frame": plots.png(plots.frame_times(figures)), "claim": plots.png(plots.claim(figures)),
+        "steps": plots.png(plots.error_by_steps(figures)), "resources": plots.png(plots.resources(compiled)),
+    }  # fmt: skip
+    PLOTS.mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        (PLOTS / f"{name}.png").write_bytes(picture)
+    made = tables(figures, compiled)
+    PAGE.write_text(page.html(made, pictures, figures, version))
+    README.write_text(with_tables(README.read_text(), made))
+
+
+def with_tables(text: str, made: dict[str, Table]) -> str:
+    """The text with each marked table as the rows say it.
+
+    Raises:
+        ValueError: it marks a table that has no rows.
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        if found[1] not in made:
+            raise ValueError(f"the README marks the table {found[1]!r}, there are {', '.join(made)}")
+        table = made[found[1]]
+        return f"<!-- figures: {found[1]} -->\n{table.markdown()}\n\n`{table.command}`. {table.note}\n<!-- end -->"
+
+    return MARKED.sub(replace, text)

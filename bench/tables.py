@@ -1,0 +1,284 @@
+"""The figures of the report and of the README as tables, made of the committed rows and the ledger alone."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.ledger import Row as LedgerRow
+from bench.results import Row
+
+PREDICTED = "PREDICTED by the model of bench/roofline.py, not measured: nothing here was run on a GPU."
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table and how to make its figures again.
+
+    Attributes:
+        title: of it.
+        note: what a reader must know.
+        command: that makes the rows.
+        head: of its columns.
+        lines: of cells.
+    """
+
+    title: str
+    note: str
+    command: str
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """For the README."""
+        lines = [self.head, ["---"] * len(self.head), *self.lines]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Figures:
+    """Rows to be found by what they say; of several of the same, the newest."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        """Rows, oldest first."""
+        self.rows = list(rows)
+
+    def all(self, **wanted: str) -> list[Row]:
+        """The newest row of every figure that fits, whatever it was measured on."""
+        found: dict[tuple[str, ...], Row] = {}
+        for row in self.rows:
+            if all(getattr(row, name) == value for name, value in wanted.items()):
+                found[row.key[:-1]] = row  # without the device
+        return list(found.values())
+
+    def one(self, **wanted: str) -> Row | None:
+        """The newest row that fits."""
+        found = self.all(**wanted)
+        return found[-1] if found else None
+
+    def value(self, form: str, scale: float = 1.0, **wanted: str) -> str:
+        """It as a cell; a dash where there is none."""
+        row = self.one(**wanted)
+        return "-" if row is None else format(row.value * scale, form)
+
+    def values(self, name: str, **wanted: str) -> list[str]:
+        """What a column holds in the rows that fit, in their order."""
+        return list(dict.fromkeys(getattr(row, name) for row in self.all(**wanted)))
+
+
+def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, Table]:
+    """Every table by its name, those without rows left out."""
+    made = {
+        "frame": frame(figures), "cache": cache(figures), "server": server(figures), "claim": claim(figures),
+        "roofline": roofline(figures), "errors": errors(figures), "distortion": distortion(figures),
+        "hearing": hearing(figures), "voice": voice(figures), "engine": engine(figures), "micro": micro(figures),
+        "resources": resources(ledger),
+    }  # fmt: skip
+    return {name: table for name, table in made.items() if table.lines}
+
+
+def frame(figures: Figures) -> Table:
+    """Launches and bytes of a frame's parts."""
+    lines = []
+    for subject in figures.values("subject", bench="frame", metric="launches"):
+        for shape in figures.values("shape", bench="frame", metric="launches", subject=subject):
+            wanted = {"bench": "frame", "subject": subject, "shape": shape}
+            lines.append([
+                subject, shape.removeprefix("frame-b"), figures.value(".0f", **wanted, metric="launches"),
+                figures.value(".3f", 1e-9, **wanted, metric="bytes"),
+                figures.value(".3f", **wanted, metric="of the fewest bytes"),
+                figures.value(".1f", 1e-9, **wanted, metric="multiply-adds"),
+                figures.value(".3f", **wanted, metric="of the usual multiply-adds"),
+            ])  # fmt: skip
+    head = ("of a frame", "batch", "launches", "GB from DRAM", "of the fewest", "multiply-adds, G", "of the usual")
+    note = "Public shapes, bf16, 7 evaluations, tiles of sm_90, counted in the interpreter; keys and values apart."
+    return Table("What a frame costs, counted", note, "python -m bench.frame", head, lines)
+
+
+def cache(figures: Figures) -> Table:
+    """Keys and values of a request."""
+    lines = [
+        [
+            shape.removeprefix("context "), figures.value(".1f", 1e-6, bench="frame", metric="bytes", shape=shape),
+            figures.value(".3f", bench="frame", metric="of the fewest bytes", shape=shape),
+            figures.value(".1f", 1e-6, bench="frame", metric="bytes of spans' parts", shape=shape),
+        ]
+        for shape in figures.values("shape", bench="frame", subject="keys and values")
+    ]  # fmt: skip
+    head = ("tokens", "MB from DRAM", "of the fewest", "spans' parts, MB")
+    note = "Public shapes, bf16, 26 layers, counted in the interpreter."
+    return Table("Keys and values of one request in a frame", note, "python -m bench.frame", head, lines)
+
+
+def server(figures: Figures) -> Table:
+    """The public server's head beside ours."""
+    lines = []
+    for shape in figures.values("shape", bench="server_cost"):
+        for row in figures.all(bench="server_cost", metric="launches", shape=shape):
+            wanted = {"bench": "server_cost", "subject": row.subject, "provider": row.provider, "shape": shape}
+            lines.append([
+                shape.removeprefix("frame-b"), row.provider, row.subject.removeprefix("flow head, "),
+                f"{row.value:.0f}", figures.value(".3f", 1e-9, **wanted, metric="bytes"),
+                figures.value(".3f", 1e-9, **wanted, metric="bytes of weights"),
+            ])  # fmt: skip
+    head = ("batch", "whose", "path", "launches", "GB from DRAM", "of them weights")
+    note = (
+        "The flow head's frame, public shapes, bf16, 7 evaluations; counted, an operator of plain torch as one launch."
+    )
+    return Table("The public server's flow head and ours", note, "python -m bench.server_cost", head, lines)
+
+
+def claim(figures: Figures) -> Table:
+    """A flow head instead of a depth transformer."""
+    lines = []
+    for row in figures.all(bench="depth", metric="launches"):
+        wanted = {"bench": "depth", "subject": row.subject, "steps": row.steps}
+        widths = figures.values("shape", **wanted, metric="time")
+        lines.append([
+            f"{row.subject}, {row.steps.replace(':', ' ')}",
+            figures.value(".2f", 1e-9, **wanted, metric="bytes of weights"), f"{row.value:.0f}",
+            *(figures.value(".2f", **wanted, metric=f"time on {gpu}") for gpu in ("L4", "H100 SXM", "B200")),
+            *(figures.value(".0f", **wanted, metric="time", shape=shape) for shape in widths),
+        ])  # fmt: skip
+    widths = [
+        f"this CPU, ms, width {shape.partition('width ')[2]}"
+        for shape in figures.values("shape", bench="depth", metric="time")
+    ]
+    head = ("one frame, batch 1", "GB of weights", "launches", "L4, ms", "H100, ms", "B200, ms", *widths)
+    note = "36 acoustic codes from the same hidden state by heads of equal width and layers. GPU times are " + PREDICTED
+    return Table("The architecture's claim: a few flow steps, or 36 codes in a row", note, "python -m bench.depth",
+                 head, lines)  # fmt: skip
+
+
+def roofline(figures: Figures) -> Table:
+    """Floors and predictions."""
+    gpus = figures.values("subject", bench="roofline", metric="floor")
+    shapes = ("frame-b1", "frame-b8", "frame-b32")
+    lines = []
+    for gpu in gpus:
+        cells = [gpu]
+        for shape in shapes:
+            wanted = {"bench": "roofline", "subject": gpu, "shape": shape}
+            floor, time = (figures.value(".2f", **wanted, metric=m, steps="euler:7") for m in ("floor", "time"))
+            fewer = figures.value(".2f", **wanted, metric="time", steps="ab2:4")
+            cells.append(f"{floor} / {time} / {fewer}")
+        lines.append(cells)
+    head = ("GPU", *(f"batch {shape.removeprefix('frame-b')}" for shape in shapes))
+    note = (
+        "Milliseconds of a whole frame (80 ms of sound), bf16: floor / 7 Euler evaluations / 4 of ab2. "
+        f"The floor is bytes or products at the data sheet's rates. {PREDICTED}"
+    )
+    return Table("Time of a frame by GPU", note, "python -m bench.roofline", head, lines)
+
+
+def errors(figures: Figures) -> Table:
+    """Rounding, in codes and decibels."""
+    lines = []
+    for row in figures.all(bench="errors", metric="acoustic codes flipped"):
+        wanted = {"bench": "errors", "provider": row.provider, "dtype": row.dtype}
+        by = (figures.value(".2f", **wanted, metric=f"acoustic codes flipped by {n}")
+              for n in ("1 level", "2 levels", "more"))  # fmt: skip
+        lines.append([
+            row.dtype, row.provider, f"{row.value:.2f}", *by,
+            figures.value(".2f", **wanted, metric="semantic codes flipped"),
+            figures.value(".1f", **wanted, metric="waveform SNR"),
+        ])  # fmt: skip
+    n = figures.value(".0f", bench="errors", metric="acoustic codes compared")
+    head = ("dtype", "whose", "acoustic codes flipped, %", "by 1 level", "by 2", "by more", "semantic, %", "SNR, dB")
+    note = (
+        f"The demo voice against fp64, {n} acoustic codes a line, histories given; kernels in the interpreter. "
+        "SNR is of the codec's sound from the same codes."
+    )
+    return Table("What rounding changes", note, "python -m bench.errors", head, lines)
+
+
+def distortion(figures: Figures) -> Table:
+    """Fewer evaluations, in codes."""
+    steps = [row.steps for row in figures.all(bench="distortion", metric="codes that differ")]
+    counts = sorted({int(one.partition(":")[2]) for one in steps})
+    lines = []
+    for solver, name in (("euler", "Euler, even times"), ("ab2", "ab2, warped times")):
+        cells = [name]
+        for n in counts:
+            wanted = {"bench": "distortion", "steps": f"{solver}:{n}"}
+            rmse = figures.value(".3f", **wanted, metric="RMSE from 256 steps")
+            cells.append(f"{rmse}, {figures.value('.0f', **wanted, metric='codes that differ')} %")
+        lines.append(cells)
+    head = ("solver", *(f"{n} evaluations" for n in counts))
+    note = "The demo voice's flow head, from its own states: RMSE of x and codes that differ from 256 steps'."
+    return Table("What fewer evaluations cost", note, "python -m bench.distortion", head, lines if steps else [])
+
+
+def hearing(figures: Figures) -> Table:
+    """What a recogniser hears."""
+    lines = []
+    for row in figures.all(bench="hearing", metric="words heard"):
+        wanted = {"bench": "hearing", "subject": row.subject, "shape": row.shape, "steps": row.steps}
+        wanted["provider"] = row.provider
+        n_words, n_strings = (figures.value(".0f", **wanted, metric=m) for m in ("words", "strings"))
+        lines.append([
+            row.subject, row.steps.replace(":", " ") or "-", row.shape, f"{row.value:.1f} % of {n_words}",
+            f"{figures.value('.1f', **wanted, metric='strings heard')} % of {n_strings}",
+            figures.value(".1f", **wanted, metric="ended by itself"), figures.value(".2f", **wanted, metric="longest"),
+        ])  # fmt: skip
+    head = ("whose sound", "solver", "what was said", "words heard right", "strings heard right", "ended, %", "longest")
+    note = (
+        "pocketsphinx, with a grammar of the words that may come. flite is what the voice was trained on. "
+        "Longest: of a request's natural length."
+    )
+    return Table("What a recogniser hears of the demo voice", note, "python -m bench.hearing", head, lines)
+
+
+def voice(figures: Figures) -> Table:
+    """Speed of the demo voice here."""
+    lines = [
+        [row.subject, row.metric, f"{row.value:.3g} {row.unit}".removesuffix(" 1"), row.device]
+        for row in figures.all(bench="voice")
+    ]
+    note = "Plain PyTorch on this machine's CPU, batch 1, one thread."
+    return Table("The demo voice's speed", note, "python -m bench.hearing", ("what", "figure", "", "on"), lines)
+
+
+def engine(figures: Figures) -> Table:
+    """Many requests side by side."""
+    lines = []
+    for row in figures.all(bench="engine", metric="frames a second"):
+        wanted = {"bench": "engine", "subject": row.subject, "shape": row.shape}
+        lines.append([
+            row.subject, row.shape.removeprefix("batch "), f"{row.value:.1f}",
+            figures.value(".3f", **wanted, metric="first sound under load"),
+            figures.value(".0f", **wanted, metric="peak memory"),
+        ])  # fmt: skip
+    head = ("model", "requests", "frames a second, all", "first sound beside the others, s", "peak memory, MB")
+    note = "Plain PyTorch on this machine's CPU, 7 evaluations; 12.5 frames a second are one voice in real time."
+    return Table("Many requests at once", note, "python -m bench.engine", head, lines)
+
+
+def micro(figures: Figures) -> Table:
+    """Single operators and modules."""
+    lines = [
+        [
+            row.subject, row.shape, row.dtype, row.provider, f"{row.value:.4g}",
+            "" if row.low is None else f"{row.low:.4g} to {row.high:.4g}",
+        ]
+        for row in figures.all(bench="micro", metric="time")
+    ]  # fmt: skip
+    head = ("operator or module", "shape", "dtype", "provider", "median, us", "20 % to 80 %")
+    note = "On this machine's CPU, where only plain PyTorch can be timed: it says nothing about the kernels."
+    return Table("Microbenchmarks", note, "python -m bench run --quick", head, lines)
+
+
+def resources(ledger: Sequence[LedgerRow]) -> Table:
+    """What the compiler makes of the kernels, by architecture."""
+    by_arch: dict[str, list[LedgerRow]] = defaultdict(list)
+    for row in ledger:
+        by_arch[row.arch].append(row)
+    lines = [
+        [
+            arch, str(len(rows)), str(max(row.registers for row in rows)), str(sum(row.spill for row in rows)),
+            f"{max(row.shared / row.limit for row in rows):.0%}", str(max(row.binaries for row in rows)),
+        ]
+        for arch, rows in by_arch.items()
+    ]  # fmt: skip
+    head = ("architecture", "launches compiled", "most registers a thread", "bytes spilled",
+            "most shared memory, of the limit", "binaries a launch")  # fmt: skip
+    note = "Compiled ahead of time, not run: bench/ledger.csv, which every change of a kernel is held against."
+    return Table("Resources by architecture", note, "python -m bench ledger --check", head, lines)

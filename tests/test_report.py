@@ -1,0 +1,121 @@
+"""The page, the pictures and the README's tables, from rows."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the report's pictures need matplotlib: pip install 'voxkern[bench]'")
+
+from bench import ledger, page, plots, report, results
+from bench.results import Row
+from bench.tables import Figures, Table, tables
+
+CPU, GPU = "a CPU, 1 threads", "NVIDIA H100 80GB HBM3"
+TIME = Row("voice", "demo voice", "real-time factor", 0.25, "1", "measured", "again", date="2026-01-01", device=CPU)
+LEDGER = ledger.read(ledger.FILE.read_text())[1]
+
+
+def counted(provider: str, metric: str, value: float, **more: Any) -> Row:
+    row = Row("server_cost", "flow head, eager", metric, value, "1", "counted", "again", provider, "frame-b1")
+    return replace(row, **more)
+
+
+def test_the_readme_says_what_the_rows_say() -> None:
+    """Every table between markers is the newest rows': python -m bench report --no-measure writes them."""
+    made = tables(Figures(results.read(results.FILE.read_text())), LEDGER)
+    text = report.README.read_text()
+    assert report.with_tables(text, made) == text
+    assert len(report.MARKED.findall(text)) >= 8
+
+
+def test_a_readme_that_says_otherwise_is_seen() -> None:
+    made = {"voice": Table("t", "A note.", "again", ("a", "b"), [("1", "2")])}
+    text = "before\n<!-- figures: voice -->\n| a | b |\n| --- | --- |\n| 1 | 3 |\n<!-- end -->\nafter"
+    right = report.with_tables(text, made)
+    assert right != text
+    assert "| 1 | 2 |\n\n`again`. A note.\n<!-- end -->\nafter" in right
+    assert report.with_tables(right, made) == right
+    with pytest.raises(ValueError, match="marks the table 'voice', there are"):
+        report.with_tables(text, {"claim": made["voice"]})
+
+
+def test_cells() -> None:
+    rows = [
+        counted("voxkern", "launches", 96), counted("voxkern", "bytes", 5.0e9), counted("vllm-omni", "launches", 470),
+        counted("voxkern", "launches", 97, date="later", device="another"), TIME,
+        replace(TIME, value=0.125, date="later"),
+    ]  # fmt: skip
+    made = tables(Figures(rows), [])
+    assert made.keys() == {"server", "voice"}  # tables without rows are left out
+    assert made["server"].lines == [
+        ["1", "voxkern", "eager", "97", "5.000", "-"],
+        ["1", "vllm-omni", "eager", "470", "-", "-"],
+    ]
+    assert made["voice"].lines == [["demo voice", "real-time factor", "0.125", CPU]]
+
+
+def test_resources_of_the_ledger() -> None:
+    lines = {line[0]: line[1:] for line in tables(Figures([]), LEDGER)["resources"].lines}
+    of_h100 = [row for row in LEDGER if row.arch == "sm_90"]
+    assert lines["sm_90"][:3] == [str(len(of_h100)), str(max(row.registers for row in of_h100)), "0"]
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_the_page_says_what_was_run_on_a_gpu(device: str) -> None:
+    time = Row("run", "frame", "time", 4.5, "ms", "measured", "again", "voxkern", "frame-b1", "bf16", "euler:7")
+    figures = Figures([TIME, replace(time, device=device, date="2026-01-01")])
+    said = page.html(
+        tables(figures, LEDGER), dict.fromkeys(("frame", "claim", "steps", "resources"), b""), figures, "3"
+    )
+    assert ("Nothing on this page was run on a GPU" in said) == (device == CPU)
+    assert (f"measured come from: {GPU}" in said) == (device == GPU)
+    assert "<td>0.25</td>" in said
+    assert "<script" not in said
+    assert "http" not in said  # it needs nothing else
+
+
+def test_text_is_escaped() -> None:
+    table = Table("<b>", "a < b", "x --y", ("a",), [("<i>",)])
+    said = page.html({"voice": table}, dict.fromkeys(("frame", "claim", "steps", "resources"), b""), Figures([]), "3")
+    assert "<td>&lt;i&gt;</td>" in said
+    assert "a &lt; b" in said
+
+
+def test_pictures_are_drawn_of_rows() -> None:
+    figures = Figures(results.read(results.FILE.read_text()))
+    drawn = plots.frame_times(figures)
+    bars = drawn.axes[0].containers[0]
+    floor = figures.one(
+        bench="roofline", subject="L4", metric="time of the backbone", shape="frame-b1", steps="euler:7"
+    )
+    assert floor is not None
+    assert bars[0].get_width() == pytest.approx(floor.value)
+    for plot in (drawn, plots.claim(figures), plots.error_by_steps(figures), plots.resources(LEDGER)):
+        assert plots.png(plot).startswith(b"\x89PNG")
+
+
+def test_a_measured_frame_is_laid_over_the_prediction() -> None:
+    rows = results.read(results.FILE.read_text())
+    frame = Row("run", "frame", "time", 4500.0, "us", "measured", "again", "voxkern", "frame-b1", "bf16", "euler:7")
+    drawn = plots.frame_times(Figures([*rows, replace(frame, device=GPU)]))
+    (star,) = [line for line in drawn.axes[0].lines if line.get_label() == "measured"]
+    assert list(star.get_xdata()) == [pytest.approx(4.5)]
+    assert list(star.get_ydata()) == ["H100 SXM"]
+
+
+def test_a_part_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(command[3:])
+        return SimpleNamespace(returncode=int("depth" in command), stderr="because of this")
+
+    monkeypatch.setattr(report.subprocess, "run", run)
+    monkeypatch.setattr(report, "write", lambda: None)
+    assert report.main(["--only", "roofline", "depth", "run"]) == 1
+    assert asked == [["report", "--part", "roofline"], ["report", "--part", "depth"], ["run", "--quick"]]
+    said = capsys.readouterr().out
+    assert "because of this" in said
+    assert "FAILED, with their older rows in the page: depth" in said
