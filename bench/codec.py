@@ -77,13 +77,14 @@ def codec_conv_reference(
 
 
 def codec_conv_inputs(s: Any, make: Maker) -> dict[str, Any]:
-    """`s.n` rows before each row, and a rule by its number."""
-    M = s.B * s.T * s.rate
+    """`s.n` rows before each row, and a rule by its number; `s.narrow`, where there is one: rows in bf16 alone."""
+    M, narrow = s.B * s.T * s.rate, getattr(s, "narrow", 0)
+    x, tail = make(M, s.K), make(2, s.B, s.n, s.K)
     return {
         "y": make(M, s.N),
-        "x": make(M, s.K),
+        "x": x.bfloat16() if narrow else x,
         "weight": make(s.N, (s.n + 1) * s.K, std=((s.n + 1) * s.K) ** -0.5),
-        "tail": make(2, s.B, s.n, s.K),
+        "tail": tail.bfloat16() if narrow else tail,
         "rate": s.rate,
         "rule": RULES[s.rule],
         **chunk_inputs(s, make),
@@ -96,6 +97,7 @@ def codec_advance_reference(lengths: Tensor, frames: Tensor, turn: Tensor) -> No
     turn.copy_(1 - turn)
 
 
+FIRST = {"N": 1024, "K": 292, "n": 2, "rule": 1, "rate": 1}
 UP = {"N": 2048, "K": 1024, "n": 1, "rule": 0}
 SOUND = {"N": 240, "K": 1024, "n": 6, "rule": 2, "rate": 8}
 
@@ -123,10 +125,17 @@ ENTRIES = [
         cases=(
             Case("odd", {"B": 5, "T": 3, "N": 50, "K": 75, "n": 2, "rule": 1, "rate": 1}),
             Case("odd-reflect", {"B": 3, "T": 2, "N": 37, "K": 70, "n": 6, "rule": 2, "rate": 8}),
+            Case(
+                "odd-narrow",
+                {"B": 3, "T": 2, "N": 37, "K": 70, "n": 6, "rule": 2, "rate": 8, "narrow": 1},
+                dtypes=("fp32",),
+            ),
             Case("odd-zero", {"B": 7, "T": 3, "N": 66, "K": 129, "n": 1, "rule": 0, "rate": 2}),
             Case("up-b1", {"B": 1, "T": 1, **UP, "rate": 4}, public=True, dtypes=("bf16",)),
             Case("up-b32", {"B": 32, "T": 1, **UP, "rate": 4}, public=True, dtypes=("bf16",)),
+            Case("first-b1", {"B": 1, "T": 1, **FIRST}, public=True, dtypes=("bf16",)),
             Case("sound-b1", {"B": 1, "T": 1, **SOUND}, public=True, dtypes=("fp32",)),
+            Case("sound-narrow-b1", {"B": 1, "T": 1, **SOUND, "narrow": 1}, public=True, dtypes=("fp32",)),
         ),
         rows="B",
         alike=False,

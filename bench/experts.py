@@ -108,6 +108,14 @@ ODD = {"M": 19, "E": 5, "top_k": 2, "n_shared": 2, "max_rows": 20, "decode": 1, 
 ODD_ONE = {"M": 37, "E": 2, "top_k": 1, "n_shared": 0, "max_rows": 40, "decode": 0, "N": 97, "K": 129}
 B1 = {"M": 1, "E": 4, "top_k": 4, "n_shared": 1, "max_rows": 1, "decode": 1}
 B32 = {"M": 32, "E": 64, "top_k": 4, "n_shared": 1, "max_rows": 32, "decode": 1}
+PREFILL = {
+    "M": 64,
+    "E": 4,
+    "top_k": 4,
+    "n_shared": 1,
+    "max_rows": 64,
+    "decode": 0,
+}  # tiles of 64 rows, as 1024 of 128 have
 UP, DOWN = {"N": 2048, "K": 4096}, {"N": 4096, "K": 2048}
 
 ENTRIES = [
@@ -120,6 +128,7 @@ ENTRIES = [
             Case("odd-one", ODD_ONE),
             Case("small-4-b1", B1 | UP, public=True, dtypes=("bf16",)),
             Case("small-4-b32", B32 | UP, public=True, dtypes=("bf16",)),
+            Case("small-4-prefill-b1", PREFILL | UP, public=True, dtypes=("bf16",)),
         ),
         stage=lambda c: 2 * c["BLOCK_N"] * c["BLOCK_K"],
         once=(),  # which are hit is in the data: tests/test_experts.py
@@ -134,6 +143,7 @@ ENTRIES = [
             Case("odd-one", ODD_ONE),
             Case("small-4-b1", B1 | DOWN, public=True, dtypes=("bf16",)),
             Case("small-4-b32", B32 | DOWN, public=True, dtypes=("bf16",)),
+            Case("small-4-prefill-b1", PREFILL | DOWN, public=True, dtypes=("bf16",)),
         ),
         once=(),
         alike=False,

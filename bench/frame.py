@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.counters import counting
+from bench.results import Row
 from voxkern.kernels import settings
 from voxkern.kernels.attention import attention_scratch, launch_paged_attention
 from voxkern.kernels.linear import launch_norm_linear
@@ -114,9 +115,17 @@ def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
 
 @dataclass(frozen=True)
 class CacheTraffic:
-    """Of one layer's attention over one request: DRAM bytes of keys and values, the fewest, and of spans' parts."""
+    """Of one layer's attention over one request.
+
+    Attributes:
+        kv: DRAM bytes of keys and values.
+        again: bytes of them that blocks ask for beyond those: a block per query head would read each key four times.
+        fewest: the least that keys and values can be.
+        parts: DRAM bytes of spans' parts.
+    """
 
     kv: int
+    again: int
     fewest: int
     parts: int
 
@@ -133,7 +142,8 @@ def cache_traffic(context: int, dtype: torch.dtype = torch.bfloat16) -> CacheTra
         launch_paged_attention(out, q, pool, table, lengths, 0, MAX_TOKENS, scratch)
     traffic = launches[0].traffic()
     parts = traffic["p_partial"].dram if "p_partial" in traffic else 0
-    return CacheTraffic(traffic["p_pool"].dram, 2 * HKV * context * D * dtype.itemsize, parts)
+    cached = traffic["p_pool"]
+    return CacheTraffic(cached.dram, cached.again, 2 * HKV * context * D * dtype.itemsize, parts)
 
 
 @contextmanager
@@ -167,9 +177,8 @@ def _recorder(
 
 def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> tuple[Any, ...]:
     """Modulations are made once a frame, for all its steps: not for the two that are run here."""
-    *weights, max_rows = weights  # type: ignore[assignment]
     room = out.new_zeros(STEPS, *out.shape[1:])
-    return room, times.new_zeros(STEPS, times.shape[1]), states, *weights, max_rows // len(times) * STEPS
+    return room, times.new_zeros(STEPS, times.shape[1]), states, *weights
 
 
 def _parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
@@ -307,37 +316,40 @@ def public_backbone(device: str = "cpu") -> Backbone:
     return backbone.requires_grad_(False)
 
 
-def main() -> None:
-    """Print a row for each head and batch size, and a row a context."""
-    print("Flow heads, 7 steps")
-    print("network      batch  launches  GB from DRAM  fewest  ratio  multiply-adds, G  as usually written  ratio")
+def rows() -> list[Row]:
+    """Figures for the table, each as it comes; two and a half minutes."""
+    found = []
     for velocity_mlp, B in itertools.product((False, True), (1, 32)):
         head, embeddings = public_head(velocity_mlp=velocity_mlp)
         cost, plain = frame_cost(head, B, embeddings), plain_products(head, B)
-        network = "MLP" if velocity_mlp else "transformer"
-        print(
-            f"{network:11s}  {B:5d}  {cost.launches:8d}  {cost.dram / 1e9:12.3f}  {cost.fewest / 1e9:6.3f}  "
-            f"{cost.dram / cost.fewest:5.3f}  {cost.products / 1e9:16.1f}  {plain / 1e9:18.1f}  "
-            f"{cost.products / plain:5.3f}",
-            flush=True,
-        )
-    print("The backbone, 26 layers, without keys and values")
-    print("batch  launches  GB from DRAM  fewest  ratio")
+        name = "flow head, residual MLP" if velocity_mlp else "flow head, transformer"
+        found += _rows(name, f"frame-b{B}", cost, plain)
     backbone = public_backbone()
     for B in (1, 32):
-        cost = backbone_cost(backbone, B)
-        print(
-            f"{B:5d}  {cost.launches:8d}  {cost.dram / 1e9:12.3f}  {cost.fewest / 1e9:6.3f}  "
-            f"{cost.dram / cost.fewest:5.3f}",
-            flush=True,
-        )
-    print("Keys and values of a request, 26 layers")
-    print("context  MB from DRAM  fewest  ratio  MB of spans' parts")
+        found += _rows("backbone", f"frame-b{B}", backbone_cost(backbone, B))
     for context in (64, 400, 1000, 4096):
-        traffic = cache_traffic(context)
-        kv, fewest, parts = (LAYERS * n / 1e6 for n in (traffic.kv, traffic.fewest, traffic.parts))
-        print(f"{context:7d}  {kv:12.1f}  {fewest:6.1f}  {kv / fewest:5.3f}  {parts:.1f}", flush=True)
+        traffic, shape = cache_traffic(context), f"context {context}"
+        found.append(_row("keys and values", shape, "bytes", LAYERS * traffic.kv, "B"))
+        found.append(_row("keys and values", shape, "of the fewest bytes", traffic.kv / traffic.fewest, "1"))
+        found.append(_row("keys and values", shape, "bytes of spans' parts", LAYERS * traffic.parts, "B"))
+    return found
+
+
+def _rows(subject: str, shape: str, cost: Cost, plain: int | None = None) -> list[Row]:
+    figures = {"launches": (cost.launches, "1"), "bytes": (cost.dram, "B")}
+    figures |= {"of the fewest bytes": (cost.dram / cost.fewest, "1"), "multiply-adds": (cost.products, "1")}
+    if plain is not None:
+        figures["of the usual multiply-adds"] = (cost.products / plain, "1")
+    return [_row(subject, shape, metric, value, unit) for metric, (value, unit) in figures.items()]
+
+
+def _row(subject: str, shape: str, metric: str, value: float, unit: str) -> Row:
+    steps = f"euler:{STEPS}" if subject.startswith("flow") else ""
+    print(f"{subject:24s} {shape:13s} {metric:26s} {value:.6g} {unit}", flush=True)
+    return Row(
+        "frame", subject, metric, value, unit, "counted", "python -m bench.frame", "voxkern", shape, "bf16", steps
+    )
 
 
 if __name__ == "__main__":
-    main()
+    rows()

@@ -83,6 +83,13 @@ def linear_inputs(s: Any, make: Maker) -> dict[str, Any]:
 
 UP = {"N": 9216, "K": 3072}
 DOWN = {"N": 3072, "K": 9216, "scale": 0, "residual": 1}
+CODEC = {
+    "M": 8,
+    "N": 1024,
+    "scale": 1,
+    "residual": 1,
+    "max_rows": 32,
+}  # one frame is up to 8 rows; its twin prepares for 32
 
 ENTRIES = [
     Entry(
@@ -111,6 +118,7 @@ ENTRIES = [
             Case("b32", {"M": 192, **UP, "max_rows": 192}, public=True, dtypes=("bf16",)),
             Case("odd-prefill", {"M": 150, "N": 75, "K": 150, "max_rows": 150, "prefill": 1}, dtypes=("bf16",)),
             Case("prefill", {"M": 230, **UP, "max_rows": 230, "prefill": 1}, public=True, dtypes=("bf16",)),
+            Case("codec-b1", {"M": 8, "N": 4096, "K": 1024, "max_rows": 32}, public=True, dtypes=("bf16",)),
         ),
         stage=lambda c: 2 * c["BLOCK_N"] * c["BLOCK_K"],
         once=("w1", "w3"),
@@ -139,6 +147,8 @@ ENTRIES = [
                 public=True,
                 dtypes=("bf16",),
             ),
+            Case("codec-wo-b1", {**CODEC, "K": 1024}, public=True, dtypes=("bf16",)),
+            Case("codec-down-b1", {**CODEC, "K": 4096}, public=True, dtypes=("bf16",)),
         ),
         stage=lambda c: c["SPLIT"] * c["BLOCK_N"] * c["BLOCK_K"],
     ),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bench.registry import Case, Entry, Maker
 from voxkern.kernels.modulated import gated_linear, modulated_silu, modulations
+from voxkern.reference.flow import MAX_STEPS
 from voxkern.reference.velocity_mlp import modulated_norm
 
 
@@ -94,8 +95,8 @@ ENTRIES = [
         cases=(
             Case("odd", {"N": 225, "K": 75, "blocks": 2, "S": 5, "R": 5, "M": 25, "max_rows": 30}),
             Case("odd-one-block", {"N": 390, "K": 130, "blocks": 1, "S": 3, "R": 7, "M": 21, "max_rows": 21}),
-            Case("mar-b1", {**ALL, "R": 1, "max_rows": 7}, public=True, dtypes=("bf16",)),
-            Case("mar-b32", {**ALL, "R": 32, "max_rows": 224}, public=True, dtypes=("bf16",)),
+            Case("mar-b1", {**ALL, "R": 1, "max_rows": MAX_STEPS}, public=True),
+            Case("mar-b32", {**ALL, "R": 32, "max_rows": 32 * MAX_STEPS}, public=True, dtypes=("bf16",)),
         ),
         rows="R",
         once=(),  # lists of weights: in tests/test_modulated.py
@@ -107,7 +108,7 @@ ENTRIES = [
         cases=(
             Case("odd", {"M": 19, "N": 75, "K": 150, "max_rows": 19}),
             Case("odd-many", {"M": 70, "N": 97, "K": 129, "max_rows": 100}),
-            Case("mar-b1", {"M": 2, **BLOCK, "max_rows": 2}, public=True, dtypes=("bf16",)),
+            Case("mar-b1", {"M": 2, **BLOCK, "max_rows": 2}, public=True),
             Case("mar-b32", {"M": 64, **BLOCK, "max_rows": 64}, public=True, dtypes=("bf16",)),
         ),
         stage=split_stage,
@@ -120,7 +121,7 @@ ENTRIES = [
             Case("odd", {"M": 19, "N": 75, "K": 150, "gated": 1, "max_rows": 19}),
             Case("odd-many", {"M": 70, "N": 97, "K": 129, "gated": 1, "max_rows": 100}),
             Case("odd-plain", {"M": 19, "N": 75, "K": 150, "gated": 0, "max_rows": 19}),
-            Case("mar-b1", {"M": 2, **BLOCK, "gated": 1, "max_rows": 2}, public=True, dtypes=("bf16",)),
+            Case("mar-b1", {"M": 2, **BLOCK, "gated": 1, "max_rows": 2}, public=True),
             Case("mar-b32", {"M": 64, **BLOCK, "gated": 1, "max_rows": 64}, public=True, dtypes=("bf16",)),
         ),
         stage=split_stage,

@@ -132,6 +132,7 @@ def rope_append_inputs(s: Any, make: Maker) -> dict[str, Any]:
 
 QKV = {"N": 4096, "N_KV": 1024, "K": 3072}
 ODD_QKV = {"N": 75, "N_KV": 40, "K": 150}
+CODEC = {"N": 1024, "N_KV": 1024, "K": 1024}  # one frame is up to 8 rows; its twin prepares for 32
 BACKBONE = {"N": 4096, "K": 3072, "HKV": 8, "D": 128, "PAGE": 64, "length": 400}
 HEADS = {"H": 32, "HKV": 8, "D": 128, "PAGE": 64}
 
@@ -143,7 +144,7 @@ ENTRIES = [
         cases=(
             Case("odd", {"M": 19, **ODD_QKV, "asking": 3, "max_rows": 19}),
             Case("odd-some-ask", {"M": 70, **ODD_QKV, "asking": 1, "max_rows": 100}),
-            Case("b1", {"M": 6, **QKV, "asking": 3, "max_rows": 6}, public=True, dtypes=("bf16",)),
+            Case("b1", {"M": 6, **QKV, "asking": 3, "max_rows": 6}, public=True),
             Case("b32", {"M": 192, **QKV, "asking": 3, "max_rows": 192}, public=True, dtypes=("bf16",)),
             Case(
                 "prefill",
@@ -151,6 +152,7 @@ ENTRIES = [
                 public=True,
                 dtypes=("bf16",),
             ),
+            Case("codec-b1", {"M": 8, **CODEC, "asking": 3, "max_rows": 32}, public=True, dtypes=("bf16",)),
             Case("last-b32", {"M": 192, **QKV, "asking": 1, "max_rows": 192}, public=True, dtypes=("bf16",)),
         ),
         once=("wq", "wk", "wv"),
@@ -169,7 +171,7 @@ ENTRIES = [
                 "odd-heads",
                 {"M": 21, "N": 144, "K": 129, "HKV": 3, "D": 24, "PAGE": 64, "length": 650, "max_rows": 64},
             ),
-            Case("b1", {"M": 1, **BACKBONE, "max_rows": 1}, public=True, dtypes=("bf16",)),
+            Case("b1", {"M": 1, **BACKBONE, "max_rows": 1}, public=True),
             Case("b32", {"M": 32, **BACKBONE, "max_rows": 32}, public=True, dtypes=("bf16",)),
         ),
         once=("wq", "wk", "wv"),
@@ -182,7 +184,7 @@ ENTRIES = [
         cases=(
             Case("odd", {"R": 31, "H": 6, "HKV": 2, "D": 20, "PAGE": 16, "length": 19}),
             Case("odd-one-head", {"R": 7, "H": 3, "HKV": 3, "D": 64, "PAGE": 32, "length": 40}),
-            Case("b1", {"R": 1, **HEADS, "length": 230}, public=True, dtypes=("bf16",)),
+            Case("b1", {"R": 1, **HEADS, "length": 230}, public=True),
             Case("prefill-b32", {"R": 512, **HEADS, "length": 230}, public=True, dtypes=("bf16",)),
         ),
         rows="R",

@@ -22,6 +22,7 @@ from .settings import Table
 
 NO_WINDOW = 1 << 30
 MAX_SPANS = 64
+PAGES = (16, 32, 64, 128)  # tokens that a page may have
 
 # 64 tokens of 128 columns are 16 KB of keys and as much of values a stage; three stages of both are 98,304 of the
 # 101,376 bytes of sm_86, 89 and 120. fp32 products run on the plain units, whose operands live in registers.
@@ -37,7 +38,8 @@ PAGED_ATTENTION = Table(
     """,
 )
 
-# BLOCK_Q tokens times the heads of a group: 64 columns where eight warps hold them; elsewhere they spill.
+# BLOCK_Q tokens times the heads of a group: 64 columns where eight warps hold them; elsewhere they spill, and so do 16
+# of fp32 on four warps.
 PREFILL_ATTENTION = Table(
     "prefill_attention",
     """
@@ -45,7 +47,7 @@ PREFILL_ATTENTION = Table(
     interpreter  *     | 16         16       4          1
     gfx*         fp32  | 16         16       4          1
     gfx*         *     | 64         64       4          1
-    sm_*         fp32  | 16         16       4          2
+    sm_*         fp32  | 16         16       8          2
     sm_90        *     | 64         64       8          2
     sm_100       *     | 64         64       8          2
     sm_*         *     | 32         64       4          2
@@ -355,7 +357,7 @@ def expect_cache(
 ) -> tuple[int, int, int, int]:
     """Raise unless these are the cache of `B` requests; pages, key heads, tokens a page and columns otherwise."""
     pages, _, H_KV, PAGE, D = expect("pool", pool, ("pages", 2, "Hkv", "PAGE", "D"), like=like, contiguous=False)
-    if PAGE not in (16, 32, 64, 128):
+    if PAGE not in PAGES:
         raise ValueError(f"pool has pages of {PAGE} tokens but must have 16, 32, 64 or 128")
     expect("block_table", block_table, (B or "B", "max_pages"), like=like, contiguous=False, dtype=torch.int32)
     if lengths is not None:

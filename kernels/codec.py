@@ -20,7 +20,8 @@ from .settings import FP_FUSION, Table
 
 RULES = ("zero", "replicate", "reflect")  # what stands before a request's first row
 
-# A frame is 1 to 8 rows and a chunk of 25 up to 200: tiles of 32 waste little of either. What makes sound is fp32.
+# A frame is 1 to 8 rows and a chunk of 25 up to 200: tiles of 32 waste little of either. What makes sound is fp32. On
+# four warps the first convolution, 292 wide, spills on sm_120.
 CODEC_CONV = Table(
     "codec_conv",
     """
@@ -29,6 +30,7 @@ CODEC_CONV = Table(
     gfx*         fp32  | 16       32       32       4          2
     gfx*         *     | 32       32       64       4          2
     sm_*         fp32  | 16       32       32       4          4
+    sm_12?       *     | 32       32       64       8          6
     sm_*         *     | 32       32       64       4          6
     """,
 )

@@ -21,7 +21,8 @@ from .settings import Table
 # Few rows: 8 to 16 KB of weights a stage, and as many stages as the 101,376 bytes of sm_86, 89 and 120 hold; N = 4096
 # has only 64 blocks for 132 multiprocessors, so each must keep 32 KB and more under way. BLOCK_K is less than a block's
 # threads: a longer tile of `norm` would be loaded one element a thread, which cannot be pipelined and stalls every
-# step. 64 rows on four warps, 32 on tiles of 128, and 32 on four warps with a rotation spill on sm_120. fp32 products
+# step. 64 rows on four warps and 32 on tiles of 128 spill on sm_120, and so do 32 on tiles of 64: with a rotation on
+# four warps, with three weights on eight. fp32 products
 # run on the plain units, whose operands live in registers: small tiles, or they spill.
 NORM_LINEAR = Table(
     "norm_linear",
@@ -36,7 +37,7 @@ NORM_LINEAR = Table(
     sm_*         *      prefill  *    | 128      128      64       8          3
     sm_*         *      *        8    | 8        64       128      8          6
     sm_*         *      *        16   | 16       64       128      8          5
-    sm_12?       *      *        32   | 32       64       64       8          8
+    sm_12?       *      *        32   | 32       32       64       8          8
     sm_*         *      *        32   | 32       64       64       4          8
     sm_*         *      *        *    | 64       64       64       8          4
     """,

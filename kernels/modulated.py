@@ -19,19 +19,21 @@ from .linear import _product, _split_product, expect_rows
 from .operator import expect, operator
 from .settings import Table
 
-# As norm_linear's: a tile of weights has 16 KB, and a network of three blocks of 1536 has 264 of them.
+# As norm_linear's: a tile of weights has 16 KB, and a network of three blocks of 1536 has 264 of them. A head is
+# prepared for 64 steps a request and mostly runs a few: tiles of rows are as large as those few want them, and where
+# there are more tiles, which are neighbours in launch order, they find the weights in the L2 cache.
 MODULATIONS = Table(
     "modulations",
     """
     arch         dtype  rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      *    | 16       32       64       4          1
     gfx*         fp32   *    | 16       32       32       4          2
-    gfx*         *      16   | 16       64       64       4          2
+    gfx*         *      64   | 16       64       64       4          2
     gfx*         *      *    | 64       64       32       4          2
     sm_*         fp32   *    | 16       32       32       4          4
     sm_*         *      8    | 8        64       128      8          4
-    sm_*         *      16   | 16       64       128      8          4
-    sm_*         *      32   | 32       64       64       4          5
+    sm_*         *      64   | 16       64       128      8          4
+    sm_*         *      256  | 32       64       64       4          5
     sm_*         *      *    | 64       64       64       8          3
     """,
 )

@@ -307,5 +307,7 @@ def rope_append(
 
 
 def expect_rope(rope: Tensor, D: int, like: Tensor) -> None:
-    """Raise unless `rope` is a table of rotations for heads of `D` columns."""
+    """Raise unless `rope` is a table of rotations for heads of `D` columns, an even number: rotated in pairs."""
+    if D % 2:
+        raise ValueError(f"pool has heads of {D} columns but must have an even number of them: rope rotates pairs")
     expect("rope", rope, ("positions", 2, D // 2), like=like, dtype=torch.float32)

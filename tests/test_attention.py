@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.runtime import interpreter
 
 from bench.accuracy import judge
 from bench.attention import paged_attention_reference, poisoned, prefill_attention_reference
@@ -47,9 +48,17 @@ def assert_right(out: Tensor, plain: Tensor, truth: Tensor) -> None:
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("group", [1, 4, 6])
 def test_decode_is_right(group: int, D: int, page: int, dtype: str) -> None:
+    assert_decode_is_right(group, D, page, dtype)
+
+
+def test_decode_is_right_in_pages_of_128() -> None:
+    assert_decode_is_right(6, 64, 128, "bf16")
+
+
+def assert_decode_is_right(group: int, D: int, page: int, dtype: str) -> None:
     pool, table, lengths = cache(LENGTHS, 2, page, D, DTYPES[dtype])
     q = random(len(LENGTHS), 2 * group * D, dtype=DTYPES[dtype], seed=1)
-    with launch_settings.pretend("sm_90" if page == 64 else "interpreter"):
+    with launch_settings.pretend("sm_90" if page >= 64 else "interpreter"):
         out = paged_attention(q, pool, table, lengths, 0, 1024)
     truth = paged_attention_reference(q.double(), pool.double(), table, lengths, 0, 1024)
     assert_right(out, paged_attention_reference(q, pool, table, lengths, 0, 1024), truth)
@@ -92,6 +101,47 @@ def test_prefill_is_right(group: int, D: int, page: int, window: int, dtype: str
     assert_right(out, prefill_attention_reference(q, pool, *arguments), truth)
 
 
+def test_prefill_is_right_for_many_tokens() -> None:
+    """300 of them, over 19 pages, 6 query heads a key head: 8 columns of a tile for each token, two of them empty."""
+    pool, table, lengths = cache([300], 1, 16, 128, torch.bfloat16)
+    starts, q = torch.tensor([0, 300], dtype=torch.int32), random(300, 8 * 128, dtype=torch.bfloat16, seed=7)
+    arguments = (table, starts, lengths, 0, 300, 6)
+    with launch_settings.pretend("sm_90"):
+        out = prefill_attention(q, pool, *arguments)
+    truth = prefill_attention_reference(q.double(), pool.double(), *arguments)
+    assert_right(out, prefill_attention_reference(q, pool, *arguments), truth)
+
+
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
+@pytest.mark.parametrize("window", [0, 20, 64])
+def test_a_prefill_in_parts_is_the_whole(window: int, arch: str) -> None:
+    """Bit by bit, wherever the parts begin."""
+    pool, table, _ = cache([130], 2, 16, 32, torch.bfloat16)
+    q, parts, done = random(130, 8 * 32, dtype=torch.bfloat16, seed=8), [], 0
+
+    def prefill(first: int, end: int) -> Tensor:
+        starts = torch.tensor([0, end - first], dtype=torch.int32)
+        return prefill_attention(
+            q[first:end], pool, table, starts, torch.tensor([end], dtype=torch.int32), window, end - first, 4
+        )
+
+    with launch_settings.pretend(arch):
+        for part in (17, 33, 1, 50, 29):
+            parts.append(prefill(done, done + part))
+            done += part
+        assert torch.equal(torch.cat(parts), prefill(0, 130))
+
+
+def test_a_prefill_row_of_no_request_gives_zeros() -> None:
+    """Length 0 with rows: a padded batch; its table entries are never read."""
+    pool, table, _ = cache([10, 16], 2, 16, 32, torch.float32)
+    table[1] = 1 << 30
+    starts, lengths = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([10, 0], dtype=torch.int32)
+    out = prefill_attention(random(8, 8 * 32, seed=9), pool, table, starts, lengths, 0, 5, 4)
+    assert out[:3].all()
+    assert not out[3:].any()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(0, 90), min_size=1, max_size=4),
@@ -130,6 +180,49 @@ def test_spans_are_of_the_prepared_length() -> None:
     # a wider table, as a batch with a longer request has it: more blocks, the same bits
     wide = torch.cat((table, torch.zeros(1, 40, dtype=torch.int32)), 1)
     assert torch.equal(paged_attention(q, pool, wide, lengths, 0, 4096), results[0])
+
+
+@pytest.mark.parametrize("shift", [-1, 2], ids=["backwards", "from the third"])
+def test_spans_may_end_in_any_order(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that ends last adds them up, in their own order: the same bits."""
+    pool, table, lengths = cache([1000, 600], 2, 64, 32, torch.bfloat16)
+    q, builder = random(2, 8 * 32, dtype=torch.bfloat16), interpreter.interpreter_builder
+    expected = paged_attention(q, pool, table, lengths, 0, 1024)
+    set_dim, set_index, seen = builder.set_grid_dim, builder.set_grid_idx, []
+
+    def dim(*grid: int) -> None:
+        seen[:] = [grid]
+        set_dim(*grid)
+
+    def index(*i: int) -> None:
+        n = seen[0][0]
+        seen.append((n - 1 - i[0] if shift < 0 else (i[0] + shift) % n, *i[1:]))
+        set_index(*seen[-1])
+
+    monkeypatch.setattr(builder, "set_grid_dim", dim)
+    monkeypatch.setattr(builder, "set_grid_idx", index)
+    out = paged_attention(q, pool, table, lengths, 0, 1024)
+    assert seen[0] == (4, 2, 2)
+    assert seen[1][0] == (3 if shift < 0 else 2)
+    assert len(set(seen[1:])) == 16
+    assert torch.equal(out, expected)
+
+
+def test_a_window_at_the_end_of_262_144_tokens() -> None:
+    """Two spans of 4096 tokens a request at most; the pages before the window are all one, of NaN."""
+    PAGE, window, context = 64, 4160, 262_144
+    n = window // PAGE
+    pool = random(1 + n, 2, 1, PAGE, 64, dtype=torch.bfloat16)
+    pool[0] = torch.nan
+    table, own = torch.zeros(1, context // PAGE, dtype=torch.int32), torch.arange(1, 1 + n, dtype=torch.int32)
+    table[0, -n:] = own
+    q, lengths = random(1, 4 * 64, dtype=torch.bfloat16), torch.tensor([context], dtype=torch.int32)
+    with launch_settings.pretend("sm_90"), counting(whole=True) as launches:
+        out = paged_attention(q, pool, table, lengths, window, context)
+    assert launches[0].grid == (64, 1, 1)
+    alone = (own.view(1, n), torch.tensor([window], dtype=torch.int32), 0, window)
+    truth = paged_attention_reference(q.double(), pool.double(), *alone)
+    assert_right(out, paged_attention_reference(q, pool, *alone), truth)
 
 
 def test_offsets_past_two_to_the_31() -> None:
@@ -173,6 +266,17 @@ def test_other_layouts_are_read_as_they_are() -> None:
     rope_append(rope, requests, positions, table, qkv.clone(), other)
     rope_append_reference(rope, requests, positions, table, qkv.clone(), pool)
     torch.testing.assert_close(other, pool, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_heads_of_an_odd_size_cannot_be_rotated() -> None:
+    """The pairs of one would reach into the next."""
+    table, one = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    pool, rope, x, w = torch.zeros(1, 2, 2, 16, 25), torch.ones(8, 2, 12), torch.ones(1, 32), torch.ones(100, 32)
+    message = "pool has heads of 25 columns but must have an even number of them"
+    with pytest.raises(ValueError, match=message):
+        rope_append(rope, one, one, table, torch.ones(1, 8 * 25), pool)
+    with pytest.raises(ValueError, match=message):
+        norm_qkv_append(x, x[0], w, w[:50], w[:50], rope, table, one, torch.ones(1, 100), pool, 1e-5, 1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from poison import poison_pages
 from torch import Tensor
 
 import voxkern
-from bench.counters import only_launches
+from bench.counters import counting, only_launches
 from voxkern.checkpoint import read_checkpoint
 from voxkern.engine import Job
 from voxkern.reference import VoxtralTTS
@@ -62,6 +62,34 @@ def test_states_are_the_hosts(model: VoxtralTTS, page: int) -> None:
         lengths[1] -= step == 2
     unused = poison_pages(pool.transpose(0, 1).clone(), table)
     assert torch.equal(unused.isnan(), pool.transpose(0, 1).isnan())  # nothing but the requests' pages was written
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_the_last_page_may_pass_max_tokens(model: VoxtralTTS, page: int) -> None:
+    """Pages are whole: 100 tokens are 112 in pages of 16, and 128 in larger ones. No lane leaves the rotations."""
+    pages = -(-100 // page)
+    T, (pool, table) = pages * page, empty_cache(1, pages, page)
+    u = embeddings(1, T)
+    whole = model.hidden_states(u)[0]
+    twin = BackboneTwin(model, 1, max_tokens=100)
+    with counting(whole=True):
+        states = twin.prefill(u[0, : T - 1], Rows.of([T - 1], [T - 1], u.device), pool, table)
+        last = twin.decode(u[:, -1].clone(), pool, table, torch.tensor([T], dtype=torch.int32))
+    torch.testing.assert_close(torch.cat((model.norm(states), last)), whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=rf"block_table has {pages + 1} pages of {page} tokens"):
+        twin.decode(u[:, 0].clone(), pool, table.new_zeros(1, pages + 1), torch.tensor([T], dtype=torch.int32))
+
+
+@torch.inference_mode()
+def test_one_token_is_a_decode(model: VoxtralTTS) -> None:
+    """Bit by bit, though it be the last of a prompt in parts."""
+    twin, u = BackboneTwin(model, 2), embeddings(1, 5)
+    pool, table = empty_cache(1, 1)
+    twin(u[:, :4], PagedCache(pool, table, torch.tensor([4])))
+    length = torch.tensor([5], dtype=torch.int32)
+    again = twin.decode(u[:, 4].clone(), pool.clone(), table, length)
+    assert torch.equal(twin(u[:, 4:], PagedCache(pool, table, length))[:, 0], again)
 
 
 @torch.inference_mode()
@@ -183,6 +211,7 @@ def test_errors(model: VoxtralTTS) -> None:
         for arguments, error, message in (
             ((embeddings(3), pool, table, lengths), ValueError, r"u has 3 rows, the backbone is prepared for 1..2"),
             ((embeddings(2), pool[:1], table[:2], lengths[:2]), ValueError, r"pool must be \[layers"),
+            ((embeddings(2), pool[:, :, :, :, :24], table[:2], lengths[:2]), ValueError, "pages of 24 tokens but must"),
             ((embeddings(2), pool, table[:2].long(), lengths[:2]), ValueError, "must be int32"),
             ((embeddings(2), pool, table[:2].repeat(1, 2), lengths[:2]), ValueError, r"\(max_tokens\)"),
             ((embeddings(2).bfloat16(), pool, table[:2], lengths[:2]), TypeError, "u is torch.bfloat16"),

@@ -11,6 +11,7 @@ import torch
 from checks import assert_bytes_once, assert_right, assert_within
 from plant import Edit, case_of, entry_of, plant
 
+from bench import frame as costs
 from bench.counters import only_launches
 from bench.registry import ROOT, Maker
 from voxkern.kernels.linear import launch_norm_linear
@@ -41,15 +42,29 @@ def test_a_wrong_result_is_caught(dtype: str, edit: Edit) -> None:
 @pytest.mark.parametrize(
     "edit",
     [
-        pytest.param(("if semantic == END:", "if semantic == -7:"), id="END is not seen"),
+        pytest.param(("length == 0 or semantic == END:", "length == 0 or semantic == -7:"), id="END is not seen"),
         pytest.param(("tl.where(is_last, 0, length + 1)", "length + 1"), id="no limit"),
-        pytest.param(("if length == 0:", "if length == -7:"), id="a request that is not there goes on"),
+        pytest.param(("if length == 0 or", "if length == -7 or"), id="a request that is not there goes on"),
     ],
 )
 def test_a_wrong_count_is_caught(edit: Edit) -> None:
     advance = entry_of("advance")
     with pytest.raises(AssertionError):
         assert_right(plant(advance, edit), case_of(advance, "odd-codes"), "bf16")
+
+
+def test_a_block_per_query_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes what it should, and the bytes from memory are the same: only what is asked for again tells."""
+    attention = entry_of("paged_attention")
+    first = "i_s, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)"
+    blocks = "grid = (min(spans, triton.cdiv(block_table.shape[1] * PAGE, SPAN)), HKV, B)"
+    planted = plant(attention, (first, f"{first} // 4"), (blocks, blocks.replace("HKV", "4 * HKV")))
+    assert_right(planted, case_of(attention, "odd-one"), "fp32")
+    right = costs.cache_traffic(64)
+    monkeypatch.setattr(costs, "launch_paged_attention", planted.op.launch)
+    wrong = costs.cache_traffic(64)
+    assert wrong.kv == right.kv
+    assert (right.again, wrong.again) == (0, 3 * right.kv)
 
 
 def test_a_forgotten_mask_without_a_wrong_result_is_caught() -> None:

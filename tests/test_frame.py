@@ -67,8 +67,10 @@ def test_a_whole_frame_at_the_public_shapes(B: int) -> None:
 
 @pytest.mark.parametrize("context", [64, 400, 1000])
 def test_keys_and_values_are_read_once(context: int) -> None:
+    """And asked for once: what a block per query head reads again from the L2 cache would not show in DRAM bytes."""
     traffic = cache_traffic(context)
     assert traffic.fewest <= traffic.kv <= 1.05 * traffic.fewest
+    assert traffic.again == 0
     assert traffic.parts <= 0.05 * traffic.kv
 
 
@@ -76,6 +78,7 @@ def test_keys_and_values_are_read_once(context: int) -> None:
 def test_keys_and_values_are_read_once_at_4096() -> None:
     traffic = cache_traffic(4096)
     assert traffic.fewest <= traffic.kv <= 1.05 * traffic.fewest
+    assert traffic.again == 0
 
 
 def test_products_as_usually_written() -> None:

@@ -11,8 +11,21 @@ from torch import Tensor
 from bench import modulated
 from bench.counters import counting
 from bench.registry import Case, Maker, listed
+from voxkern.kernels import modulated as kernels
 from voxkern.kernels import settings
-from voxkern.kernels.modulated import MODULATED_SILU, gated_linear, launch_modulations, modulated_silu, modulations
+from voxkern.kernels.modulated import (
+    MODULATED_SILU,
+    MODULATIONS,
+    gated_linear,
+    launch_modulations,
+    modulated_silu,
+    modulations,
+)
+from voxkern.maker import tiny_params
+from voxkern.reference import Config
+from voxkern.reference.flow import MAX_STEPS
+from voxkern.reference.model import make_head
+from voxkern.twins.velocity_mlp import MLPTwin
 
 NAN = float("nan")
 
@@ -68,7 +81,7 @@ def test_right_at_the_width_of_mar_h(operator: str) -> None:
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_all_weights_are_read_once_in_one_launch(blocks: int) -> None:
     """224 rows of 32 requests and 7 steps are 4 tiles; the other three find what the first has read in the L2 cache."""
-    args = inputs("modulations", torch.bfloat16, N=3 * 130, K=130, blocks=blocks, S=7, R=32, max_rows=224)
+    args = inputs("modulations", torch.bfloat16, N=3 * 130, K=130, blocks=blocks, S=7, R=32, max_rows=32 * MAX_STEPS)
     with settings.pretend("sm_90"), counting(whole=True, reached=listed(args)) as launches:
         modulations(**args)
     (launch,) = launches
@@ -128,6 +141,28 @@ def test_settings_are_those_of_the_prepared_rows() -> None:
     assert choose(2) == choose(8) != choose(9)
     assert choose(2)["num_stages"] > choose(2, "sm_89")["num_stages"]
     assert choose(2)["SPLIT"] == choose(2)["num_warps"]  # a chain of sums is one warp's
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("max_batch", [1, 8, 32])
+def test_one_setting_serves_any_number_of_steps(max_batch: int, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another would be compiled in the middle of serving, for whoever first asks for so many steps."""
+    config, chosen = Config.from_params(tiny_params(velocity_mlp=True)), []
+
+    def choose(**asked: Any) -> dict[str, Any]:
+        chosen.append(MODULATIONS(**asked))
+        return dict(chosen[-1])
+
+    monkeypatch.setattr(kernels, "MODULATIONS", choose)
+    head = make_head(config.acoustic_transformer, config.audio).bfloat16().requires_grad_(False)
+    twin = MLPTwin(head, max_batch)
+    with settings.pretend(arch), counting(reached=list(head.parameters())):
+        for steps in (1, 2, 7, MAX_STEPS):
+            times = twin.times("euler", steps)
+            states = torch.zeros(max_batch, config.acoustic_transformer.dim, dtype=torch.bfloat16)
+            twin._modulate(times, states, times.modulations[:, 1:])
+    assert chosen == 8 * chosen[:1]
+    assert chosen[0]["BLOCK_M"] == ({1: 16, 8: 64, 32: 64}[max_batch])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..kernels.attention import attention_scratch, launch_paged_attention, launch_prefill_attention
+from ..kernels.attention import PAGES, attention_scratch, launch_paged_attention, launch_prefill_attention
 from ..kernels.backbone import launch_rms_norm
 from ..kernels.linear import launch_linear, launch_norm_swiglu
 from ..kernels.operator import on_device
@@ -27,7 +27,6 @@ PREFILL_ROWS = 1 << 20  # prepared for: in a prefill the settings depend on no r
 MIXTURE_ROWS = 1024  # tokens of a prefill that go through the experts at once
 NAME = "the accelerated backbone"
 PAGE = 64  # of a cache made for a call without one
-MAX_PAGE = 128  # tokens of the largest page that attention does
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,7 @@ class BackboneTwin:
         last beyond `max_tokens`.
         """
         if self._rope is None or self._rope.device != device:
-            config, rows = self.host.backbone_config, -(-self.max_tokens // MAX_PAGE) * MAX_PAGE
+            config, rows = self.host.backbone_config, -(-self.max_tokens // PAGES[-1]) * PAGES[-1]
             positions = torch.arange(rows, device=device)
             self._rope = torch.stack(rope_table(positions, config.head_dim, config.rope_theta), dim=1).float()
         return self._rope
@@ -290,6 +289,8 @@ class BackboneTwin:
         layer = [config.n_layers, pool.shape[1], 2, config.n_kv_heads, *pool.shape[4:5], config.head_dim]
         if pool.ndim != 6 or list(pool.shape) != layer:
             raise ValueError(f"pool must be [layers, pages, 2, Hkv, PAGE, D] = {layer}, got {list(pool.shape)}")
+        if pool.shape[4] not in PAGES:
+            raise ValueError(f"pool has pages of {pool.shape[4]} tokens but must have 16, 32, 64 or 128")
         if block_table.dtype != torch.int32 or lengths.dtype != torch.int32 or len(block_table) != len(lengths):
             raise ValueError(
                 f"block_table and lengths must be int32 of as many rows, got {block_table.dtype} "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels.modulated import launch_gated_linear, launch_modulated_silu, launch_modulations
 from ..kernels.velocity_mlp import launch_mlp_finish, launch_mlp_start, launch_mlp_step
+from ..reference.flow import MAX_STEPS
 from ..reference.velocity_mlp import FlowMatchingAudioMLP, ResidualBlock
 from .head import Buffers, HeadTwin, Start, Times
 
@@ -99,7 +100,8 @@ class MLPTwin(HeadTwin[FlowMatchingAudioMLP, MLPBuffers, MLPTimes]):
 
     def _modulate(self, times: MLPTimes, states: Tensor, out: Tensor) -> None:
         """Modulations of all steps, [steps, R, W], from the states [R, dim]."""
-        max_rows = len(times.projected) * self.max_batch
+        # prepared for any number of steps: settings by the steps at hand would be another binary, in mid-service
+        max_rows = MAX_STEPS * self.max_batch
         launch_modulations(out, times.projected, states, self._weights, self._biases, max_rows)
 
     def _flow(self, b: MLPBuffers, times: MLPTimes, h: Tensor, cfg_alpha: Tensor, start: Start) -> None:
