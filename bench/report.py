@@ -2,7 +2,7 @@
 
 Every part runs in a process of its own and appends its rows to ``bench/results.csv``; then ``bench/report.html``,
 ``bench/plots/*.png`` and the tables between the README's markers are made of the newest rows and of the ledger. With
-``--no-measure`` nothing is run.
+``--no-measure`` nothing is measured.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+import voxkern
 from bench import ledger, page, results
 from bench.tables import Figures, Table, tables
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, PLOTS, README = ROOT / "bench" / "report.html", ROOT / "bench" / "plots", ROOT / "README.md"
 # modules with rows(), and how they are run again; cheap ones first, so that a broken one is soon seen
 PARTS = ("roofline", "server_cost", "depth", "errors", "distortion", "hearing", "engine", "frame")
+SAID = "seven three one"  # by the demo voice, for the README's first picture
 INTERPRETED = ("frame",)  # counted in Triton's interpreter, which is chosen when Triton is imported
 MARKED = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -75,6 +77,9 @@ def write() -> None:
         "frame": plots.png(plots.frame_times(figures)), "claim": plots.png(plots.claim(figures)),
         "steps": plots.png(plots.error_by_steps(figures)), "resources": plots.png(plots.resources(compiled)),
     }  # fmt: skip
+    said = voxkern.load(backend="torch").generate(SAID, voice="slt", seed=7)
+    title = f'voxkern say "{SAID}" --seed 7'
+    pictures["spoken"] = plots.png(plots.spoken(said.samples, said.sampling_rate, title))
     PLOTS.mkdir(exist_ok=True)
     for name, picture in pictures.items():
         (PLOTS / f"{name}.png").write_bytes(picture)

@@ -216,7 +216,7 @@ class Traffic(RuleBasedStateMachine):
 
     def _step(self) -> None:
         before = {job: job.n_frames for job in self.engine._there.values()}
-        cancelled = list(self.slots.meanwhile)
+        cancelled = [] if self.slots.fails else list(self.slots.meanwhile)  # a broken frame comes to none of them
         self.engine._take_turn(self.engine._step)
         self.engine._sweep()
         for job, n in before.items():
