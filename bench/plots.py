@@ -22,7 +22,7 @@ NAMES = {"euler": "Euler, even times", "ab2": "ab2, warped times"}
 def frame_times(figures: Figures) -> Figure:
     """Predicted milliseconds of a frame by part, on each GPU, over the floor; measured ones where there are any."""
     gpus = figures.values("subject", bench="roofline", metric="floor")
-    plot, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    plot, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axis, shape in zip(axes, ("frame-b1", "frame-b32"), strict=True):
         wanted = {"bench": "roofline", "shape": shape, "steps": "euler:7"}
         left = np.zeros(len(gpus))
@@ -47,7 +47,7 @@ def frame_times(figures: Figures) -> Figure:
 
 def error_by_steps(figures: Figures) -> Figure:
     """Distance from a fine solution, and words heard, against evaluations."""
-    plot, axes = plt.subplots(1, 3, figsize=(11, 3.4))
+    plot, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     metrics = ("RMSE from 256 steps", "codes that differ", "words heard")
     labels = ("RMSE of x", "% of codes that differ", "% of words heard right")
     for axis, metric, label in zip(axes, metrics, labels, strict=True):
@@ -56,12 +56,13 @@ def error_by_steps(figures: Figures) -> Figure:
             points = sorted(
                 (int(row.steps.partition(":")[2]), row.value) for row in rows if row.steps.startswith(solver)
             )
-            axis.plot([n for n, _ in points], [value for _, value in points], "o-", color=colour, label=NAMES[solver])
+            x, y = np.array(points).reshape(-1, 2).T
+            axis.plot(x, y, "o-", color=colour, label=NAMES[solver])
         axis.set_xlabel("evaluations of the velocity")
         axis.set_title(label, fontsize=10)
         axis.set_xticks((2, 4, 7, 10, 16))
         axis.grid(alpha=0.3)
-        if axis is axes[0] and axis.dataLim.maxy > 0:  # there may be no rows yet
+        if axis is axes[0] and len(x):  # there may be no rows yet
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
@@ -73,7 +74,7 @@ def error_by_steps(figures: Figures) -> Figure:
 def resources(ledger: Sequence[LedgerRow]) -> Figure:
     """Registers and shared memory of every compiled launch, by architecture."""
     archs = list(dict.fromkeys(row.arch for row in ledger))
-    plot, axes = plt.subplots(1, 2, figsize=(11, 3.4))
+    plot, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     jitter = np.random.default_rng(0)
     for i, arch in enumerate(archs):
         rows = [row for row in ledger if row.arch == arch]
@@ -102,7 +103,7 @@ def claim(figures: Figures) -> Figure:
         ("launches", 1, "launches (counted)", ""),
     ]
     panels += [("time", 1, f"ms on this CPU (measured, {shape.partition(' ')[2]})", shape) for shape in shapes]
-    plot, axes = plt.subplots(1, len(panels), figsize=(11, 2.8), sharey=True)
+    plot, axes = plt.subplots(1, len(panels), figsize=(11, 2.8), layout="constrained", sharey=True)
     for axis, (metric, scale, title, shape) in zip(axes, panels, strict=True):
         wanted = {"shape": shape} if shape else {}
         values = [
@@ -119,7 +120,9 @@ def claim(figures: Figures) -> Figure:
 
 def spoken(samples: np.ndarray, rate: int, text: str) -> Figure:
     """The waveform and the spectrogram of a sound."""
-    plot, (wave, spectrum) = plt.subplots(2, 1, figsize=(11, 3.6), sharex=True, height_ratios=(1, 2))
+    plot, (wave, spectrum) = plt.subplots(
+        2, 1, figsize=(11, 3.6), layout="constrained", sharex=True, height_ratios=(1, 2)
+    )
     wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.4)
     wave.set_ylim(-1, 1)
     wave.set_title(text, fontsize=10)

@@ -113,8 +113,10 @@ def append(rows: Iterable[Row], file: Path = FILE) -> None:
     with file.open(newline="") as text:
         if (found := next(csv.reader(text))) != names:
             raise ValueError(f"{file} has the columns {found}, must have {names}")
-    with file.open("a", newline="") as text:
-        csv.DictWriter(text, names, lineterminator="\n").writerows(asdict(row) for row in rows)
+    lines = io.StringIO()
+    csv.DictWriter(lines, names, lineterminator="\n").writerows(asdict(row) for row in rows)
+    with file.open("a", newline="") as text:  # in one piece: another process may append as well
+        text.write(lines.getvalue())
 
 
 def read(text: str) -> list[Row]:

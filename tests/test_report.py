@@ -115,7 +115,7 @@ def test_a_part_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(report.subprocess, "run", run)
     monkeypatch.setattr(report, "write", lambda: None)
     assert report.main(["--only", "roofline", "depth", "run"]) == 1
-    assert asked == [["report", "--part", "roofline"], ["report", "--part", "depth"], ["run", "--quick"]]
+    assert asked == [["report", "--part", "roofline"], ["report", "--part", "depth"], ["run", "--quick"]]  # timed last
     said = capsys.readouterr().out
     assert "because of this" in said
     assert "FAILED, with their older rows in the page: depth" in said
