@@ -164,11 +164,11 @@ def test_what_is_asked_for_is_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
         assert list(trials(Choice(("linear",), quick=True))) == [chosen[0], chosen[2]]
         assert list(trials(Choice(("linear",), shape="down-b1", dtypes=("fp16",)))) == [chosen[1]]
         # 64 experts and their fp64 truth are too much for a processor
-        assert [shape for _, shape, _ in trials(Choice(("experts_up",)))] == ["small-4-b1"]
-        assert [shape for _, shape, _ in trials(Choice(("experts_up",), device="cuda"))] == [
-            "small-4-b1",
-            "small-4-b32",
-        ]
+        on_cpu, on_gpu = (
+            {shape for _, shape, _ in trials(Choice(("experts_up",), device=device))} for device in ("cpu", "cuda")
+        )
+        assert on_gpu - on_cpu == {"small-4-b32"}
+        assert "small-4-b1" in on_cpu
 
 
 def test_absent_providers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
