@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from bench.errors import TEXTS, conditions, say
-from bench.hearing import Say, Score, Speaker, digit_strings, listen
+from bench.hearing import Score, Speaker, by_flite, digit_strings, listen
 from bench.results import FILE, Row, append, place, stamped
 from bench.solvers import FINE, solve
 from voxkern.checkpoint import read_checkpoint
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.flow import FlowMatchingAudioTransformer, lowest_argmax, quantise, time_grid
-from voxkern.reference.train.data import DIGITS, VOICES, flite
+from voxkern.reference.train.data import DIGITS, VOICES
 from voxkern.reference.train.hear import Ear
 from voxkern.tts import DEMO, TTS
 
@@ -81,8 +81,7 @@ def hearing(tts: TTS, strings: int, seeds: int) -> list[Row]:
     ear, texts = Ear(DIGITS), digit_strings(strings)
     found = []
     if shutil.which("flite"):
-        own: Say = lambda asked: [flite(text, voice) for text, voice, _ in asked]  # noqa: E731
-        found += heard(listen(own, texts, [0], ear), "flite", "flite", strings, 1)
+        found += heard(listen(by_flite, texts, [0], ear), "flite", "flite", strings, 1)
     for solver, steps in HEARD:
         score = listen(Speaker(tts, solver, steps), texts, list(range(seeds)), ear)
         found += heard(score, "demo voice", "torch", strings, seeds, f"{solver}:{steps}")
@@ -93,16 +92,10 @@ def heard(score: Score, subject: str, provider: str, strings: int, seeds: int, s
     """A score's rows."""
     shape = f"{strings} strings, {seeds} seeds, {len(VOICES)} voices"
     command = f"{COMMAND} --strings {strings} --seeds {seeds}"
-    figures = {
-        "words": (score.words, "words"),
-        "words heard": (100 * score.words_right / score.words, "%"),
-        "strings": (score.strings, "strings"),
-        "strings heard": (100 * score.strings_right / score.strings, "%"),
-    }
     dtype = "fp32" if steps else ""
     return [
         Row("distortion", subject, metric, value, unit, "measured", command, provider, shape, dtype, steps)
-        for metric, (value, unit) in figures.items()
+        for metric, (value, unit) in score.figures.items()
     ]
 
 

@@ -49,6 +49,14 @@ class Score:
         self.words, self.words_right = self.words + len(said), self.words_right + words_right(said, heard)
         self.strings, self.strings_right = self.strings + 1, self.strings_right + (said == heard)
 
+    @property
+    def figures(self) -> dict[str, tuple[float, str]]:
+        """Counts, and shares of what was heard right, with their units."""
+        return {
+            "words": (self.words, "words"), "words heard": (100 * self.words_right / self.words, "%"),
+            "strings": (self.strings, "strings"), "strings heard": (100 * self.strings_right / self.strings, "%"),
+        }  # fmt: skip
+
     def __str__(self) -> str:
         """Shares of words and of strings."""
         return (
@@ -103,14 +111,13 @@ class Speaker:
 
     Attributes:
         ended: of each request that it said, whether it ended by itself.
-        lengths: of each, its frames by those of the words that it learnt from.
     """
 
     def __init__(self, tts: voxkern.TTS, solver: str, steps: int) -> None:
         """Nothing is said yet."""
         self._tts, self._solver, self._steps = tts, solver, steps
         self.ended: list[bool] = []
-        self.lengths: list[float] = []
+        self._said: list[tuple[str, str, int]] = []  # text, voice, frames
 
     def __call__(self, requests: list[Request]) -> list[NDArray[np.float32]]:
         """Say them."""
@@ -118,25 +125,31 @@ class Speaker:
         audios = self._tts.generate(
             texts, voice=voices, seed=seeds, steps=self._steps, solver=self._solver, max_frames=MAX_FRAMES
         )
-        for text, voice, audio in zip(texts, voices, audios, strict=True):
-            natural = sum(natural_frames(word, voice) for word in text.split())
-            self.ended.append(audio.ended)
-            self.lengths.append(audio.codes.shape[1] / natural)
+        self.ended += [audio.ended for audio in audios]
+        frames = [audio.codes.shape[1] for audio in audios]
+        self._said += zip(texts, voices, frames, strict=True)
         return [audio.samples for audio in audios]
 
+    @property
+    def lengths(self) -> list[float]:
+        """Of each request, its frames by those of the words that it learnt from, for which flite is asked."""
+        return [
+            n / sum(len(whole_frames(word_of_flite(word, voice))) // FRAME for word in text.split())
+            for text, voice, n in self._said
+        ]
 
-@functools.cache
-def natural_frames(word: str, voice: str) -> int:
-    """Of flite's own sound of a word."""
-    return len(whole_frames(flite(word, voice))) // FRAME
+
+word_of_flite = functools.cache(flite)
 
 
-def joined_of_flite() -> Say:
+def by_flite(requests: list[Request]) -> list[NDArray[np.float32]]:
+    """flite's own sound of whole texts."""
+    return [flite(text, voice) for text, voice, _ in requests]
+
+
+def words_by_flite(requests: list[Request]) -> list[NDArray[np.float32]]:
     """flite's words one after another, which is what the voice learns."""
-    apart = {(word, voice): flite(word, voice) for word in WORDS for voice in VOICES}
-    return lambda requests: [
-        np.concatenate([apart[word, voice] for word in text.split()]) for text, voice, _ in requests
-    ]
+    return [np.concatenate([word_of_flite(word, voice) for word in text.split()]) for text, voice, _ in requests]
 
 
 def rows(
@@ -154,8 +167,7 @@ def rows(
     }
     tts, found = voxkern.load(folder, backend="torch", max_batch=16), list[Row]()
     for kind, (texts, ear, n_seeds) in sets.items():
-        whole: Say = lambda asked: [flite(text, voice) for text, voice, _ in asked]  # noqa: E731
-        for subject, own in (("flite, whole", whole), ("flite, word by word", joined_of_flite())):
+        for subject, own in (("flite, whole", by_flite), ("flite, word by word", words_by_flite)):
             found += heard(subject, "flite", f"{kind}, 2 voices", "", listen(own, texts, [0], ear))
         for name in solvers:
             solver, steps = name.split(":")
@@ -168,13 +180,9 @@ def rows(
 def heard(subject: str, provider: str, shape: str, steps: str, score: Score) -> list[Row]:
     """A score's rows, which are printed too."""
     print(f"{subject}, {shape} {steps}: {score}", flush=True)
-    figures = {
-        "words": (score.words, "words"), "words heard": (100 * score.words_right / score.words, "%"),
-        "strings": (score.strings, "strings"), "strings heard": (100 * score.strings_right / score.strings, "%"),
-    }  # fmt: skip
     return [
         Row("hearing", subject, name, value, unit, "measured", COMMAND, provider, shape, "bf16" if steps else "", steps)
-        for name, (value, unit) in figures.items()
+        for name, (value, unit) in score.figures.items()
     ]
 
 

@@ -58,7 +58,6 @@ PARTLY: dict[str, dict[str, Callable[[Args], int]]] = {
     "flow_finish": {"embeddings": _embedded},
     "mlp_finish": {"embeddings": _embedded},
     "semantic_codes": {"weight": lambda args: args["n_codes"] * int(args["weight"].shape[1])},
-    "advance": {"history": lambda args: args["codes"].numel()},
     "codec_dequantise": {
         "embedding_sum": lambda args: _codes(args) * int(args["embedding_sum"].shape[1]),
         "cluster_usage": _codes,

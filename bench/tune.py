@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -38,6 +39,11 @@ def table_of(entry: Entry) -> Table | None:
     room = vars(sys.modules[entry.op.__module__])
     tables = [value for value in room.values() if isinstance(value, Table) and value.kernel == entry.name]
     return next((table for table in tables if "arch" in table.conditions), None)
+
+
+def file_of(entry: Entry) -> Path:
+    """Where the operator's kernels and their tables stand."""
+    return ROOT / "kernels" / f"{entry.op.__module__.rpartition('.')[2]}.py"
 
 
 def setting_of(table: Table, line: int) -> Setting:
@@ -218,8 +224,7 @@ def with_line(source: str, table: Table, line: int, arch: str, setting: Setting)
 
 def tune(entry: Entry, table: Table, clock: Clock) -> tuple[str, str]:
     """The kernels' file before and after."""
-    file = ROOT / "kernels" / f"{entry.op.__module__.rpartition('.')[2]}.py"
-    before = after = file.read_text()
+    before = after = file_of(entry).read_text()
     arch = architecture()
     with compiler(entry.name, arch) as fits:
         # from the last line up: a line that is put in moves those below it
@@ -259,7 +264,7 @@ def main(arguments: Sequence[str]) -> int:
     clock = clock_of("cuda")
     for name in options.op:
         before, after = tune(*known[name], clock)
-        file = ROOT / "kernels" / f"{known[name][0].op.__module__.rpartition('.')[2]}.py"
+        file = file_of(known[name][0])
         sys.stdout.writelines(
             difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(file), f"{file}, tuned")
         )

@@ -64,12 +64,13 @@ def warm_up(
             accelerate(model, max_batch)
             pool = PagePool(config.backbone, 2, dtype, torch.device("meta"))
             frames = Frames(model, max_batch, pool, PAGE, 2, "euler")  # two steps: the last has kernels of its own
-            for n in sorted({min(n, max_batch) for n in ROWS}):
+            batches = sorted({min(n, max_batch) for n in ROWS})
+            for n in batches:
                 frames.launch(n)
             backbone, _ = twins_of(model)
             table = torch.zeros(1, 1, dtype=torch.int32)
             codec = model.audio_tokenizer
-            for n in sorted({min(n, max_batch) for n in ROWS}):
+            for n in batches:
                 codes = torch.zeros(n, 1 + codec.config.acoustic_dim, 1, dtype=torch.int64)
                 cast(CodecTwinStream, codec.stream(n)).chunk(codes, torch.zeros(n, dtype=torch.int64))
             for n in ROWS:
