@@ -251,8 +251,12 @@ def engine(figures: Figures) -> Table:
             row.subject, row.shape.removeprefix("batch "), f"{row.value:.1f}",
             figures.value(".3f", **wanted, metric="first sound under load"),
             figures.value(".0f", **wanted, metric="peak memory"),
+            " / ".join(
+                figures.value(".2f", **wanted, metric=f"keys and values of {n} tokens") for n in (64, 400, 1000)
+            ),
         ])  # fmt: skip
-    head = ("model", "requests", "frames a second, all", "first sound beside the others, s", "peak memory, MB")
+    head = ("model", "requests", "frames a second, all", "first sound beside the others, s", "peak memory, MB",
+            "keys and values of 64 / 400 / 1000 tokens, MB a request")  # fmt: skip
     note = "Plain PyTorch on this machine's CPU, 7 evaluations; 12.5 frames a second are one voice in real time."
     return Table("Many requests at once", note, "python -m bench.engine", head, lines)
 
