@@ -42,8 +42,8 @@ LAYERS = 26
 MAX_TOKENS, PAGE = 4096, 64
 # launchers whose blocks are alike along each axis; of the others all blocks are counted
 ALIKE = {
-    "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_codes", "rms_norm", "modulated_silu",
-    "gated_linear",
+    "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_codes", "rms_norm", "modulations",
+    "modulated_silu", "gated_linear",
 }  # fmt: skip
 ONCE = {"semantic_codes", "flow_start", "flow_finish", "mlp_start", "mlp_finish", "modulations"}  # in a frame
 SEMANTIC = {"flow_finish": 10, "mlp_finish": 11}  # the place of the semantic codes among the arguments
@@ -168,7 +168,7 @@ def _recorder(
         if name in SEMANTIC and count_bytes:
             args[SEMANTIC[name]].zero_()  # they become addresses, and the launches that make them were not run whole
         if count_bytes and name != "paged_attention":  # see cache_traffic
-            dram = sum(_dram(one, *some) for one, some in _parts(name, launch, args))
+            dram = sum(_dram(one, *some) for one, some in parts(name, launch, args))
             fewest = _fewest(name, args)
         calls[name].append(Cost(launches, products(name, args), dram, fewest))
 
@@ -181,8 +181,16 @@ def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> 
     return room, times.new_zeros(STEPS, times.shape[1]), states, *weights
 
 
-def _parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
-    """q | k | v in one grid is three grids of the same kernel, each of which is regular (tests/test_frame.py)."""
+def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
+    """q | k | v in one grid is three grids, each of which is regular, and so are a modulation's layers (test_frame)."""
+    found: list[tuple[str, tuple[Any, ...]]] = []
+    if name == "modulations":
+        out, times, states, weights, biases, max_rows = args
+        for weight, bias in zip(weights, biases, strict=True):
+            result = out.new_empty(*out.shape[:2], len(weight))
+            alone = result, times, states, [weight, weight[:0]], [bias, bias[:0]], max_rows  # the kernel wants two
+            found.append((name, (launch, *alone)))
+        return found
     if name == "norm_qkv_append":  # the cache takes what would be k and v
         x, norm, wq, wk, wv, *_, q, _, eps, max_rows = args
         out, q_rows = q, len(x)
@@ -190,11 +198,10 @@ def _parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> lis
         out, x, norm, wq, wk, wv, eps, q_rows, max_rows = args
     else:
         return [(name, (launch, *args))]
-    parts = []
     for weight, rows in ((wq, q_rows), (wk, len(x)), (wv, len(x))):
         result = out.new_empty(rows, len(weight))
-        parts.append(("norm_linear", (launch_norm_linear, result, x[:rows], norm, weight, eps, max_rows)))
-    return parts
+        found.append(("norm_linear", (launch_norm_linear, result, x[:rows], norm, weight, eps, max_rows)))
+    return found
 
 
 def _dram(name: str, launch: Callable[..., None], *args: Any) -> int:

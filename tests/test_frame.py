@@ -6,6 +6,7 @@ import pytest
 import torch
 from plant import case_of, entry_of
 
+from bench import frame
 from bench.counters import counting, only_launches
 from bench.frame import (
     backbone_cost,
@@ -15,8 +16,10 @@ from bench.frame import (
     public_backbone,
     public_head,
 )
-from bench.registry import Maker
+from bench.registry import Case, Maker
+from voxkern.kernels import settings
 from voxkern.kernels.linear import norm_linear
+from voxkern.kernels.modulated import launch_modulations
 from voxkern.maker import tiny_params
 from voxkern.reference import Config
 from voxkern.reference.flow import FlowMatchingAudioTransformer
@@ -133,6 +136,26 @@ def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
         assert together[0].of(args[name]) == alone[0].of(args[name])
         written += alone[0].traffic()["p_y"].dram
     assert together[0].traffic()["p_y"].dram == written
+
+
+def test_modulations_in_one_grid_are_a_grid_each() -> None:
+    """Bytes of a layer's weight, bias and results, counted whole, are those of the layer alone by its outer blocks."""
+    entry = entry_of("modulations")
+    sizes = {"N": 3 * 130, "K": 130, "blocks": 3, "S": 7, "R": 32, "max_rows": 2048}
+    args = entry.args(Case("odd", sizes), Maker(torch.bfloat16))
+    lists = [*args["weights"], *args["biases"]]
+    with settings.pretend("sm_90"), counting(whole=True, reached=lists) as together:
+        entry.op.run(**args)
+    written = 0
+    out = torch.empty(7, 32, sum(map(len, args["weights"])), dtype=torch.bfloat16)
+    for _, (launch, *part) in frame.parts("modulations", launch_modulations, (out, *args.values())):
+        weight, bias = part[3][0], part[4][0]
+        with settings.pretend("sm_90"), counting(reached=[weight, bias]) as alone:
+            launch(*part)
+        for tensor in (weight, bias):
+            assert together[0].of(tensor) == alone[0].of(tensor)
+        written += alone[0].traffic()["p_y"].dram
+    assert together[0].traffic()["p_y"].dram == written == out.numel() * out.element_size()
 
 
 @pytest.mark.slow
