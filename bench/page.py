@@ -31,7 +31,7 @@ of a stated model. Times that are measured are plain PyTorch's, on the CPU named
 """
 RUN = "<p>Times on GPUs that are marked as measured come from: {}. All others are <b>predictions</b>.</p>"
 SECTIONS = (
-    ("Where a frame's time should go", ("roofline", "frame", "cache"), "frame"),
+    ("Where a frame's time should go", ("roofline", "frame", "launches", "cache"), "frame"),
     ("Why a flow head: against a depth transformer", ("claim",), "claim"),
     ("Beside the public server", ("server",), None),
     ("Errors, in the model's own currency", ("errors", "distortion", "hearing"), "steps"),

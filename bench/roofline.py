@@ -165,6 +165,7 @@ def rows() -> list[Row]:
                 "multiply-adds": (multiply_adds(whole), "1"),
             }
             counts["launches"] = (launches(whole), "1")
+            counts |= {f"launches of the {part}": (launches(work), "1") for part, work in parts.items()}
             for metric, (value, unit) in counts.items():
                 found.append(_row("frame", metric, value, unit, "counted", B, steps))
             for name, gpu in GPUS.items():

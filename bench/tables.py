@@ -67,10 +67,10 @@ class Figures:
 def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, Table]:
     """Every table by its name, those without rows left out."""
     made = {
-        "frame": frame(figures), "cache": cache(figures), "server": server(figures), "claim": claim(figures),
-        "roofline": roofline(figures), "errors": errors(figures), "distortion": distortion(figures),
-        "hearing": hearing(figures), "voice": voice(figures), "engine": engine(figures), "micro": micro(figures),
-        "resources": resources(ledger),
+        "frame": frame(figures), "launches": launches(figures), "cache": cache(figures), "server": server(figures),
+        "claim": claim(figures), "roofline": roofline(figures), "errors": errors(figures),
+        "distortion": distortion(figures), "hearing": hearing(figures), "voice": voice(figures),
+        "engine": engine(figures), "micro": micro(figures), "resources": resources(ledger),
     }  # fmt: skip
     return {name: table for name, table in made.items() if table.lines}
 
@@ -91,6 +91,24 @@ def frame(figures: Figures) -> Table:
     head = ("of a frame", "batch", "launches", "GB from DRAM", "of the fewest", "multiply-adds, G", "of the usual")
     note = "Public shapes, bf16, 7 evaluations, tiles of sm_90, counted in the interpreter; keys and values apart."
     return Table("What a frame costs, counted", note, "python -m bench.frame", head, lines)
+
+
+def launches(figures: Figures) -> Table:
+    """Of a whole frame's two graphs."""
+    lines = []
+    for shape in ("frame-b1", "frame-b32"):
+        parts = [
+            figures.one(
+                bench="roofline", subject="frame", metric=f"launches of the {part}", shape=shape, steps="euler:7"
+            )
+            for part in ("flow head", "bookkeeping", "backbone", "codec")
+        ]
+        if None not in parts:
+            *frame, codec = (round(row.value) for row in parts if row)
+            lines.append([shape.removeprefix("frame-b"), *map(str, frame), str(sum(frame)), str(codec)])
+    head = ("prepared for", "flow head", "bookkeeping", "backbone", "the frame's graph", "the codec's graph")
+    note = "Public shapes, 7 evaluations of Euler's method; by arithmetic that tests hold to the count."
+    return Table("Launches of a whole frame", note, "python -m bench.roofline", head, lines)
 
 
 def cache(figures: Figures) -> Table:
