@@ -226,8 +226,9 @@ def rows() -> list[Row]:
 
 
 def _row(subject: str, steps: str, metric: str, value: float, unit: str, how: str, shape: str = "frame-b1") -> Row:
+    provider = "" if subject == DEPTH else "voxkern"  # which has no kernels of the other
     return Row(
-        "depth", subject, metric, value, unit, how, COMMAND, provider="voxkern", shape=shape, dtype="bf16", steps=steps
+        "depth", subject, metric, value, unit, how, COMMAND, provider=provider, shape=shape, dtype="bf16", steps=steps
     )
 
 

@@ -2,7 +2,8 @@
 
 ``python -m bench.distortion``: its flow head is solved with 2 to 16 evaluations on generate()'s grids, from the states
 that its own backbone has behind its own frames, and held against 256 of the two-step method. Then a recogniser listens
-to what the voice says with each solver. All in plain PyTorch, fp32, on a CPU.
+to the sentences that the voice says with each solver, and with the 64 evaluations that are generate()'s most. All in
+plain PyTorch, fp32, on a CPU.
 """
 
 import argparse
@@ -16,19 +17,19 @@ import torch
 from torch import Tensor
 
 from bench.errors import TEXTS, conditions, say
-from bench.hearing import Score, Speaker, by_flite, digit_strings, listen
+from bench.hearing import Score, Speaker, by_flite, listen, sentences
 from bench.results import FILE, Row, append, place, stamped
 from bench.solvers import FINE, solve
 from voxkern.checkpoint import read_checkpoint
 from voxkern.reference.config import END_AUDIO
-from voxkern.reference.flow import FlowMatchingAudioTransformer, lowest_argmax, quantise, time_grid
-from voxkern.reference.train.data import DIGITS, VOICES
+from voxkern.reference.flow import MAX_STEPS, FlowMatchingAudioTransformer, lowest_argmax, quantise, time_grid
+from voxkern.reference.train.data import VOICES, WORDS
 from voxkern.reference.train.hear import Ear
 from voxkern.tts import DEMO, TTS
 
 EVALUATIONS = (2, 3, 4, 5, 7, 10, 16)
-HEARD = [("euler", steps) for steps in (2, 4, 7, 16)] + [("ab2", steps) for steps in (2, 3, 4, 5, 7)]
-STRINGS, SEEDS = 20, 1
+HEARD = [*itertools.product(("euler", "ab2"), EVALUATIONS), ("ab2", MAX_STEPS)]
+SENTENCES, SEEDS = 20, 1
 MAX_BATCH = 16
 COMMAND = "python -m bench.distortion"
 RMSE = f"RMSE from {FINE} steps"
@@ -76,22 +77,22 @@ def spoken(tts: TTS) -> tuple[Tensor, Tensor]:
     return h[goes_on], x[goes_on]
 
 
-def hearing(tts: TTS, strings: int, seeds: int) -> list[Row]:
-    """Words and strings that are heard right, by solver and evaluations, and of flite's own sound."""
-    ear, texts = Ear(DIGITS), digit_strings(strings)
+def hearing(tts: TTS, n_sentences: int, seeds: int) -> list[Row]:
+    """Words and sentences that are heard right, by solver and evaluations, and of flite's own sound."""
+    ear, texts = Ear(WORDS), sentences(n_sentences)
     found = []
     if shutil.which("flite"):
-        found += heard(listen(by_flite, texts, [0], ear), "flite", "flite", strings, 1)
+        found += heard(listen(by_flite, texts, [0], ear), "flite", "flite", n_sentences, 1)
     for solver, steps in HEARD:
         score = listen(Speaker(tts, solver, steps), texts, list(range(seeds)), ear)
-        found += heard(score, "demo voice", "torch", strings, seeds, f"{solver}:{steps}")
+        found += heard(score, "demo voice", "torch", n_sentences, seeds, f"{solver}:{steps}")
     return found
 
 
-def heard(score: Score, subject: str, provider: str, strings: int, seeds: int, steps: str = "") -> list[Row]:
+def heard(score: Score, subject: str, provider: str, n_sentences: int, seeds: int, steps: str = "") -> list[Row]:
     """A score's rows."""
-    shape = f"{strings} strings, {seeds} seeds, {len(VOICES)} voices"
-    command = f"{COMMAND} --strings {strings} --seeds {seeds}"
+    shape = f"{n_sentences} sentences, {seeds} seeds, {len(VOICES)} voices"
+    command = f"{COMMAND} --sentences {n_sentences} --seeds {seeds}"
     dtype = "fp32" if steps else ""
     return [
         Row("distortion", subject, metric, value, unit, "measured", command, provider, shape, dtype, steps)
@@ -109,11 +110,11 @@ def missing() -> list[str]:
     return lines
 
 
-def rows(strings: int = STRINGS, seeds: int = SEEDS, folder: Path = DEMO) -> list[Row]:
+def rows(n_sentences: int = SENTENCES, seeds: int = SEEDS, folder: Path = DEMO) -> list[Row]:
     """All figures that this machine can make."""
     tts = TTS(read_checkpoint(folder, torch.float32), MAX_BATCH)
     found = distances(tts)
-    return found + (hearing(tts, strings, seeds) if importlib.util.find_spec("pocketsphinx") else [])
+    return found + (hearing(tts, n_sentences, seeds) if importlib.util.find_spec("pocketsphinx") else [])
 
 
 def table(rows: list[Row]) -> str:
@@ -121,7 +122,7 @@ def table(rows: list[Row]) -> str:
     by_solver: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         by_solver.setdefault((row.subject, row.steps), {})[row.metric] = row.value
-    lines = ["                        RMSE   codes that differ      words heard     strings heard"]
+    lines = ["                        RMSE   codes that differ      words heard   sentences heard"]
     for (subject, steps), of in by_solver.items():
         cells = (share(of, "codes that differ", "codes compared"), share(of, "words heard", "words"))
         rmse = f"{of[RMSE]:.4f}" if RMSE in of else "-"
@@ -140,12 +141,12 @@ def share(of: dict[str, float], metric: str, whole: str) -> str:
 def main() -> None:
     """Print the table; write rows only where it is said to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--strings", type=int, default=STRINGS, help="that are listened to, in each voice")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="of each string in each voice")
+    parser.add_argument("--sentences", type=int, default=SENTENCES, help="that are listened to, in each voice")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of each sentence in each voice")
     parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"append the rows, to {FILE.name} or another")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = rows(args.strings, args.seeds)
+    found = rows(args.sentences, args.seeds)
     print(table(found), *missing(), sep="\n")
     if args.csv:
         here = place()

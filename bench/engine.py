@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import voxkern
-from bench.results import Row
+from bench.results import Row, place, stamped
 from voxkern.cache import cache_bytes
 from voxkern.maker import make_checkpoint, tiny_params
 from voxkern.tts import DEMO
@@ -107,13 +107,15 @@ def rows_of(model: str, folder: Path, batch: int) -> list[Row]:
         f"{model}, {batch}: " + ", ".join(f"{name} {value:.4g} {unit}" for name, (value, unit) in figures.items()),
         flush=True,
     )
-    return [
+    found = [
         Row(
             "engine", model, metric, value, unit, "counted" if metric.startswith("keys") else "measured",
             "python -m bench.engine", "torch", f"batch {batch}", "bf16", f"euler:{STEPS}",
         )
         for metric, (value, unit) in figures.items()
     ]  # fmt: skip
+    here = place()  # of this process, which has one thread
+    return [stamped(row, here) for row in found]
 
 
 if __name__ == "__main__":

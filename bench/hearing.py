@@ -161,6 +161,7 @@ def rows(
 ) -> list[Row]:
     """What is heard of digits and of sentences, flite's own sound first, and how fast the voice is."""
     torch.set_num_threads(1)
+    command = f"{COMMAND} --strings {strings} --seeds {seeds}"
     sets = {
         f"{strings} strings of digits": (digit_strings(strings), Ear(DIGITS), seeds),
         f"{2 * strings // 5} sentences": (sentences(2 * strings // 5), Ear(WORDS), 1),
@@ -168,31 +169,31 @@ def rows(
     tts, found = voxkern.load(folder, backend="torch", max_batch=16), list[Row]()
     for kind, (texts, ear, n_seeds) in sets.items():
         for subject, own in (("flite, whole", by_flite), ("flite, word by word", words_by_flite)):
-            found += heard(subject, "flite", f"{kind}, 2 voices", "", listen(own, texts, [0], ear))
+            found += heard(subject, "flite", f"{kind}, 2 voices", "", listen(own, texts, [0], ear), command)
         for name in solvers:
             solver, steps = name.split(":")
             say, shape = Speaker(tts, solver, int(steps)), f"{kind}, 2 voices, {n_seeds} seeds"
-            found += heard("demo voice", "torch", shape, name, listen(say, texts, list(range(n_seeds)), ear, show))
-            found += ends(say, shape, name)
+            score, again = listen(say, texts, list(range(n_seeds)), ear, show), f"{command} --solver {name}"
+            found += heard("demo voice", "torch", shape, name, score, again) + ends(say, shape, name, again)
     return found + speed(folder)
 
 
-def heard(subject: str, provider: str, shape: str, steps: str, score: Score) -> list[Row]:
+def heard(subject: str, provider: str, shape: str, steps: str, score: Score, command: str) -> list[Row]:
     """A score's rows, which are printed too."""
     print(f"{subject}, {shape} {steps}: {score}", flush=True)
     return [
-        Row("hearing", subject, name, value, unit, "measured", COMMAND, provider, shape, "bf16" if steps else "", steps)
+        Row("hearing", subject, name, value, unit, "measured", command, provider, shape, "bf16" if steps else "", steps)
         for name, (value, unit) in score.figures.items()
     ]
 
 
-def ends(speaker: Speaker, shape: str, steps: str) -> list[Row]:
+def ends(speaker: Speaker, shape: str, steps: str, command: str) -> list[Row]:
     """How a voice's requests ended."""
     figures = {"ended by itself": (100 * float(np.mean(speaker.ended)), "%"), "longest": (max(speaker.lengths), "1")}
     print(f"  ended by themselves: {figures['ended by itself'][0]:.1f} %, longest of the natural length: "
           f"{figures['longest'][0]:.2f}", flush=True)  # fmt: skip
     return [
-        Row("hearing", "demo voice", name, value, unit, "measured", COMMAND, "torch", shape, "bf16", steps)
+        Row("hearing", "demo voice", name, value, unit, "measured", command, "torch", shape, "bf16", steps)
         for name, (value, unit) in figures.items()
     ]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import voxkern
-from bench.providers import Trial, by_codes, by_distance, missing, results_of
+from bench.providers import Lazily, Trial, by_codes, by_distance, by_frame, missing, results_of
 from bench.registry import DTYPES, ROOT
 from voxkern.checkpoint import read_checkpoint, read_params
 from voxkern.maker import public_params, random_tensor
@@ -87,7 +87,7 @@ def trial_of(
     calls: dict[str, Callable[..., Any]] = {"torch": partial(run, host), **(peers or {})}
     calls["torch.compile"] = torch.compile(partial(run, host), dynamic=False)
     if spot.on_gpu:
-        calls["voxkern"] = ours()
+        calls["voxkern"] = Lazily(ours)
     return Trial(
         spot.subject, spot.shape, spot.dtype, args, calls, calls["torch"], exact, complaint, rotates=False, steps=steps
     )
@@ -162,7 +162,7 @@ def head_args(head: FlowHead, B: int) -> dict[str, Tensor]:
 def head_trial(spot: Spot, make: Callable[[str, str], FlowHead], B: int, params: Callable[[], dict[str, Any]]) -> Trial:
     """A frame of codes from hidden states; `params` gives those that the public server builds the same head from."""
     head = make(spot.dtype, spot.device)
-    peers = {} if "vllm-omni" in missing(spot.device) else {"vllm-omni": server_head(head, params())}
+    peers = {} if "vllm-omni" in missing(spot.device) else {"vllm-omni": Lazily(lambda: server_head(head, params()))}
 
     def run(head: FlowHead, h: Tensor, cfg_alpha: Tensor, noise: Tensor) -> Tensor:
         return head(h, cfg_alpha, noise, STEPS)  # type: ignore[no-any-return]
@@ -229,22 +229,34 @@ class Sound:
 def codec_trial(spot: Spot, B: int) -> Trial:
     """The sound of a frame."""
     codec, sound = demo(spot.dtype, spot.device).audio_tokenizer, Sound(B)
-    codes = torch.randint(21, (B, 37), generator=torch.Generator().manual_seed(3)).to(spot.device)
+    codes = random_codes(B).to(spot.device)
     return trial_of(spot, codec, sound, {"codes": codes}, by_distance, partial(on_kernels, sound, codec, B))
 
 
 def frame_trial(spot: Spot, make: Callable[[str, str], VoxtralTTS], B: int) -> Trial:
-    """A whole frame: codes of the hidden states, their sound, and the next hidden states."""
+    """A whole frame: codes of the hidden states, the sound of codes, and the hidden states behind them.
+
+    Sound and states are of codes that are given: where rounding flips one of the frame's own, they could not be held
+    against fp64's.
+    """
     model, sound = make(spot.dtype, spot.device), Sound(B)
     args = head_args(model.acoustic_transformer, B) | cache_args(model, B)
+    args["given"] = random_codes(B).to(spot.device) + N_SPECIAL_CODES
 
-    def run(model: VoxtralTTS, h: Tensor, cfg_alpha: Tensor, noise: Tensor, **cache: Tensor) -> list[Tensor]:
+    def run(
+        model: VoxtralTTS, h: Tensor, cfg_alpha: Tensor, noise: Tensor, given: Tensor, **cache: Tensor
+    ) -> list[Tensor]:
         codes = model.acoustic_transformer(h, cfg_alpha, noise, STEPS)
-        wave = sound(model.audio_tokenizer, (codes - N_SPECIAL_CODES).clamp(min=0))
-        return [codes, wave, step(model, model.embed_codes(codes), **cache)]
+        wave = sound(model.audio_tokenizer, given - N_SPECIAL_CODES)
+        return [codes, wave, step(model, model.embed_codes(given), **cache)]
 
     ours = partial(on_kernels, run, model, B)
-    return trial_of(spot, model, run, args, by_codes, ours, steps=f"euler:{STEPS}")
+    return trial_of(spot, model, run, args, by_frame, ours, steps=f"euler:{STEPS}")
+
+
+def random_codes(B: int) -> Tensor:
+    """Without the offset, of the acoustic codebooks' size: int64 [B, 37]."""
+    return torch.randint(21, (B, 37), generator=torch.Generator().manual_seed(3))
 
 
 # Mistral Small 4's layer: 4 of 128 experts of 2048 and a shared one, 4096 wide. An eighth of the experts fits a desktop
@@ -257,7 +269,8 @@ def moe_trial(spot: Spot, sizes: tuple[int, int, int], B: int) -> Trial:
     dim, hidden, n_experts = sizes
     moe = MoEConfig(n_experts, 4, hidden, 1)
     layer = filled(lambda: MoEBlock(dim, moe, 2, 1, 8, 1e-5), spot.dtype, spot.device)
-    peers = {} if "transformers" in missing(spot.device) else {"transformers": transformers_block(layer, moe, dim)}
+    absent = missing(spot.device)
+    peers = {} if "transformers" in absent else {"transformers": Lazily(lambda: transformers_block(layer, moe, dim))}
     args = {"x": numbers(B, dim).to(layer.gate.weight)}
 
     def run(layer: MoEBlock, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import base64
 import html as escape
 from collections.abc import Mapping
 
-from bench.tables import Figures, Table
+from bench.tables import Figures, Table, on_cpu
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -31,20 +31,23 @@ of a stated model. Times that are measured are plain PyTorch's, on the CPU named
 """
 RUN = "<p>Times on GPUs that are marked as measured come from: {}. All others are <b>predictions</b>.</p>"
 SECTIONS = (
-    ("Where a frame's time should go", ("roofline", "frame", "launches", "cache"), "frame"),
+    ("Where a frame's time should go", ("roofline", "batches", "work", "launches", "frame", "cache"), "frame"),
     ("Why a flow head: against a depth transformer", ("claim",), "claim"),
     ("Beside the public server", ("server",), None),
     ("Errors, in the model's own currency", ("errors", "distortion", "hearing"), "steps"),
     ("What the compiler makes of it", ("resources",), "resources"),
-    ("Measured on this machine's CPU", ("voice", "engine", "micro"), None),
+    ("Measured on a GPU", ("gpu",), None),
+    ("Measured on a CPU", ("voice", "engine", "micro"), None),
 )
 
 
 def html(tables: Mapping[str, Table], pictures: Mapping[str, bytes], figures: Figures, triton: str) -> str:
     """The page."""
-    gpus = [row.device for row in figures.all(how="measured") if "threads" not in row.device]
+    gpus = [row.device for row in figures.on_each_device(how="measured") if not on_cpu(row)]
     parts = [INTRODUCTION, RUN.format(escape.escape(", ".join(dict.fromkeys(gpus)))) if gpus else NOT_RUN]
     for title, names, picture in SECTIONS:
+        if not tables.keys() & set(names):
+            continue
         parts.append(f"<h2>{title}</h2>")
         if picture is not None:
             data = base64.b64encode(pictures[picture]).decode()
@@ -71,9 +74,8 @@ def _table(table: Table) -> str:
 
 def _places(figures: Figures, triton: str) -> str:
     """Where the figures come from."""
-    found = dict.fromkeys(
-        (row.bench, row.device, row.versions, row.commit, row.date[:10]) for row in figures.all() if row.date
-    )
+    rows = (*figures.all(), *figures.on_each_device(bench="micro"))
+    found = dict.fromkeys((row.bench, row.device, row.versions, row.commit, row.date[:10]) for row in rows if row.date)
     lines = "".join("<tr>" + "".join(f"<td>{escape.escape(cell)}</td>" for cell in line) + "</tr>" for line in found)
     head = "".join(f"<th>{name}</th>" for name in ("benchmark", "on", "with", "commit", "date"))
     return (

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from bench.ledger import Row as LedgerRow
 from bench.roofline import GPUS, SECONDS, laid_over
 from bench.tables import Figures
+from voxkern.reference.flow import MAX_STEPS
 
 PARTS = {"the backbone": "#4c72b0", "the flow head": "#dd8452", "the codec": "#55a868"}
 COLOURS = {"euler": "#4c72b0", "ab2": "#dd8452"}
@@ -21,7 +22,7 @@ NAMES = {"euler": "Euler, even times", "ab2": "ab2, warped times"}
 
 def frame_times(figures: Figures) -> Figure:
     """Predicted milliseconds of a frame by part, on each GPU, over the floor; measured ones where there are any."""
-    gpus = figures.values("subject", bench="roofline", metric="floor")
+    gpus, stars = figures.values("subject", bench="roofline", metric="floor"), laid_over(figures.rows)
     plot, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axis, shape in zip(axes, ("frame-b1", "frame-b32"), strict=True):
         wanted = {"bench": "roofline", "shape": shape, "steps": "euler:7"}
@@ -32,7 +33,7 @@ def frame_times(figures: Figures) -> Figure:
             left += width
         floors = [_value(figures, **wanted, subject=gpu, metric="floor") for gpu in gpus]
         axis.plot(floors, gpus, "k|", markersize=16, markeredgewidth=2, label="floor: bytes at the data sheet's rate")
-        for row, *_ in laid_over(figures.rows):
+        for row, *_ in stars:
             if row.shape == shape:
                 name = next(name for name, gpu in GPUS.items() if gpu.device == row.device)
                 axis.plot(1e3 * SECONDS[row.unit] * row.value, name, "r*", markersize=11, label="measured")
@@ -41,7 +42,8 @@ def frame_times(figures: Figures) -> Figure:
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
     axes[0].legend(fontsize=8, loc="lower right")
-    plot.suptitle("A frame's time, PREDICTED from bytes, launches and the ledger; not measured on a GPU", fontsize=11)
+    known = "stars are measured" if stars else "not measured on a GPU"
+    plot.suptitle(f"A frame's time, PREDICTED from bytes, launches and the ledger; {known}", fontsize=11)
     return plot
 
 
@@ -51,15 +53,17 @@ def error_by_steps(figures: Figures) -> Figure:
     metrics = ("RMSE from 256 steps", "codes that differ", "words heard")
     labels = ("RMSE of x", "% of codes that differ", "% of words heard right")
     for axis, metric, label in zip(axes, metrics, labels, strict=True):
+        axis.set_title(label, fontsize=10)
         for solver, colour in COLOURS.items():
             rows = figures.all(bench="distortion", metric=metric, subject="demo voice")
-            points = sorted(
-                (int(row.steps.partition(":")[2]), row.value) for row in rows if row.steps.startswith(solver)
-            )
-            x, y = np.array(points).reshape(-1, 2).T
+            rows = [row for row in rows if row.steps.startswith(solver) and "strings" not in row.shape]
+            points = {int(row.steps.partition(":")[2]): row.value for row in rows}
+            if MAX_STEPS in points:
+                axis.axhline(points.pop(MAX_STEPS), color="k", linewidth=0.8, linestyle=":")
+                axis.set_title(f"{label} (dotted: {MAX_STEPS} evaluations)", fontsize=10)
+            x, y = np.array(sorted(points.items())).reshape(-1, 2).T
             axis.plot(x, y, "o-", color=colour, label=NAMES[solver])
         axis.set_xlabel("evaluations of the velocity")
-        axis.set_title(label, fontsize=10)
         axis.set_xticks((2, 4, 7, 10, 16))
         axis.grid(alpha=0.3)
         if axis is axes[0] and len(x):  # there may be no rows yet

@@ -17,7 +17,8 @@ from importlib import import_module
 from pathlib import Path
 
 import voxkern
-from bench import ledger, page, results
+from bench import ledger, page, plots, results
+from bench.results import Row
 from bench.tables import Figures, Table, tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.part:
         results.append(rows_of(options.part))
         return 0
+    start = time.perf_counter()
     failed = [] if options.no_measure else failures(options.only)
+    if not options.no_measure and not failed and options.only == PARTS:
+        results.append([of_all(time.perf_counter() - start)])
     write()
     print(f"wrote {PAGE.relative_to(ROOT)}, {PLOTS.relative_to(ROOT)} and the README's tables")
     if failed:
@@ -64,6 +68,12 @@ def rows_of(part: str) -> list[results.Row]:
     return [row if row.date else results.stamped(row, here) for row in rows]
 
 
+def of_all(seconds: float) -> Row:
+    """What the report itself takes."""
+    row = Row("report", "all parts", "time", round(seconds), "s", "measured", "python -m bench report")
+    return results.stamped(row, results.place())
+
+
 def measured(part: str) -> bool:
     """Run a part; whether it went well."""
     command = ["run", "--quick"] if part == "run" else ["report", "--part", part]
@@ -72,15 +82,14 @@ def measured(part: str) -> bool:
     if part in COUNTED:  # beside each other, two threads each wait for cores most of the time
         env["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([sys.executable, "-m", "bench", *command], cwd=ROOT, env=env, capture_output=True, text=True)
-    outcome = f"{time.perf_counter() - start:.0f} s" if done.returncode == 0 else f"failed:\n{done.stderr[-2000:]}"
+    said = done.stdout[-2000:] + done.stderr[-2000:]
+    outcome = f"failed:\n{said}" if done.returncode else f"{time.perf_counter() - start:.0f} s"
     print(f"{part}: {outcome}", flush=True)
     return done.returncode == 0
 
 
 def write() -> None:
     """Page, pictures and README from what is committed."""
-    from bench import plots  # needs matplotlib
-
     figures = Figures(results.read(results.FILE.read_text()))
     version, compiled = ledger.read(ledger.FILE.read_text())
     pictures = {

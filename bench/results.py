@@ -23,7 +23,7 @@ class Place:
 
     Attributes:
         date: UTC, to the second.
-        commit: of the working tree, ``+`` behind it where files had been changed.
+        commit: of the working tree, ``+`` behind it where code or the demo voice had been changed.
         device: the GPU's name, or the processor's with the number of threads.
         versions: of Python, torch and triton.
     """
@@ -151,5 +151,5 @@ def _commit() -> str:
             ["git", *words], cwd=FILE.parent, capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    found = git("rev-parse", "--short", "HEAD")
-    return found + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if found else "unknown"
+    found, what = git("rev-parse", "--short", "HEAD"), (":/*.py", ":/voxkern/demo")
+    return found + ("+" if git("status", "--porcelain", "--", *what) else "") if found else "unknown"

@@ -184,9 +184,10 @@ def _row(subject: str, metric: str, value: float, unit: str, how: str, B: int, s
 
 
 def laid_over(measured: Iterable[Row]) -> list[tuple[Row, float, float]]:
-    """Frames measured on one of these GPUs, each with the floor and the predicted time, ms.
+    """Our frames measured on one of these GPUs, each with the floor and the predicted time, ms.
 
-    They are rows of the subject ``frame`` and the metric ``time`` in bf16, shape ``frame-bN``; the newest of each.
+    They are rows of voxkern, the subject ``frame`` and the metric ``time`` in bf16, shape ``frame-bN``; the newest of
+    each.
     """
     found = []
     for row in newest(row for row in measured if _is_a_frame(row)):
@@ -198,7 +199,8 @@ def laid_over(measured: Iterable[Row]) -> list[tuple[Row, float, float]]:
 
 
 def _is_a_frame(row: Row) -> bool:
-    named = (row.how, row.subject, row.metric, row.dtype) == ("measured", "frame", "time", "bf16")
+    said = (row.how, row.subject, row.provider, row.metric, row.dtype)
+    named = said == ("measured", "frame", "voxkern", "time", "bf16")
     sized = re.fullmatch(r"frame-b\d+", row.shape) and re.fullmatch(r"\w+:\d+", row.steps) and row.unit in SECONDS
     return bool(named and sized and any(gpu.device == row.device for gpu in GPUS.values()))
 

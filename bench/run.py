@@ -114,9 +114,10 @@ def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str,
     """
     faults = {name: trial.fault(name) for name in trial.variants}
     right = [name for name, fault in faults.items() if not fault]
-    n = copies_for(clock, trial.nbytes) if trial.rotates else 1
+    n = copies_for(clock, trial.nbytes, trial.held) if trial.rotates else 1
+    copies = trial.copies(n)  # the same for all: between two calls on one of them lie the others
     variants: dict[str, list[Call]] = {
-        name: [partial(trial.variants[name], **args) for args in trial.copies(n)] for name in right
+        name: [partial(trial.variants[name], **args) for args in copies] for name in right
     }
     if roof is not None and right:
         variants[ROOF] = [roof.call]
@@ -154,8 +155,10 @@ def run(choice: Choice, clock: Clock, file: Path | None, where: Place) -> tuple[
     """
     rows, wrong, roof = list[Row](), list[str](), clock.copy()
     for trial in trials(choice):
+        torch._dynamo.reset()  # it compiles a function for 8 shapes, and runs it as it is for more
         found, faults = time_trial(trial.only(choice.timed), clock, roof)
         made = rows_of(trial, found, roof, choice, where)
+        del trial  # before the next is made: a public model and its fp64 copy are 48 GB
         for line in [*map(line_of, made), *(f"WRONG, not timed: {fault}" for fault in faults)]:
             print(line, flush=True)
         if file is not None:
@@ -182,11 +185,13 @@ def choice_of(arguments: Sequence[str]) -> tuple[Choice, argparse.Namespace]:
     parser.add_argument("--shape", default="", metavar="PART", help="only shapes whose name has this in it")
     parser.add_argument("--dtype", nargs="+", default=(), choices=DTYPES, help="without it, all that a shape has")
     parser.add_argument("--provider", nargs="+", default=(), choices=PROVIDERS, help="without it, all that are here")
-    parser.add_argument("--device", default="cpu", help="cpu: the torch providers only; cuda: the kernels as well")
+    devices = ("cpu", "cuda")
+    parser.add_argument("--device", default="cpu", choices=devices, help="cpu: the torch providers; cuda: kernels too")
     parser.add_argument("--quick", action="store_true", help="one shape an operator, none of gigabytes, no fp16")
     parser.add_argument("--csv", default=str(FILE), metavar="FILE", help="where rows are appended; - for nowhere")
     parser.add_argument("--compare", metavar="REV", help="measure the git revision REV as well: old, new, ratio")
     options = parser.parse_args(arguments)
+    clock_of(options.device)  # ends here where there is no such device
     known = subjects(options.device)
     if unknown := sorted(set(options.op) - set(known)):
         parser.error(f"--op: there is no {', '.join(unknown)}; there are {', '.join(known)}")

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.ledger import Row as LedgerRow
-from bench.results import Row
+from bench.results import Row, newest
 
-PREDICTED = "PREDICTED by the model of bench/roofline.py, not measured: nothing here was run on a GPU."
+PREDICTED = "PREDICTED by the model of bench/roofline.py, not measured."
+BATCHES = (1, 8, 32)  # of the README's
+LEVELS = ("1 level", "2 levels", "more")  # that an acoustic code is off by
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Figures:
                 found[row.key[:-1]] = row  # without the device
         return list(found.values())
 
+    def on_each_device(self, **wanted: str) -> list[Row]:
+        """The newest row of every figure that fits, on each device that it was measured on."""
+        return newest(row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items()))
+
     def one(self, **wanted: str) -> Row | None:
         """The newest row that fits."""
         found = self.all(**wanted)
@@ -68,9 +74,10 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, Table]:
     """Every table by its name, those without rows left out."""
     made = {
         "frame": frame(figures), "launches": launches(figures), "cache": cache(figures), "server": server(figures),
-        "claim": claim(figures), "roofline": roofline(figures), "errors": errors(figures),
-        "distortion": distortion(figures), "hearing": hearing(figures), "voice": voice(figures),
-        "engine": engine(figures), "micro": micro(figures), "resources": resources(ledger),
+        "claim": claim(figures), "roofline": roofline(figures), "batches": batches(figures), "work": work(figures),
+        "errors": errors(figures), "distortion": distortion(figures), "hearing": hearing(figures),
+        "voice": voice(figures), "engine": engine(figures), "micro": micro(figures), "gpu": gpu(figures),
+        "resources": resources(ledger),
     }  # fmt: skip
     return {name: table for name, table in made.items() if table.lines}
 
@@ -161,30 +168,63 @@ def claim(figures: Figures) -> Table:
         for shape in figures.values("shape", bench="depth", metric="time")
     ]
     head = ("one frame, batch 1", "GB of weights", "launches", "L4, ms", "H100, ms", "B200, ms", *widths)
-    note = "36 acoustic codes from the same hidden state by heads of equal width and layers. GPU times are " + PREDICTED
+    note = (
+        "36 acoustic codes from the same hidden state by heads of equal width and layers. The depth transformer has no "
+        "kernels here: its launches are what our backbone's would be. GPU times are " + PREDICTED
+    )
     return Table("The architecture's claim: a few flow steps, or 36 codes in a row", note, "python -m bench.depth",
                  head, lines)  # fmt: skip
 
 
 def roofline(figures: Figures) -> Table:
-    """Floors and predictions."""
-    gpus = figures.values("subject", bench="roofline", metric="floor")
-    shapes = ("frame-b1", "frame-b8", "frame-b32")
-    lines = []
-    for gpu in gpus:
-        cells = [gpu]
-        for shape in shapes:
-            wanted = {"bench": "roofline", "subject": gpu, "shape": shape}
-            floor, time = (figures.value(".2f", **wanted, metric=m, steps="euler:7") for m in ("floor", "time"))
-            fewer = figures.value(".2f", **wanted, metric="time", steps="ab2:4")
-            cells.append(f"{floor} / {time} / {fewer}")
-        lines.append(cells)
-    head = ("GPU", *(f"batch {shape.removeprefix('frame-b')}" for shape in shapes))
+    """Floors and predictions, at a few batches."""
+    columns = [(B, steps) for B in BATCHES for steps in ("euler:7", "ab2:4")]
+    lines = [
+        [name, *(_floor_and_time(figures, name, B, steps) for B, steps in columns)]
+        for name in figures.values("subject", bench="roofline", metric="floor")
+    ]
+    head = ("GPU", *(f"batch {B}, {steps.replace(':', ' ')}" for B, steps in columns))
     note = (
-        "Milliseconds of a whole frame (80 ms of sound), bf16: floor / 7 Euler evaluations / 4 of ab2. "
-        f"The floor is bytes or products at the data sheet's rates. {PREDICTED}"
+        "Floor / predicted milliseconds of a whole frame (80 ms of sound) with 7 evaluations of Euler's method and 4 "
+        f"of ab2, bf16. The floor is bytes or products at the data sheet's rates. {PREDICTED}"
     )
     return Table("Time of a frame by GPU", note, "python -m bench.roofline", head, lines)
+
+
+def batches(figures: Figures) -> Table:
+    """Floors and predictions at every batch."""
+    shapes = figures.values("shape", bench="roofline", metric="floor")
+    lines = [
+        [name, steps.replace(":", " "), *(_floor_and_time(figures, name, int(s[7:]), steps) for s in shapes)]
+        for name in figures.values("subject", bench="roofline", metric="floor")
+        for steps in ("euler:7", "ab2:4")
+    ]
+    head = ("GPU", "solver", *(f"batch {shape[7:]}" for shape in shapes))
+    note = f"Floor / predicted milliseconds of a whole frame, bf16. {PREDICTED}"
+    return Table("Time of a frame by GPU, every batch", note, "python -m bench.roofline", head, lines)
+
+
+def work(figures: Figures) -> Table:
+    """What a whole frame is made of."""
+    wanted = {"bench": "roofline", "subject": "frame"}
+    lines = [
+        [
+            shape.removeprefix("frame-b"), steps.replace(":", " "),
+            figures.value(".0f", **wanted, shape=shape, steps=steps, metric="launches"),
+            figures.value(".2f", 1e-9, **wanted, shape=shape, steps=steps, metric="bytes"),
+            figures.value(".1f", 1e-9, **wanted, shape=shape, steps=steps, metric="multiply-adds"),
+        ]
+        for shape in figures.values("shape", **wanted, metric="launches")
+        for steps in ("euler:7", "ab2:4")
+    ]  # fmt: skip
+    head = ("batch", "solver", "launches", "GB from DRAM", "multiply-adds, G")
+    note = "Backbone with 400 tokens behind it, flow head and codec; by arithmetic that tests hold to the count."
+    return Table("A whole frame: launches, bytes, operations", note, "python -m bench.roofline", head, lines)
+
+
+def _floor_and_time(figures: Figures, gpu: str, B: int, steps: str) -> str:
+    wanted = {"bench": "roofline", "subject": gpu, "shape": f"frame-b{B}", "steps": steps}
+    return " / ".join(figures.value(".2f", **wanted, metric=metric) for metric in ("floor", "time"))
 
 
 def errors(figures: Figures) -> Table:
@@ -192,17 +232,16 @@ def errors(figures: Figures) -> Table:
     lines = []
     for row in figures.all(bench="errors", metric="acoustic codes flipped"):
         wanted = {"bench": "errors", "provider": row.provider, "dtype": row.dtype}
-        by = (figures.value(".2f", **wanted, metric=f"acoustic codes flipped by {n}")
-              for n in ("1 level", "2 levels", "more"))  # fmt: skip
-        lines.append([
-            row.dtype, row.provider, f"{row.value:.2f}", *by,
-            figures.value(".2f", **wanted, metric="semantic codes flipped"),
-            figures.value(".1f", **wanted, metric="waveform SNR"),
-        ])  # fmt: skip
-    n = figures.value(".0f", bench="errors", metric="acoustic codes compared")
-    head = ("dtype", "whose", "acoustic codes flipped, %", "by 1 level", "by 2", "by more", "semantic, %", "SNR, dB")
+        of = {kind: figures.one(**wanted, metric=f"{kind} codes compared") for kind in ("acoustic", "semantic")}
+        counts = []
+        for metric in ("acoustic codes flipped", *(f"acoustic codes flipped by {n}" for n in LEVELS),
+                       "semantic codes flipped"):  # fmt: skip
+            found, n = figures.one(**wanted, metric=metric), of[metric.partition(" ")[0]]
+            counts.append("-" if found is None or n is None else f"{found.value * n.value / 100:.0f} of {n.value:.0f}")
+        lines.append([row.dtype, row.provider, *counts, figures.value(".1f", **wanted, metric="waveform SNR")])
+    head = ("dtype", "whose", "acoustic codes flipped", "by 1 level", "by 2", "by more", "semantic", "SNR, dB")
     note = (
-        f"The demo voice against fp64, {n} acoustic codes a line, histories given; kernels in the interpreter. "
+        "The demo voice against fp64, histories given; kernels in the interpreter, with tiles larger than a GPU's. "
         "SNR is of the codec's sound from the same codes."
     )
     return Table("What rounding changes", note, "python -m bench.errors", head, lines)
@@ -218,10 +257,15 @@ def distortion(figures: Figures) -> Table:
         for n in counts:
             wanted = {"bench": "distortion", "steps": f"{solver}:{n}"}
             rmse = figures.value(".3f", **wanted, metric="RMSE from 256 steps")
-            cells.append(f"{rmse}, {figures.value('.0f', **wanted, metric='codes that differ')} %")
+            heard = [row for row in figures.all(**wanted, metric="words heard") if "sentences" in row.shape]
+            words = f"{heard[-1].value:.1f} %" if heard else "-"
+            cells.append(f"{rmse}, {figures.value('.0f', **wanted, metric='codes that differ')} %, {words}")
         lines.append(cells)
     head = ("solver", *(f"{n} evaluations" for n in counts))
-    note = "The demo voice's flow head, from its own states: RMSE of x and codes that differ from 256 steps'."
+    note = (
+        "The demo voice's flow head, from its own states: RMSE of x and codes that differ from 256 steps', and words "
+        "that a recogniser hears right of sentences."
+    )
     return Table("What fewer evaluations cost", note, "python -m bench.distortion", head, lines if steps else [])
 
 
@@ -280,17 +324,41 @@ def engine(figures: Figures) -> Table:
 
 
 def micro(figures: Figures) -> Table:
-    """Single operators and modules."""
-    lines = [
-        [
-            row.subject, row.shape, row.dtype, row.provider, f"{row.value:.4g}",
-            "" if row.low is None else f"{row.low:.4g} to {row.high:.4g}",
-        ]
-        for row in figures.all(bench="micro", metric="time")
-    ]  # fmt: skip
-    head = ("operator or module", "shape", "dtype", "provider", "median, us", "20 % to 80 %")
-    note = "On this machine's CPU, where only plain PyTorch can be timed: it says nothing about the kernels."
-    return Table("Microbenchmarks", note, "python -m bench run --quick", head, lines)
+    """Single operators and modules, on a processor."""
+    rows = [row for row in figures.on_each_device(bench="micro", metric="time") if on_cpu(row)]
+    lines = [[row.subject, row.shape, row.dtype, row.provider, *_spread(row), row.device] for row in rows]
+    head = ("operator or module", "shape", "dtype", "provider", "median, us", "20 % to 80 %", "on")
+    note = "On a CPU, where only plain PyTorch can be timed: it says nothing about the kernels."
+    return Table("Microbenchmarks on a CPU", note, "python -m bench run --quick", head, lines)
+
+
+def gpu(figures: Figures) -> Table:
+    """Single operators, modules and whole frames, on GPUs."""
+    lines = []
+    for metric in ("time", "time, no graph"):
+        for row in figures.on_each_device(bench="micro", metric=metric):
+            if not on_cpu(row):
+                same = {name: getattr(row, name) for name in ("subject", "shape", "dtype", "provider", "device")}
+                suffix = metric.removeprefix("time")
+                rate = figures.value(".0f", bench="micro", **same, metric=f"bandwidth{suffix}")
+                share = figures.value(".0f", bench="micro", **same, metric=f"of the copy roof{suffix}")
+                how = "calls" if suffix else "graph"
+                lines.append(
+                    [row.subject, row.shape, row.dtype, row.provider, how, *_spread(row), rate, share, row.device]
+                )
+    head = ("operator or module", "shape", "dtype", "provider", "as", "median, us", "20 % to 80 %", "GB/s",
+            "% of a copy", "on")  # fmt: skip
+    note = "Under a CUDA graph, or call after call where a provider waits for the device. GB/s of the fewest bytes."
+    return Table("Microbenchmarks on a GPU", note, "python -m bench run --device cuda", head, lines)
+
+
+def on_cpu(row: Row) -> bool:
+    """Whether a row's device is a processor: it is named with its threads."""
+    return "threads" in row.device
+
+
+def _spread(row: Row) -> tuple[str, str]:
+    return f"{row.value:.4g}", "" if row.low is None else f"{row.low:.4g} to {row.high:.4g}"
 
 
 def resources(ledger: Sequence[LedgerRow]) -> Table:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 COLD = 256 << 20  # bytes of copies to go round, so that weights come from memory: five times the L2 cache of an H100
 # copies at most: of a few kilobytes of activations 256 MiB would be 50,000 launches a round. What is so small comes
 # from the cache in a frame as well, where the launch before has just written it.
 MOST_COPIES = 1024
+MOST_BYTES = 8 << 30  # of all copies: some operators use a few rows of tables of 50 MB
 ROUNDS, FEWEST_ROUNDS = 20, 5
 PATIENCE = 0.3  # seconds a variant after which the fewest rounds are enough
 
@@ -84,9 +87,17 @@ class Measured:
     rounds: str
 
 
-def copies_for(clock: Clock, nbytes: int) -> int:
-    """Copies of inputs of `nbytes` that a variant rotates through."""
-    return min(MOST_COPIES, max(2, COLD // max(nbytes, 1) + 1)) if clock.rotates else 2
+def copies_for(clock: Clock, moved: int, held: int) -> int:
+    """Copies of the inputs to rotate through.
+
+    Args:
+        clock: whose cache they are to pass.
+        moved: bytes of them that a call moves.
+        held: bytes that they take.
+    """
+    if not clock.rotates:
+        return 2
+    return max(2, min(MOST_COPIES, COLD // max(moved, 1) + 1, MOST_BYTES // max(held, 1)))
 
 
 def measure(clock: Clock, variants: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Measured]:
@@ -143,19 +154,33 @@ class GPUClock:
         """Capture the calls; those that wait for the device cannot be captured, and are run as they are."""
         for call in calls:
             call()
-        if not _waits(calls[0]):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for call in calls:
-                    call()
-            return lambda: _between_events(graph.replay) / len(calls), "graph"
-        return lambda: _between_events(lambda: [call() for call in calls]) / len(calls), "no graph"
+        if _waits(calls[0]):
+            return lambda: _between_events(lambda: [call() for call in calls]) / len(calls), "no graph"
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [call() for call in calls]
+        _expect_written(graph, results)
+        return lambda: _between_events(graph.replay) / len(calls), "graph"
 
     def copy(self) -> Copy:
         """Of twice the bytes that make the cache cold."""
         source = torch.empty(2 * COLD, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         return Copy(lambda: target.copy_(source), 2 * source.numel())
+
+
+def _expect_written(graph: torch.cuda.CUDAGraph, results: list[object]) -> None:
+    """A graph that caught nothing is fast: of floating results a replay must leave nothing as it was before.
+
+    Raises:
+        RuntimeError: it does.
+    """
+    tensors = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    for tensor in tensors:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    if any(bool(tensor.isnan().all()) for tensor in tensors):
+        raise RuntimeError("a replay of the captured graph leaves results unwritten")
 
 
 def _waits(call: Call) -> bool:

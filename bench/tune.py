@@ -153,7 +153,7 @@ class Tuner:
         valid = {i: setting for i, setting in enumerate(settings) if not self.complaint(setting)}
         logs = [0.0 if i in valid else math.inf for i in range(len(settings))]
         for trial in self.trials:
-            copies = trial.copies(copies_for(self.clock, trial.nbytes))
+            copies = trial.copies(copies_for(self.clock, trial.nbytes, trial.held))
             variants = {str(i): [self._call(trial, valid[i], args) for args in copies] for i in valid}
             for i, measured in measure(self.clock, variants).items():
                 logs[int(i)] += math.log(measured.timing.median) / len(self.trials)
@@ -226,6 +226,8 @@ def tune(entry: Entry, table: Table, clock: Clock) -> tuple[str, str]:
     """The kernels' file before and after."""
     before = after = file_of(entry).read_text()
     arch = architecture()
+    if arch not in ARCHITECTURES:
+        raise SystemExit(f"this GPU is {arch}, and settings are compiled ahead for {', '.join(ARCHITECTURES)} only")
     with compiler(entry.name, arch) as fits:
         # from the last line up: a line that is put in moves those below it
         for line, shapes in sorted(lines_of(entry, table).items(), reverse=True):

@@ -150,7 +150,7 @@ def test_a_score_becomes_rows() -> None:
     score = Score()
     score.add(["one", "two", "three"], ["one", "two", "nine"])
     score.add(["four"], ["four"])
-    rows = distortion.heard(score, "demo voice", "torch", strings=1, seeds=1, steps="ab2:4")
+    rows = distortion.heard(score, "demo voice", "torch", n_sentences=1, seeds=1, steps="ab2:4")
     assert values(rows) == {"words": 4, "words heard": 75, "strings": 2, "strings heard": 50}
     assert distortion.table(rows).split()[-8:] == ["75.0", "%", "of", "4", "50.0", "%", "of", "2"]
 

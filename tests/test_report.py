@@ -62,6 +62,20 @@ def test_resources_of_the_ledger() -> None:
     assert lines["sm_90"][:3] == [str(len(of_h100)), str(max(row.registers for row in of_h100)), "0"]
 
 
+def test_what_a_gpu_measured_stands_apart() -> None:
+    """And does not make way for a processor's time of the same operator."""
+    time = Row("micro", "linear", "time", 4.5, "us", "measured", "again", "voxkern", "b1", "bf16", low=4.0, high=5.0)
+    rate = replace(time, metric="bandwidth", value=2900.0, unit="GB/s", device=GPU)
+    rows = [replace(time, device=GPU), rate, replace(rate, metric="of the copy roof", value=95.0, unit="%")]
+    slow = replace(time, metric="time, no graph", provider="torch", value=50.0, device=GPU)
+    made = tables(Figures([*rows, slow, replace(time, value=900.0, provider="torch", device=CPU)]), [])
+    assert made["gpu"].lines == [
+        ["linear", "b1", "bf16", "voxkern", "graph", "4.5", "4 to 5", "2900", "95", GPU],
+        ["linear", "b1", "bf16", "torch", "calls", "50", "4 to 5", "-", "-", GPU],
+    ]
+    assert made["micro"].lines == [["linear", "b1", "bf16", "torch", "900", "4 to 5", CPU]]
+
+
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_the_page_says_what_was_run_on_a_gpu(device: str) -> None:
     time = Row("run", "frame", "time", 4.5, "ms", "measured", "again", "voxkern", "frame-b1", "bf16", "euler:7")
@@ -110,12 +124,12 @@ def test_a_part_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     def run(command: list[str], **_: Any) -> SimpleNamespace:
         asked.append(command[3:])
-        return SimpleNamespace(returncode=int("depth" in command), stderr="because of this")
+        return SimpleNamespace(returncode=int("depth" in command), stdout="WRONG: ", stderr="because of this")
 
     monkeypatch.setattr(report.subprocess, "run", run)
     monkeypatch.setattr(report, "write", lambda: None)
     assert report.main(["--only", "roofline", "depth", "run"]) == 1
     assert asked == [["report", "--part", "roofline"], ["report", "--part", "depth"], ["run", "--quick"]]  # timed last
     said = capsys.readouterr().out
-    assert "because of this" in said
+    assert "WRONG: because of this" in said
     assert "FAILED, with their older rows in the page: depth" in said

@@ -167,10 +167,11 @@ def test_rows_say_what_they_are() -> None:
 def test_measured_frames_are_laid_over() -> None:
     """One made up, of a GPU that is known; others are no frames, or of machines that are not."""
     row = Row(
-        "frame", "frame", "time", 5000.0, "us", "measured", "none", shape="frame-b1", dtype="bf16", steps="euler:7",
+        "micro", "frame", "time", 5000.0, "us", "measured", "none", "voxkern", "frame-b1", "bf16", "euler:7",
         device="NVIDIA H100 80GB HBM3",
     )  # fmt: skip
     others = [replace(row, subject="linear"), replace(row, how="predicted"), replace(row, device="NVIDIA L40S")]
+    others += [replace(row, provider="torch"), replace(row, provider="copy", value=350.0)]
     ((found, least, expected),) = laid_over([row, *others])
     assert found == row
     assert least == pytest.approx(1e3 * floor(whole(1), GPUS["H100 SXM"]))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import compare, providers, run
 from bench.modules import Spot, modules
-from bench.providers import Trial, by_codes, by_distance, by_verdict, operator_trial
+from bench.providers import Lazily, Trial, by_codes, by_distance, by_frame, by_verdict, operator_trial
 from bench.registry import Maker
 from bench.results import Place, Row, read
 from bench.run import Choice, choice_of, rows_of, time_trial, trials
@@ -55,6 +55,21 @@ def test_a_wrong_provider_is_named_and_never_timed() -> None:
     assert fault.startswith("bad is wrong at twice b1 fp32: result 0: error 0.007")
     assert len(clock.prepared["good"]) == (256 << 20) // 600_000 + 1
     assert clock.log[:4] == ["good", "copy", "copy", "good"]
+
+
+def test_a_provider_that_fails_is_named_and_the_others_are_timed() -> None:
+    def unmade() -> Callable[..., Any]:
+        raise KeyError("float32")
+
+    made: list[int] = []
+    late = Lazily(lambda: made.append(0) or named("good"))  # type: ignore[func-returns-value]
+    clock = FakeClock({"good": [2e-6], "copy": [1e-6]})
+    both = trial(good=late, bad=Lazily(unmade))
+    assert made == []
+    found, wrong = time_trial(both, clock, ROOF)
+    assert list(found) == ["good", "copy"]
+    assert wrong == ["bad fails at twice b1 fp32: KeyError: 'float32'"]
+    assert made == [0]
 
 
 def test_nothing_right_is_nothing_timed() -> None:
@@ -117,7 +132,9 @@ def test_on_a_processor_the_torch_providers_of_an_operator_are_right() -> None:
     assert [len(t) for t in one.results(one.reference)] == [5, 5, 30]  # x, v_last and the tokens that are written to
 
 
-@pytest.mark.parametrize(("name", "steps"), [("flow_head", "euler:7"), ("codec_chunk", ""), ("backbone", "")])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("frame", "euler:7"), ("flow_head", "euler:7"), ("codec_chunk", ""), ("backbone", "")]
+)
 def test_modules_of_the_demo_voice_are_right(name: str, steps: str) -> None:
     module = next(module for module in modules("cpu") if module.name == name and module.shape == "demo-b1")
     one = module.build(Spot(name, module.shape, "bf16", "cpu"))
@@ -141,6 +158,13 @@ def test_whole_modules_have_tolerances_of_their_own() -> None:
     assert by_distance(twice, [plain[0] + 1e-5], truth) == ""
     assert "RMS error 0.006 of the RMS where plain torch has 0.002" in by_distance(thrice, plain, truth)
     assert by_distance([torch.full((2,), torch.nan)], plain, truth)
+    off = [torch.tensor([[5, 9, 11], [1, 3, 1]])]
+    assert by_codes(exact, off, exact) == "acoustic codes of plain torch are off by 1.000 levels in the mean"
+    frame = [exact[0], *truth]
+    assert by_frame([near[0], *twice], [near[0], plain[0] + 1e-5], frame) == ""
+    assert "semantic" in by_frame([exact[0] + 1, *truth], frame, frame)
+    assert "RMS error 99 of" in by_frame([exact[0], 100 * truth[0]], frame, frame)
+    assert "result 0" in by_frame([exact[0], torch.full((2,), torch.nan)], frame, frame)
 
 
 def test_bytes_are_those_that_must_move() -> None:

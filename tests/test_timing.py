@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fake_clock import FakeClock, calls
+from fake_gpu import FakeGPU
+from torch import Tensor
 
 from bench import timing
-from bench.timing import CPUClock, Timing, copies_for, measure
+from bench.timing import CPUClock, GPUClock, Timing, copies_for, measure
 
 
 def test_variants_take_turns_and_begin_in_turn() -> None:
@@ -32,10 +35,63 @@ def test_what_takes_long_has_fewer_rounds() -> None:
     assert measure(fast, {}) == {}
 
 
-@pytest.mark.parametrize(("nbytes", "n"), [(100 << 20, 3), (1 << 40, 2), (1 << 20, 257), (7, 1024), (0, 1024)])
-def test_inputs_go_past_the_cache(nbytes: int, n: int) -> None:
-    assert copies_for(FakeClock({}), nbytes) == n
-    assert copies_for(CPUClock(), nbytes) == 2
+@pytest.mark.parametrize(
+    ("moved", "held", "n"),
+    [
+        (100 << 20, 100 << 20, 3), (1 << 40, 1 << 40, 2), (1 << 20, 1 << 20, 257), (7, 7, 1024), (0, 0, 1024),
+        (360_000, 55 << 20, 148),  # a few rows of the embeddings
+    ],
+)  # fmt: skip
+def test_inputs_go_past_the_cache(moved: int, held: int, n: int) -> None:
+    assert copies_for(FakeClock({}), moved, held) == n
+    assert copies_for(CPUClock(), moved, held) == 2
+
+
+def test_a_gpus_round_is_a_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a made-up GPU: what is captured is three calls of two launches each, a millisecond a launch."""
+    gpu = FakeGPU(monkeypatch)
+
+    def call() -> Tensor:
+        out = torch.zeros(2)
+        gpu.launch(lambda: out.fill_(1))
+        gpu.launch(lambda: out.add_(1))
+        return out
+
+    run, how = GPUClock().prepare([call] * 3)
+    assert (how, gpu.replays, gpu.mode) == ("graph", 1, "default")  # one to see that it writes its results
+    assert [run(), run()] == [pytest.approx(2e-3)] * 2
+    assert gpu.replays == 3
+
+
+def test_what_waits_for_the_gpu_is_timed_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+
+    def call() -> None:
+        gpu.launch(lambda: None)
+        gpu.wait()
+
+    run, how = GPUClock().prepare([call] * 4)
+    assert (how, gpu.replays, gpu.mode) == ("no graph", 0, "default")
+    assert run() == pytest.approx(1e-3)
+
+
+def test_another_error_while_it_is_asked_is_not_taken_for_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, tried = FakeGPU(monkeypatch), list[int]()
+
+    def call() -> None:
+        tried.append(0)
+        if len(tried) > 1:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        GPUClock().prepare([call])
+    assert gpu.mode == "default"
+
+
+def test_a_graph_that_caught_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGPU(monkeypatch)
+    with pytest.raises(RuntimeError, match="leaves results unwritten"):
+        GPUClock().prepare([lambda: torch.ones(2)])  # of another stream
 
 
 def test_a_processors_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
