@@ -29,7 +29,7 @@ from voxkern.reference.noise import noise, seed_tensor
 from voxkern.tts import CFG_ALPHA, DEMO, TTS
 
 TEXTS = ("seven three", "zero nine", "five two", "eight one", "four six")
-N_TEXTS = 1  # takes 89 s of a core, each further one about as much
+N_TEXTS = 2  # each takes 80 s of a core
 STEPS, MAX_FRAMES = 7, 15
 ROWS = 64  # states a call of the flow head: 16 of each of 4 histories, of two texts
 # The interpreter's time goes by operations, not by their size: with these tiles 32 states take 2 steps in 3.3 s of a
@@ -141,6 +141,9 @@ def measured(
     folder: Path, n_texts: int, dtypes: tuple[str, ...] = tuple(DTYPES), max_frames: int = MAX_FRAMES
 ) -> list[Row]:
     """Rows of each dtype and provider, in a process that interprets kernels."""
+    from bench.interpreter import patch_once_a_launch  # needs Triton
+
+    patch_once_a_launch()
     histories = say(TTS(read_checkpoint(folder, torch.float32)), list(TEXTS[:n_texts]), max_frames)
     exact = TTS(read_checkpoint(folder, torch.float64))
     truth, exact_sound = next_frames(exact, histories), sound(exact, histories)

@@ -2,7 +2,8 @@
 
 ``python -m bench tune --op norm_linear`` prints a diff of ``kernels/linear.py``, ``--write`` writes it. From what the
 table has, one column after the other is halved and doubled (stages: one more, one less) for as long as that gains 2 %.
-A candidate that spills, does not fit or computes something else is dropped before it is timed. **It has not been run
+A candidate that spills, does not fit or computes something else is dropped before it is timed. Operators that use
+another one's table, as norm_qkv does norm_linear's, are not timed: look at them after. **It has not been run
 on a GPU**, only with a made-up clock; ``--arch sm_90`` shows without one which candidates fit that architecture.
 """
 
