@@ -5,7 +5,6 @@ middling size. Random models seldom say END, and the demo voice not before all i
 """
 
 import copy
-import resource
 import statistics
 import tempfile
 import threading
@@ -71,6 +70,12 @@ def first_sound(folder: Path, batch: int, others: int) -> float:
     return statistics.median(waits)
 
 
+def peak_memory() -> int:
+    """Bytes that this process has had at most; ``getrusage`` would begin with those of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def rows() -> list[Row]:
     """Figures of the demo voice and of a random model of middling size, each as it comes.
 
@@ -94,13 +99,13 @@ def rows_of(model: str, folder: Path, batch: int) -> list[Row]:
     """Figures of one model at one batch size."""
     torch.set_num_threads(1)
     config = voxkern.load(folder, backend="torch").model.config.backbone
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    before = peak_memory()
     figures = {
         "frames a second": (frames_a_second(folder, batch), "1/s"),
         "first sound under load": (first_sound(folder, batch, batch - 1), "s"),
     }
-    figures["peak memory"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "MB")
-    figures["memory before any request"] = (before, "MB")
+    figures["peak memory"] = (peak_memory() / 1e6, "MB")
+    figures["memory before any request"] = (before / 1e6, "MB")
     for n in (64, 400, 1000):
         figures[f"keys and values of {n} tokens"] = (cache_bytes(config, n, torch.bfloat16) / 1e6, "MB")
     print(

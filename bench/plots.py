@@ -99,7 +99,7 @@ def resources(ledger: Sequence[LedgerRow]) -> Figure:
 
 def claim(figures: Figures) -> Figure:
     """Weights, launches and measured time of a depth transformer and of the flow head."""
-    rows = figures.all(bench="depth", metric="launches")
+    rows = {(row.subject, row.steps): row for row in figures.all(bench="depth", metric="launches")}.values()
     names = [f"{row.subject}\n{row.steps.replace(':', ' ')}" for row in rows]
     shapes = figures.values("shape", bench="depth", metric="time")[-1:]
     panels = [

@@ -1,7 +1,7 @@
 """The figures of the report and of the README as tables, made of the committed rows and the ledger alone."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.ledger import Row as LedgerRow
@@ -47,18 +47,17 @@ class Figures:
         """The newest row of every figure that fits, whatever it was measured on."""
         found: dict[tuple[str, ...], Row] = {}
         for row in self.rows:
-            if all(getattr(row, name) == value for name, value in wanted.items()):
+            if fits(row, wanted):
                 found[row.key[:-1]] = row  # without the device
         return list(found.values())
 
     def on_each_device(self, **wanted: str) -> list[Row]:
         """The newest row of every figure that fits, on each device that it was measured on."""
-        return newest(row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items()))
+        return newest(row for row in self.rows if fits(row, wanted))
 
     def one(self, **wanted: str) -> Row | None:
         """The newest row that fits."""
-        found = self.all(**wanted)
-        return found[-1] if found else None
+        return next((row for row in reversed(self.rows) if fits(row, wanted)), None)
 
     def value(self, form: str, scale: float = 1.0, **wanted: str) -> str:
         """It as a cell; a dash where there is none."""
@@ -68,6 +67,11 @@ class Figures:
     def values(self, name: str, **wanted: str) -> list[str]:
         """What a column holds in the rows that fit, in their order."""
         return list(dict.fromkeys(getattr(row, name) for row in self.all(**wanted)))
+
+
+def fits(row: Row, wanted: Mapping[str, str]) -> bool:
+    """Whether a row says all that is wanted."""
+    return all(getattr(row, name) == value for name, value in wanted.items())
 
 
 def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, Table]:
@@ -154,7 +158,8 @@ def server(figures: Figures) -> Table:
 def claim(figures: Figures) -> Table:
     """A flow head instead of a depth transformer."""
     lines = []
-    for row in figures.all(bench="depth", metric="launches"):
+    newest_of = {(row.subject, row.steps): row for row in figures.all(bench="depth", metric="launches")}
+    for row in newest_of.values():
         wanted = {"bench": "depth", "subject": row.subject, "steps": row.steps}
         widths = figures.values("shape", **wanted, metric="time")
         lines.append([
@@ -230,7 +235,8 @@ def _floor_and_time(figures: Figures, gpu: str, B: int, steps: str) -> str:
 def errors(figures: Figures) -> Table:
     """Rounding, in codes and decibels."""
     lines = []
-    for row in figures.all(bench="errors", metric="acoustic codes flipped"):
+    newest_of = {(row.dtype, row.provider): row for row in figures.all(bench="errors", metric="acoustic codes flipped")}
+    for row in newest_of.values():
         wanted = {"bench": "errors", "provider": row.provider, "dtype": row.dtype}
         of = {kind: figures.one(**wanted, metric=f"{kind} codes compared") for kind in ("acoustic", "semantic")}
         counts = []
