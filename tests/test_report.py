@@ -30,6 +30,12 @@ def test_the_readme_says_what_the_rows_say() -> None:
     assert len(report.MARKED.findall(text)) >= 8
 
 
+def test_the_report_took_less_than_a_quarter_of_an_hour() -> None:
+    row = Figures(results.read(results.FILE.read_text())).one(bench="report", subject="all parts", metric="time")
+    assert row is not None
+    assert (row.unit, row.value < 900) == ("s", True)
+
+
 def test_a_readme_that_says_otherwise_is_seen() -> None:
     made = {"voice": Table("t", "A note.", "again", ("a", "b"), [("1", "2")])}
     text = "before\n<!-- figures: voice -->\n| a | b |\n| --- | --- |\n| 1 | 3 |\n<!-- end -->\nafter"
