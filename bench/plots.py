@@ -70,6 +70,7 @@ def error_by_steps(figures: Figures) -> Figure:
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
+    axes[2].set_ylim(0, 100)
     axes[0].legend(fontsize=8)
     plot.suptitle("The demo voice: what fewer evaluations cost", fontsize=11)
     return plot
