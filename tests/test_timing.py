@@ -51,11 +51,11 @@ def test_a_gpus_round_is_a_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch) ->
     """With a made-up GPU: what is captured is three calls of two launches each, a millisecond a launch."""
     gpu = FakeGPU(monkeypatch)
 
-    def call() -> Tensor:
+    def call() -> tuple[Tensor, ...]:
         out = torch.zeros(2)
         gpu.launch(lambda: out.fill_(1))
         gpu.launch(lambda: out.add_(1))
-        return out
+        return out, torch.zeros(3, 0), torch.zeros(1, dtype=torch.int64)
 
     run, how = GPUClock().prepare([call] * 3)
     assert (how, gpu.replays, gpu.mode) == ("graph", 1, "default")  # one to see that it writes its results
