@@ -7,7 +7,7 @@ against fp64 before it is timed; a wrong one is told, and never timed. Those tha
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,6 +28,7 @@ PROVIDERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "flashinfer": (("flashinfer",), True),
 }
 Results = list[Tensor]
+Complaint = Callable[[Results, Results, Results], str]
 
 
 def missing(device: str) -> dict[str, str]:
@@ -70,6 +71,7 @@ class Trial:
         reference: plain PyTorch, whether it is timed or not.
         exact: makes the fp64 results.
         complaint: (results, plain torch's, exact ones) -> what is wrong with them, or nothing.
+        of_peers: the same of providers that compute more coarsely, by name.
         nbytes: the fewest that a call moves; 0 where nobody counted.
         mutates: arguments that are results as well.
         rotates: whether copies of `args` are copies of all that is read, weights too.
@@ -83,11 +85,12 @@ class Trial:
     variants: Mapping[str, Callable[..., Any]]
     reference: Callable[..., Any]
     exact: Callable[[], Results]
-    complaint: Callable[[Results, Results, Results], str]
+    complaint: Complaint
     nbytes: int = 0
     mutates: tuple[str, ...] = ()
     rotates: bool = True
     steps: str = ""
+    of_peers: Mapping[str, Complaint] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -124,7 +127,7 @@ class Trial:
             found = plain if provider == "torch" else self.results(self.variants[provider])
         except Exception as error:  # a peer's own, whatever it is: the other providers are timed
             return f"{provider} fails at {self.name}: {type(error).__name__}: {error}"
-        what = self.complaint(found, plain, exact)
+        what = self.of_peers.get(provider, self.complaint)(found, plain, exact)
         return f"{provider} is wrong at {self.name}: {what}" if what else ""
 
 
@@ -178,11 +181,10 @@ def by_distance(found: Results, plain: Results, exact: Results) -> str:
     return ""
 
 
-def by_codes(found: Results, plain: Results, exact: Results) -> str:
-    """For frames: codes are off by twice as many levels as plain PyTorch's at most, and 0.1 in the mean.
+def by_codes(found: Results, plain: Results, exact: Results, slack: float = 0.02) -> str:
+    """For frames: codes are off by twice as many levels as plain PyTorch's at most, and `slack` in the mean.
 
-    That is three codes of a frame's 36: vLLM-Omni, which keeps the flow's state in bf16, is off by so many on the demo
-    voice, and other weights by whole levels. Semantic codes are fp64's or plain PyTorch's.
+    Semantic codes are fp64's or plain PyTorch's.
     """
     (codes, *_), (same_dtype, *_), (truth, *_) = found, plain, exact
     semantic = (codes[:, 0] == truth[:, 0]) | (codes[:, 0] == same_dtype[:, 0])
@@ -191,7 +193,7 @@ def by_codes(found: Results, plain: Results, exact: Results) -> str:
     ours, torchs = ((one[:, 1:] - truth[:, 1:]).abs().double().mean().item() for one in (codes, same_dtype))
     if not torchs < 0.5:
         return f"acoustic codes of plain torch are off by {torchs:.3f} levels in the mean"
-    if ours > 2 * torchs + 0.1:
+    if ours > 2 * torchs + slack:
         return f"acoustic codes are off by {ours:.3f} levels in the mean where plain torch's are by {torchs:.3f}"
     return ""
 

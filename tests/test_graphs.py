@@ -104,7 +104,6 @@ def test_the_codec_has_a_graph_of_its_own(tiny_folder: Path, recording: Recordin
     assert recording.n_graphs == 1
 
 
-@pytest.mark.slow
 def test_the_other_head(mlp_folder: Path, recording: Recording) -> None:
     arguments = {"steps": 2, "max_frames": 2, "seed": [1, 2]}
     plain = load(mlp_folder, max_batch=2, graphs=False).generate(TEXTS[:2], **arguments)
@@ -128,7 +127,6 @@ def test_new_weights(tiny_folder: Path, recording: Recording, where: str) -> Non
     assert_same([again], [other.generate("one", steps=2, max_frames=2, seed=1)])
 
 
-@pytest.mark.slow
 def test_another_number_of_steps_is_captured_beside(tiny_folder: Path, recording: Recording) -> None:
     tts = load(tiny_folder)
     for steps in (2, 3, 2, 3):

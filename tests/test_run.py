@@ -72,6 +72,12 @@ def test_a_provider_that_fails_is_named_and_the_others_are_timed() -> None:
     assert made == [0]
 
 
+def test_a_coarser_peer_has_a_bound_of_its_own_and_nobody_else() -> None:
+    both = replace(trial(good=named("good", 2.1), peer=named("peer", 2.1)), of_peers={"peer": lambda *_: ""})
+    assert both.fault("peer") == ""
+    assert "good is wrong" in both.fault("good")
+
+
 def test_nothing_right_is_nothing_timed() -> None:
     clock = FakeClock({})
     found, wrong = time_trial(trial(bad=named("bad", 1.0)), clock, ROOF)
@@ -160,6 +166,9 @@ def test_whole_modules_have_tolerances_of_their_own() -> None:
     assert by_distance([torch.full((2,), torch.nan)], plain, truth)
     off = [torch.tensor([[5, 9, 11], [1, 3, 1]])]
     assert by_codes(exact, off, exact) == "acoustic codes of plain torch are off by 1.000 levels in the mean"
+    one_off = [torch.tensor([[5, 10, 10], [1, 2, 3]])]
+    assert by_codes(one_off, exact, exact)
+    assert by_codes(one_off, exact, exact, slack=0.25) == ""
     frame = [exact[0], *truth]
     assert by_frame([near[0], *twice], [near[0], plain[0] + 1e-5], frame) == ""
     assert "semantic" in by_frame([exact[0] + 1, *truth], frame, frame)
