@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from bench.ledger import Row as LedgerRow
 from bench.roofline import GPUS, SECONDS, laid_over
+from bench.solvers import FINE
 from bench.tables import Figures
-from voxkern.reference.flow import MAX_STEPS
 
 PARTS = {"the backbone": "#4c72b0", "the flow head": "#dd8452", "the codec": "#55a868"}
 COLOURS = {"euler": "#4c72b0", "ab2": "#dd8452"}
@@ -55,12 +55,11 @@ def error_by_steps(figures: Figures) -> Figure:
     for axis, metric, label in zip(axes, metrics, labels, strict=True):
         axis.set_title(label, fontsize=10)
         for solver, colour in COLOURS.items():
-            rows = figures.all(bench="distortion", metric=metric, subject="demo voice")
-            rows = [row for row in rows if row.steps.startswith(solver) and "strings" not in row.shape]
-            points = {int(row.steps.partition(":")[2]): row.value for row in rows}
-            if MAX_STEPS in points:
-                axis.axhline(points.pop(MAX_STEPS), color="k", linewidth=0.8, linestyle=":")
-                axis.set_title(f"{label} (dotted: {MAX_STEPS} evaluations)", fontsize=10)
+            rows = figures.by("steps", bench="distortion", metric=metric, subject="demo voice")
+            points = {int(row.steps.partition(":")[2]): row.value for row in rows if row.steps.startswith(solver)}
+            if FINE in points:
+                axis.axhline(points.pop(FINE), color="k", linewidth=0.8, linestyle=":")
+                axis.set_title(f"{label} (dotted: {FINE} evaluations)", fontsize=10)
             x, y = np.array(sorted(points.items())).reshape(-1, 2).T
             axis.plot(x, y, "o-", color=colour, label=NAMES[solver])
         axis.set_xlabel("evaluations of the velocity")
@@ -100,7 +99,7 @@ def resources(ledger: Sequence[LedgerRow]) -> Figure:
 
 def claim(figures: Figures) -> Figure:
     """Weights, launches and measured time of a depth transformer and of the flow head."""
-    rows = {(row.subject, row.steps): row for row in figures.all(bench="depth", metric="launches")}.values()
+    rows = figures.by("subject", "steps", bench="depth", metric="launches")
     names = [f"{row.subject}\n{row.steps.replace(':', ' ')}" for row in rows]
     shapes = figures.values("shape", bench="depth", metric="time")[-1:]
     panels = [

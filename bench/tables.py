@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from bench.ledger import Row as LedgerRow
 from bench.results import Row, newest
+from bench.roofline import SOLVERS
 
 PREDICTED = "PREDICTED by the model of bench/roofline.py, not measured."
-BATCHES = (1, 8, 32)  # of the README's
+SHAPES = ("frame-b1", "frame-b8", "frame-b32")  # of the README's roofline
 LEVELS = ("1 level", "2 levels", "more")  # that an acoustic code is off by
 
 
@@ -50,6 +51,10 @@ class Figures:
             if fits(row, wanted):
                 found[row.key[:-1]] = row  # without the device
         return list(found.values())
+
+    def by(self, *names: str, **wanted: str) -> list[Row]:
+        """The newest row of everything that these columns hold, among those that fit."""
+        return list({tuple(getattr(row, n) for n in names): row for row in self.rows if fits(row, wanted)}.values())
 
     def on_each_device(self, **wanted: str) -> list[Row]:
         """The newest row of every figure that fits, on each device that it was measured on."""
@@ -158,8 +163,7 @@ def server(figures: Figures) -> Table:
 def claim(figures: Figures) -> Table:
     """A flow head instead of a depth transformer."""
     lines = []
-    newest_of = {(row.subject, row.steps): row for row in figures.all(bench="depth", metric="launches")}
-    for row in newest_of.values():
+    for row in figures.by("subject", "steps", bench="depth", metric="launches"):
         wanted = {"bench": "depth", "subject": row.subject, "steps": row.steps}
         widths = figures.values("shape", **wanted, metric="time")
         lines.append([
@@ -183,12 +187,12 @@ def claim(figures: Figures) -> Table:
 
 def roofline(figures: Figures) -> Table:
     """Floors and predictions, at a few batches."""
-    columns = [(B, steps) for B in BATCHES for steps in ("euler:7", "ab2:4")]
+    columns = [(shape, steps) for shape in SHAPES for steps in SOLVERS]
     lines = [
-        [name, *(_floor_and_time(figures, name, B, steps) for B, steps in columns)]
+        [name, *(_floor_and_time(figures, name, *column) for column in columns)]
         for name in figures.values("subject", bench="roofline", metric="floor")
     ]
-    head = ("GPU", *(f"batch {B}, {steps.replace(':', ' ')}" for B, steps in columns))
+    head = ("GPU", *(f"{_batch(shape)}, {steps.replace(':', ' ')}" for shape, steps in columns))
     note = (
         "Floor / predicted milliseconds of a whole frame (80 ms of sound) with 7 evaluations of Euler's method and 4 "
         f"of ab2, bf16. The floor is bytes or products at the data sheet's rates. {PREDICTED}"
@@ -200,11 +204,11 @@ def batches(figures: Figures) -> Table:
     """Floors and predictions at every batch."""
     shapes = figures.values("shape", bench="roofline", metric="floor")
     lines = [
-        [name, steps.replace(":", " "), *(_floor_and_time(figures, name, int(s[7:]), steps) for s in shapes)]
+        [name, steps.replace(":", " "), *(_floor_and_time(figures, name, shape, steps) for shape in shapes)]
         for name in figures.values("subject", bench="roofline", metric="floor")
-        for steps in ("euler:7", "ab2:4")
+        for steps in SOLVERS
     ]
-    head = ("GPU", "solver", *(f"batch {shape[7:]}" for shape in shapes))
+    head = ("GPU", "solver", *map(_batch, shapes))
     note = f"Floor / predicted milliseconds of a whole frame, bf16. {PREDICTED}"
     return Table("Time of a frame by GPU, every batch", note, "python -m bench.roofline", head, lines)
 
@@ -220,23 +224,26 @@ def work(figures: Figures) -> Table:
             figures.value(".1f", 1e-9, **wanted, shape=shape, steps=steps, metric="multiply-adds"),
         ]
         for shape in figures.values("shape", **wanted, metric="launches")
-        for steps in ("euler:7", "ab2:4")
+        for steps in SOLVERS
     ]  # fmt: skip
     head = ("batch", "solver", "launches", "GB from DRAM", "multiply-adds, G")
     note = "Backbone with 400 tokens behind it, flow head and codec; by arithmetic that tests hold to the count."
     return Table("A whole frame: launches, bytes, operations", note, "python -m bench.roofline", head, lines)
 
 
-def _floor_and_time(figures: Figures, gpu: str, B: int, steps: str) -> str:
-    wanted = {"bench": "roofline", "subject": gpu, "shape": f"frame-b{B}", "steps": steps}
+def _batch(shape: str) -> str:
+    return f"batch {shape.removeprefix('frame-b')}"
+
+
+def _floor_and_time(figures: Figures, gpu: str, shape: str, steps: str) -> str:
+    wanted = {"bench": "roofline", "subject": gpu, "shape": shape, "steps": steps}
     return " / ".join(figures.value(".2f", **wanted, metric=metric) for metric in ("floor", "time"))
 
 
 def errors(figures: Figures) -> Table:
     """Rounding, in codes and decibels."""
     lines = []
-    newest_of = {(row.dtype, row.provider): row for row in figures.all(bench="errors", metric="acoustic codes flipped")}
-    for row in newest_of.values():
+    for row in figures.by("dtype", "provider", bench="errors", metric="acoustic codes flipped"):
         wanted = {"bench": "errors", "provider": row.provider, "dtype": row.dtype}
         of = {kind: figures.one(**wanted, metric=f"{kind} codes compared") for kind in ("acoustic", "semantic")}
         counts = []
@@ -263,9 +270,8 @@ def distortion(figures: Figures) -> Table:
         for n in counts:
             wanted = {"bench": "distortion", "steps": f"{solver}:{n}"}
             rmse = figures.value(".3f", **wanted, metric="RMSE from 256 steps")
-            heard = [row for row in figures.all(**wanted, metric="words heard") if "sentences" in row.shape]
-            words = f"{heard[-1].value:.1f} %" if heard else "-"
-            cells.append(f"{rmse}, {figures.value('.0f', **wanted, metric='codes that differ')} %, {words}")
+            codes, words = (figures.value(".1f", **wanted, metric=m) for m in ("codes that differ", "words heard"))
+            cells.append(f"{rmse}, {codes} %, {words} %")
         lines.append(cells)
     head = ("solver", *(f"{n} evaluations" for n in counts))
     note = (
