@@ -11,7 +11,7 @@ COMMANDS = {
     "ledger": "compile every kernel for every architecture and write bench/ledger.csv; --check compares instead",
     "run": "time operators, whole frames and single modules",
     "report": "measure what this machine can, and write the page, the pictures and the README's tables",
-    "tune": "search launch settings for the GPU at hand",
+    "tune": "search launch configs for the GPU at hand",
 }
 
 

@@ -6,44 +6,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.registry import Case, Entry, Maker
-from voxkern.kernels.codec import RULES, codec_advance, codec_conv, codec_dequantise
+from bench.registry import Case, Entry, TensorMaker
+from voxkern.kernels.codec import PAD_MODES, codec_conv, codec_dequantise, codec_update_state
 from voxkern.reference.codec_stream import last_rows
-from voxkern.reference.linear import wide
+from voxkern.reference.layers import upcast
 
 
-def chunk_inputs(s: Any, make: Maker) -> dict[str, Any]:
+def chunk_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Requests at their start, soon after it and long after, with no frames to all `s.T` of the chunk."""
     i = torch.arange(s.B)
     made = {
-        "frames": (i % 3) ** 5,
-        "lengths": s.T - i % (s.T + 1),
-        "turn": torch.ones(1, dtype=torch.int32),
+        "past_frames": (i % 3) ** 5,
+        "new_frames": s.T - i % (s.T + 1),
+        "parity": torch.ones(1, dtype=torch.int32),
     }
     return {name: tensor.to(make.device) for name, tensor in made.items()}
 
 
 def codec_dequantise_reference(
-    codes: Tensor, lengths: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
+    codes: Tensor, new_frames: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
 ) -> Tensor:
     """As the reference's quantiser does it."""
-    there = torch.arange(codes.shape[2], device=codes.device) < lengths.unsqueeze(1)
-    codes = codes.where(there.unsqueeze(1), 0)
-    semantic = wide(embedding_sum)[codes[:, 0]] / wide(cluster_usage)[codes[:, 0]].clamp(min=1e-5).unsqueeze(-1)
+    is_valid = torch.arange(codes.shape[2], device=codes.device) < new_frames.unsqueeze(1)
+    codes = codes.where(is_valid.unsqueeze(1), 0)
+    semantic = upcast(embedding_sum)[codes[:, 0]] / upcast(cluster_usage)[codes[:, 0]].clamp(min=1e-5).unsqueeze(-1)
     acoustic = codes[:, 1:].transpose(1, 2).to(semantic.dtype) * (2 / (levels - 1)) - 1
     return torch.cat((semantic, acoustic), dim=2).to(embedding_sum.dtype).flatten(0, 1)
 
 
-def codec_dequantise_inputs(s: Any, make: Maker) -> dict[str, Any]:
+def codec_dequantise_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Codes that there are, but for those that are not to be read; one vector was never used."""
-    lengths = chunk_inputs(s, make)["lengths"]
+    new_frames = chunk_inputs(s, make)["new_frames"]
     b, k, t = torch.meshgrid(torch.arange(s.B), torch.arange(1 + s.K), torch.arange(s.T), indexing="ij")
     codes = (7 * b + 3 * k + 5 * t) % min(s.size, 21)
     usage = make(s.size, mean=5.0)
     usage[min(s.size, 21) // 2] = 0.0
     return {
-        "codes": codes.to(make.device).where(t.to(make.device) < lengths.view(-1, 1, 1), -(1 << 40)),
-        "lengths": lengths,
+        "codes": codes.to(make.device).where(t.to(make.device) < new_frames.view(-1, 1, 1), -(1 << 40)),
+        "new_frames": new_frames,
         "embedding_sum": make(s.size, s.dim) * usage.clamp(min=1e-5).unsqueeze(1),
         "cluster_usage": usage,
         "levels": 21,
@@ -54,52 +54,54 @@ def codec_conv_reference(
     y: Tensor,
     x: Tensor,
     weight: Tensor,
-    tail: Tensor,
-    frames: Tensor,
-    lengths: Tensor,
-    turn: Tensor,
+    conv_state: Tensor,
+    past_frames: Tensor,
+    new_frames: Tensor,
+    parity: Tensor,
     rate: int,
-    rule: str,
+    pad_mode: str,
 ) -> None:
     """The rows before the chunk and its own, side by side, and a product on windows of them."""
-    B, n, K = tail.shape[1:]
-    now, x = int(turn), x.view(B, -1, K)
+    B, n, K = conv_state.shape[1:]
+    now, x = int(parity), x.view(B, -1, K)
     missing = {
         "zero": torch.zeros_like(x[:, :1]).expand(-1, n, -1),
         "replicate": x[:, :1].expand(-1, n, -1),
         "reflect": x[:, 1 : n + 1].flip(1),
-    }[rule]
-    rows = torch.cat((torch.where((frames == 0).view(-1, 1, 1), missing, tail[now]), x), dim=1)  # [B, n + T, K]
+    }[pad_mode]
+    rows = torch.cat(
+        (torch.where((past_frames == 0).view(-1, 1, 1), missing, conv_state[now]), x), dim=1
+    )  # [B, n + T, K]
     windows = rows.unfold(1, n + 1, 1).transpose(2, 3).flatten(2)  # [B, T, (n + 1) K]
-    there = torch.arange(x.shape[1], device=x.device) < (lengths * rate).unsqueeze(1)
-    y.copy_((F.linear(windows.to(weight.dtype), weight) * there.unsqueeze(2)).flatten(0, 1))
-    tail[1 - now] = last_rows(rows, lengths * rate, n)
+    is_valid = torch.arange(x.shape[1], device=x.device) < (new_frames * rate).unsqueeze(1)
+    y.copy_((F.linear(windows.to(weight.dtype), weight) * is_valid.unsqueeze(2)).flatten(0, 1))
+    conv_state[1 - now] = last_rows(rows, new_frames * rate, n)
 
 
-def codec_conv_inputs(s: Any, make: Maker) -> dict[str, Any]:
-    """`s.n` rows before each row, and a rule by its number; `s.narrow`, where there is one: rows in bf16 alone."""
+def codec_conv_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
+    """`s.n` rows before each row, and a pad_mode by its number; `s.narrow`, where there is one: rows in bf16 alone."""
     M, narrow = s.B * s.T * s.rate, getattr(s, "narrow", 0)
-    x, tail = make(M, s.K), make(2, s.B, s.n, s.K)
+    x, conv_state = make(M, s.K), make(2, s.B, s.n, s.K)
     return {
         "y": make(M, s.N),
         "x": x.bfloat16() if narrow else x,
         "weight": make(s.N, (s.n + 1) * s.K, std=((s.n + 1) * s.K) ** -0.5),
-        "tail": tail.bfloat16() if narrow else tail,
+        "conv_state": conv_state.bfloat16() if narrow else conv_state,
         "rate": s.rate,
-        "rule": RULES[s.rule],
+        "pad_mode": PAD_MODES[s.pad_mode],
         **chunk_inputs(s, make),
     }
 
 
-def codec_advance_reference(lengths: Tensor, frames: Tensor, turn: Tensor) -> None:
+def codec_update_state_reference(new_frames: Tensor, past_frames: Tensor, parity: Tensor) -> None:
     """A sum and a difference."""
-    frames += lengths
-    turn.copy_(1 - turn)
+    past_frames += new_frames
+    parity.copy_(1 - parity)
 
 
-FIRST = {"N": 1024, "K": 292, "n": 2, "rule": 1, "rate": 1}
-UP = {"N": 2048, "K": 1024, "n": 1, "rule": 0}
-SOUND = {"N": 240, "K": 1024, "n": 6, "rule": 2, "rate": 8}
+FIRST = {"N": 1024, "K": 292, "n": 2, "pad_mode": 1, "rate": 1}
+UP = {"N": 2048, "K": 1024, "n": 1, "pad_mode": 0}
+SOUND = {"N": 240, "K": 1024, "n": 6, "pad_mode": 2, "rate": 8}
 
 ENTRIES = [
     Entry(
@@ -114,23 +116,23 @@ ENTRIES = [
         ),
         rows="B",
         stage=lambda c: 0,
-        once=(),
-        alike=False,
-        product=False,
+        read_once=(),
+        regular_grid=False,
+        uses_matrix_unit=False,
     ),
     Entry(
         op=codec_conv,
         reference=codec_conv_reference,
         inputs=codec_conv_inputs,
         cases=(
-            Case("odd", {"B": 5, "T": 3, "N": 50, "K": 75, "n": 2, "rule": 1, "rate": 1}),
-            Case("odd-reflect", {"B": 3, "T": 2, "N": 37, "K": 70, "n": 6, "rule": 2, "rate": 8}),
+            Case("odd", {"B": 5, "T": 3, "N": 50, "K": 75, "n": 2, "pad_mode": 1, "rate": 1}),
+            Case("odd-reflect", {"B": 3, "T": 2, "N": 37, "K": 70, "n": 6, "pad_mode": 2, "rate": 8}),
             Case(
                 "odd-narrow",
-                {"B": 3, "T": 2, "N": 37, "K": 70, "n": 6, "rule": 2, "rate": 8, "narrow": 1},
+                {"B": 3, "T": 2, "N": 37, "K": 70, "n": 6, "pad_mode": 2, "rate": 8, "narrow": 1},
                 dtypes=("fp32",),
             ),
-            Case("odd-zero", {"B": 7, "T": 3, "N": 66, "K": 129, "n": 1, "rule": 0, "rate": 2}),
+            Case("odd-zero", {"B": 7, "T": 3, "N": 66, "K": 129, "n": 1, "pad_mode": 0, "rate": 2}),
             Case("up-b1", {"B": 1, "T": 1, **UP, "rate": 4}, public=True, dtypes=("bf16",)),
             Case("up-b32", {"B": 32, "T": 1, **UP, "rate": 4}, public=True, dtypes=("bf16",)),
             Case("first-b1", {"B": 1, "T": 1, **FIRST}, public=True, dtypes=("bf16",)),
@@ -138,11 +140,11 @@ ENTRIES = [
             Case("sound-narrow-b1", {"B": 1, "T": 1, **SOUND, "narrow": 1}, public=True, dtypes=("fp32",)),
         ),
         rows="B",
-        alike=False,
+        regular_grid=False,
     ),
     Entry(
-        op=codec_advance,
-        reference=codec_advance_reference,
+        op=codec_update_state,
+        reference=codec_update_state_reference,
         inputs=lambda s, make: chunk_inputs(s, make),
         cases=(
             Case("odd", {"B": 7, "T": 3}, dtypes=("bf16",)),
@@ -152,8 +154,8 @@ ENTRIES = [
         ),
         rows="B",
         stage=lambda c: 0,
-        once=(),
-        alike=False,
-        product=False,
+        read_once=(),
+        regular_grid=False,
+        uses_matrix_unit=False,
     ),
 ]

@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from bench.codec import chunk_inputs
-from bench.registry import Case, Entry, Maker
+from bench.registry import Case, Entry, TensorMaker
 from voxkern.kernels.codec_attention import codec_attention
 from voxkern.reference.codec_stream import Chunk, attend_chunk
-from voxkern.reference.linear import rms_norm
+from voxkern.reference.layers import rms_norm
 
 
 def codec_attention_reference(
@@ -16,26 +16,26 @@ def codec_attention_reference(
     qkv: Tensor,
     q_norm: Tensor,
     k_norm: Tensor,
-    ring: Tensor,
-    frames: Tensor,
-    lengths: Tensor,
-    turn: Tensor,
+    kv_window: Tensor,
+    past_frames: Tensor,
+    new_frames: Tensor,
+    parity: Tensor,
     rate: int,
     eps: float,
     n_heads: int,
 ) -> None:
     """Both norms, each rounded, and the reference's attention over a chunk."""
-    B, now = len(frames), int(turn)
+    B, now = len(past_frames), int(parity)
     q, k, v = qkv.view(B, -1, qkv.shape[1]).chunk(3, dim=2)
     parts = (rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v)
     q, k, v = (part.unflatten(2, (n_heads, -1)) for part in parts)  # [B, T, H, D]
-    ring[1 - now] = ring[now]
-    chunk = Chunk((frames == 0).view(-1, 1, 1), frames * rate, lengths * rate)
-    kept = ring[1 - now].unflatten(-1, (n_heads, -1))
+    kv_window[1 - now] = kv_window[now]
+    chunk = Chunk((past_frames == 0).view(-1, 1, 1), past_frames * rate, new_frames * rate)
+    kept = kv_window[1 - now].unflatten(-1, (n_heads, -1))
     out.copy_(attend_chunk(kept, chunk, q, k, v).flatten(2).flatten(0, 1))
 
 
-def codec_attention_inputs(s: Any, make: Maker) -> dict[str, Any]:
+def codec_attention_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Scores with a deviation of 1."""
     W = s.H * s.D
     return {
@@ -43,7 +43,7 @@ def codec_attention_inputs(s: Any, make: Maker) -> dict[str, Any]:
         "qkv": make(s.B * s.T * s.rate, 3 * W),
         "q_norm": make(W, mean=1.0, std=0.1),
         "k_norm": make(W, mean=1.0, std=0.1),
-        "ring": make(2, 2, s.B, s.window, W),
+        "kv_window": make(2, 2, s.B, s.window, W),
         "rate": s.rate,
         "eps": 1e-6,
         "n_heads": s.H,
@@ -67,7 +67,7 @@ ENTRIES = [
         ),
         rows="B",
         stage=lambda c: 0,
-        once=(),
-        alike=False,
+        read_once=(),
+        regular_grid=False,
     ),
 ]

@@ -13,14 +13,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bench.registry import ROOT
-from bench.results import Row, append, read
-
-if TYPE_CHECKING:
-    from bench.run import Choice
+from bench.results import ResultRow, append, read
 
 # what of bench/ measures; what says which operators there are, and how they are called, is the revision's own
 TIMER = ("__init__", "__main__", "run", "compare", "timing", "providers", "modules", "traffic", "results", "accuracy")
@@ -30,18 +27,31 @@ OF_MODULES = {
     "frame": "test_frame or test_generate", "flow_head": "test_flow", "backbone": "test_backbone",
     "codec_chunk": "test_codec", "moe_block": "test_moe",
 }  # fmt: skip
-Measure = Callable[[Path, Sequence[str]], list[Row]]
+# operators by the names that they had in revisions without kernels/launch_config.py
+OLD_NAMES = {
+    "update_decode_state": "advance", "codec_update_state": "codec_advance", "adaln_modulation": "modulations",
+    "adaln_linear_silu": "modulated_silu", "moe_route": "route", "moe_experts_up": "experts_up",
+    "moe_experts_down": "experts_down", "moe_combine": "combine", "semantic_argmax": "semantic_codes",
+}  # fmt: skip
+Measure = Callable[[Path, Sequence[str]], list[ResultRow]]
 
 
-def compare(rev: str, choice: "Choice", arguments: Sequence[str], file: Path | None) -> int:
-    """Print old, new and new / old for each timing, and append the new rows to `file`; 1 where that is refused."""
+def compare(rev: str, subjects: Sequence[str], arguments: Sequence[str], file: Path | None) -> int:
+    """Print old, new and new / old for each timing, and append the new rows to `file`; 1 where that is refused.
+
+    Args:
+        rev: a git revision.
+        subjects: the operators and modules that `arguments` name; none = all.
+        arguments: of ``python -m bench run``.
+        file: of the table of results, or None.
+    """
     asked = without(arguments, "--compare", "--csv")
-    complaint = red(choice.subjects)
+    complaint = failing_tests(subjects)
     if complaint:
         print(complaint)
         return 1
     with worktree(rev) as old:
-        rows = in_turn({"old": old, "new": ROOT}, asked, measure)
+        rows = measure_interleaved({"old": old, "new": ROOT}, asked, measure)
     for line in table(rev, rows):
         print(line)
     if file is not None:
@@ -49,7 +59,7 @@ def compare(rev: str, choice: "Choice", arguments: Sequence[str], file: Path | N
     return 0
 
 
-def red(names: Sequence[str]) -> str:
+def failing_tests(names: Sequence[str]) -> str:
     """Why nothing is to be measured: the tests that name one of these operators, or all tests, do not pass."""
     chosen = ["-k", " or ".join(OF_MODULES.get(name, name) for name in names)] if names else []
     command = [str(PYTEST), "-q", "-x", "tests", *chosen]
@@ -69,6 +79,8 @@ def red(names: Sequence[str]) -> str:
 def worktree(rev: str) -> Iterator[Path]:
     """A checkout of `rev` with this tree's timer in it; removed afterwards.
 
+    A revision in which operators have their old names keeps its own timer, which calls them so.
+
     Raises:
         SystemExit: git knows no such revision.
     """
@@ -79,47 +91,64 @@ def worktree(rev: str) -> Iterator[Path]:
         if made.returncode:
             raise SystemExit(f"--compare {rev}: {made.stderr.strip()}")
         try:
-            for module in TIMER:
+            for module in () if has_old_names(folder) else TIMER:
                 shutil.copy(ROOT / "bench" / f"{module}.py", folder / "bench")
             yield folder
         finally:
             subprocess.run([*git, "remove", "--force", str(folder)], capture_output=True, check=True)
 
 
-def in_turn(trees: Mapping[str, Path], asked: Sequence[str], measure: Measure) -> dict[str, list[Row]]:
+def has_old_names(tree: Path) -> bool:
+    """Whether operators have the names of :data:`OLD_NAMES` in a checkout."""
+    return not (tree / "kernels" / "launch_config.py").exists()
+
+
+def measure_interleaved(
+    trees: Mapping[str, Path], asked: Sequence[str], measure: Measure
+) -> dict[str, list[ResultRow]]:
     """Rows of each tree: the lower one of two medians."""
     first, second = trees
-    found: dict[str, list[list[Row]]] = {first: [], second: []}
+    found: dict[str, list[list[ResultRow]]] = {first: [], second: []}
     for name in (first, second, second, first):
         found[name].append(measure(trees[name], asked))
     return {name: list(map(faster, *twice)) for name, twice in found.items()}
 
 
-def faster(one: Row, other: Row) -> Row:
+def faster(one: ResultRow, other: ResultRow) -> ResultRow:
     """The better one of two measurements of the same figure: the lower, of bandwidths the higher."""
     if one.key != other.key:
         raise ValueError(f"{one.key} was measured, and then {other.key}")
     return min(one, other, key=lambda row: row.value if row.unit == "us" else -row.value)
 
 
-def measure(tree: Path, asked: Sequence[str]) -> list[Row]:
-    """Run the timer in `tree`.
+def measure(tree: Path, asked: Sequence[str]) -> list[ResultRow]:
+    """Run the timer in `tree`; rows have the operators' present names.
 
     Raises:
         SystemExit: it failed, or a provider was wrong.
     """
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "rows.csv"
-        command = [sys.executable, "-m", "bench", "run", *asked, "--csv", str(file)]
+        old_names = OLD_NAMES if has_old_names(tree) else {}
+        words = [old_names.get(word, word) for word in asked]
+        command = [sys.executable, "-m", "bench", "run", *words, "--csv", str(file)]
         # the tree before anything installed: its voxkern, kernels and reference
         environment = os.environ | {"PYTHONPATH": str(tree)}
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, env=environment)
         if done.returncode or not file.exists():
             raise SystemExit(f"measuring in {tree} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        return read(file.read_text())
+        names = {old: new for new, old in old_names.items()}
+        return [
+            replace(
+                row,
+                subject=names.get(row.subject, row.subject),
+                command=" ".join(names.get(word, word) for word in row.command.split(" ")),
+            )
+            for row in read(file.read_text())
+        ]
 
 
-def table(rev: str, rows: Mapping[str, Sequence[Row]]) -> list[str]:
+def table(rev: str, rows: Mapping[str, Sequence[ResultRow]]) -> list[str]:
     """A line for each time that both have."""
     old = {row.key: row for row in rows["old"] if row.unit == "us"}
     lines = [f"{'us':52s} {rev[:12]:>12s} {'this tree':>12s}  new / old"]

@@ -33,7 +33,7 @@ class Block:
         """One load or store; lanes that share an address are served together."""
         self.touched[name].append(np.unique(addresses))
 
-    def asked(self, name: str) -> int:
+    def n_accesses(self, name: str) -> int:
         """Elements of an argument that instructions asked for."""
         return sum(map(len, self.touched[name]))
 
@@ -56,7 +56,7 @@ class Traffic:
 
 
 @dataclass
-class Launch:
+class CountedLaunch:
     """One launch of one kernel: its grid, its constants by name, and its blocks that were run and watched."""
 
     kernel: str
@@ -80,42 +80,42 @@ class Launch:
 
     def _whole(self, name: str) -> Traffic:
         dram = len(np.unique(np.concatenate([block.distinct(name) for block in self.blocks.values()])))
-        asked = sum(block.asked(name) for block in self.blocks.values())
-        return self._bytes(name, dram, asked)
+        n_accesses = sum(block.n_accesses(name) for block in self.blocks.values())
+        return self._bytes(name, dram, n_accesses)
 
     def _scaled(self, name: str) -> Traffic:
         # along each axis blocks either touch the same addresses or others; the last block may be ragged
-        first, asked_first = self.blocks[0, 0, 0].distinct(name), self.blocks[0, 0, 0].asked(name)
-        if not asked_first:
+        first, n_accesses_first = self.blocks[0, 0, 0].distinct(name), self.blocks[0, 0, 0].n_accesses(name)
+        if not n_accesses_first:
             raise ValueError(f"{self.kernel}: the first block does not touch {name}; count the whole grid")
-        dram, asked = float(len(first)), float(asked_first)
+        dram, n_accesses = float(len(first)), float(n_accesses_first)
         for axis, n in enumerate(self.grid):
             if n == 1:
                 continue
             second, last = (self.blocks[_along(axis, i)] for i in (1, n - 1))
-            asked *= n - 1 + last.asked(name) / asked_first
+            n_accesses *= n - 1 + last.n_accesses(name) / n_accesses_first
             overlap = len(np.intersect1d(first, second.distinct(name), assume_unique=True))
             if 0 < overlap < len(first):
                 raise ValueError(f"{self.kernel}: blocks share a part of {name} along {axis}; count the whole grid")
             if not overlap:
                 dram *= n - 1 + len(last.distinct(name)) / len(first)
-        return self._bytes(name, round(dram), round(asked))
+        return self._bytes(name, round(dram), round(n_accesses))
 
-    def _bytes(self, name: str, dram: int, asked: int) -> Traffic:
-        return Traffic(dram * self.item_sizes[name], (asked - dram) * self.item_sizes[name])
+    def _bytes(self, name: str, dram: int, n_accesses: int) -> Traffic:
+        return Traffic(dram * self.item_sizes[name], (n_accesses - dram) * self.item_sizes[name])
 
 
 @contextmanager
-def counting(whole: bool = False, reached: Sequence[Tensor] = ()) -> Iterator[list[Launch]]:
+def counting(whole: bool = False, indirect: Sequence[Tensor] = ()) -> Iterator[list[CountedLaunch]]:
     """Watch every launch within the block.
 
     Args:
         whole: run all blocks. Otherwise only the first, second and last along each axis, so that results are NOT
             computed: a launch must not depend on what an earlier one wrote.
-        reached: tensors that are no arguments, but whose addresses stand in a table that is one; each is counted like
-            an argument, ``Launch.of`` finds it.
+        indirect: tensors that are no arguments, but whose addresses stand in a table that is one; each is counted like
+            an argument, ``CountedLaunch.of`` finds it.
     """
-    launches: list[Launch] = []
+    launches: list[CountedLaunch] = []
     call = interpreter.GridExecutor.__call__
     builder = interpreter.interpreter_builder
     set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
@@ -123,7 +123,7 @@ def counting(whole: bool = False, reached: Sequence[Tensor] = ()) -> Iterator[li
     def counted(self: Any, *args: Any, **kwargs: Any) -> None:
         grid: Grid = (*self.grid, 1, 1)[:3]
         named = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launch = Launch(self.fn.__name__, grid, {name: named[name] for name in self.constexprs})
+        launch = CountedLaunch(self.fn.__name__, grid, {name: named[name] for name in self.constexprs})
         launches.append(launch)
         chosen = list(np.ndindex(grid)) if whole else _corners(grid)
         self.grid = (len(chosen), 1, 1)
@@ -133,7 +133,7 @@ def counting(whole: bool = False, reached: Sequence[Tensor] = ()) -> Iterator[li
             launch.blocks[chosen[i]] = block = Block()
             watch.block = block
 
-        watch = _Watch(named, launch, reached)
+        watch = _Watch(named, launch, indirect)
         builder.set_grid_dim, builder.set_grid_idx = lambda *_: set_grid_dim(*grid), enter
         try:
             with watch.installed(builder), _disable_current_modes():
@@ -151,11 +151,13 @@ def counting(whole: bool = False, reached: Sequence[Tensor] = ()) -> Iterator[li
 class _Watch:
     """Sorts the addresses of loads and stores by the argument they fall into."""
 
-    def __init__(self, args: Mapping[str, Any], launch: Launch, reached: Sequence[Tensor]) -> None:
+    def __init__(self, args: Mapping[str, Any], launch: CountedLaunch, indirect: Sequence[Tensor]) -> None:
         self.block = Block()
         self.launch = launch
         self.ranges = {name: self._range(name, arg) for name, arg in args.items() if isinstance(arg, Tensor)}
-        self.reached = sorted((*self._range(f"reached[{i}]", arg), f"reached[{i}]") for i, arg in enumerate(reached))
+        self.indirect = sorted(
+            (*self._range(f"indirect[{i}]", arg), f"indirect[{i}]") for i, arg in enumerate(indirect)
+        )
 
     def _range(self, name: str, arg: Tensor) -> tuple[int, int]:
         extent = 1 + sum((n - 1) * stride for n, stride in zip(arg.shape, arg.stride(), strict=True))
@@ -172,8 +174,8 @@ class _Watch:
             if inside.any():
                 self.block.touch(name, addresses[inside])
                 addresses = addresses[~inside]
-        while len(addresses) and self.reached and addresses[0] >= self.reached[0][0]:
-            start, end, name = self.reached[bisect.bisect(self.reached, (int(addresses[0]), math.inf)) - 1]
+        while len(addresses) and self.indirect and addresses[0] >= self.indirect[0][0]:
+            start, end, name = self.indirect[bisect.bisect(self.indirect, (int(addresses[0]), math.inf)) - 1]
             inside = (addresses >= start) & (addresses < end)
             if not inside.any():
                 break
@@ -219,12 +221,12 @@ class _NoCopies(TorchFunctionMode):
 
 
 @contextmanager
-def only_launches(whole: bool = True, reached: Sequence[Tensor] = ()) -> Iterator[list[Launch]]:
+def launches_only(whole: bool = True, indirect: Sequence[Tensor] = ()) -> Iterator[list[CountedLaunch]]:
     """:func:`counting`, and whatever is neither a launch nor a view raises: an operator, an allocation, a host read.
 
     What a frame does must be launches and nothing else, for it to live in one CUDA graph.
     """
-    with counting(whole, reached) as launches, _NoCopies(), _NoWork():
+    with counting(whole, indirect) as launches, _NoCopies(), _NoWork():
         yield launches
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from voxkern.checkpoint import write_checkpoint
-from voxkern.maker import byte_tokenizer
+from voxkern.random_checkpoint import byte_tokenizer
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.train.data import VOICES, WORDS, make_bank
 from voxkern.reference.train.params import PARAMS, spellings, word_id

@@ -8,9 +8,9 @@ transformers are often narrower; nor what the two would sound like.
 
 ``python -m bench.depth`` prints, for one request: the weights that a frame streams, launches, the time that
 bench/roofline.py predicts, and the time in plain PyTorch on this machine, the candidates in turn. Launches are counted
-by one rule: kernels of our twins. The flow head's are its twin's; the depth transformer has none, and gets the 5 a
-layer and the norm that our backbone's twin takes for a token, 2 for a codebook's output and its argmax as the semantic
-code takes, 1 to gather the next input, and 1 a frame for the hidden state.
+by one rule: the kernels of our fused modules. The flow head's are its fused head's; the depth transformer has none, and
+gets the 5 a layer and the norm that our fused backbone takes for a token, 2 for a codebook's output and its argmax as
+the semantic code takes, 1 to gather the next input, and 1 a frame for the hidden state.
 """
 
 import statistics
@@ -22,14 +22,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.results import Row
+from bench.results import ResultRow
 from bench.roofline import GPUS, predict
 from bench.work import BF16, Work, decoder, dram_bytes, flow_head, launches, public, semantic_head, weight_bytes
-from voxkern.maker import random_tensor
+from voxkern.random_checkpoint import random_tensor
 from voxkern.reference.attention import Attend, TransformerBlock, attention, rope_table, rotate
 from voxkern.reference.config import N_SPECIAL_CODES, AcousticTransformerConfig, AudioModelConfig
-from voxkern.reference.flow import FlowMatchingAudioTransformer, quantise
-from voxkern.reference.linear import RMSNorm
+from voxkern.reference.flow_head import quantise
+from voxkern.reference.layers import RMSNorm
+from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
 STEPS = (4, 8, 16)
 THETA = 10_000.0
@@ -126,7 +127,7 @@ def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: in
     return [
         Work(
             operator="linear", case="down-", times=1, rows=B, prepared=B, weights=BF16 * dim * config.input_dim,
-            moved=BF16 * B * (dim + config.input_dim), products=B * dim * config.input_dim,
+            moved=BF16 * B * (dim + config.input_dim), multiply_adds=B * dim * config.input_dim,
         ),
         Work(operator="depth input", times=K, rows=B, prepared=B, moved=3 * BF16 * B * dim),
         *decoder(config, K, B, (K + 1) / 2),
@@ -137,7 +138,7 @@ def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: in
 
 def flow_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: int, steps: int) -> list[Work]:
     """A frame's launches without the semantic code's."""
-    return [one for one in flow_head(config, audio, B, steps) if one.operator != "semantic_codes"]
+    return [one for one in flow_head(config, audio, B, steps) if one.operator != "semantic_argmax"]
 
 
 def candidates(B: int = 1) -> dict[tuple[str, str], list[Work]]:
@@ -194,7 +195,7 @@ def alternate(calls: dict[tuple[str, str], Callable[[], object]], rounds: int) -
     return times
 
 
-def arithmetic_rows() -> list[Row]:
+def arithmetic_rows() -> list[ResultRow]:
     """What is counted and predicted, at the public shapes for one request."""
     found = []
     for (subject, steps), work in candidates().items():
@@ -207,7 +208,7 @@ def arithmetic_rows() -> list[Row]:
     return found
 
 
-def measured_rows(width: str) -> list[Row]:
+def measured_rows(width: str) -> list[ResultRow]:
     """Times on this machine at the ``reduced`` width in fp32, or at the ``public`` one in bf16."""
     config = reduced() if width == "reduced" else public().acoustic_transformer
     assert isinstance(config, AcousticTransformerConfig)
@@ -220,14 +221,16 @@ def measured_rows(width: str) -> list[Row]:
     return found
 
 
-def rows() -> list[Row]:
+def rows() -> list[ResultRow]:
     """All figures; measures for about a minute."""
     return arithmetic_rows() + measured_rows("reduced") + measured_rows("public")
 
 
-def _row(subject: str, steps: str, metric: str, value: float, unit: str, how: str, shape: str = "frame-b1") -> Row:
+def _row(
+    subject: str, steps: str, metric: str, value: float, unit: str, how: str, shape: str = "frame-b1"
+) -> ResultRow:
     provider = "" if subject == DEPTH else "voxkern"  # which has no kernels of the other
-    return Row(
+    return ResultRow(
         "depth", subject, metric, value, unit, how, COMMAND, provider=provider, shape=shape, dtype="bf16", steps=steps
     )
 

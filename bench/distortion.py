@@ -17,27 +17,29 @@ import torch
 from torch import Tensor
 
 import voxkern
-from bench.errors import TEXTS, conditions, say
-from bench.hearing import Score, Speaker, by_flite, listen, sentences
-from bench.results import FILE, Row, append, place, stamped
+from bench.errors import TEXTS, conditions, generate_histories
+from bench.recognition import Score, Speaker, flite_whole, listen, sentences
+from bench.results import FILE, ResultRow, append, provenance, with_provenance
 from bench.solvers import FINE, solve
 from voxkern.checkpoint import read_checkpoint
-from voxkern.reference import flow
+from voxkern.reference import solver as solver_module
 from voxkern.reference.config import END_AUDIO
-from voxkern.reference.flow import FlowMatchingAudioTransformer, lowest_argmax, quantise, time_grid
+from voxkern.reference.flow_head import lowest_argmax, quantise
+from voxkern.reference.solver import time_grid
 from voxkern.reference.train.data import VOICES, WORDS
-from voxkern.reference.train.hear import Ear
+from voxkern.reference.train.recogniser import Recogniser
+from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 from voxkern.tts import DEMO, TTS
 
 EVALUATIONS = (2, 3, 4, 5, 7, 10, 16)
-HEARD = [*itertools.product(("euler", "ab2"), EVALUATIONS), ("ab2", FINE)]
+RECOGNISED = [*itertools.product(("euler", "ab2"), EVALUATIONS), ("ab2", FINE)]
 SENTENCES, SEEDS = 15, 1
 MAX_BATCH = 16
 COMMAND = "python -m bench.distortion"
 RMSE = f"RMSE from {FINE} steps"
 
 
-def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[Row]:
+def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[ResultRow]:
     """RMSE of x before it is quantised and the share of codes that differ, by solver and evaluations."""
     h, x = spoken(tts)
     head = cast(FlowMatchingAudioTransformer, tts.model.acoustic_transformer)  # any kind of head would do
@@ -54,7 +56,7 @@ def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[Row]
         }
         shape = f"{len(TEXTS)} texts, each voice"
         found += [
-            Row(
+            ResultRow(
                 "distortion",
                 "demo voice",
                 metric,
@@ -74,32 +76,34 @@ def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[Row]
 
 def spoken(tts: TTS) -> tuple[Tensor, Tensor]:
     """States [N, dim] that the voice says a frame after, not its end, and the frames' noise [N, K]."""
-    h, x = conditions(tts, say(tts, list(TEXTS)))
+    h, x = conditions(tts, generate_histories(tts, list(TEXTS)))
     goes_on = lowest_argmax(tts.model.acoustic_transformer.semantic_logits(h)) != END_AUDIO
     return h[goes_on], x[goes_on]
 
 
-def hearing(tts: TTS, n_sentences: int, seeds: int) -> list[Row]:
+def recognition_rows(tts: TTS, n_sentences: int, seeds: int) -> list[ResultRow]:
     """Words and sentences that are heard right, by solver and evaluations, and of flite's own sound."""
-    ear, texts = Ear(WORDS), sentences(n_sentences)
+    recogniser, texts = Recogniser(WORDS), sentences(n_sentences)
     found = []
     if shutil.which("flite"):
-        found += heard(listen(by_flite, texts, [0], ear), "flite", "flite", n_sentences, 1)
+        found += score_rows(listen(flite_whole, texts, [0], recogniser), "flite", "flite", n_sentences, 1)
     # 256 are more than generate() takes
-    with mock.patch.object(flow, "MAX_STEPS", FINE), mock.patch.object(voxkern.tts, "MAX_STEPS", FINE):
-        for solver, steps in HEARD:
-            score = listen(Speaker(tts, solver, steps), texts, list(range(seeds)), ear)
-            found += heard(score, "demo voice", "torch", n_sentences, seeds, f"{solver}:{steps}")
+    with mock.patch.object(solver_module, "MAX_STEPS", FINE), mock.patch.object(voxkern.tts, "MAX_STEPS", FINE):
+        for solver, steps in RECOGNISED:
+            score = listen(Speaker(tts, solver, steps), texts, list(range(seeds)), recogniser)
+            found += score_rows(score, "demo voice", "torch", n_sentences, seeds, f"{solver}:{steps}")
     return found
 
 
-def heard(score: Score, subject: str, provider: str, n_sentences: int, seeds: int, steps: str = "") -> list[Row]:
+def score_rows(
+    score: Score, subject: str, provider: str, n_sentences: int, seeds: int, steps: str = ""
+) -> list[ResultRow]:
     """A score's rows."""
     shape = f"{n_sentences} sentences, {seeds} seeds, {len(VOICES)} voices"
     command = f"{COMMAND} --sentences {n_sentences} --seeds {seeds}"
     dtype = "fp32" if steps else ""
     return [
-        Row("distortion", subject, metric, value, unit, "measured", command, provider, shape, dtype, steps)
+        ResultRow("distortion", subject, metric, value, unit, "measured", command, provider, shape, dtype, steps)
         for metric, (value, unit) in score.figures.items()
     ]
 
@@ -114,25 +118,25 @@ def missing() -> list[str]:
     return lines
 
 
-def rows(n_sentences: int = SENTENCES, seeds: int = SEEDS, folder: Path = DEMO) -> list[Row]:
+def rows(n_sentences: int = SENTENCES, seeds: int = SEEDS, folder: Path = DEMO) -> list[ResultRow]:
     """All figures that this machine can make."""
     tts = TTS(read_checkpoint(folder, torch.float32), MAX_BATCH)
     found = distances(tts)
-    return found + (hearing(tts, n_sentences, seeds) if importlib.util.find_spec("pocketsphinx") else [])
+    return found + (recognition_rows(tts, n_sentences, seeds) if importlib.util.find_spec("pocketsphinx") else [])
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[ResultRow]) -> str:
     """A line for each solver and number of evaluations; a figure that was not made is a dash."""
     by_solver: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         by_solver.setdefault((row.subject, row.steps), {})[row.metric] = row.value
-    lines = ["                        RMSE   codes that differ      words heard   sentences heard"]
+    lines = ["                        RMSE   codes that differ      words recognised   sentences heard"]
     for (subject, steps), of in by_solver.items():
-        cells = (share(of, "codes that differ", "codes compared"), share(of, "words heard", "words"))
+        cells = (share(of, "codes that differ", "codes compared"), share(of, "words recognised", "words"))
         rmse = f"{of[RMSE]:.4f}" if RMSE in of else "-"
         lines.append(
             f"{subject:10}  {steps:8}  {rmse:>6}  {cells[0]:>18}  {cells[1]:>15}  "
-            f"{share(of, 'strings heard', 'strings'):>16}"
+            f"{share(of, 'strings recognised', 'strings'):>16}"
         )
     return "\n".join(lines)
 
@@ -153,8 +157,8 @@ def main() -> None:
     found = rows(args.sentences, args.seeds)
     print(table(found), *missing(), sep="\n")
     if args.csv:
-        here = place()
-        append((stamped(row, here) for row in found), args.csv)
+        here = provenance()
+        append((with_provenance(row, here) for row in found), args.csv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Requests side by side on this machine: frames a second, time to the first sound under load, memory.
 
 ``python -m bench.engine`` runs the torch backend, in one thread, on the demo voice and on a random checkpoint of
-middling size. Random models seldom say END, and the demo voice not before all is measured.
+mid_size_params size. Random models seldom say END, and the demo voice not before all is measured.
 """
 
 import copy
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import voxkern
-from bench.results import Row, place, stamped
-from voxkern.cache import cache_bytes
-from voxkern.maker import make_checkpoint, tiny_params
+from bench.results import ResultRow, provenance, with_provenance
+from voxkern.engine.kv_cache import cache_bytes
+from voxkern.random_checkpoint import make_checkpoint, tiny_params
 from voxkern.tts import DEMO
 
 BATCHES = (1, 8, 32)
@@ -27,12 +27,12 @@ FRAMES, STEPS = 25, 7
 TEXT = "seven three one nine five two"  # some sixty frames of the demo voice
 
 
-def middling() -> dict[str, Any]:
+def mid_size_params() -> dict[str, Any]:
     """What is other than in the tiny model: 8 layers of 768, and a head of 3."""
-    wide = {"dim": 768, "head_dim": 64, "hidden_dim": 2304, "n_heads": 12, "n_kv_heads": 4}
+    dims = {"dim": 768, "head_dim": 64, "hidden_dim": 2304, "n_heads": 12, "n_kv_heads": 4}
     multimodal = copy.deepcopy(tiny_params()["multimodal"])
-    multimodal["audio_model_args"]["acoustic_transformer_args"] |= {"input_dim": 768, "n_layers": 3, **wide}
-    return {"n_layers": 8, **wide, "multimodal": multimodal}
+    multimodal["audio_model_args"]["acoustic_transformer_args"] |= {"input_dim": 768, "n_layers": 3, **dims}
+    return {"n_layers": 8, **dims, "multimodal": multimodal}
 
 
 def frames_a_second(folder: Path, batch: int) -> float:
@@ -76,7 +76,7 @@ def peak_memory() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def rows() -> list[Row]:
+def rows() -> list[ResultRow]:
     """Figures of the demo voice and of a random model of middling size, each as it comes.
 
     A batch has a process of its own, so that its peak of memory is its own.
@@ -85,7 +85,7 @@ def rows() -> list[Row]:
         tempfile.TemporaryDirectory() as name,
         ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as own,
     ):
-        middle = make_checkpoint(Path(name), overrides=middling())
+        middle = make_checkpoint(Path(name), overrides=mid_size_params())
         folders = {"demo voice": DEMO, "random, 8 layers of 768": middle}
         return [
             row
@@ -95,7 +95,7 @@ def rows() -> list[Row]:
         ]
 
 
-def rows_of(model: str, folder: Path, batch: int) -> list[Row]:
+def rows_of(model: str, folder: Path, batch: int) -> list[ResultRow]:
     """Figures of one model at one batch size."""
     torch.set_num_threads(1)
     config = voxkern.load(folder, backend="torch").model.config.backbone
@@ -113,14 +113,14 @@ def rows_of(model: str, folder: Path, batch: int) -> list[Row]:
         flush=True,
     )
     found = [
-        Row(
+        ResultRow(
             "engine", model, metric, value, unit, "counted" if metric.startswith("keys") else "measured",
             "python -m bench.engine", "torch", f"batch {batch}", "bf16", f"euler:{STEPS}",
         )
         for metric, (value, unit) in figures.items()
     ]  # fmt: skip
-    here = place()  # of this process, which has one thread
-    return [stamped(row, here) for row in found]
+    here = provenance()  # of this process, which has one thread
+    return [with_provenance(row, here) for row in found]
 
 
 if __name__ == "__main__":

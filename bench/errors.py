@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.registry import DTYPES, ROOT
-from bench.results import FILE, Row, append, place, read, stamped
+from bench.results import FILE, ResultRow, append, provenance, read, with_provenance
 from voxkern.checkpoint import read_checkpoint
 from voxkern.reference.config import END_AUDIO, N_SPECIAL_CODES
 from voxkern.reference.noise import noise, seed_tensor
@@ -39,7 +39,7 @@ TILES = {
     "norm_swiglu": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
     "linear": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
     "codec_conv": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
-    "semantic_codes": {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_K": 256},
+    "semantic_argmax": {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_K": 256},
     "token_attention": {"BLOCK_B": 32},
     "token_attention_linear": {"BLOCK_M": 16, "BLOCK_N": 256},
     "flow_step": {"BLOCK_N": 256, "BLOCK_K": 64},
@@ -87,7 +87,7 @@ class Flips:
         return cls(off.numel(), by, len(codes), int((codes[:, 0] != truth[:, 0]).sum()))
 
 
-def say(tts: TTS, texts: list[str], max_frames: int = MAX_FRAMES) -> list[History]:
+def generate_histories(tts: TTS, texts: list[str], max_frames: int = MAX_FRAMES) -> list[History]:
     """Every text in every voice."""
     asked = [(text, voice) for text in texts for voice in tts.voices]
     said, voices = zip(*asked, strict=True)
@@ -104,7 +104,7 @@ def conditions(tts: TTS, histories: list[History]) -> tuple[Tensor, Tensor]:
     """Backbone states [N, dim], after each history's prompt and after each of its frames, and their noise [N, K]."""
     model, states, draws = tts.model, [], []
     for history in histories:
-        prompt = tts._embed(tts._prompt.encode(history.text, history.voice), tts.voices[history.voice])
+        prompt = tts._embed_prompt(tts._prompt.encode(history.text, history.voice), tts.voices[history.voice])
         u = torch.cat((prompt, model.embed_codes(history.codes)))
         states.append(model.hidden_states(u.unsqueeze(0))[0, len(prompt) - 1 :])
         frames = torch.arange(len(history.codes) + 1)
@@ -127,7 +127,9 @@ def sound(tts: TTS, histories: list[History]) -> Tensor:
     for history in histories:
         stream = tts.model.audio_tokenizer.stream()
         codes = (history.codes - N_SPECIAL_CODES).T.unsqueeze(0)  # [1, 37, T]
-        chunks += [stream.decode(part).flatten().double() for part in torch.split(codes, stream.unit, dim=2)]
+        chunks += [
+            stream.decode(part).flatten().double() for part in torch.split(codes, stream.max_chunk_frames, dim=2)
+        ]
     return torch.cat(chunks)
 
 
@@ -139,25 +141,25 @@ def snr(found: Tensor, truth: Tensor) -> float:
 
 def measured(
     folder: Path, n_texts: int, dtypes: tuple[str, ...] = tuple(DTYPES), max_frames: int = MAX_FRAMES
-) -> list[Row]:
+) -> list[ResultRow]:
     """Rows of each dtype and provider, in a process that interprets kernels."""
-    from bench.interpreter import patch_once_a_launch  # needs Triton
+    from bench.interpreter import patch_once_per_launch  # needs Triton
 
-    patch_once_a_launch()
-    histories = say(TTS(read_checkpoint(folder, torch.float32)), list(TEXTS[:n_texts]), max_frames)
+    patch_once_per_launch()
+    histories = generate_histories(TTS(read_checkpoint(folder, torch.float32)), list(TEXTS[:n_texts]), max_frames)
     exact = TTS(read_checkpoint(folder, torch.float64))
     truth, exact_sound = next_frames(exact, histories), sound(exact, histories)
     rows = []
     for dtype in dtypes:
         for provider in ("torch", "voxkern"):
-            tts = TTS(read_checkpoint(folder, DTYPES[dtype]), ROWS, on_kernels=provider == "voxkern")
+            tts = TTS(read_checkpoint(folder, DTYPES[dtype]), ROWS, use_kernels=provider == "voxkern")
             with large_tiles():
                 flips = Flips.of(next_frames(tts, histories), truth)
                 rows += rows_of(flips, snr(sound(tts, histories), exact_sound), provider, dtype, n_texts)
     return rows
 
 
-def rows_of(flips: Flips, decibels: float, provider: str, dtype: str, n_texts: int) -> list[Row]:
+def rows_of(flips: Flips, decibels: float, provider: str, dtype: str, n_texts: int) -> list[ResultRow]:
     """A model's figures: shares, and how many codes they are of."""
     share = 100 / max(flips.acoustic, 1)
     figures = {
@@ -172,7 +174,7 @@ def rows_of(flips: Flips, decibels: float, provider: str, dtype: str, n_texts: i
     }
     shape, command = f"{n_texts} texts, each voice", f"python -m bench.errors --texts {n_texts}"
     return [
-        Row(
+        ResultRow(
             "errors", "demo voice", metric, value, unit, "measured" if unit == "dB" else "counted", command,
             provider, shape, dtype, f"euler:{STEPS}",
         )
@@ -183,15 +185,15 @@ def rows_of(flips: Flips, decibels: float, provider: str, dtype: str, n_texts: i
 @contextmanager
 def large_tiles() -> Iterator[None]:
     """Within the block, kernels are launched with :data:`TILES`."""
-    from voxkern.kernels import settings  # needs Triton
+    from voxkern.kernels import launch_config  # needs Triton
 
     with ExitStack() as stack:
         for kernel, tiles in TILES.items():
-            stack.enter_context(settings.override(kernel, **tiles))
+            stack.enter_context(launch_config.override(kernel, **tiles))
         yield
 
 
-def rows(n_texts: int = N_TEXTS) -> list[Row]:
+def rows(n_texts: int = N_TEXTS) -> list[ResultRow]:
     """All figures, from a process of its own: whether kernels are interpreted is settled when Triton is imported."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.csv"
@@ -201,7 +203,7 @@ def rows(n_texts: int = N_TEXTS) -> list[Row]:
         return read(file.read_text())
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[ResultRow]) -> str:
     """A line for each dtype and provider; counts, so that shares have their denominators."""
     lines = ["dtype  provider  acoustic codes flipped     by 1    2  more   semantic codes flipped   waveform SNR"]
     by_model: dict[tuple[str, str], dict[str, float]] = {}
@@ -231,8 +233,8 @@ def main() -> None:
         found = rows(args.texts)
     else:
         torch.set_num_threads(1)
-        here = place()
-        found = [stamped(row, here) for row in measured(DEMO, args.texts)]
+        here = provenance()
+        found = [with_provenance(row, here) for row in measured(DEMO, args.texts)]
     print(table(found))
     if args.csv:
         append(found, args.csv)

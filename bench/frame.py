@@ -1,9 +1,9 @@
 """What a frame costs at the public shapes: launches, multiply-adds, bytes; of the flow heads, and of the backbone.
 
-``python -m bench.frame`` runs the twins' own code in the interpreter with the tiles of sm_90, and counts: on a head and
-a layer of the public shapes, and on a head whose velocity network is the MLP, 1536 wide. Launches of regular grids are
-counted by their first, second and last blocks: nothing is computed. The fewest bytes are: every weight a launch uses
-once, every activation it is given or fills once.
+``python -m bench.frame`` runs the fused modules' own code in the interpreter with the tiles of sm_90, and counts: on a
+head and a layer of the public shapes, and on a head whose velocity network is the MLP, 1536 wide. Launches of regular
+grids are counted by their first, second and last blocks: nothing is computed. The fewest bytes are: every weight a
+launch uses once, every activation it is given or fills once.
 """
 
 import itertools
@@ -22,33 +22,41 @@ import torch
 from torch import Tensor
 
 from bench.counters import counting
-from bench.interpreter import patch_once_a_launch
-from bench.results import Row
-from voxkern.kernels import settings
-from voxkern.kernels.attention import attention_scratch, launch_paged_attention
+from bench.interpreter import patch_once_per_launch
+from bench.results import ResultRow
+from voxkern.fused import backbone as fused_backbone
+from voxkern.fused import flow_head as fused_flow_head
+from voxkern.fused import mlp_head as fused_mlp_head
+from voxkern.fused import transformer_head as fused_transformer_head
+from voxkern.kernels import launch_config
 from voxkern.kernels.linear import launch_norm_linear
-from voxkern.maker import public_params
+from voxkern.kernels.paged_attention import launch_paged_attention, paged_attention_scratch
+from voxkern.random_checkpoint import public_params
 from voxkern.reference import Config
 from voxkern.reference.backbone import Backbone
-from voxkern.reference.flow import FlowHead, FlowMatchingAudioTransformer
+from voxkern.reference.flow_head import FlowHead
+from voxkern.reference.mlp_head import FlowMatchingAudioMLP
 from voxkern.reference.model import make_head
-from voxkern.reference.velocity_mlp import FlowMatchingAudioMLP
-from voxkern.twins import backbone as backbone_twins
-from voxkern.twins import flow as flow_twins
-from voxkern.twins import head as head_twins
-from voxkern.twins import velocity_mlp as mlp_twins
+from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
 STEPS = 7
 LAYERS = 26
-MAX_TOKENS, PAGE = 4096, 64
+MAX_SEQ_LEN, PAGE = 4096, 64
 # launchers whose blocks are alike along each axis; of the others all blocks are counted
-ALIKE = {
-    "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_codes", "rms_norm", "modulations",
-    "modulated_silu", "gated_linear",
+REGULAR_GRID = {
+    "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_argmax", "rms_norm", "adaln_modulation",
+    "adaln_linear_silu", "gated_linear",
 }  # fmt: skip
-ONCE = {"semantic_codes", "flow_start", "flow_finish", "mlp_start", "mlp_finish", "modulations"}  # in a frame
+ONCE_A_FRAME = {
+    "semantic_argmax",
+    "flow_start",
+    "flow_finish",
+    "mlp_start",
+    "mlp_finish",
+    "adaln_modulation",
+}  # in a frame
 SEMANTIC = {"flow_finish": 10, "mlp_finish": 11}  # the place of the semantic codes among the arguments
-BEGUN = {"norm_qkv": 1, "linear": 1, "gated_linear": 1}  # calls for the hidden states, before the steps
+BEFORE_STEPS = {"norm_qkv": 1, "linear": 1, "gated_linear": 1}  # calls for the hidden states, before the steps
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Cost:
     """Of one call of a launcher: kernels launched, multiply-adds of products, DRAM bytes, and the fewest possible."""
 
     launches: int
-    products: int
+    multiply_adds: int
     dram: int = 0
     fewest: int = 0
 
@@ -69,28 +77,28 @@ def frame_cost(
 ) -> Cost:
     """A frame of `B` requests, prepared for as many: a frame of two steps is counted, and its middle repeated."""
     calls: dict[str, list[Cost]] = defaultdict(list)
-    twin: head_twins.HeadTwin[Any, Any, Any]
+    fused: fused_flow_head.FusedHead[Any, Any, Any]
     if isinstance(head, FlowMatchingAudioMLP):
-        twin = mlp_twins.MLPTwin(head, B, embeddings)
+        fused = fused_mlp_head.FusedMLPHead(head, B, embeddings)
     else:
-        twin = flow_twins.FlowTwin(head, B, embeddings)
+        fused = fused_transformer_head.FusedTransformerHead(head, B, embeddings)
     weight = head.semantic_codebook_output.weight
     h = torch.zeros(B, head.config.input_dim, dtype=weight.dtype, device=weight.device)
     alpha = torch.ones(B, device=weight.device)
     seed, frame = (torch.zeros(B, dtype=torch.int64, device=weight.device) for _ in range(2))
-    modules = (head_twins, flow_twins, mlp_twins)
-    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, modules, count_bytes):
-        tables = (flow_twins, "launch_norm_qkv"), (mlp_twins, "launch_modulations")
+    modules = (fused_flow_head, fused_transformer_head, fused_mlp_head)
+    with torch.inference_mode(), launch_config.target_arch("sm_90"), recorded(calls, modules, count_bytes):
+        tables = (fused_transformer_head, "launch_norm_qkv"), (fused_mlp_head, "launch_adaln_modulation")
         with mock.patch.object(*tables[0]), mock.patch.object(*tables[1]):
-            twin.times("euler", 2)  # made once, not in a frame
-        twin.frame(h, alpha, seed=seed, frame=frame, steps=2)
+            fused.step_tables("euler", 2)  # made once, not in a frame
+        fused.generate_codes(h, alpha, seed=seed, frame=frame, steps=2)
     total = [0, 0, 0, 0]
     for name, costs in calls.items():
-        first = BEGUN.get(name, 0)
+        first = BEFORE_STEPS.get(name, 0)
         for i, cost in enumerate(costs):
             step = STEPS - 1 if name in ("flow_step", "mlp_step") else STEPS / 2
-            times = 1.0 if name in ONCE or i < first else step
-            for j, value in enumerate((cost.launches, cost.products, cost.dram, cost.fewest)):
+            times = 1.0 if name in ONCE_A_FRAME or i < first else step
+            for j, value in enumerate((cost.launches, cost.multiply_adds, cost.dram, cost.fewest)):
                 total[j] += value * times  # type: ignore[assignment]
     return Cost(*(round(value) for value in total))
 
@@ -98,18 +106,18 @@ def frame_cost(
 def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
     """A token of `B` requests through 26 layers like the backbone's one, without the attention's bytes."""
     calls: dict[str, list[Cost]] = defaultdict(list)
-    twin, weight = backbone_twins.BackboneTwin(backbone, B, MAX_TOKENS), backbone.norm.weight
+    fused, weight = fused_backbone.FusedBackbone(backbone, B, MAX_SEQ_LEN), backbone.norm.weight
     config, device = backbone.backbone_config, weight.device
-    pool = torch.zeros(1, B, 2, config.n_kv_heads, PAGE, config.head_dim, dtype=weight.dtype, device=device)
-    table = torch.arange(B, dtype=torch.int32, device=device).view(B, 1)
+    kv_cache = torch.zeros(1, B, 2, config.n_kv_heads, PAGE, config.head_dim, dtype=weight.dtype, device=device)
+    block_table = torch.arange(B, dtype=torch.int32, device=device).view(B, 1)
     u = torch.zeros(B, config.dim, dtype=weight.dtype, device=device)
     lengths = torch.ones(B, dtype=torch.int32, device=device)
-    with torch.inference_mode(), settings.pretend("sm_90"), recorded(calls, (backbone_twins,), count_bytes):
-        twin.decode(u, pool, table, lengths)
+    with torch.inference_mode(), launch_config.target_arch("sm_90"), recorded(calls, (fused_backbone,), count_bytes):
+        fused.decode(u, kv_cache, block_table, lengths)
     total = [0, 0, 0, 0]
     for name, costs in calls.items():
         for cost in costs:
-            for j, value in enumerate((cost.launches, cost.products, cost.dram, cost.fewest)):
+            for j, value in enumerate((cost.launches, cost.multiply_adds, cost.dram, cost.fewest)):
                 total[j] += value * (1 if name == "rms_norm" else LAYERS)
     return Cost(*total)
 
@@ -135,21 +143,21 @@ def cache_traffic(context: int, dtype: torch.dtype = torch.bfloat16) -> CacheTra
     """A request of `context` tokens at the public shapes; one of B costs as much B times."""
     H, HKV, D, pages = 32, 8, 128, -(-context // PAGE)
     q, out = torch.zeros(1, H * D, dtype=dtype), torch.empty(1, H * D, dtype=dtype)
-    pool = torch.zeros(pages, 2, HKV, PAGE, D, dtype=dtype)
-    table = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int().view(1, pages)
+    kv_cache = torch.zeros(pages, 2, HKV, PAGE, D, dtype=dtype)
+    block_table = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int().view(1, pages)
     lengths = torch.tensor([context], dtype=torch.int32)
-    scratch = attention_scratch(q, pool, MAX_TOKENS)
-    with settings.pretend("sm_90"), counting(whole=True) as launches:
-        launch_paged_attention(out, q, pool, table, lengths, 0, MAX_TOKENS, scratch)
+    scratch = paged_attention_scratch(q, kv_cache, MAX_SEQ_LEN)
+    with launch_config.target_arch("sm_90"), counting(whole=True) as launches:
+        launch_paged_attention(out, q, kv_cache, block_table, lengths, 0, MAX_SEQ_LEN, scratch)
     traffic = launches[0].traffic()
     parts = traffic["p_partial"].dram if "p_partial" in traffic else 0
-    cached = traffic["p_pool"]
+    cached = traffic["p_kv"]
     return CacheTraffic(cached.dram, cached.again, 2 * HKV * context * D * dtype.itemsize, parts)
 
 
 @contextmanager
 def recorded(calls: dict[str, list[Cost]], modules: Sequence[ModuleType], count_bytes: bool) -> Iterator[None]:
-    """Within the block, twins' launchers are counted into `calls` by name; `modules` are the twins'."""
+    """Within the block, launchers are counted into `calls` by name; `modules` are the files of the fused modules."""
     found = [(module, name) for module in modules for name in vars(module) if name.startswith("launch_")]
     with ExitStack() as stack:
         for module, name in found:
@@ -162,30 +170,30 @@ def _recorder(
     name: str, launch: Callable[..., None], calls: dict[str, list[Cost]], count_bytes: bool
 ) -> Callable[..., None]:
     def record(*args: Any) -> None:
-        if name == "modulations":
+        if name == "adaln_modulation":
             args = _of_all_steps(*args)
-        launches = 2 if name == "semantic_codes" else 1
+        launches = 2 if name == "semantic_argmax" else 1
         dram = fewest = 0
         if name in SEMANTIC and count_bytes:
             args[SEMANTIC[name]].zero_()  # they become addresses, and the launches that make them were not run whole
         if count_bytes and name != "paged_attention":  # see cache_traffic
             dram = sum(_dram(one, *some) for one, some in parts(name, launch, args))
             fewest = _fewest(name, args)
-        calls[name].append(Cost(launches, products(name, args), dram, fewest))
+        calls[name].append(Cost(launches, multiply_adds(name, args), dram, fewest))
 
     return record
 
 
 def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> tuple[Any, ...]:
     """Modulations are made once a frame, for all its steps: not for the two that are run here."""
-    room = out.new_zeros(STEPS, *out.shape[1:])
-    return room, times.new_zeros(STEPS, times.shape[1]), states, *weights
+    modulations = out.new_zeros(STEPS, *out.shape[1:])
+    return modulations, times.new_zeros(STEPS, times.shape[1]), states, *weights
 
 
 def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
     """q | k | v in one grid is three grids, each of which is regular, and so are a modulation's layers (test_frame)."""
     found: list[tuple[str, tuple[Any, ...]]] = []
-    if name == "modulations":
+    if name == "adaln_modulation":
         out, times, states, weights, biases, max_rows = args
         for weight, bias in zip(weights, biases, strict=True):
             result = out.new_empty(*out.shape[:2], len(weight))
@@ -207,7 +215,7 @@ def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list
 
 def _dram(name: str, launch: Callable[..., None], *args: Any) -> int:
     lists = [tensor for arg in args if isinstance(arg, list) for tensor in arg]
-    with counting(whole=name not in ALIKE, reached=lists) as launches:
+    with counting(whole=name not in REGULAR_GRID, indirect=lists) as launches:
         launch(*args)
     return sum(traffic.dram for one in launches for traffic in one.traffic().values())
 
@@ -218,14 +226,14 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
         tensors += [t for t in (arg if isinstance(arg, tuple | list) else (arg,)) if isinstance(t, Tensor)]
     sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # in place is one tensor
     if name == "norm_qkv_append":  # a row of keys and of values each, and of rotations: kilobytes
-        x, _, _, wk, *_, rope, table, lengths, _, pool, _, _ = args
-        for tensor in (rope, table, lengths):
+        x, _, _, wk, *_, rope, block_table, lengths, _, kv_cache, _, _ = args
+        for tensor in (rope, block_table, lengths):
             sizes.pop(tensor.data_ptr())
-        sizes[pool.data_ptr()] = 2 * len(x) * len(wk) * pool.element_size()
+        sizes[kv_cache.data_ptr()] = 2 * len(x) * len(wk) * kv_cache.element_size()
     if name == "norm_qkv":  # x and the norm are read by each of three grids in our count, but once would do
         out, _, _, wq, *_, q_rows, _ = args
         sizes[out.data_ptr()] -= (len(out) - q_rows) * len(wq) * out.element_size()
-    if name == "semantic_codes":  # padding rows of the table are not needed, and partial results are
+    if name == "semantic_argmax":  # padding rows of the block_table are not needed, and partial results are
         _, _, weight, n_codes, *_ = args
         sizes[weight.data_ptr()] = n_codes * weight.shape[1] * weight.element_size()
     if name == "flow_finish":  # 37 rows a request of the embeddings, and of y the x tokens
@@ -237,7 +245,7 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
         _, _, _, w_out, *_, embeddings, _, _ = args
         each = (1 + len(w_out)) * embeddings.shape[1] * embeddings.element_size()
         sizes[embeddings.data_ptr()] = len(args[9]) * each
-    if name == "modulated_silu":  # it leaves the gates to the next
+    if name == "adaln_linear_silu":  # it leaves the gates to the next
         sizes[args[2].data_ptr()] = args[2].numel() * args[2].element_size() * 2 // 3
     if name in ("flow_start", "flow_step"):  # the hidden state's tokens are left alone
         tokens = args[-2]
@@ -245,11 +253,11 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
     if name == "flow_step":
         sizes[args[0].data_ptr()] = 2 * len(args[7]) * args[0].shape[1] * args[0].element_size()
     if name in ("flow_start", "mlp_start"):
-        sizes.pop(args[3].data_ptr())  # a few quantiles of a table
+        sizes.pop(args[3].data_ptr())  # a few quantiles of a block_table
     return sum(sizes.values())
 
 
-def products(name: str, args: tuple[Any, ...]) -> int:
+def multiply_adds(name: str, args: tuple[Any, ...]) -> int:
     """Multiply-adds that a call asks of its matrices: rows x N x K."""
     if name == "norm_qkv_append":
         return len(args[0]) * sum(weight.numel() for weight in args[2:5])
@@ -260,9 +268,9 @@ def products(name: str, args: tuple[Any, ...]) -> int:
         return len(args[1]) * (args[3].numel() + args[4].numel())  # type: ignore[no-any-return]
     if name in ("linear", "gated_linear"):
         return len(args[1]) * args[2].numel()  # type: ignore[no-any-return]
-    if name == "modulated_silu":
+    if name == "adaln_linear_silu":
         return len(args[1]) * args[3].numel()  # type: ignore[no-any-return]
-    if name == "modulations":
+    if name == "adaln_modulation":
         _, times, states, weights, _, _ = args
         return len(times) * len(states) * sum(weight.numel() for weight in weights)
     if name == "mlp_start":
@@ -273,7 +281,7 @@ def products(name: str, args: tuple[Any, ...]) -> int:
         return len(args[9]) * args[3].numel()  # type: ignore[no-any-return]
     if name == "token_attention_linear":
         return len(args[0]) * args[4].numel()  # type: ignore[no-any-return]
-    if name == "semantic_codes":
+    if name == "semantic_argmax":
         return len(args[1]) * args[2].shape[1] * args[3]  # type: ignore[no-any-return]
     if name == "flow_start":
         return len(args[6]) * args[4].numel()  # type: ignore[no-any-return]
@@ -282,7 +290,7 @@ def products(name: str, args: tuple[Any, ...]) -> int:
     return len(args[8]) * 2 * args[3].numel() if name == "flow_finish" else 0
 
 
-def plain_products(head: FlowHead, B: int) -> int:
+def plain_multiply_adds(head: FlowHead, B: int) -> int:
     """Multiply-adds of the head as it is usually written: 6B rows (the MLP: 2B) through everything, every step."""
     if isinstance(head, FlowMatchingAudioMLP):
         step = sum(p.numel() for name, p in head.named_parameters() if name.startswith(("input", "res_", "final")))
@@ -324,13 +332,13 @@ def public_backbone(device: str = "cpu") -> Backbone:
     return backbone.requires_grad_(False)
 
 
-def rows() -> list[Row]:
-    """Figures for the table, each as it comes; three minutes."""
-    patch_once_a_launch()
+def rows() -> list[ResultRow]:
+    """Figures for the block_table, each as it comes; three minutes."""
+    patch_once_per_launch()
     found = []
     for velocity_mlp, B in itertools.product((False, True), (1, 32)):
         head, embeddings = public_head(velocity_mlp=velocity_mlp)
-        cost, plain = frame_cost(head, B, embeddings), plain_products(head, B)
+        cost, plain = frame_cost(head, B, embeddings), plain_multiply_adds(head, B)
         name = "flow head, residual MLP" if velocity_mlp else "flow head, transformer"
         found += _rows(name, f"frame-b{B}", cost, plain)
     backbone = public_backbone()
@@ -344,18 +352,18 @@ def rows() -> list[Row]:
     return found
 
 
-def _rows(subject: str, shape: str, cost: Cost, plain: int | None = None) -> list[Row]:
+def _rows(subject: str, shape: str, cost: Cost, plain: int | None = None) -> list[ResultRow]:
     figures = {"launches": (cost.launches, "1"), "bytes": (cost.dram, "B")}
-    figures |= {"of the fewest bytes": (cost.dram / cost.fewest, "1"), "multiply-adds": (cost.products, "1")}
+    figures |= {"of the fewest bytes": (cost.dram / cost.fewest, "1"), "multiply-adds": (cost.multiply_adds, "1")}
     if plain is not None:
-        figures["of the usual multiply-adds"] = (cost.products / plain, "1")
+        figures["of the usual multiply-adds"] = (cost.multiply_adds / plain, "1")
     return [_row(subject, shape, metric, value, unit) for metric, (value, unit) in figures.items()]
 
 
-def _row(subject: str, shape: str, metric: str, value: float, unit: str) -> Row:
+def _row(subject: str, shape: str, metric: str, value: float, unit: str) -> ResultRow:
     steps = f"euler:{STEPS}" if subject.startswith("flow") else ""
     print(f"{subject:24s} {shape:13s} {metric:26s} {value:.6g} {unit}", flush=True)
-    return Row(
+    return ResultRow(
         "frame", subject, metric, value, unit, "counted", "python -m bench.frame", "voxkern", shape, "bf16", steps
     )
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def patch_once_a_launch() -> None:
+def patch_once_per_launch() -> None:
     """From now on; calling it again changes nothing."""
     if interpreter._patch_lang.__module__ == __name__:
         return

@@ -1,8 +1,8 @@
 """The ledger: what the compiler makes of every kernel, for every GPU it may meet, without one.
 
-Each operator's own launcher runs at its public shapes on a stub driver (``voxkern/stub.py``), and one row is written
-for each launch and architecture. The committed ``bench/ledger.csv`` is compared with a fresh one by
-``python -m bench ledger --check``: a change of machine code then stands in the diff of the commit that made it.
+Each operator's own launcher runs at its public shapes on a stub driver (``voxkern/compile_only.py``), and one row is
+written for each launch and architecture. The committed ``bench/ledger.csv`` is compared with a fresh one by ``python -m
+bench ledger --check``: a change of machine code then stands in the diff of the commit that made it.
 """
 
 import csv
@@ -19,15 +19,15 @@ import triton
 from torch import Tensor
 
 from bench.machines import MACHINES
-from bench.registry import DTYPES, Case, Entry, Maker, entries
-from voxkern.stub import Binary, Launch, standing_in
+from bench.registry import DTYPES, Case, Entry, TensorMaker, entries
+from voxkern.compile_only import Binary, CompiledLaunch, compiling_for
 
 FILE = Path(__file__).with_suffix(".csv")
 MATRIX = r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w?MMA)[\w.]*|v_s?mfma_\w+|v_wmma_\w+"
 
 
 @dataclass(frozen=True)
-class Row:
+class LedgerRow:
     """One launch of one operator on one architecture.
 
     Attributes:
@@ -77,7 +77,7 @@ class Row:
         """What names the row."""
         return " ".join((self.operator, self.case, self.dtype, self.arch, self.launch))
 
-    def faults(self, product: bool = True) -> list[str]:
+    def faults(self, uses_matrix_unit: bool = True) -> list[str]:
         """What no kernel may do, whatever was committed."""
         found = []
         if self.spill:
@@ -91,18 +91,18 @@ class Row:
         nvidia = self.arch.startswith("sm_")
         if self.dtype == "fp32" and (self.matrix != "-" if nvidia else "xf32" in self.matrix):
             found.append(f"multiplies fp32 as TF32 ({self.matrix})")  # NVIDIA's matrix units take no other fp32
-        if self.dtype != "fp32" and product and self.launch.startswith("0:") and self.matrix == "-":
+        if self.dtype != "fp32" and uses_matrix_unit and self.launch.startswith("0:") and self.matrix == "-":
             found.append("multiplies without a matrix instruction")
         return found
 
 
-def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[Row]:
+def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[LedgerRow]:
     """Compile every launch of one call, and of calls with fewer rows."""
     most = case.sizes[entry.rows]
-    with standing_in(arch) as launches:
+    with compiling_for(arch) as launches:
         made: dict[int, set[str]] = {}
         for n in sorted({n for n in (1, 2, 3, 7, 16, most) if n <= most}):
-            args = entry.args(case, Maker(DTYPES[dtype], "meta"), **{entry.rows: n})
+            args = entry.args(case, TensorMaker(DTYPES[dtype], "meta"), **{entry.rows: n})
             for some in (args, {name: _second_request(arg, n) for name, arg in args.items()}):
                 launches.clear()
                 entry.op.run(**some)
@@ -114,7 +114,7 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[Row]:
         ]
 
 
-def compute(archs: Iterable[str] = MACHINES, processes: int = 2) -> list[Row]:
+def compute(archs: Iterable[str] = MACHINES, processes: int = 2) -> list[LedgerRow]:
     """The whole ledger: operators, cases and dtypes in the order of the registry, each for all `archs`."""
     archs = list(archs)
     with ProcessPoolExecutor(min(processes, len(archs)), mp_context=get_context("spawn")) as pool:
@@ -123,13 +123,13 @@ def compute(archs: Iterable[str] = MACHINES, processes: int = 2) -> list[Row]:
     return sorted(rows, key=lambda row: order.index((row.operator, row.case, row.dtype)))
 
 
-def faults(rows: Iterable[Row]) -> list[str]:
+def faults(rows: Iterable[LedgerRow]) -> list[str]:
     """What is wrong with these rows by themselves."""
-    product = {entry.name: entry.product for entry in entries()}
-    return [f"{row.key}: {fault}" for row in rows for fault in row.faults(product.get(row.operator, True))]
+    uses_matrix_unit = {entry.name: entry.uses_matrix_unit for entry in entries()}
+    return [f"{row.key}: {fault}" for row in rows for fault in row.faults(uses_matrix_unit.get(row.operator, True))]
 
 
-def changes(committed: Iterable[Row], rows: Iterable[Row]) -> list[str]:
+def changes(committed: Iterable[LedgerRow], rows: Iterable[LedgerRow]) -> list[str]:
     """What differs between two ledgers."""
     old, new = ({row.key: row for row in part} for part in (committed, rows))
     found = [f"{key}: no longer there" for key in old if key not in new]
@@ -144,22 +144,22 @@ def changes(committed: Iterable[Row], rows: Iterable[Row]) -> list[str]:
     return found
 
 
-def write(rows: Iterable[Row]) -> str:
+def write(rows: Iterable[LedgerRow]) -> str:
     """The ledger as text: the version of Triton that made it, then one row a line."""
     text = io.StringIO()
     text.write(f"# triton {triton.__version__}; compiled, not run: python -m bench ledger\n")
-    table = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    table = csv.DictWriter(text, [field.name for field in fields(LedgerRow)], lineterminator="\n")
     table.writeheader()
     table.writerows(asdict(row) for row in rows)
     return text.getvalue()
 
 
-def read(text: str) -> tuple[str, list[Row]]:
+def read(text: str) -> tuple[str, list[LedgerRow]]:
     """The version of Triton and the rows of a written ledger."""
     head, _, table = text.partition("\n")
-    numbers = {field.name for field in fields(Row) if field.type is int}
+    numbers = {field.name for field in fields(LedgerRow) if field.type is int}
     rows = [
-        Row(**{name: int(value) if name in numbers else value for name, value in line.items()})
+        LedgerRow(**{name: int(value) if name in numbers else value for name, value in line.items()})
         for line in csv.DictReader(io.StringIO(table))
     ]
     return head.split()[2].rstrip(";"), rows
@@ -179,7 +179,7 @@ def check(file: Path = FILE) -> list[str]:
     return found + [f"{change} (if meant, run python -m bench ledger)" for change in changes(committed, rows)]
 
 
-def _of_arch(arch: str) -> list[Row]:
+def _of_arch(arch: str) -> list[LedgerRow]:
     return [
         row
         for entry in entries()
@@ -197,7 +197,9 @@ def _second_request(arg: Any, n: int) -> Any:
     return arg
 
 
-def _row(entry: Entry, case: Case, dtype: str, arch: str, name: str, launch: Launch, binaries: int) -> Row:
+def _row(
+    entry: Entry, case: Case, dtype: str, arch: str, name: str, launch: CompiledLaunch, binaries: int
+) -> LedgerRow:
     binary, machine = launch.binary, MACHINES[arch]
     registers, spill, code = _resources(binary)
     blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
@@ -205,7 +207,7 @@ def _row(entry: Entry, case: Case, dtype: str, arch: str, name: str, launch: Lau
     stage = entry.stage(binary.constants) * DTYPES[dtype].itemsize
     in_flight = min(resident, blocks / machine.multiprocessors) * (binary.stages - 1) * stage
     matrix = sorted(set(re.findall(MATRIX, binary.listing)))
-    return Row(
+    return LedgerRow(
         entry.name, case.name, dtype, arch, name, binaries, "x".join(map(str, launch.grid)), binary.warps,
         binary.stages, registers, spill, binary.shared, machine.block_shared, resident, round(in_flight),
         _loads(binary.listing), " ".join(matrix) or "-", code,

@@ -5,9 +5,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.registry import Case, Entry, Maker
+from bench.registry import Case, Entry, TensorMaker
 from voxkern.kernels.linear import linear, norm_linear, norm_swiglu
-from voxkern.reference.linear import rms_norm
+from voxkern.reference.layers import rms_norm
 
 
 def phase_of(s: Any) -> str:
@@ -22,7 +22,7 @@ def norm_linear_reference(
     return F.linear(rms_norm(x, norm, eps), weight)
 
 
-def norm_linear_inputs(s: Any, make: Maker) -> dict[str, Any]:
+def norm_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Weights as a trained layer has them: a norm near 1, and outputs of RMS 1."""
     return {
         "x": make(s.M, s.K),
@@ -42,7 +42,7 @@ def norm_swiglu_reference(
     return F.silu(F.linear(n, w1)) * F.linear(n, w3)
 
 
-def norm_swiglu_inputs(s: Any, make: Maker) -> dict[str, Any]:
+def norm_swiglu_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """As above."""
     return {
         "x": make(s.M, s.K),
@@ -69,7 +69,7 @@ def linear_reference(
     return y if residual is None else residual + y
 
 
-def linear_inputs(s: Any, make: Maker) -> dict[str, Any]:
+def linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """`s.scale` and `s.residual` say whether there is one."""
     return {
         "x": make(s.M, s.K),
@@ -89,7 +89,7 @@ CODEC = {
     "scale": 1,
     "residual": 1,
     "max_rows": 32,
-}  # one frame is up to 8 rows; its twin prepares for 32
+}  # one frame is up to 8 rows; the fused codec prepares for 32
 
 ENTRIES = [
     Entry(
@@ -121,7 +121,7 @@ ENTRIES = [
             Case("codec-b1", {"M": 8, "N": 4096, "K": 1024, "max_rows": 32}, public=True, dtypes=("bf16",)),
         ),
         stage=lambda c: 2 * c["BLOCK_N"] * c["BLOCK_K"],
-        once=("w1", "w3"),
+        read_once=("w1", "w3"),
     ),
     Entry(
         op=linear,

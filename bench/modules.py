@@ -17,25 +17,25 @@ import torch
 from torch import Tensor, nn
 
 import voxkern
-from bench.providers import Complaint, Lazily, Trial, by_codes, by_distance, by_frame, missing, results_of
+from bench.providers import Check, LazyCall, Trial, by_codes, by_distance, by_frame, missing, results_of
 from bench.registry import DTYPES, ROOT
 from voxkern.checkpoint import read_checkpoint, read_params
-from voxkern.maker import public_params, random_tensor
+from voxkern.random_checkpoint import public_params, random_tensor
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.attention import PagedCache
 from voxkern.reference.backbone import Backbone
 from voxkern.reference.codec import AudioTokenizer
 from voxkern.reference.config import N_SPECIAL_CODES, MoEConfig
-from voxkern.reference.flow import FlowHead
+from voxkern.reference.flow_head import FlowHead
 from voxkern.reference.model import make_head
 from voxkern.reference.moe import MoEBlock
 
 DEMO = ROOT / "voxkern" / "demo"
-ROOM_FOR_PUBLIC = 60e9  # bytes: the public model, and its fp64 copy that results are held against
+PUBLIC_MODEL_BYTES = 60e9  # bytes: the public model, and its fp64 copy that results are held against
 STEPS, CONTEXT, PAGE = 7, 400, 64  # evaluations of the velocity; tokens in the cache, some 30 s of speech; of a page
 
 
-class Spot(NamedTuple):
+class BenchPoint(NamedTuple):
     """Which trial to make: of what, at which shape, in which dtype, on which device."""
 
     subject: str
@@ -50,7 +50,7 @@ class Spot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleBench:
     """What makes trials of one module.
 
     Attributes:
@@ -63,39 +63,48 @@ class Module:
 
     name: str
     shape: str
-    build: Callable[[Spot], Trial]
+    build: Callable[[BenchPoint], Trial]
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     large: bool = False
 
 
 def trial_of(
-    spot: Spot,
-    host: nn.Module,
+    point: BenchPoint,
+    module: nn.Module,
     run: Callable[..., Any],
     args: Mapping[str, Any],
-    complaint: Complaint,
+    complaint: Check,
     ours: Callable[[], Callable[..., Any]],
     peers: Mapping[str, Callable[..., Any]] | None = None,
     steps: str = "",
 ) -> Trial:
-    """A trial of ``run(host, **args)``; `ours` makes the same call on kernels, `peers` are the others' calls."""
+    """A trial of ``run(module, **args)``; `ours` makes the same call on kernels, `peers` are the others' calls."""
 
     def exact() -> list[Tensor]:
-        wide = {key: arg.double() if arg.is_floating_point() else arg.clone() for key, arg in args.items()}
-        return results_of(partial(run, copy.deepcopy(host).double()), wide)
+        fp64_args = {key: arg.double() if arg.is_floating_point() else arg.clone() for key, arg in args.items()}
+        return results_of(partial(run, copy.deepcopy(module).double()), fp64_args)
 
-    calls: dict[str, Callable[..., Any]] = {"torch": partial(run, host), **(peers or {})}
-    calls["torch.compile"] = torch.compile(partial(run, host), dynamic=False)
-    if spot.on_gpu:
-        calls["voxkern"] = Lazily(ours)
+    calls: dict[str, Callable[..., Any]] = {"torch": partial(run, module), **(peers or {})}
+    calls["torch.compile"] = torch.compile(partial(run, module), dynamic=False)
+    if point.on_gpu:
+        calls["voxkern"] = LazyCall(ours)
     return Trial(
-        spot.subject, spot.shape, spot.dtype, args, calls, calls["torch"], exact, complaint, rotates=False, steps=steps
+        point.subject,
+        point.shape,
+        point.dtype,
+        args,
+        calls,
+        calls["torch"],
+        exact,
+        complaint,
+        rotates=False,
+        steps=steps,
     )
 
 
-def on_kernels(run: Callable[..., Any], host: nn.Module, max_batch: int) -> Callable[..., Any]:
-    """The call on a copy of the host with twins in place."""
-    accelerated = copy.deepcopy(host)
+def use_kernels(run: Callable[..., Any], module: nn.Module, max_batch: int) -> Callable[..., Any]:
+    """The call on an accelerated copy of the module."""
+    accelerated = copy.deepcopy(module)
     voxkern.accelerate(accelerated, max_batch)
     return partial(run, accelerated)
 
@@ -159,16 +168,18 @@ def head_args(head: FlowHead, B: int) -> dict[str, Tensor]:
     }
 
 
-def head_trial(spot: Spot, make: Callable[[str, str], FlowHead], B: int, params: Callable[[], dict[str, Any]]) -> Trial:
+def head_trial(
+    point: BenchPoint, make: Callable[[str, str], FlowHead], B: int, params: Callable[[], dict[str, Any]]
+) -> Trial:
     """A frame of codes from hidden states; `params` gives those that the public server builds the same head from."""
-    head = make(spot.dtype, spot.device)
-    peers = {} if "vllm-omni" in missing(spot.device) else {"vllm-omni": Lazily(lambda: server_head(head, params()))}
+    head = make(point.dtype, point.device)
+    peers = {} if "vllm-omni" in missing(point.device) else {"vllm-omni": LazyCall(lambda: server_head(head, params()))}
 
     def run(head: FlowHead, h: Tensor, cfg_alpha: Tensor, noise: Tensor) -> Tensor:
         return head(h, cfg_alpha, noise, STEPS)  # type: ignore[no-any-return]
 
-    ours = partial(on_kernels, run, head, B)
-    trial = trial_of(spot, head, run, head_args(head, B), by_codes, ours, peers, f"euler:{STEPS}")
+    ours = partial(use_kernels, run, head, B)
+    trial = trial_of(point, head, run, head_args(head, B), by_codes, ours, peers, f"euler:{STEPS}")
     # it keeps the flow's state in bf16: three codes of a frame's 36 are off on the demo voice, other weights' by levels
     return replace(trial, of_peers={"vllm-omni": partial(by_codes, slack=0.1)})
 
@@ -194,25 +205,25 @@ def cache_args(backbone: Backbone, B: int) -> dict[str, Tensor]:
     config, weight = backbone.backbone_config, backbone.norm.weight
     pages = -(-CONTEXT // PAGE)
     return {
-        "pool": numbers(config.n_layers, B * pages, 2, config.n_kv_heads, PAGE, config.head_dim).to(weight),
-        "table": torch.arange(B * pages, dtype=torch.int32, device=weight.device).view(B, pages),
+        "kv": numbers(config.n_layers, B * pages, 2, config.n_kv_heads, PAGE, config.head_dim).to(weight),
+        "block_table": torch.arange(B * pages, dtype=torch.int32, device=weight.device).view(B, pages),
         "lengths": torch.full((B,), CONTEXT, dtype=torch.int32, device=weight.device),
     }
 
 
-def step(backbone: Backbone, u: Tensor, pool: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+def step(backbone: Backbone, u: Tensor, kv: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
     """One token a request through all layers."""
-    return backbone.hidden_states(u.unsqueeze(1), PagedCache(pool, table, lengths))[:, 0]
+    return backbone.hidden_states(u.unsqueeze(1), PagedCache(kv, block_table, lengths))[:, 0]
 
 
-def backbone_trial(spot: Spot, make: Callable[[str, str], Backbone], B: int) -> Trial:
+def backbone_trial(point: BenchPoint, make: Callable[[str, str], Backbone], B: int) -> Trial:
     """A token of every request."""
-    backbone = make(spot.dtype, spot.device)
+    backbone = make(point.dtype, point.device)
     args = {"u": numbers(B, backbone.backbone_config.dim).to(backbone.norm.weight)} | cache_args(backbone, B)
-    return trial_of(spot, backbone, step, args, by_distance, partial(on_kernels, step, backbone, B))
+    return trial_of(point, backbone, step, args, by_distance, partial(use_kernels, step, backbone, B))
 
 
-class Sound:
+class CodecFrame:
     """A frame of codes to sound: the first of a stream, again and again, so that every call gives the same."""
 
     def __init__(self, B: int) -> None:
@@ -228,22 +239,22 @@ class Sound:
         return stream.decode(codes.unsqueeze(2))  # type: ignore[no-any-return]
 
 
-def codec_trial(spot: Spot, B: int) -> Trial:
+def codec_trial(point: BenchPoint, B: int) -> Trial:
     """The sound of a frame."""
-    codec, sound = demo(spot.dtype, spot.device).audio_tokenizer, Sound(B)
-    codes = random_codes(B).to(spot.device)
-    return trial_of(spot, codec, sound, {"codes": codes}, by_distance, partial(on_kernels, sound, codec, B))
+    codec, sound = demo(point.dtype, point.device).audio_tokenizer, CodecFrame(B)
+    codes = random_codes(B).to(point.device)
+    return trial_of(point, codec, sound, {"codes": codes}, by_distance, partial(use_kernels, sound, codec, B))
 
 
-def frame_trial(spot: Spot, make: Callable[[str, str], VoxtralTTS], B: int) -> Trial:
+def frame_trial(point: BenchPoint, make: Callable[[str, str], VoxtralTTS], B: int) -> Trial:
     """A whole frame: codes of the hidden states, the sound of codes, and the hidden states behind them.
 
     Sound and states are of codes that are given: where rounding flips one of the frame's own, they could not be held
     against fp64's.
     """
-    model, sound = make(spot.dtype, spot.device), Sound(B)
+    model, sound = make(point.dtype, point.device), CodecFrame(B)
     args = head_args(model.acoustic_transformer, B) | cache_args(model, B)
-    args["given"] = random_codes(B).to(spot.device) + N_SPECIAL_CODES
+    args["given"] = random_codes(B).to(point.device) + N_SPECIAL_CODES
 
     def run(
         model: VoxtralTTS, h: Tensor, cfg_alpha: Tensor, noise: Tensor, given: Tensor, **cache: Tensor
@@ -252,8 +263,8 @@ def frame_trial(spot: Spot, make: Callable[[str, str], VoxtralTTS], B: int) -> T
         wave = sound(model.audio_tokenizer, given - N_SPECIAL_CODES)
         return [codes, wave, step(model, model.embed_codes(given), **cache)]
 
-    ours = partial(on_kernels, run, model, B)
-    return trial_of(spot, model, run, args, by_frame, ours, steps=f"euler:{STEPS}")
+    ours = partial(use_kernels, run, model, B)
+    return trial_of(point, model, run, args, by_frame, ours, steps=f"euler:{STEPS}")
 
 
 def random_codes(B: int) -> Tensor:
@@ -266,29 +277,29 @@ def random_codes(B: int) -> Tensor:
 SMALL_4, SMALL_4_CPU = (4096, 2048, 16), (1024, 512, 16)
 
 
-def moe_trial(spot: Spot, sizes: tuple[int, int, int], B: int) -> Trial:
+def moe_trial(point: BenchPoint, sizes: tuple[int, int, int], B: int) -> Trial:
     """A mixture of experts with its norm and residual; of transformers' block, with ours around it."""
     dim, hidden, n_experts = sizes
     moe = MoEConfig(n_experts, 4, hidden, 1)
-    layer = filled(lambda: MoEBlock(dim, moe, 2, 1, 8, 1e-5), spot.dtype, spot.device)
-    absent = missing(spot.device)
-    peers = {} if "transformers" in absent else {"transformers": Lazily(lambda: transformers_block(layer, moe, dim))}
+    layer = filled(lambda: MoEBlock(dim, moe, 2, 1, 8, 1e-5), point.dtype, point.device)
+    absent = missing(point.device)
+    peers = {} if "transformers" in absent else {"transformers": LazyCall(lambda: transformers_block(layer, moe, dim))}
     args = {"x": numbers(B, dim).to(layer.gate.weight)}
 
     def run(layer: MoEBlock, x: Tensor) -> Tensor:
         return x + layer.mixture(layer.ffn_norm(x).unsqueeze(1))[:, 0]
 
-    return trial_of(spot, layer, run, args, by_distance, lambda: moe_twin(layer, B), peers)
+    return trial_of(point, layer, run, args, by_distance, lambda: fused_moe(layer, B), peers)
 
 
-def moe_twin(layer: Any, B: int) -> Callable[..., Tensor]:
-    """The layer on kernels, which are not put in place by accelerate() but by the backbone's twin."""
-    from voxkern.twins.moe import MoETwin
+def fused_moe(layer: Any, B: int) -> Callable[..., Tensor]:
+    """The layer on kernels, which are not put in place by accelerate() but by the fused backbone."""
+    from voxkern.fused.moe import FusedMoE
 
-    twin = MoETwin(layer, B)
+    fused = FusedMoE(layer, B)
 
     def run(x: Tensor) -> Tensor:
-        twin.run(stream := x.clone())
+        fused.run(stream := x.clone())
         return stream
 
     return run
@@ -318,28 +329,30 @@ def transformers_block(layer: Any, moe: MoEConfig, dim: int) -> Callable[..., Te
     return lambda x: x + theirs(layer.ffn_norm(x).unsqueeze(1))[:, 0]
 
 
-def modules(device: str) -> list[Module]:
+def modules(device: str) -> list[ModuleBench]:
     """All of them; on a CPU some are smaller."""
     small_4 = SMALL_4 if device.startswith("cuda") else SMALL_4_CPU
-    mixture, found = "x".join(map(str, small_4)), list[Module]()
+    mixture, found = "x".join(map(str, small_4)), list[ModuleBench]()
     for B in (1, 8):
         found += [
-            Module("frame", f"demo-b{B}", partial(frame_trial, make=demo, B=B)),
-            Module("flow_head", f"demo-b{B}", partial(head_trial, make=demo_head, B=B, params=demo_params)),
-            Module("backbone", f"demo-b{B}", partial(backbone_trial, make=demo, B=B)),
-            Module("codec_chunk", f"demo-b{B}", partial(codec_trial, B=B)),
-            Module("moe_block", f"{mixture}-b{B}", partial(moe_trial, sizes=small_4, B=B), ("bf16",)),
+            ModuleBench("frame", f"demo-b{B}", partial(frame_trial, make=demo, B=B)),
+            ModuleBench("flow_head", f"demo-b{B}", partial(head_trial, make=demo_head, B=B, params=demo_params)),
+            ModuleBench("backbone", f"demo-b{B}", partial(backbone_trial, make=demo, B=B)),
+            ModuleBench("codec_chunk", f"demo-b{B}", partial(codec_trial, B=B)),
+            ModuleBench("moe_block", f"{mixture}-b{B}", partial(moe_trial, sizes=small_4, B=B), ("bf16",)),
         ]
-    if device.startswith("cuda") and torch.cuda.get_device_properties(device).total_memory > ROOM_FOR_PUBLIC:
+    if device.startswith("cuda") and torch.cuda.get_device_properties(device).total_memory > PUBLIC_MODEL_BYTES:
         found += [  # named as bench/roofline.py wants what it lays over its predictions
-            Module("frame", f"frame-b{B}", partial(frame_trial, make=public_model, B=B), ("bf16",), large=True)
+            ModuleBench("frame", f"frame-b{B}", partial(frame_trial, make=public_model, B=B), ("bf16",), large=True)
             for B in (1, 8, 32)
         ]
     public = partial(head_trial, make=public_head, B=1, params=public_params)
     return [
         *found,
-        Module("flow_head", "public-b1", public, ("bf16",), large=True),
-        Module("backbone", "public-layer-b1", partial(backbone_trial, make=public_layer, B=1), ("bf16",), large=True),
+        ModuleBench("flow_head", "public-b1", public, ("bf16",), large=True),
+        ModuleBench(
+            "backbone", "public-layer-b1", partial(backbone_trial, make=public_layer, B=1), ("bf16",), large=True
+        ),
     ]
 
 

@@ -4,7 +4,7 @@ import base64
 import html as escape
 from collections.abc import Mapping
 
-from bench.tables import Figures, Table, on_cpu
+from bench.tables import Figures, ReportTable, on_cpu
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -34,14 +34,14 @@ SECTIONS = (
     ("Where a frame's time should go", ("roofline", "batches", "work", "launches", "frame", "cache"), "frame"),
     ("Why a flow head: against a depth transformer", ("claim",), "claim"),
     ("Beside the public server", ("server",), None),
-    ("Errors, in the model's own currency", ("errors", "distortion", "hearing"), "steps"),
+    ("Errors, in the model's own currency", ("errors", "distortion", "recognition"), "steps"),
     ("What the compiler makes of it", ("resources",), "resources"),
     ("Measured on a GPU", ("gpu",), None),
     ("Measured on a CPU", ("voice", "engine", "micro"), None),
 )
 
 
-def html(tables: Mapping[str, Table], pictures: Mapping[str, bytes], figures: Figures, triton: str) -> str:
+def html(tables: Mapping[str, ReportTable], pictures: Mapping[str, bytes], figures: Figures, triton: str) -> str:
     """The page."""
     gpus = [row.device for row in figures.on_each_device(how="measured") if not on_cpu(row)]
     parts = [INTRODUCTION, RUN.format(escape.escape(", ".join(dict.fromkeys(gpus)))) if gpus else NOT_RUN]
@@ -60,7 +60,7 @@ def html(tables: Mapping[str, Table], pictures: Mapping[str, bytes], figures: Fi
     )
 
 
-def _table(table: Table) -> str:
+def _table(table: ReportTable) -> str:
     head = "".join(f"<th>{escape.escape(cell)}</th>" for cell in table.head)
     lines = "".join(
         "<tr>" + "".join(f"<td>{escape.escape(cell)}</td>" for cell in line) + "</tr>" for line in table.lines

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.ledger import Row as LedgerRow
-from bench.roofline import GPUS, SECONDS, laid_over
+from bench.ledger import LedgerRow
+from bench.roofline import GPUS, SECONDS, compare_with_measured
 from bench.solvers import FINE
 from bench.tables import Figures
 
@@ -22,7 +22,7 @@ NAMES = {"euler": "Euler, even times", "ab2": "ab2, warped times"}
 
 def frame_times(figures: Figures) -> Figure:
     """Predicted milliseconds of a frame by part, on each GPU, over the floor; measured ones where there are any."""
-    gpus, stars = figures.values("subject", bench="roofline", metric="floor"), laid_over(figures.rows)
+    gpus, stars = figures.values("subject", bench="roofline", metric="floor"), compare_with_measured(figures.rows)
     plot, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axis, shape in zip(axes, ("frame-b1", "frame-b32"), strict=True):
         wanted = {"bench": "roofline", "shape": shape, "steps": "euler:7"}
@@ -48,10 +48,10 @@ def frame_times(figures: Figures) -> Figure:
 
 
 def error_by_steps(figures: Figures) -> Figure:
-    """Distance from a fine solution, and words heard, against evaluations."""
+    """Distance from a fine solution, and words recognised, against evaluations."""
     plot, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    metrics = ("RMSE from 256 steps", "codes that differ", "words heard")
-    labels = ("RMSE of x", "% of codes that differ", "% of words heard right")
+    metrics = ("RMSE from 256 steps", "codes that differ", "words recognised")
+    labels = ("RMSE of x", "% of codes that differ", "% of words recognised right")
     for axis, metric, label in zip(axes, metrics, labels, strict=True):
         axis.set_title(label, fontsize=10)
         wanted = {"bench": "distortion", "metric": metric, "subject": "demo voice"}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.accuracy import CEILINGS, judge
-from bench.registry import DTYPES, Case, Entry, Maker, each_tensor, listed, to_dtype
+from bench.registry import DTYPES, Case, Entry, TensorMaker, each_tensor, listed, to_dtype
 from bench.traffic import fewest_bytes
 
 # provider -> the packages that it needs, and whether it needs a GPU
@@ -28,7 +28,7 @@ PROVIDERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "flashinfer": (("flashinfer",), True),
 }
 Results = list[Tensor]
-Complaint = Callable[[Results, Results, Results], str]
+Check = Callable[[Results, Results, Results], str]
 
 
 def missing(device: str) -> dict[str, str]:
@@ -42,7 +42,7 @@ def missing(device: str) -> dict[str, str]:
     return found
 
 
-class Lazily:
+class LazyCall:
     """A provider's call that is made when it is first called, so that what goes wrong in making it is its own fault."""
 
     def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
@@ -85,12 +85,12 @@ class Trial:
     variants: Mapping[str, Callable[..., Any]]
     reference: Callable[..., Any]
     exact: Callable[[], Results]
-    complaint: Complaint
+    complaint: Check
     nbytes: int = 0
     mutates: tuple[str, ...] = ()
     rotates: bool = True
     steps: str = ""
-    of_peers: Mapping[str, Complaint] = field(default_factory=dict)
+    of_peers: Mapping[str, Check] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -140,12 +140,12 @@ def results_of(call: Callable[..., Any], args: Mapping[str, Any], mutates: Seque
 
 def operator_trial(entry: Entry, case: Case, dtype: str, device: str) -> Trial:
     """An operator at one of its shapes."""
-    args = entry.args(case, Maker(DTYPES[dtype], device))
+    args = entry.args(case, TensorMaker(DTYPES[dtype], device))
     variants = {"torch": entry.reference, "torch.compile": torch.compile(entry.reference, dynamic=False)}
     if device.startswith("cuda"):
         variants["voxkern"] = entry.op.run
     if entry.name == "paged_attention" and "flashinfer" not in missing(device):
-        variants["flashinfer"] = Lazily(partial(flashinfer_attention, args))
+        variants["flashinfer"] = LazyCall(partial(flashinfer_attention, args))
     return Trial(
         entry.name, case.name, dtype, args, variants, entry.reference,
         exact=lambda: results_of(entry.reference, to_dtype(args, torch.float64), entry.op.mutates),
@@ -211,13 +211,13 @@ def _rms(x: Tensor) -> float:
 def flashinfer_attention(args: Mapping[str, Any]) -> Callable[..., Tensor]:
     """FlashInfer's paged decode on the same cache, whose layout is the one that it calls HND; planned outside."""
     flashinfer = importlib.import_module("flashinfer")
-    q, pool, table, lengths = (args[name] for name in ("q", "pool", "block_table", "lengths"))
-    HKV, PAGE, D = pool.shape[2:]
+    q, kv_cache, block_table, lengths = (args[name] for name in ("q", "kv_cache", "block_table", "lengths"))
+    HKV, PAGE, D = kv_cache.shape[2:]
     counts = (lengths + PAGE - 1) // PAGE
     indptr = torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
-    indices = torch.cat([row[:n] for row, n in zip(table, counts.tolist(), strict=True)]).int()
+    indices = torch.cat([row[:n] for row, n in zip(block_table, counts.tolist(), strict=True)]).int()
     workspace = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
     last = (lengths - (counts - 1).clamp(min=0) * PAGE).int()
-    wrapper.plan(indptr, indices, last, q.shape[1] // D, HKV, D, PAGE, q_data_type=q.dtype, kv_data_type=pool.dtype)
-    return lambda q, pool, **_: wrapper.run(q.view(len(q), -1, D), pool).flatten(1)
+    wrapper.plan(indptr, indices, last, q.shape[1] // D, HKV, D, PAGE, q_data_type=q.dtype, kv_data_type=kv_cache.dtype)
+    return lambda q, kv_cache, **_: wrapper.run(q.view(len(q), -1, D), kv_cache).flatten(1)

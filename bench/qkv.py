@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.linear import phase_of
-from bench.registry import Case, Entry, Maker
+from bench.registry import Case, Entry, TensorMaker
 from voxkern.kernels.qkv import norm_qkv, norm_qkv_append, rope_append
 from voxkern.reference.attention import append, rope_table, rotate
-from voxkern.reference.linear import rms_norm, wide
+from voxkern.reference.layers import rms_norm, upcast
 
 
 def rope_of(positions: int, D: int, device: str) -> Tensor:
@@ -35,11 +35,11 @@ def lengths_of(s: Any, B: int) -> list[int]:
     return [0 if i == 2 else max(s.length - 17 * i, 1) for i in range(B)]
 
 
-def cache_of(s: Any, B: int, make: Maker) -> dict[str, Any]:
-    """A pool whose slots are all random, and whose pages are B requests'."""
+def cache_of(s: Any, B: int, make: TensorMaker) -> dict[str, Any]:
+    """A kv_cache whose slots are all random, and whose pages are B requests'."""
     lengths, table = pages_of(lengths_of(s, B), s.PAGE, make.device)
     pages = 2 * sum(-(-length // s.PAGE) for length in lengths_of(s, B)) + 1
-    return {"pool": make(pages, 2, s.HKV, s.PAGE, s.D), "block_table": table, "lengths": lengths}
+    return {"kv_cache": make(pages, 2, s.HKV, s.PAGE, s.D), "block_table": table, "lengths": lengths}
 
 
 def norm_qkv_reference(
@@ -49,12 +49,12 @@ def norm_qkv_reference(
     """One norm, three products, side by side."""
     n = rms_norm(x, norm, eps)
     q = F.linear(n, wq)
-    asks = torch.arange(len(x), device=x.device).unsqueeze(1) < q_rows
-    return torch.cat((q.where(asks, 0), F.linear(n, wk), F.linear(n, wv)), dim=1)
+    is_query_row = torch.arange(len(x), device=x.device).unsqueeze(1) < q_rows
+    return torch.cat((q.where(is_query_row, 0), F.linear(n, wk), F.linear(n, wv)), dim=1)
 
 
-def norm_qkv_inputs(s: Any, make: Maker) -> dict[str, Any]:
-    """As above; `s.asking` is the part of the rows that ask, in thirds."""
+def norm_qkv_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
+    """As above; `s.query_thirds` is the part of the rows that ask, in thirds."""
     return {
         "x": make(s.M, s.K),
         "norm": make(s.K, mean=1.0, std=0.1),
@@ -62,7 +62,7 @@ def norm_qkv_inputs(s: Any, make: Maker) -> dict[str, Any]:
         "wk": make(s.N_KV, s.K, std=s.K**-0.5),
         "wv": make(s.N_KV, s.K, std=s.K**-0.5),
         "eps": 1e-5,
-        "q_rows": -(-s.M * s.asking // 3),
+        "q_rows": -(-s.M * s.query_thirds // 3),
         "max_rows": s.max_rows,
         "phase": phase_of(s),
     }
@@ -70,20 +70,20 @@ def norm_qkv_inputs(s: Any, make: Maker) -> dict[str, Any]:
 
 def norm_qkv_append_reference(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, rope: Tensor, block_table: Tensor, lengths: Tensor,
-    q: Tensor, pool: Tensor, eps: float, max_rows: int,
+    q: Tensor, kv_cache: Tensor, eps: float, max_rows: int,
 ) -> None:  # fmt: skip
     """As the reference's layer does it: each part rounded."""
-    n, D = rms_norm(x, norm, eps), pool.shape[4]
+    n, D = rms_norm(x, norm, eps), kv_cache.shape[4]
     live = lengths > 0
-    cos, sin = wide(rope[(lengths.long() - 1).clamp(0)].to(x.dtype if x.dtype == torch.float64 else rope.dtype)).unbind(
-        1
-    )
+    cos, sin = upcast(
+        rope[(lengths.long() - 1).clamp(0)].to(x.dtype if x.dtype == torch.float64 else rope.dtype)
+    ).unbind(1)
     queries, k, v = (F.linear(n, w).unflatten(1, (-1, D)) for w in (wq, wk, wv))
     q[live] = rotate(queries, cos, sin).flatten(1)[live]
-    append(pool, rotate(k, cos, sin).unsqueeze(1), v.unsqueeze(1), block_table, lengths)
+    append(kv_cache, rotate(k, cos, sin).unsqueeze(1), v.unsqueeze(1), block_table, lengths)
 
 
-def norm_qkv_append_inputs(s: Any, make: Maker) -> dict[str, Any]:
+def norm_qkv_append_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Weights as a trained layer has them, and a cache."""
     inputs = {
         "x": make(s.M, s.K),
@@ -100,39 +100,39 @@ def norm_qkv_append_inputs(s: Any, make: Maker) -> dict[str, Any]:
 
 
 def rope_append_reference(
-    rope: Tensor, requests: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, pool: Tensor
+    rope: Tensor, request_ids: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, kv_cache: Tensor
 ) -> None:
     """Row by row."""
-    _, _, HKV, PAGE, D = pool.shape
+    _, _, HKV, PAGE, D = kv_cache.shape
     heads = qkv.unflatten(1, (-1, D))
-    for i, (request, position) in enumerate(zip(requests.tolist(), positions.tolist(), strict=True)):
+    for i, (request, position) in enumerate(zip(request_ids.tolist(), positions.tolist(), strict=True)):
         if position < 0:
             continue
         cos, sin = (part.to(torch.promote_types(part.dtype, qkv.dtype)) for part in rope[position])
         page = int(block_table[request, position // PAGE])
         q, k, v = heads[i].split((heads.shape[1] - 2 * HKV, HKV, HKV))
-        pool[page, 0, :, position % PAGE], pool[page, 1, :, position % PAGE] = rotate(k, cos, sin), v
+        kv_cache[page, 0, :, position % PAGE], kv_cache[page, 1, :, position % PAGE] = rotate(k, cos, sin), v
         q.copy_(rotate(q, cos, sin))
 
 
-def rope_append_inputs(s: Any, make: Maker) -> dict[str, Any]:
+def rope_append_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """R rows that lie anywhere in three requests, one row that holds nothing among them."""
     _, table = pages_of([s.length] * 3, s.PAGE, make.device)
     rows = torch.arange(s.R)
     positions = (rows // 3).where(rows != 2, -1).int()
     return {
         "rope": rope_of(s.length, s.D, make.device),
-        "requests": (rows % 3).int().to(make.device),
+        "request_ids": (rows % 3).int().to(make.device),
         "positions": positions.to(make.device),
         "block_table": table,
         "qkv": make(s.R, (s.H + 2 * s.HKV) * s.D),
-        "pool": make(6 * -(-s.length // s.PAGE) + 1, 2, s.HKV, s.PAGE, s.D),
+        "kv_cache": make(6 * -(-s.length // s.PAGE) + 1, 2, s.HKV, s.PAGE, s.D),
     }
 
 
 QKV = {"N": 4096, "N_KV": 1024, "K": 3072}
 ODD_QKV = {"N": 75, "N_KV": 40, "K": 150}
-CODEC = {"N": 1024, "N_KV": 1024, "K": 1024}  # one frame is up to 8 rows; its twin prepares for 32
+CODEC = {"N": 1024, "N_KV": 1024, "K": 1024}  # one frame is up to 8 rows; the fused codec prepares for 32
 BACKBONE = {"N": 4096, "K": 3072, "HKV": 8, "D": 128, "PAGE": 64, "length": 400}
 HEADS = {"H": 32, "HKV": 8, "D": 128, "PAGE": 64}
 
@@ -142,21 +142,21 @@ ENTRIES = [
         reference=norm_qkv_reference,
         inputs=norm_qkv_inputs,
         cases=(
-            Case("odd", {"M": 19, **ODD_QKV, "asking": 3, "max_rows": 19}),
-            Case("odd-some-ask", {"M": 70, **ODD_QKV, "asking": 1, "max_rows": 100}),
-            Case("b1", {"M": 6, **QKV, "asking": 3, "max_rows": 6}, public=True),
-            Case("b32", {"M": 192, **QKV, "asking": 3, "max_rows": 192}, public=True, dtypes=("bf16",)),
+            Case("odd", {"M": 19, **ODD_QKV, "query_thirds": 3, "max_rows": 19}),
+            Case("odd-some-queries", {"M": 70, **ODD_QKV, "query_thirds": 1, "max_rows": 100}),
+            Case("b1", {"M": 6, **QKV, "query_thirds": 3, "max_rows": 6}, public=True),
+            Case("b32", {"M": 192, **QKV, "query_thirds": 3, "max_rows": 192}, public=True, dtypes=("bf16",)),
             Case(
                 "prefill",
-                {"M": 230, **QKV, "asking": 3, "max_rows": 230, "prefill": 1},
+                {"M": 230, **QKV, "query_thirds": 3, "max_rows": 230, "prefill": 1},
                 public=True,
                 dtypes=("bf16",),
             ),
-            Case("codec-b1", {"M": 8, **CODEC, "asking": 3, "max_rows": 32}, public=True, dtypes=("bf16",)),
-            Case("last-b32", {"M": 192, **QKV, "asking": 1, "max_rows": 192}, public=True, dtypes=("bf16",)),
+            Case("codec-b1", {"M": 8, **CODEC, "query_thirds": 3, "max_rows": 32}, public=True, dtypes=("bf16",)),
+            Case("last-b32", {"M": 192, **QKV, "query_thirds": 1, "max_rows": 192}, public=True, dtypes=("bf16",)),
         ),
-        once=("wq", "wk", "wv"),
-        alike=False,
+        read_once=("wq", "wk", "wv"),
+        regular_grid=False,
     ),
     Entry(
         op=norm_qkv_append,
@@ -174,8 +174,8 @@ ENTRIES = [
             Case("b1", {"M": 1, **BACKBONE, "max_rows": 1}, public=True),
             Case("b32", {"M": 32, **BACKBONE, "max_rows": 32}, public=True, dtypes=("bf16",)),
         ),
-        once=("wq", "wk", "wv"),
-        alike=False,
+        read_once=("wq", "wk", "wv"),
+        regular_grid=False,
     ),
     Entry(
         op=rope_append,
@@ -189,8 +189,8 @@ ENTRIES = [
         ),
         rows="R",
         stage=lambda c: 0,
-        once=(),
-        alike=False,
-        product=False,
+        read_once=(),
+        regular_grid=False,
+        uses_matrix_unit=False,
     ),
 ]

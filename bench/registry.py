@@ -38,38 +38,39 @@ class Entry:
     Attributes:
         op: the operator, a ``voxkern.kernels.operator.Operator``.
         reference: the same in plain PyTorch. It takes the operator's arguments, in any dtype including fp64.
-        inputs: (sizes, make) -> the operator's arguments by name; ``make`` is a :class:`Maker`.
+        inputs: (sizes, make) -> the operator's arguments by name; ``make`` is a :class:`TensorMaker`.
         cases: two odd shapes at least, and the public ones at batch 1 and 32.
         rows: the size that varies from call to call, for which there may be one binary only.
         stage: launch constants -> elements of the weights that one stage of the pipeline loads.
-        once: arguments of which no byte may be loaded twice by one row tile: the weights.
-        alike: whether blocks along each axis of the grid do the same on other addresses, so that three of them tell
-            what all load; where not, all are counted, and only at the odd shapes.
-        product: whether its first launch multiplies matrices, so that bf16 and fp16 must reach the matrix units.
+        read_once: arguments of which no byte may be loaded twice by one row tile: the weights.
+        regular_grid: blocks differ only in their addresses, so bytes can be extrapolated from three blocks per axis;
+            otherwise all blocks are counted, and only at the odd shapes.
+        uses_matrix_unit: whether its first launch multiplies matrices, so that bf16 and fp16 must reach the matrix
+            units.
     """
 
     op: Any
     reference: Callable[..., Any]
-    inputs: Callable[[Any, "Maker"], dict[str, Any]]
+    inputs: Callable[[Any, "TensorMaker"], dict[str, Any]]
     cases: tuple[Case, ...]
     rows: str = "M"
     stage: Callable[[Mapping[str, Any]], int] = lambda c: c["BLOCK_N"] * c["BLOCK_K"]
-    once: tuple[str, ...] = ("weight",)
-    alike: bool = True
-    product: bool = True
+    read_once: tuple[str, ...] = ("weight",)
+    regular_grid: bool = True
+    uses_matrix_unit: bool = True
 
     @property
     def name(self) -> str:
         """Of the operator, in ``torch.ops.voxkern``."""
         return str(self.op.name)
 
-    def args(self, case: Case, make: "Maker", **sizes: int) -> dict[str, Any]:
+    def args(self, case: Case, make: "TensorMaker", **sizes: int) -> dict[str, Any]:
         """The operator's arguments for `case`, some of whose sizes may be others."""
         return self.inputs(SimpleNamespace(**{**case.sizes, **sizes}), make)
 
 
 @dataclass
-class Maker:
+class TensorMaker:
     """Makes tensors of one dtype on one device: ``make(4, 5, std=0.1)``, the same ones from the same seed."""
 
     dtype: torch.dtype = torch.float32
@@ -89,12 +90,12 @@ class Maker:
 
 
 def entries() -> list[Entry]:
-    """Every operator, room by room."""
-    rooms = sorted(info.name for info in pkgutil.iter_modules(bench.__path__))
+    """Every operator, file by file."""
+    modules = sorted(info.name for info in pkgutil.iter_modules(bench.__path__))
     found: list[Entry] = []
-    for room in rooms:
-        if (ROOT / "kernels" / f"{room}.py").exists():
-            found += importlib.import_module(f"bench.{room}").ENTRIES
+    for module in modules:
+        if (ROOT / "kernels" / f"{module}.py").exists():
+            found += importlib.import_module(f"bench.{module}").ENTRIES
     return found
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import voxkern
 from bench import ledger, page, plots, results
-from bench.results import Row
-from bench.tables import Figures, Table, tables
+from bench.results import ResultRow
+from bench.tables import Figures, ReportTable, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PLOTS, README = ROOT / "bench" / "report.html", ROOT / "bench" / "plots", ROOT / "README.md"
 COUNTED = ("distortion", "frame", "errors", "server_cost", "roofline")  # no clock is read: two at a time
-TIMED = ("depth", "hearing", "engine", "run")  # one after another, on a machine that does nothing else
+TIMED = ("depth", "recognition", "engine", "run")  # one after another, on a machine that does nothing else
 PARTS = (*COUNTED, *TIMED)  # but for run, modules with rows()
 SAID = "seven three one"  # by the demo voice, for the README's first picture
 INTERPRETED = ("frame",)  # counted in Triton's interpreter, which is chosen when Triton is imported
@@ -61,17 +61,17 @@ def failures(parts: Sequence[str]) -> list[str]:
     return [part for part, went_well in zip((*counted, *timed), well, strict=True) if not went_well]
 
 
-def rows_of(part: str) -> list[results.Row]:
+def rows_of(part: str) -> list[results.ResultRow]:
     """A part's rows, with their place."""
     rows = import_module(f"bench.{part}").rows()
-    here = results.place()
-    return [row if row.date else results.stamped(row, here) for row in rows]
+    here = results.provenance()
+    return [row if row.date else results.with_provenance(row, here) for row in rows]
 
 
-def of_all(seconds: float) -> Row:
+def of_all(seconds: float) -> ResultRow:
     """What the report itself takes."""
-    row = Row("report", "all parts", "time", round(seconds), "s", "measured", "python -m bench report")
-    return results.stamped(row, results.place())
+    row = ResultRow("report", "all parts", "time", round(seconds), "s", "measured", "python -m bench report")
+    return results.with_provenance(row, results.provenance())
 
 
 def measured(part: str) -> bool:
@@ -107,7 +107,7 @@ def write() -> None:
     README.write_text(with_tables(README.read_text(), made))
 
 
-def with_tables(text: str, made: dict[str, Table]) -> str:
+def with_tables(text: str, made: dict[str, ReportTable]) -> str:
     """The text with each marked table as the rows say it.
 
     Raises:

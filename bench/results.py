@@ -18,7 +18,7 @@ HOW = ("measured", "counted", "predicted")
 
 
 @dataclass(frozen=True)
-class Place:
+class Provenance:
     """Where and when figures come from.
 
     Attributes:
@@ -35,7 +35,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One figure.
 
     Attributes:
@@ -82,7 +82,7 @@ class Row:
         return (*what, self.device)
 
 
-def place(device: str = "cpu") -> Place:
+def provenance(device: str = "cpu") -> Provenance:
     """This machine, now."""
     import torch
     import triton
@@ -93,21 +93,21 @@ def place(device: str = "cpu") -> Place:
         name = f"{_processor()}, {torch.get_num_threads()} threads"
     versions = f"python {platform.python_version()} torch {torch.__version__} triton {triton.__version__}"
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-    return Place(now.isoformat(), _commit(), name, versions)
+    return Provenance(now.isoformat(), _commit(), name, versions)
 
 
-def stamped(row: Row, where: Place) -> Row:
+def with_provenance(row: ResultRow, where: Provenance) -> ResultRow:
     """The row with its place."""
-    return Row(**{**asdict(row), **asdict(where)})
+    return ResultRow(**{**asdict(row), **asdict(where)})
 
 
-def append(rows: Iterable[Row], file: Path = FILE) -> None:
+def append(rows: Iterable[ResultRow], file: Path = FILE) -> None:
     """Write rows behind those that are there.
 
     Raises:
         ValueError: the file's columns are others.
     """
-    names = [field.name for field in fields(Row)]
+    names = [field.name for field in fields(ResultRow)]
     if not file.exists():
         file.write_text(",".join(names) + "\n")
     with file.open(newline="") as text:
@@ -119,23 +119,23 @@ def append(rows: Iterable[Row], file: Path = FILE) -> None:
         text.write(lines.getvalue())
 
 
-def read(text: str) -> list[Row]:
+def read(text: str) -> list[ResultRow]:
     """Rows of a written table, oldest first."""
     return [_row(line) for line in csv.DictReader(io.StringIO(text))]
 
 
-def newest(rows: Iterable[Row]) -> list[Row]:
+def newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Each figure's last row, in the order in which the figures first came."""
-    found: dict[tuple[str, ...], Row] = {}
+    found: dict[tuple[str, ...], ResultRow] = {}
     for row in rows:
         found[row.key] = row
     return list(found.values())
 
 
-def _row(line: dict[str, str]) -> Row:
+def _row(line: dict[str, str]) -> ResultRow:
     numbers: dict[str, Any] = {"value": float(line["value"])}
     numbers |= {name: float(line[name]) if line[name] else None for name in ("low", "high")}
-    return Row(**{**line, **numbers})
+    return ResultRow(**{**line, **numbers})
 
 
 def _processor() -> str:

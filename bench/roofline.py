@@ -23,12 +23,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.ledger import FILE as LEDGER
-from bench.ledger import Row as LedgerRow
+from bench.ledger import LedgerRow
 from bench.ledger import read as read_ledger
 from bench.machines import MACHINES
-from bench.results import FILE, Row, newest
+from bench.results import FILE, ResultRow, newest
 from bench.results import read as read_results
-from bench.work import CHUNK, CONTEXT, Work, dram_bytes, frame, launches, multiply_adds
+from bench.work import CHUNK, CONTEXT, Work, dram_bytes, frame, launches, total_multiply_adds
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SOLVERS = {"euler:7": 7, "ab2:4": 4}  # evaluations of the velocity
@@ -95,13 +95,13 @@ class Assumptions:
 
 
 USUAL = Assumptions()
-KIND, UNKIND = Assumptions(0.5e-6, 0.95, 0.7, 1e-6), Assumptions(1e-6, 0.8, 0.3, 3e-6)
+OPTIMISTIC, PESSIMISTIC = Assumptions(0.5e-6, 0.95, 0.7, 1e-6), Assumptions(1e-6, 0.8, 0.3, 3e-6)
 
 
 def floor(work: Sequence[Work], gpu: GPU) -> float:
     """Seconds that nothing can be faster than: activations stay in L2 as far as they fit, weights and cache do not."""
     streamed = sum(one.times * (one.weights + one.cache + max(0, one.moved - gpu.l2)) for one in work)
-    return max(streamed / gpu.bandwidth, 2 * multiply_adds(work) / gpu.flops)
+    return max(streamed / gpu.bandwidth, 2 * total_multiply_adds(work) / gpu.flops)
 
 
 def predict(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL) -> float:
@@ -113,15 +113,17 @@ def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
     row, dram_rate = _binary(one, gpu.arch), gpu.bandwidth * assume.streaming
     flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor
     if row is None:
-        return max(one.dram / dram_rate, 2 * one.products / flop_rate / gpu.multiprocessors)
+        return max(one.dram / dram_rate, 2 * one.multiply_adds / flop_rate / gpu.multiprocessors)
     shared_by = -(-one.rows // 64) if one.tiled else one.rows  # tiles have up to 64 rows
     blocks, in_flight = _blocks(one, row), _in_flight(row)
-    dram, products = one.dram / blocks, 2 * one.products / blocks
+    dram, flops_per_block = one.dram / blocks, 2 * one.multiply_adds / blocks
     alone = (one.weights * shared_by + one.cache + one.moved) / blocks / in_flight * assume.latency
-    slots = row.resident * gpu.multiprocessors
-    waves = [slots] * (blocks // slots) + [blocks % slots]
+    wave_size = row.resident * gpu.multiprocessors
+    waves = [wave_size] * (blocks // wave_size) + [blocks % wave_size]
     return sum(
-        max(alone, n * dram / dram_rate, math.ceil(n / gpu.multiprocessors) * products / flop_rate) for n in waves if n
+        max(alone, n * dram / dram_rate, math.ceil(n / gpu.multiprocessors) * flops_per_block / flop_rate)
+        for n in waves
+        if n
     )
 
 
@@ -140,7 +142,7 @@ def _in_flight(row: LedgerRow) -> float:
 
 
 def _binary(one: Work, arch: str) -> LedgerRow | None:
-    """The ledger's row whose settings these are: they change at 8, 16 and 32 rows, the flow head's 6 a request."""
+    """The ledger's row with this launch config: they change at 8, 16 and 32 rows, the flow head's 6 a request."""
     n = one.prepared
     names = ("b1",) if n <= 8 else ("b2", "b1") if n <= 16 else ("b4", "b32") if n <= 32 else ()
     found = (_ledger().get((one.operator, one.case + name, arch, one.launch)) for name in (*names, "b32"))
@@ -153,7 +155,7 @@ def _ledger() -> dict[tuple[str, str, str, int], LedgerRow]:
     return {(r.operator, r.case, r.arch, int(r.launch.partition(":")[0])): r for r in rows if r.dtype == "bf16"}
 
 
-def rows() -> list[Row]:
+def rows() -> list[ResultRow]:
     """Figures for the table: counts of the frame, and floor and predicted time on each GPU."""
     found = []
     for steps, evaluations in SOLVERS.items():
@@ -162,7 +164,7 @@ def rows() -> list[Row]:
             whole = [one for work in parts.values() for one in work]
             counts: dict[str, tuple[float, str]] = {
                 "bytes": (dram_bytes(whole), "B"),
-                "multiply-adds": (multiply_adds(whole), "1"),
+                "multiply-adds": (total_multiply_adds(whole), "1"),
             }
             counts["launches"] = (launches(whole), "1")
             counts |= {f"launches of the {part}": (launches(work), "1") for part, work in parts.items()}
@@ -176,14 +178,14 @@ def rows() -> list[Row]:
     return found
 
 
-def _row(subject: str, metric: str, value: float, unit: str, how: str, B: int, steps: str) -> Row:
-    return Row(
+def _row(subject: str, metric: str, value: float, unit: str, how: str, B: int, steps: str) -> ResultRow:
+    return ResultRow(
         "roofline", subject, metric, value, unit, how, COMMAND,
         provider="voxkern", shape=f"frame-b{B}", dtype="bf16", steps=steps,
     )  # fmt: skip
 
 
-def laid_over(measured: Iterable[Row]) -> list[tuple[Row, float, float]]:
+def compare_with_measured(measured: Iterable[ResultRow]) -> list[tuple[ResultRow, float, float]]:
     """Our frames measured on one of these GPUs, each with the floor and the predicted time, ms.
 
     They are rows of voxkern, the subject ``frame`` and the metric ``time`` in bf16, shape ``frame-bN``; the newest of
@@ -198,7 +200,7 @@ def laid_over(measured: Iterable[Row]) -> list[tuple[Row, float, float]]:
     return found
 
 
-def _is_a_frame(row: Row) -> bool:
+def _is_a_frame(row: ResultRow) -> bool:
     said = (row.how, row.subject, row.provider, row.metric, row.dtype)
     named = said == ("measured", "frame", "voxkern", "time", "bf16")
     sized = re.fullmatch(r"frame-b\d+", row.shape) and re.fullmatch(r"\w+:\d+", row.steps) and row.unit in SECONDS
@@ -211,7 +213,7 @@ def main() -> None:
     print("PREDICTED, not measured: no figure here comes from a run on a GPU.")
     for steps, evaluations in SOLVERS.items():
         _print_solver(steps, evaluations)
-    pairs = laid_over(read_results(FILE.read_text()) if FILE.exists() else [])
+    pairs = compare_with_measured(read_results(FILE.read_text()) if FILE.exists() else [])
     print("\nMeasured frames" if pairs else "\nNo frame measured on one of these GPUs is in the table of results.")
     for row, least, expected in pairs:
         time = row.value * SECONDS[row.unit] * 1e3
@@ -226,10 +228,10 @@ def _print_solver(steps: str, evaluations: int) -> None:
     print(f"\n{steps:24s}" + "".join(f"{f'batch {B}':>10s}" for B in BATCHES))
     print(f"{'launches':24s}" + "".join(f"{launches(w):10.1f}" for w in work.values()))
     print(f"{'GB':24s}" + "".join(f"{dram_bytes(w) / 1e9:10.2f}" for w in work.values()))
-    print(f"{'multiply-adds, G':24s}" + "".join(f"{multiply_adds(w) / 1e9:10.1f}" for w in work.values()))
+    print(f"{'multiply-adds, G':24s}" + "".join(f"{total_multiply_adds(w) / 1e9:10.1f}" for w in work.values()))
     for name, gpu in GPUS.items():
         print(f"{name + ': floor, ms':24s}" + "".join(f"{1e3 * floor(w, gpu):10.2f}" for w in work.values()))
-        for label, assume in (("predicted, ms", USUAL), ("kind", KIND), ("unkind", UNKIND)):
+        for label, assume in (("predicted, ms", USUAL), ("kind", OPTIMISTIC), ("unkind", PESSIMISTIC)):
             print(f"{'  ' + label:24s}" + "".join(f"{1e3 * predict(w, gpu, assume):10.2f}" for w in work.values()))
 
 

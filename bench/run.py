@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.modules import Spot, modules
+from bench.compare import compare
+from bench.modules import BenchPoint, modules
 from bench.providers import PROVIDERS, Trial, missing, operator_trial
-from bench.registry import DTYPES, Case, Entry, Maker, entries, listed
-from bench.results import FILE, Place, Row, append, place, stamped
+from bench.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
+from bench.results import FILE, Provenance, ResultRow, append, provenance, with_provenance
 from bench.timing import Call, Clock, Copy, Measured, clock_of, copies_for, measure
-from voxkern.kernels import settings
+from voxkern.kernels import launch_config
 
 ROOF = "copy"  # the variant that moves bytes and computes nothing
 # On a CPU torch.compile takes some ten seconds of a C++ compiler a shape: there it is timed where it is asked for.
@@ -30,7 +31,7 @@ MOST_ON_CPU = 512 << 20
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """What to time.
 
     Attributes:
@@ -82,21 +83,23 @@ def subjects(device: str) -> list[str]:
     return list(dict.fromkeys([entry.name for entry in entries()] + [module.name for module in modules(device)]))
 
 
-def trials(choice: Choice) -> Iterator[Trial]:
+def trials(selection: Selection) -> Iterator[Trial]:
     """All that is asked for, operators first; each is made when it is its turn, and can be forgotten after it."""
     for entry in entries():
-        for case in _public(entry, choice.quick):
+        for case in _public(entry, selection.quick):
             for dtype in case.dtypes:
-                if choice.takes(entry.name, case.name, dtype) and (choice.on_gpu or _fits_cpu(entry, case, dtype)):
-                    yield operator_trial(entry, case, dtype, choice.device)
-    for module in modules(choice.device):
+                if selection.takes(entry.name, case.name, dtype) and (
+                    selection.on_gpu or _fits_cpu(entry, case, dtype)
+                ):
+                    yield operator_trial(entry, case, dtype, selection.device)
+    for module in modules(selection.device):
         for dtype in module.dtypes:
-            if choice.takes(module.name, module.shape, dtype) and not (choice.quick and module.large):
-                yield module.build(Spot(module.name, module.shape, dtype, choice.device))
+            if selection.takes(module.name, module.shape, dtype) and not (selection.quick and module.large):
+                yield module.build(BenchPoint(module.name, module.shape, dtype, selection.device))
 
 
 def _fits_cpu(entry: Entry, case: Case, dtype: str) -> bool:
-    args = entry.args(case, Maker(DTYPES[dtype], "meta"))
+    args = entry.args(case, TensorMaker(DTYPES[dtype], "meta"))
     tensors = [arg for arg in (*args.values(), *listed(args)) if isinstance(arg, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= MOST_ON_CPU
 
@@ -124,7 +127,9 @@ def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str,
     return measure(clock, variants), list(filter(None, faults.values()))
 
 
-def rows_of(trial: Trial, found: Mapping[str, Measured], roof: Copy | None, choice: Choice, where: Place) -> list[Row]:
+def rows_of(
+    trial: Trial, found: Mapping[str, Measured], roof: Copy | None, selection: Selection, where: Provenance
+) -> list[ResultRow]:
     """A row for the time of each provider; where there is a roof, its bytes per second and what part of it that is."""
     rows = []
     for provider, measured in found.items():
@@ -138,26 +143,27 @@ def rows_of(trial: Trial, found: Mapping[str, Measured], roof: Copy | None, choi
             values["of the copy roof", "%"] = [100 * one / highest for one in rate]
         for (metric, unit), value in values.items():
             median, low, high = (float(f"{one:.5g}") for one in value)
-            row = Row(
+            row = ResultRow(
                 "micro", trial.subject, metric + (", no graph" if measured.rounds == "no graph" else ""), median, unit,
-                "measured", choice.command(trial, provider), provider, trial.shape, trial.dtype, trial.steps, low, high,
+                "measured", selection.command(trial, provider), provider, trial.shape, trial.dtype, trial.steps, low,
+                high,
             )  # fmt: skip
-            rows.append(stamped(row, where))
+            rows.append(with_provenance(row, where))
     return rows
 
 
 @torch.inference_mode()
-def run(choice: Choice, clock: Clock, file: Path | None, where: Place) -> tuple[list[Row], list[str]]:
+def run(selection: Selection, clock: Clock, file: Path | None, where: Provenance) -> tuple[list[ResultRow], list[str]]:
     """Time all that is asked for: lines and rows for each as it comes.
 
     Returns:
         The rows, and what is wrong with the providers that were not timed.
     """
-    rows, wrong, roof = list[Row](), list[str](), clock.copy()
-    for trial in trials(choice):
+    rows, wrong, roof = list[ResultRow](), list[str](), clock.copy()
+    for trial in trials(selection):
         torch._dynamo.reset()  # it compiles a function for 8 shapes, and runs it as it is for more
-        found, faults = time_trial(trial.only(choice.timed), clock, roof)
-        made = rows_of(trial, found, roof, choice, where)
+        found, faults = time_trial(trial.only(selection.timed), clock, roof)
+        made = rows_of(trial, found, roof, selection, where)
         del trial  # before the next is made: a public model and its fp64 copy are 48 GB
         for line in [*map(line_of, made), *(f"WRONG, not timed: {fault}" for fault in faults)]:
             print(line, flush=True)
@@ -167,14 +173,14 @@ def run(choice: Choice, clock: Clock, file: Path | None, where: Place) -> tuple[
     return rows, wrong
 
 
-def line_of(row: Row) -> str:
+def line_of(row: ResultRow) -> str:
     """A figure for people."""
     name = f"{row.subject} {row.shape} {row.dtype} {row.steps}"
     spread = f"({row.low:.6g} to {row.high:.6g})"
     return f"{name:42s} {row.provider:13s} {row.metric:17s} {row.value:9.6g} {row.unit:5s} {spread}"
 
 
-def choice_of(arguments: Sequence[str]) -> tuple[Choice, argparse.Namespace]:
+def selection_of(arguments: Sequence[str]) -> tuple[Selection, argparse.Namespace]:
     """What a command line asks for, and the rest of it.
 
     Raises:
@@ -195,27 +201,25 @@ def choice_of(arguments: Sequence[str]) -> tuple[Choice, argparse.Namespace]:
     known = subjects(options.device)
     if unknown := sorted(set(options.op) - set(known)):
         parser.error(f"--op: there is no {', '.join(unknown)}; there are {', '.join(known)}")
-    choice = Choice(
+    selection = Selection(
         tuple(options.op), options.shape, tuple(options.dtype), tuple(options.provider), options.device, options.quick
     )
-    return choice, options
+    return selection, options
 
 
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line asks; 1 where a provider is wrong, or the operators' tests are red."""
-    choice, options = choice_of(arguments)
-    clock, absent = clock_of(choice.device), missing(choice.device)
+    selection, options = selection_of(arguments)
+    clock, absent = clock_of(selection.device), missing(selection.device)
     if absent:
         print("not here: " + "; ".join(f"{name} ({what})" for name, what in absent.items()), flush=True)
-    if not choice.timed:
-        raise SystemExit(f"none of the providers {', '.join(choice.providers)} is here")
+    if not selection.timed:
+        raise SystemExit(f"none of the providers {', '.join(selection.providers)} is here")
     file = None if options.csv == "-" else Path(options.csv)
     if options.compare:
-        from bench.compare import compare
-
-        return compare(options.compare, choice, arguments, file)
+        return compare(options.compare, selection.subjects, arguments, file)
     # operators whose tiles are among their inputs ask for the architecture, and a processor has none
-    with nullcontext() if choice.on_gpu else settings.pretend("sm_90"):
-        rows, wrong = run(choice, clock, file, place(choice.device))
+    with nullcontext() if selection.on_gpu else launch_config.target_arch("sm_90"):
+        rows, wrong = run(selection, clock, file, provenance(selection.device))
     print(f"{len(rows)} rows" + (f" appended to {file}" if file else ", written nowhere"))
     return 1 if wrong else 0

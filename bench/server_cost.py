@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.results import Row
+from bench.results import ResultRow
 from bench.work import dram_bytes, flow_head, launches, public, weight_bytes
-from voxkern.maker import public_params
+from voxkern.integrations.server_heads import CAPTURED_METHOD
+from voxkern.random_checkpoint import public_params
 from voxkern.reference.config import AcousticTransformerConfig
-from voxkern.reference.flow import FlowMatchingAudioTransformer
-from voxkern.servers import CAPTURED
+from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
 BATCHES, STEPS = (1, 32), 7
 COMMAND = "python -m bench.server_cost"
-ROOM = "vllm_omni.model_executor.models.voxtral_tts"
+SERVER_PACKAGE = "vllm_omni.model_executor.models.voxtral_tts"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -118,8 +118,8 @@ def server(B: int) -> dict[str, Cost]:
     Raises:
         ImportError: it or one of its requirements is missing.
     """
-    generation = import_module(f"{ROOM}.voxtral_tts_audio_generation")
-    wrapper_class = import_module(f"{ROOM}.voxtral_tts").CUDAGraphAcousticTransformerWrapper
+    generation = import_module(f"{SERVER_PACKAGE}.voxtral_tts_audio_generation")
+    wrapper_class = import_module(f"{SERVER_PACKAGE}.voxtral_tts").CUDAGraphAcousticTransformerWrapper
     args = copy.deepcopy(public_params()["multimodal"]["audio_model_args"])
     args["acoustic_transformer_args"]["n_decoding_steps"] = STEPS
     head = zeroed(generation.FlowMatchingAudioTransformer(args).bfloat16())
@@ -134,7 +134,7 @@ def server(B: int) -> dict[str, Cost]:
     h, alpha, noise = (t.bfloat16() for t in _inputs(dim, args["n_acoustic_codebook"], B))
     return {
         "eager": counted(lambda: head(h, alpha), head),
-        "captured": counted(lambda: getattr(wrapper, CAPTURED)(h, alpha.unsqueeze(1), noise), head),
+        "captured": counted(lambda: getattr(wrapper, CAPTURED_METHOD)(h, alpha.unsqueeze(1), noise), head),
     }
 
 
@@ -142,7 +142,7 @@ def missing() -> str | None:
     """What keeps the server's module from being imported; None if nothing does."""
     try:
         for name in ("voxtral_tts_audio_generation", "voxtral_tts"):
-            import_module(f"{ROOM}.{name}")
+            import_module(f"{SERVER_PACKAGE}.{name}")
     except ImportError as error:
         return str(error)
     return None
@@ -166,13 +166,13 @@ def costs() -> Iterator[tuple[int, str, str, Cost]]:
                     yield B, provider, path, of_batch(B, one[path], two[path])
 
 
-def rows() -> list[Row]:
+def rows() -> list[ResultRow]:
     """Figures for the table; runs the heads on the CPU for half a minute."""
     found = []
     for B, provider, path, cost in costs():
         counts = {"launches": (cost.launches, "1"), "bytes": (cost.dram, "B"), "bytes of weights": (cost.weights, "B")}
         for metric, (value, unit) in counts.items():
-            row = Row(
+            row = ResultRow(
                 "server_cost", f"flow head, {path}", metric, value, unit, "counted", COMMAND,
                 provider=provider, shape=f"frame-b{B}", dtype="bf16", steps=f"euler:{STEPS}",
             )  # fmt: skip

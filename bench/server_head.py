@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from voxkern.maker import public_params, random_tensor
+from voxkern.random_checkpoint import public_params, random_tensor
 from voxkern.reference import Config
-from voxkern.reference.flow import FlowMatchingAudioTransformer
+from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
 ROUNDS = 7
 

@@ -10,9 +10,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from voxkern.maker import tiny_params
+from voxkern.random_checkpoint import tiny_params
 from voxkern.reference import Config
-from voxkern.reference.flow import FlowMatchingAudioTransformer, guide, integrate, quantise, time_grid
+from voxkern.reference.flow_head import guide, quantise
+from voxkern.reference.solver import integrate, time_grid
+from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
 TRAINING_STEPS, BATCH, REQUESTS, FINE = 1500, 512, 512, 256
 WARPS = (1.0, 1.5, 2.0)  # times are 1 - (1 - k / steps)^warp

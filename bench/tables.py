@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.ledger import Row as LedgerRow
-from bench.results import Row, newest
+from bench.ledger import LedgerRow
+from bench.results import ResultRow, newest
 from bench.roofline import SOLVERS
 
 PREDICTED = "PREDICTED by the model of bench/roofline.py, not measured."
@@ -14,7 +14,7 @@ LEVELS = ("1 level", "2 levels", "more")  # that an acoustic code is off by
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table and how to make its figures again.
 
     Attributes:
@@ -40,27 +40,27 @@ class Table:
 class Figures:
     """Rows to be found by what they say; of several of the same, the newest."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[ResultRow]) -> None:
         """Rows, oldest first."""
         self.rows = list(rows)
 
-    def all(self, **wanted: str) -> list[Row]:
+    def all(self, **wanted: str) -> list[ResultRow]:
         """The newest row of every figure that fits, whatever it was measured on."""
-        found: dict[tuple[str, ...], Row] = {}
+        found: dict[tuple[str, ...], ResultRow] = {}
         for row in self.rows:
             if fits(row, wanted):
                 found[row.key[:-1]] = row  # without the device
         return list(found.values())
 
-    def by(self, *names: str, **wanted: str) -> list[Row]:
+    def by(self, *names: str, **wanted: str) -> list[ResultRow]:
         """The newest row of everything that these columns hold, among those that fit."""
         return list({tuple(getattr(row, n) for n in names): row for row in self.rows if fits(row, wanted)}.values())
 
-    def on_each_device(self, **wanted: str) -> list[Row]:
+    def on_each_device(self, **wanted: str) -> list[ResultRow]:
         """The newest row of every figure that fits, on each device that it was measured on."""
         return newest(row for row in self.rows if fits(row, wanted))
 
-    def one(self, **wanted: str) -> Row | None:
+    def one(self, **wanted: str) -> ResultRow | None:
         """The newest row that fits."""
         return next((row for row in reversed(self.rows) if fits(row, wanted)), None)
 
@@ -74,24 +74,24 @@ class Figures:
         return list(dict.fromkeys(getattr(row, name) for row in self.all(**wanted)))
 
 
-def fits(row: Row, wanted: Mapping[str, str]) -> bool:
+def fits(row: ResultRow, wanted: Mapping[str, str]) -> bool:
     """Whether a row says all that is wanted."""
     return all(getattr(row, name) == value for name, value in wanted.items())
 
 
-def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, Table]:
+def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTable]:
     """Every table by its name, those without rows left out."""
     made = {
         "frame": frame(figures), "launches": launches(figures), "cache": cache(figures), "server": server(figures),
         "claim": claim(figures), "roofline": roofline(figures), "batches": batches(figures), "work": work(figures),
-        "errors": errors(figures), "distortion": distortion(figures), "hearing": hearing(figures),
+        "errors": errors(figures), "distortion": distortion(figures), "recognition": recognition(figures),
         "voice": voice(figures), "engine": engine(figures), "micro": micro(figures), "gpu": gpu(figures),
         "resources": resources(ledger),
     }  # fmt: skip
     return {name: table for name, table in made.items() if table.lines}
 
 
-def frame(figures: Figures) -> Table:
+def frame(figures: Figures) -> ReportTable:
     """Launches and bytes of a frame's parts."""
     lines = []
     for subject in figures.values("subject", bench="frame", metric="launches"):
@@ -106,10 +106,10 @@ def frame(figures: Figures) -> Table:
             ])  # fmt: skip
     head = ("of a frame", "batch", "launches", "GB from DRAM", "of the fewest", "multiply-adds, G", "of the usual")
     note = "Public shapes, bf16, 7 evaluations, tiles of sm_90, counted in the interpreter; keys and values apart."
-    return Table("What a frame costs, counted", note, "python -m bench.frame", head, lines)
+    return ReportTable("What a frame costs, counted", note, "python -m bench.frame", head, lines)
 
 
-def launches(figures: Figures) -> Table:
+def launches(figures: Figures) -> ReportTable:
     """Of a whole frame's two graphs."""
     lines = []
     for shape in ("frame-b1", "frame-b32"):
@@ -124,10 +124,10 @@ def launches(figures: Figures) -> Table:
             lines.append([shape.removeprefix("frame-b"), *map(str, frame), str(sum(frame)), str(codec)])
     head = ("prepared for", "flow head", "bookkeeping", "backbone", "the frame's graph", "the codec's graph")
     note = "Public shapes, 7 evaluations of Euler's method; by arithmetic that tests hold to the count."
-    return Table("Launches of a whole frame", note, "python -m bench.roofline", head, lines)
+    return ReportTable("Launches of a whole frame", note, "python -m bench.roofline", head, lines)
 
 
-def cache(figures: Figures) -> Table:
+def cache(figures: Figures) -> ReportTable:
     """Keys and values of a request."""
     lines = [
         [
@@ -139,10 +139,10 @@ def cache(figures: Figures) -> Table:
     ]  # fmt: skip
     head = ("tokens", "MB from DRAM", "of the fewest", "spans' parts, MB")
     note = "Public shapes, bf16, 26 layers, counted in the interpreter."
-    return Table("Keys and values of one request in a frame", note, "python -m bench.frame", head, lines)
+    return ReportTable("Keys and values of one request in a frame", note, "python -m bench.frame", head, lines)
 
 
-def server(figures: Figures) -> Table:
+def server(figures: Figures) -> ReportTable:
     """The public server's head beside ours."""
     lines = []
     for shape in figures.values("shape", bench="server_cost"):
@@ -157,10 +157,10 @@ def server(figures: Figures) -> Table:
     note = (
         "The flow head's frame, public shapes, bf16, 7 evaluations; counted, an operator of plain torch as one launch."
     )
-    return Table("The public server's flow head and ours", note, "python -m bench.server_cost", head, lines)
+    return ReportTable("The public server's flow head and ours", note, "python -m bench.server_cost", head, lines)
 
 
-def claim(figures: Figures) -> Table:
+def claim(figures: Figures) -> ReportTable:
     """A flow head instead of a depth transformer."""
     lines = []
     for row in figures.by("subject", "steps", bench="depth", metric="launches"):
@@ -181,11 +181,11 @@ def claim(figures: Figures) -> Table:
         "36 acoustic codes from the same hidden state by heads of equal width and layers. The depth transformer has no "
         "kernels here: its launches are what our backbone's would be. GPU times are " + PREDICTED
     )
-    return Table("The architecture's claim: a few flow steps, or 36 codes in a row", note, "python -m bench.depth",
-                 head, lines)  # fmt: skip
+    title = "The architecture's claim: a few flow steps, or 36 codes in a row"
+    return ReportTable(title, note, "python -m bench.depth", head, lines)
 
 
-def roofline(figures: Figures) -> Table:
+def roofline(figures: Figures) -> ReportTable:
     """Floors and predictions, at a few batches."""
     columns = [(shape, steps) for shape in SHAPES for steps in SOLVERS]
     lines = [
@@ -197,10 +197,10 @@ def roofline(figures: Figures) -> Table:
         "Floor / predicted milliseconds of a whole frame (80 ms of sound) with 7 evaluations of Euler's method and 4 "
         f"of ab2, bf16. The floor is bytes or products at the data sheet's rates. {PREDICTED}"
     )
-    return Table("Time of a frame by GPU", note, "python -m bench.roofline", head, lines)
+    return ReportTable("Time of a frame by GPU", note, "python -m bench.roofline", head, lines)
 
 
-def batches(figures: Figures) -> Table:
+def batches(figures: Figures) -> ReportTable:
     """Floors and predictions at every batch."""
     shapes = figures.values("shape", bench="roofline", metric="floor")
     lines = [
@@ -210,10 +210,10 @@ def batches(figures: Figures) -> Table:
     ]
     head = ("GPU", "solver", *map(_batch, shapes))
     note = f"Floor / predicted milliseconds of a whole frame, bf16. {PREDICTED}"
-    return Table("Time of a frame by GPU, every batch", note, "python -m bench.roofline", head, lines)
+    return ReportTable("Time of a frame by GPU, every batch", note, "python -m bench.roofline", head, lines)
 
 
-def work(figures: Figures) -> Table:
+def work(figures: Figures) -> ReportTable:
     """What a whole frame is made of."""
     wanted = {"bench": "roofline", "subject": "frame"}
     lines = [
@@ -228,7 +228,7 @@ def work(figures: Figures) -> Table:
     ]  # fmt: skip
     head = ("batch", "solver", "launches", "GB from DRAM", "multiply-adds, G")
     note = "Backbone with 400 tokens behind it, flow head and codec; by arithmetic that tests hold to the count."
-    return Table("A whole frame: launches, bytes, operations", note, "python -m bench.roofline", head, lines)
+    return ReportTable("A whole frame: launches, bytes, operations", note, "python -m bench.roofline", head, lines)
 
 
 def _batch(shape: str) -> str:
@@ -240,7 +240,7 @@ def _floor_and_time(figures: Figures, gpu: str, shape: str, steps: str) -> str:
     return " / ".join(figures.value(".2f", **wanted, metric=metric) for metric in ("floor", "time"))
 
 
-def errors(figures: Figures) -> Table:
+def errors(figures: Figures) -> ReportTable:
     """Rounding, in codes and decibels."""
     lines = []
     for row in figures.by("dtype", "provider", bench="errors", metric="acoustic codes flipped"):
@@ -257,10 +257,10 @@ def errors(figures: Figures) -> Table:
         "The demo voice against fp64, histories given; kernels in the interpreter, with tiles larger than a GPU's. "
         "SNR is of the codec's sound from the same codes."
     )
-    return Table("What rounding changes", note, "python -m bench.errors", head, lines)
+    return ReportTable("What rounding changes", note, "python -m bench.errors", head, lines)
 
 
-def distortion(figures: Figures) -> Table:
+def distortion(figures: Figures) -> ReportTable:
     """Fewer evaluations, in codes."""
     steps = [row.steps for row in figures.all(bench="distortion", metric="codes that differ")]
     counts = sorted({int(one.partition(":")[2]) for one in steps})
@@ -270,7 +270,7 @@ def distortion(figures: Figures) -> Table:
         for n in counts:
             wanted = {"bench": "distortion", "steps": f"{solver}:{n}"}
             rmse = figures.value(".3f", **wanted, metric="RMSE from 256 steps")
-            codes, words = (figures.value(".1f", **wanted, metric=m) for m in ("codes that differ", "words heard"))
+            codes, words = (figures.value(".1f", **wanted, metric=m) for m in ("codes that differ", "words recognised"))
             cells.append(f"{rmse}, {codes} %, {words} %")
         lines.append(cells)
     head = ("solver", *(f"{n} evaluations" for n in counts))
@@ -278,45 +278,55 @@ def distortion(figures: Figures) -> Table:
         "The demo voice's flow head, from its own states: RMSE of x and codes that differ from 256 steps', and words "
         "that a recogniser hears right of sentences."
     )
-    return Table("What fewer evaluations cost", note, "python -m bench.distortion", head, lines if steps else [])
+    return ReportTable("What fewer evaluations cost", note, "python -m bench.distortion", head, lines if steps else [])
 
 
-def hearing(figures: Figures) -> Table:
+def recognition(figures: Figures) -> ReportTable:
     """What a recogniser hears."""
-    most: dict[tuple[str, ...], Row] = {}  # of several runs the one with most words
-    for row in figures.all(bench="hearing", metric="words"):
+    most: dict[tuple[str, ...], ResultRow] = {}  # of several runs the one with most words
+    for row in figures.all(bench="recognition", metric="words"):
         of = (row.subject, row.steps, "digits" if "digits" in row.shape else "sentences")
         most[of] = max(most.get(of, row), row, key=lambda one: one.value)
     lines = []
     for said in sorted(most.values(), key=lambda one: ("sentences" in one.shape, one.provider == "torch")):
-        wanted = {"bench": "hearing", "subject": said.subject, "shape": said.shape, "steps": said.steps}
-        row = next(iter(figures.all(**wanted, metric="words heard")))
+        wanted = {"bench": "recognition", "subject": said.subject, "shape": said.shape, "steps": said.steps}
+        row = next(iter(figures.all(**wanted, metric="words recognised")))
         wanted["provider"] = row.provider
         n_words, n_strings = (figures.value(".0f", **wanted, metric=m) for m in ("words", "strings"))
         lines.append([
             row.subject, row.steps.replace(":", " ") or "-", row.shape, f"{row.value:.1f} % of {n_words}",
-            f"{figures.value('.1f', **wanted, metric='strings heard')} % of {n_strings}",
+            f"{figures.value('.1f', **wanted, metric='strings recognised')} % of {n_strings}",
             figures.value(".1f", **wanted, metric="ended by itself"), figures.value(".2f", **wanted, metric="longest"),
         ])  # fmt: skip
-    head = ("whose sound", "solver", "what was said", "words heard right", "strings heard right", "ended, %", "longest")
+    head = (
+        "whose sound",
+        "solver",
+        "what was said",
+        "words right",
+        "strings right",
+        "ended, %",
+        "longest",
+    )
     note = (
         "pocketsphinx, with a grammar of the words that may come. flite is what the voice was trained on. "
         "Longest: of a request's natural length."
     )
-    return Table("What a recogniser hears of the demo voice", note, "python -m bench.hearing", head, lines)
+    return ReportTable("What a recogniser hears of the demo voice", note, "python -m bench.recognition", head, lines)
 
 
-def voice(figures: Figures) -> Table:
+def voice(figures: Figures) -> ReportTable:
     """Speed of the demo voice here."""
     lines = [
         [row.subject, row.metric, f"{row.value:.3g} {row.unit}".removesuffix(" 1"), row.device]
         for row in figures.all(bench="voice")
     ]
     note = "Plain PyTorch on this machine's CPU, batch 1, one thread."
-    return Table("The demo voice's speed", note, "python -m bench.hearing", ("what", "figure", "", "on"), lines)
+    return ReportTable(
+        "The demo voice's speed", note, "python -m bench.recognition", ("what", "figure", "", "on"), lines
+    )
 
 
-def engine(figures: Figures) -> Table:
+def engine(figures: Figures) -> ReportTable:
     """Many requests side by side."""
     lines = []
     for row in figures.all(bench="engine", metric="frames a second"):
@@ -332,19 +342,19 @@ def engine(figures: Figures) -> Table:
     head = ("model", "requests", "frames a second, all", "first sound beside the others, s", "peak memory, MB",
             "keys and values of 64 / 400 / 1000 tokens, MB a request")  # fmt: skip
     note = "Plain PyTorch on this machine's CPU, 7 evaluations; 12.5 frames a second are one voice in real time."
-    return Table("Many requests at once", note, "python -m bench.engine", head, lines)
+    return ReportTable("Many requests at once", note, "python -m bench.engine", head, lines)
 
 
-def micro(figures: Figures) -> Table:
+def micro(figures: Figures) -> ReportTable:
     """Single operators and modules, on a processor."""
     rows = [row for row in figures.on_each_device(bench="micro", metric="time") if on_cpu(row)]
     lines = [[row.subject, row.shape, row.dtype, row.provider, *_spread(row), row.device] for row in rows]
     head = ("operator or module", "shape", "dtype", "provider", "median, us", "20 % to 80 %", "on")
     note = "On a CPU, where only plain PyTorch can be timed: it says nothing about the kernels."
-    return Table("Microbenchmarks on a CPU", note, "python -m bench run --quick", head, lines)
+    return ReportTable("Microbenchmarks on a CPU", note, "python -m bench run --quick", head, lines)
 
 
-def gpu(figures: Figures) -> Table:
+def gpu(figures: Figures) -> ReportTable:
     """Single operators, modules and whole frames, on GPUs."""
     lines = []
     for metric in ("time", "time, no graph"):
@@ -361,19 +371,19 @@ def gpu(figures: Figures) -> Table:
     head = ("operator or module", "shape", "dtype", "provider", "as", "median, us", "20 % to 80 %", "GB/s",
             "% of a copy", "on")  # fmt: skip
     note = "Under a CUDA graph, or call after call where a provider waits for the device. GB/s of the fewest bytes."
-    return Table("Microbenchmarks on a GPU", note, "python -m bench run --device cuda", head, lines)
+    return ReportTable("Microbenchmarks on a GPU", note, "python -m bench run --device cuda", head, lines)
 
 
-def on_cpu(row: Row) -> bool:
+def on_cpu(row: ResultRow) -> bool:
     """Whether a row's device is a processor: it is named with its threads."""
     return "threads" in row.device
 
 
-def _spread(row: Row) -> tuple[str, str]:
+def _spread(row: ResultRow) -> tuple[str, str]:
     return f"{row.value:.4g}", "" if row.low is None else f"{row.low:.4g} to {row.high:.4g}"
 
 
-def resources(ledger: Sequence[LedgerRow]) -> Table:
+def resources(ledger: Sequence[LedgerRow]) -> ReportTable:
     """What the compiler makes of the kernels, by architecture."""
     by_arch: dict[str, list[LedgerRow]] = defaultdict(list)
     for row in ledger:
@@ -388,4 +398,4 @@ def resources(ledger: Sequence[LedgerRow]) -> Table:
     head = ("architecture", "launches compiled", "most registers a thread", "bytes spilled",
             "most shared memory, of the limit", "binaries a launch")  # fmt: skip
     note = "Compiled ahead of time, not run: bench/ledger.csv, which every change of a kernel is held against."
-    return Table("Resources by architecture", note, "python -m bench ledger --check", head, lines)
+    return ReportTable("Resources by architecture", note, "python -m bench ledger --check", head, lines)

@@ -13,8 +13,8 @@ import torch
 
 from bench.providers import missing, operator_trial
 from bench.registry import Case, Entry, entries
-from bench.results import place
-from voxkern.kernels import settings
+from bench.results import provenance
+from voxkern.kernels import launch_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = [name for name in ("voxkern", "torch", "torch.compile", "flashinfer") if name not in missing(DEVICE)]
@@ -37,7 +37,7 @@ def cases() -> list[Any]:
 def test_operator(benchmark: Any, entry: Entry, case: Case, provider: str) -> None:
     """One provider of one operator, right before it is timed."""
     dtype = case.dtypes[0]
-    with torch.inference_mode(), nullcontext() if DEVICE == "cuda" else settings.pretend("sm_90"):
+    with torch.inference_mode(), nullcontext() if DEVICE == "cuda" else launch_config.target_arch("sm_90"):
         trial = operator_trial(entry, case, dtype, DEVICE)
         if provider not in trial.variants:
             pytest.skip(f"{provider} has no {entry.name}")
@@ -50,5 +50,5 @@ def test_operator(benchmark: Any, entry: Entry, case: Case, provider: str) -> No
                 torch.cuda.synchronize()
 
         benchmark.group = f"{entry.name} {case.name} {dtype}"
-        benchmark.extra_info |= {"provider": provider, "dtype": dtype, **vars(place(DEVICE))}
+        benchmark.extra_info |= {"provider": provider, "dtype": dtype, **vars(provenance(DEVICE))}
         benchmark.pedantic(call, rounds=10, iterations=2, warmup_rounds=1)

@@ -28,14 +28,14 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _read_cache(args: Args) -> int:
-    """Keys and values of the tokens that are there; the pools of the registry have other pages among them."""
-    _, _, HKV, _, D = args["pool"].shape
+    """Keys and values of the tokens that are there; the caches of the registry have other pages among them."""
+    _, _, HKV, _, D = args["kv_cache"].shape
     return int(args["lengths"].sum() * 2 * HKV * D)
 
 
 def _written_cache(rows: str) -> Callable[[Args], int]:
     """Keys and values of a token a row."""
-    return lambda args: len(args[rows]) * 2 * args["pool"].shape[2] * args["pool"].shape[4]
+    return lambda args: len(args[rows]) * 2 * args["kv_cache"].shape[2] * args["kv_cache"].shape[4]
 
 
 def _embedded(args: Args) -> int:
@@ -49,15 +49,15 @@ def _codes(args: Args) -> int:
 
 # operators that read or write a part of an argument: elements of it that they cannot do without
 PARTLY: dict[str, dict[str, Callable[[Args], int]]] = {
-    "paged_attention": {"pool": _read_cache},
-    "prefill_attention": {"pool": _read_cache},
-    "norm_qkv_append": {"pool": _written_cache("x")},
-    "rope_append": {"pool": _written_cache("qkv")},
+    "paged_attention": {"kv_cache": _read_cache},
+    "prefill_attention": {"kv_cache": _read_cache},
+    "norm_qkv_append": {"kv_cache": _written_cache("x")},
+    "rope_append": {"kv_cache": _written_cache("qkv")},
     "flow_start": {"quantiles": lambda args: 0},
     "mlp_start": {"quantiles": lambda args: 0},
     "flow_finish": {"embeddings": _embedded},
     "mlp_finish": {"embeddings": _embedded},
-    "semantic_codes": {"weight": lambda args: args["n_codes"] * int(args["weight"].shape[1])},
+    "semantic_argmax": {"weight": lambda args: args["n_codes"] * int(args["weight"].shape[1])},
     "codec_dequantise": {
         "embedding_sum": lambda args: _codes(args) * int(args["embedding_sum"].shape[1]),
         "cluster_usage": _codes,

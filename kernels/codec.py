@@ -1,7 +1,7 @@
 """The codec's decoder as codes come: dequantisation, causal convolutions as products, and their memory.
 
-What a chunk needs of the past lies twice, as ``memory[turn]`` and ``memory[1 - turn]``: a launch reads the one and
-writes the other, so that no block can read what another has overwritten; ``codec_advance`` then turns them round.
+What a chunk needs of the past lies twice, as ``state[parity]`` and ``state[1 - parity]``: a launch reads the one and
+writes the other, so that no block can read what another has overwritten; ``codec_update_state`` then flips the parity.
 
 Rows are request-major, row = request * T + t. A row's bits depend on no other row of the chunk, and not on where in the
 chunk it stands: a sound is the same however its frames come.
@@ -15,14 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot
+from .launch_config import FP_FUSION, LaunchConfigs
 from .operator import expect, expect_batch, operator
-from .settings import FP_FUSION, Table
 
-RULES = ("zero", "replicate", "reflect")  # what stands before a request's first row
+__all__ = ["codec_conv", "codec_dequantise", "codec_update_state"]
+
+PAD_MODES = ("zero", "replicate", "reflect")  # what stands before a request's first row
 
 # A frame is 1 to 8 rows and a chunk of 25 up to 200: tiles of 32 waste little of either. What makes sound is fp32. On
 # four warps the first convolution, 292 wide, spills on sm_120.
-CODEC_CONV = Table(
+CODEC_CONV = LaunchConfigs(
     "codec_conv",
     """
     arch         dtype | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
@@ -36,16 +38,16 @@ CODEC_CONV = Table(
 )
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["p_codes", "p_lengths"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["p_codes", "p_new_frames"])
 def _codec_dequantise_kernel(
-    p_codes, p_lengths, p_sum, p_usage, p_z, T, scale,
-    DIM: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr,
+    p_codes, p_new_frames, p_sum, p_usage, p_z, T, scale,
+    DIM: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PAD_K: tl.constexpr,
 ):  # fmt: skip
     i_t, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    there = i_t < tl.load(p_lengths + i_b)  # later codes may be anything: code 0 stands for them
+    there = i_t < tl.load(p_new_frames + i_b)  # later codes may be anything: code 0 stands for them
     p_code, p_row = p_codes + i_b * (1 + K) * T + i_t, p_z + (i_b * T + i_t) * (DIM + K)
     scale = tl.full([], scale, tl.float32)
-    o_d, o_k = tl.arange(0, COLUMNS), tl.arange(0, LEVELS)
+    o_d, o_k = tl.arange(0, COLUMNS), tl.arange(0, PAD_K)
     semantic = tl.where(there, tl.load(p_code), 0)
     usage = tl.maximum(tl.load(p_usage + semantic).to(tl.float32), 1e-5)
     b_sum = tl.load(p_sum + semantic * DIM + o_d, mask=o_d < DIM, other=0.0).to(tl.float32)
@@ -55,26 +57,26 @@ def _codec_dequantise_kernel(
 
 
 def launch_codec_dequantise(
-    out: Tensor, codes: Tensor, lengths: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
+    out: Tensor, codes: Tensor, new_frames: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
 ) -> None:
     """Fill `out`, contiguous [B T, dim + K]; the other arguments are those of :func:`codec_dequantise`, unchecked."""
     (B, K, T), dim = codes.shape, embedding_sum.shape[1]
     constants: dict[str, Any] = {"DIM": dim, "K": K - 1, "num_warps": 4, "enable_fp_fusion": FP_FUSION}
-    constants |= {"COLUMNS": triton.next_power_of_2(dim), "LEVELS": triton.next_power_of_2(K - 1)}
+    constants |= {"COLUMNS": triton.next_power_of_2(dim), "PAD_K": triton.next_power_of_2(K - 1)}
     _codec_dequantise_kernel[(T, B)](
-        codes, lengths, embedding_sum, cluster_usage, out, T, 2 / (levels - 1), **constants
+        codes, new_frames, embedding_sum, cluster_usage, out, T, 2 / (levels - 1), **constants
     )
 
 
 @operator(launch_codec_dequantise)
 def codec_dequantise(
-    codes: Tensor, lengths: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
+    codes: Tensor, new_frames: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
 ) -> Tensor:
     """Latents of codes: ``embedding_sum / max(cluster_usage, 1e-5)``, and each acoustic code on -1..1.
 
     Args:
         codes: int64 [B, 1 + K, T] without the offset, semantic first, each of a code that there is.
-        lengths: int64 [B], how many of the T frames each request has; what codes hold after them is not read.
+        new_frames: int64 [B], how many of the T frames each request has; what codes hold after them is not read.
         embedding_sum: [size, dim] fp32, bf16 or fp16.
         cluster_usage: [size].
         levels: of an acoustic code.
@@ -87,78 +89,78 @@ def codec_dequantise(
         ValueError: a shape, stride or device is wrong.
     """
     B, K, T = expect("codes", codes, ("B", "1 + K", "T"), dtype=torch.int64)
-    expect("lengths", lengths, (B,), like=codes)
+    expect("new_frames", new_frames, (B,), like=codes)
     size, dim = expect("embedding_sum", embedding_sum, ("size", "dim"))
     expect("cluster_usage", cluster_usage, (size,), like=embedding_sum)
     return embedding_sum.new_empty(B * T, dim + K - 1)
 
 
 @triton.jit
-def _source(p_x, p_old, i_b, b_t, b_fresh, T, C: tl.constexpr, TAIL: tl.constexpr, RULE: tl.constexpr):
+def _row_pointers(p_x, p_old, i_b, b_t, b_fresh, T, C: tl.constexpr, N_PAST: tl.constexpr, PAD_MODE: tl.constexpr):
     """Where rows lie, and whether they are anywhere: [R] pointers and mask.
 
     Args:
         p_x: the chunk, [B T, C].
-        p_old: the rows before it, [B, TAIL, C].
+        p_old: the rows before it, [B, N_PAST, C].
         i_b: int64 [R] or scalar, requests.
         b_t: int [R], rows of the chunk; negative before it.
         b_fresh: bool [R], whether nothing was before the chunk.
         T: rows of a request.
         C: columns.
-        TAIL: rows that are kept.
-        RULE: see RULES.
+        N_PAST: rows that are kept.
+        PAD_MODE: see PAD_MODES.
     """
-    b_rule = b_t * 0
-    if RULE == 2:
-        b_rule = -b_t
-    b_row = tl.where(b_t < 0, b_rule, b_t)
+    b_padded = b_t * 0
+    if PAD_MODE == 2:
+        b_padded = -b_t
+    b_row = tl.where(b_t < 0, b_padded, b_t)
     m_old = (b_t < 0) & (b_fresh == 0)
-    p_row = tl.where(m_old, p_old + (i_b * TAIL + TAIL + b_t) * C, p_x + (i_b * T + b_row) * C)
+    p_row = tl.where(m_old, p_old + (i_b * N_PAST + N_PAST + b_t) * C, p_x + (i_b * T + b_row) * C)
     m_row = b_t == b_t
-    if RULE == 0:
+    if PAD_MODE == 0:
         m_row = (b_t >= 0) | (b_fresh == 0)
     return p_row, m_row
 
 
 @triton.jit(
     do_not_specialize=["B", "T", "rate"],
-    do_not_specialize_on_alignment=["p_frames", "p_lengths", "p_turn"],
+    do_not_specialize_on_alignment=["p_past", "p_new_frames", "p_parity"],
 )
 def _codec_conv_kernel(
-    p_x, p_w, p_tail, p_frames, p_lengths, p_turn, p_y,
+    p_x, p_w, p_state, p_past, p_new_frames, p_parity, p_y,
     B, T, rate,
-    N: tl.constexpr, K: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, N_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PAD_MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    turn = tl.load(p_turn)
-    p_old, p_new = p_tail + turn * B * TAIL * K, p_tail + (1 - turn) * B * TAIL * K
+    parity = tl.load(p_parity)
+    p_old, p_new = p_state + parity * B * N_PAST * K, p_state + (1 - parity) * B * N_PAST * K
     if i_n == tl.num_programs(1) - 1:  # the last column of blocks keeps the rows that the next chunk needs
         o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
         for i in range(i_m, B, tl.num_programs(0)):
             i_b = tl.full([], i, tl.int64)
-            b_fresh = tl.load(p_frames + i_b) + o_r * 0 == 0
-            b_t = tl.load(p_lengths + i_b) * rate - TAIL + o_r
-            p_row, m_row = _source(p_x, p_old, i_b, b_t, b_fresh, T, K, TAIL, RULE)
+            b_fresh = tl.load(p_past + i_b) + o_r * 0 == 0
+            b_t = tl.load(p_new_frames + i_b) * rate - N_PAST + o_r
+            p_row, m_row = _row_pointers(p_x, p_old, i_b, b_t, b_fresh, T, K, N_PAST, PAD_MODE)
             for c in range(0, K, COLUMNS):
-                m_c = (o_r < TAIL)[:, None] & (c + o_c < K)[None, :]
+                m_c = (o_r < N_PAST)[:, None] & (c + o_c < K)[None, :]
                 b_x = tl.load(p_row[:, None] + (c + o_c)[None, :], mask=m_c & m_row[:, None], other=0.0)
-                tl.store(p_new + (i_b * TAIL + o_r)[:, None] * K + (c + o_c)[None, :], b_x, mask=m_c)
+                tl.store(p_new + (i_b * N_PAST + o_r)[:, None] * K + (c + o_c)[None, :], b_x, mask=m_c)
         return
     o_m, o_n, o_k = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < B * T, o_n < N
     i_b, b_t = o_m // T, o_m % T
-    b_fresh = tl.load(p_frames + i_b, mask=m_m, other=0) == 0
-    valid = tl.load(p_lengths + i_b, mask=m_m, other=0) * rate
+    b_fresh = tl.load(p_past + i_b, mask=m_m, other=0) == 0
+    valid = tl.load(p_new_frames + i_b, mask=m_m, other=0) * rate
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for step in range(0, (TAIL + 1) * STEPS):
+    for step in range(0, (N_PAST + 1) * STEPS):
         tap = step // STEPS
         k = (step - tap * STEPS) * BLOCK_K
         m_k = k + o_k < K
-        p_w_tile = p_w + o_n[:, None] * ((TAIL + 1) * K) + (tap * K + k + o_k)[None, :]
+        p_w_tile = p_w + o_n[:, None] * ((N_PAST + 1) * K) + (tap * K + k + o_k)[None, :]
         b_w = tl.load(p_w_tile, mask=m_n[:, None] & m_k[None, :], other=0.0)
-        p_row, m_row = _source(p_x, p_old, i_b, b_t - TAIL + tap, b_fresh, T, K, TAIL, RULE)
+        p_row, m_row = _row_pointers(p_x, p_old, i_b, b_t - N_PAST + tap, b_fresh, T, K, N_PAST, PAD_MODE)
         m_x = (m_m & m_row)[:, None] & m_k[None, :]
         b_x = tl.load(p_row[:, None] + (k + o_k)[None, :], mask=m_x, other=0.0).to(b_w.dtype)  # [M, K]
         b_acc = dot(b_w, tl.trans(b_x), b_acc)  # [N, M]
@@ -167,22 +169,22 @@ def _codec_conv_kernel(
 
 
 def launch_codec_conv(
-    y: Tensor, x: Tensor, weight: Tensor, tail: Tensor, frames: Tensor, lengths: Tensor, turn: Tensor, rate: int,
-    rule: str,
+    y: Tensor, x: Tensor, weight: Tensor, conv_state: Tensor, past_frames: Tensor, new_frames: Tensor, parity: Tensor,
+    rate: int, pad_mode: str,
 ) -> None:  # fmt: skip
     """The arguments are those of :func:`codec_conv`, unchecked."""
-    (M, K), N, B, n_tail = x.shape, weight.shape[0], tail.shape[1], tail.shape[2]
+    (M, K), N, B, n_past = x.shape, weight.shape[0], conv_state.shape[1], conv_state.shape[2]
     constants = CODEC_CONV(N=N, K=K, dtype=weight.dtype, rows=1)
-    constants |= {"TAIL": n_tail, "ROWS": triton.next_power_of_2(n_tail), "RULE": RULES.index(rule)}
+    constants |= {"N_PAST": n_past, "ROWS": triton.next_power_of_2(n_past), "PAD_MODE": PAD_MODES.index(pad_mode)}
     constants["COLUMNS"] = min(512, triton.next_power_of_2(K))
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]) + 1)
-    _codec_conv_kernel[grid](x, weight, tail, frames, lengths, turn, y, B, M // B, rate, **constants)
+    _codec_conv_kernel[grid](x, weight, conv_state, past_frames, new_frames, parity, y, B, M // B, rate, **constants)
 
 
-@operator(launch_codec_conv, mutates=("y", "tail"))
+@operator(launch_codec_conv, mutates=("y", "conv_state"))
 def codec_conv(
-    y: Tensor, x: Tensor, weight: Tensor, tail: Tensor, frames: Tensor, lengths: Tensor, turn: Tensor, rate: int,
-    rule: str,
+    y: Tensor, x: Tensor, weight: Tensor, conv_state: Tensor, past_frames: Tensor, new_frames: Tensor, parity: Tensor,
+    rate: int, pad_mode: str,
 ) -> None:  # fmt: skip
     """A causal convolution over a chunk and the rows before it: each row and its n predecessors times a weight.
 
@@ -192,67 +194,70 @@ def codec_conv(
         y: [B T, N], written; zeros after a request's own rows.
         x: [B T, K] fp32, bf16 or fp16.
         weight: [N, (n + 1) K], taps side by side, the oldest first; in x's dtype, or in fp32, as y then is.
-        tail: [2, B, n, K], the n rows before the chunk at index `turn`; the next chunk's are written to the other.
-        frames: int64 [B], decoded before the chunk; 0: nothing was, and `rule` says what stands there.
-        lengths: int64 [B], frames of the chunk, 0..T / rate.
-        turn: int32 [1], 0 or 1.
+        conv_state: [2, B, n, K], the n rows before the chunk at index `parity`; the next chunk's are written to the
+            other.
+        past_frames: int64 [B], decoded before the chunk; 0: nothing was, and `pad_mode` says what stands there.
+        new_frames: int64 [B], frames of the chunk, 0..T / rate.
+        parity: int32 [1], 0 or 1.
         rate: rows a frame.
-        rule: "zero", "replicate" the first row, or "reflect" about it, for which a frame must have more than n rows.
+        pad_mode: "zero", "replicate" the first row, or "reflect" about it, where a frame must have more than n rows.
 
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape, stride or device is wrong, or a number out of range.
     """
     M, K = expect("x", x, ("B T", "K"))
-    _, B, n, _ = expect("tail", tail, (2, "B", "n", K), like=x)
-    expect_chunk("x", M, B, rate, frames, lengths, turn)
+    _, B, n, _ = expect("conv_state", conv_state, (2, "B", "n", K), like=x)
+    expect_chunk("x", M, B, rate, past_frames, new_frames, parity)
     like = x if weight.dtype == x.dtype else weight
     expect("weight", weight, ("N", (n + 1) * K), like=like, dtype=like.dtype if like is x else torch.float32)
     expect("y", y, (M, weight.shape[0]), like=weight)
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if rule == "reflect" and rate <= n:
+    if pad_mode not in PAD_MODES:
+        raise ValueError(f"pad_mode must be one of {', '.join(PAD_MODES)}, got {pad_mode!r}")
+    if pad_mode == "reflect" and rate <= n:
         raise ValueError(f"rate is {rate} but must be more than {n}, the rows that are reflected about the first")
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_lengths", "p_frames", "p_turn"])
-def _codec_advance_kernel(p_lengths, p_frames, p_turn, B, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_new_frames", "p_past", "p_parity"])
+def _codec_update_state_kernel(p_new_frames, p_past, p_parity, B, ROWS: tl.constexpr):
     o_b = tl.arange(0, ROWS)
-    b_frames = tl.load(p_frames + o_b, mask=o_b < B, other=0) + tl.load(p_lengths + o_b, mask=o_b < B, other=0)
-    tl.store(p_frames + o_b, b_frames, mask=o_b < B)
-    tl.store(p_turn, 1 - tl.load(p_turn))
+    b_past = tl.load(p_past + o_b, mask=o_b < B, other=0) + tl.load(p_new_frames + o_b, mask=o_b < B, other=0)
+    tl.store(p_past + o_b, b_past, mask=o_b < B)
+    tl.store(p_parity, 1 - tl.load(p_parity))
 
 
-def launch_codec_advance(lengths: Tensor, frames: Tensor, turn: Tensor) -> None:
-    """The arguments are those of :func:`codec_advance`, unchecked."""
+def launch_codec_update_state(new_frames: Tensor, past_frames: Tensor, parity: Tensor) -> None:
+    """The arguments are those of :func:`codec_update_state`, unchecked."""
     constants: dict[str, Any] = {"ROWS": 64, "num_warps": 1, "enable_fp_fusion": FP_FUSION}
-    _codec_advance_kernel[(1,)](lengths, frames, turn, len(frames), **constants)
+    _codec_update_state_kernel[(1,)](new_frames, past_frames, parity, len(past_frames), **constants)
 
 
-@operator(launch_codec_advance, mutates=("frames", "turn"))
-def codec_advance(lengths: Tensor, frames: Tensor, turn: Tensor) -> None:
-    """A chunk is done: count its frames, and turn the memory round.
+@operator(launch_codec_update_state, mutates=("past_frames", "parity"))
+def codec_update_state(new_frames: Tensor, past_frames: Tensor, parity: Tensor) -> None:
+    """Finish a chunk: count its frames, and flip the parity.
 
     Args:
-        lengths: int64 [B], frames of the chunk.
-        frames: int64 [B], decoded so far.
-        turn: int32 [1], 0 or 1.
+        new_frames: int64 [B], frames of the chunk.
+        past_frames: int64 [B], decoded so far.
+        parity: int32 [1], 0 or 1.
 
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape, stride or device is wrong.
     """
-    (B,) = expect("frames", frames, ("B",), dtype=torch.int64)
-    expect_batch("frames", B, 1, 64)
-    expect("lengths", lengths, (B,), like=frames)
-    expect("turn", turn, (1,), like=frames, dtype=torch.int32)
+    (B,) = expect("past_frames", past_frames, ("B",), dtype=torch.int64)
+    expect_batch("past_frames", B, 1, 64)
+    expect("new_frames", new_frames, (B,), like=past_frames)
+    expect("parity", parity, (1,), like=past_frames, dtype=torch.int32)
 
 
-def expect_chunk(name: str, rows: int, B: int, rate: int, frames: Tensor, lengths: Tensor, turn: Tensor) -> None:
+def expect_chunk(
+    name: str, rows: int, B: int, rate: int, past_frames: Tensor, new_frames: Tensor, parity: Tensor
+) -> None:
     """Raise unless `rows` are whole frames of as many requests as the memory is of."""
-    expect_batch("frames", B, 1, 64)
-    expect("frames", frames, (B,), dtype=torch.int64)
-    expect("lengths", lengths, (B,), like=frames)
-    expect("turn", turn, (1,), like=frames, dtype=torch.int32)
+    expect_batch("past_frames", B, 1, 64)
+    expect("past_frames", past_frames, (B,), dtype=torch.int64)
+    expect("new_frames", new_frames, (B,), like=past_frames)
+    expect("parity", parity, (1,), like=past_frames, dtype=torch.int32)
     if rate < 1 or rows % (B * rate) or not rows:
         raise ValueError(f"{name} has {rows} rows but must have {rate} a frame (rate) for each of {B} requests")

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .codec import expect_chunk
 from .common import cast, dot
+from .launch_config import LaunchConfigs
 from .operator import expect, operator
-from .settings import Table
+
+__all__ = ["codec_attention"]
 
 MAX_WINDOW = 16
 
-CODEC_ATTENTION = Table(
+CODEC_ATTENTION = LaunchConfigs(
     "codec_attention",
     """
     arch         dtype | BLOCK_Q  BLOCK_W  num_warps  num_stages
@@ -25,7 +27,7 @@ CODEC_ATTENTION = Table(
 
 
 @triton.jit
-def _scales(p_row, m_row, eps, W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+def _rstd(p_row, m_row, eps, W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
     """``1 / sqrt(mean(x^2) + eps)`` of whole rows: [R]."""
     o_w = tl.arange(0, BLOCK_W)
     b_square = tl.zeros([BLOCK_R, BLOCK_W], dtype=tl.float32)
@@ -51,12 +53,12 @@ def _keys(
     o_d = tl.arange(0, COLUMNS)
     m_new, m_old = m_t & (b_t >= 0), m_t & (b_t < 0) & (b_t >= -past)
     m_d = (o_d < D)[None, :]
-    b_scale = _scales(p_qkv + b_t * (3 * W) + W, m_new, eps, W, BLOCK_R, BLOCK_W)
+    b_rstd = _rstd(p_qkv + b_t * (3 * W) + W, m_new, eps, W, BLOCK_R, BLOCK_W)
     i_head = tl.program_id(1).to(tl.int64) * D
     p_k = p_qkv + (b_t * (3 * W) + W + i_head)[:, None] + o_d[None, :]
     b_norm = tl.load(p_k_norm + i_head + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_k = tl.load(p_k, mask=m_new[:, None] & m_d, other=0.0)
-    b_k = cast(b_k.to(tl.float32) * b_scale[:, None] * b_norm[None, :], b_k.dtype)
+    b_k = cast(b_k.to(tl.float32) * b_rstd[:, None] * b_norm[None, :], b_k.dtype)
     b_v = tl.load(p_k + W, mask=m_new[:, None] & m_d, other=0.0)
     p_kept = p_old + ((WINDOW + b_t) * W + i_head)[:, None] + o_d[None, :]
     m_kept = m_old[:, None] & m_d
@@ -67,10 +69,10 @@ def _keys(
 
 @triton.jit(
     do_not_specialize=["B", "T", "rate"],
-    do_not_specialize_on_alignment=["p_frames", "p_lengths", "p_turn"],
+    do_not_specialize_on_alignment=["p_past", "p_new_frames", "p_parity"],
 )
 def _codec_attention_kernel(
-    p_qkv, p_q_norm, p_k_norm, p_ring, p_frames, p_lengths, p_turn, p_out,
+    p_qkv, p_q_norm, p_k_norm, p_window, p_past, p_new_frames, p_parity, p_out,
     B, T, rate, eps,
     H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -78,10 +80,10 @@ def _codec_attention_kernel(
     i_q, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     W: tl.constexpr = H * D
     eps = tl.full([], eps, tl.float32)
-    turn = tl.load(p_turn)
-    past = (tl.load(p_frames + i_b) * rate).to(tl.int32)
-    valid = (tl.load(p_lengths + i_b) * rate).to(tl.int32)
-    p_old = p_ring + (turn * 2 * B + i_b) * WINDOW * W
+    parity = tl.load(p_parity)
+    past = (tl.load(p_past + i_b) * rate).to(tl.int32)
+    valid = (tl.load(p_new_frames + i_b) * rate).to(tl.int32)
+    p_old = p_window + (parity * 2 * B + i_b) * WINDOW * W
     p_request = p_qkv + i_b * T * (3 * W)
     o_d = tl.arange(0, COLUMNS)
     m_d = (o_d < D)[None, :]
@@ -91,7 +93,7 @@ def _codec_attention_kernel(
             p_request, p_k_norm, p_old, valid - WINDOW + o_r, o_r < WINDOW, past, eps,
             B, H, D, COLUMNS, WINDOW, KEPT, BLOCK_W,
         )  # fmt: skip
-        p_new = p_ring + ((1 - turn) * 2 * B + i_b) * WINDOW * W + o_r[:, None] * W + i_h * D + o_d[None, :]
+        p_new = p_window + ((1 - parity) * 2 * B + i_b) * WINDOW * W + o_r[:, None] * W + i_h * D + o_d[None, :]
         m_new = (o_r < WINDOW)[:, None] & m_d
         tl.store(p_new, b_k, mask=m_new)
         tl.store(p_new + B * WINDOW * W, b_v, mask=m_new)
@@ -100,10 +102,10 @@ def _codec_attention_kernel(
     b_t = (past // BLOCK_Q + i_q) * BLOCK_Q - past + tl.arange(0, BLOCK_Q)
     m_q = (b_t >= 0) & (b_t < T)
     p_q = p_request + b_t * (3 * W)
-    b_scale = _scales(p_q, m_q, eps, W, BLOCK_Q, BLOCK_W)
+    b_rstd = _rstd(p_q, m_q, eps, W, BLOCK_Q, BLOCK_W)
     b_q = tl.load((p_q + i_h * D)[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
     b_norm = tl.load(p_q_norm + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_q = cast(b_q.to(tl.float32) * b_scale[:, None] * b_norm[None, :], b_q.dtype)  # [Q, D]
+    b_q = cast(b_q.to(tl.float32) * b_rstd[:, None] * b_norm[None, :], b_q.dtype)  # [Q, D]
     KEYS: tl.constexpr = 2 * BLOCK_Q  # the tile's own rows, and BLOCK_Q >= WINDOW before them
     b_j = (past // BLOCK_Q + i_q) * BLOCK_Q - past - BLOCK_Q + tl.arange(0, KEYS)
     b_k, b_v, m_k = _keys(
@@ -125,11 +127,11 @@ def _codec_attention_kernel(
 
 
 def launch_codec_attention(
-    out: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, ring: Tensor, frames: Tensor, lengths: Tensor,
-    turn: Tensor, rate: int, eps: float, n_heads: int,
+    out: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, kv_window: Tensor, past_frames: Tensor,
+    new_frames: Tensor, parity: Tensor, rate: int, eps: float, n_heads: int,
 ) -> None:  # fmt: skip
     """The arguments are those of :func:`codec_attention`, unchecked."""
-    (M, W), (B, window) = out.shape, ring.shape[2:4]
+    (M, W), (B, window) = out.shape, kv_window.shape[2:4]
     T, D = M // B, W // n_heads
     constants = CODEC_ATTENTION(N=W, K=D, dtype=qkv.dtype, rows=1)
     del constants["N"], constants["K"]
@@ -137,13 +139,15 @@ def launch_codec_attention(
     constants["KEPT"] = triton.next_power_of_2(window)
     # rows that begin anywhere in a tile may touch one more
     grid = (triton.cdiv(T - 1, constants["BLOCK_Q"]) + 2, n_heads, B)
-    _codec_attention_kernel[grid](qkv, q_norm, k_norm, ring, frames, lengths, turn, out, B, T, rate, eps, **constants)
+    _codec_attention_kernel[grid](
+        qkv, q_norm, k_norm, kv_window, past_frames, new_frames, parity, out, B, T, rate, eps, **constants
+    )
 
 
-@operator(launch_codec_attention, mutates=("out", "ring"))
+@operator(launch_codec_attention, mutates=("out", "kv_window"))
 def codec_attention(
-    out: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, ring: Tensor, frames: Tensor, lengths: Tensor,
-    turn: Tensor, rate: int, eps: float, n_heads: int,
+    out: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, kv_window: Tensor, past_frames: Tensor,
+    new_frames: Tensor, parity: Tensor, rate: int, eps: float, n_heads: int,
 ) -> None:  # fmt: skip
     """Attention over a window, ``i - window <= j <= i``, with ALiBi (arXiv 2108.12409) and RMSNorm of q and k.
 
@@ -154,11 +158,11 @@ def codec_attention(
         qkv: [B T, 3 H D] fp32, bf16 or fp16, not normed.
         q_norm: [H D].
         k_norm: [H D].
-        ring: [2, 2, B, window, H D], the last keys, normed, and values before the chunk at index `turn`; the next
-            chunk's are written to the other. Those from before a request's first row may hold anything.
-        frames: int64 [B], decoded before the chunk.
-        lengths: int64 [B], frames of the chunk, 0..T / rate.
-        turn: int32 [1], 0 or 1.
+        kv_window: [2, 2, B, window, H D], the last keys, normed, and values before the chunk at index `parity`; the
+            next chunk's are written to the other. Those from before a request's first row may hold anything.
+        past_frames: int64 [B], decoded before the chunk.
+        new_frames: int64 [B], frames of the chunk, 0..T / rate.
+        parity: int32 [1], 0 or 1.
         rate: rows a frame.
         eps: added to the mean squares.
         n_heads: H.
@@ -173,7 +177,7 @@ def codec_attention(
     expect("out", out, (M, W // 3), like=qkv)
     expect("q_norm", q_norm, (W // 3,), like=qkv)
     expect("k_norm", k_norm, (W // 3,), like=qkv)
-    _, _, B, window, _ = expect("ring", ring, (2, 2, "B", "window", W // 3), like=qkv)
+    _, _, B, window, _ = expect("kv_window", kv_window, (2, 2, "B", "window", W // 3), like=qkv)
     if not 1 <= window <= MAX_WINDOW:
-        raise ValueError(f"ring has a window of {window} but must have 1..{MAX_WINDOW}")
-    expect_chunk("qkv", M, B, rate, frames, lengths, turn)
+        raise ValueError(f"kv_window has a window of {window} but must have 1..{MAX_WINDOW}")
+    expect_chunk("qkv", M, B, rate, past_frames, new_frames, parity)

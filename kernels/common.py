@@ -3,12 +3,16 @@
 import triton
 import triton.language as tl
 
+__all__ = ["cast", "dot", "normals", "philox", "round_half_even"]
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+END_AUDIO = tl.constexpr(1)  # the semantic code that ends a request
+N_SPECIAL_CODES = tl.constexpr(2)  # EMPTY and END stand before the codes of sound, in every codebook
 
 
 @triton.jit
 def dot(b_a, b_b, b_acc):
-    """``b_acc + b_a @ b_b``, summed in fp32: the only matrix product in the house.
+    """``b_acc + b_a @ b_b``, summed in fp32: the only matrix product of the kernels.
 
     On a GPU the operands keep their dtype, and fp32 ones are multiplied as IEEE fp32: Triton's default is TF32, with
     10 bits of mantissa. The interpreter holds bf16 as raw integers, so there both are cast to fp32 first; a product of
@@ -26,7 +30,7 @@ def dot(b_a, b_b, b_acc):
 
 @triton.jit
 def cast(b_v, dtype: tl.constexpr):
-    """fp32 to `dtype`, to nearest and ties to even: the only way down from fp32 in the house.
+    """fp32 to `dtype`, to nearest and ties to even: the only way down from fp32 in the kernels.
 
     The interpreter cuts the lower 16 bits off instead of rounding to bf16 (half of all numbers come out wrong, always
     towards zero), so there it is done on the bits.

@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot
+from .launch_config import LaunchConfigs
 from .operator import expect, operator
-from .settings import Table
+
+__all__ = ["linear", "norm_linear", "norm_swiglu"]
 
 # Few rows: 8 to 16 KB of weights a stage, and as many stages as the 101,376 bytes of sm_86, 89 and 120 hold; N = 4096
 # has only 64 blocks for 132 multiprocessors, so each must keep 32 KB and more under way. BLOCK_K is less than a block's
@@ -24,7 +26,7 @@ from .settings import Table
 # step. 64 rows on four warps and 32 on tiles of 128 spill on sm_120, and so do 32 on tiles of 64: with a rotation on
 # four warps, with three weights on eight. fp32 products
 # run on the plain units, whose operands live in registers: small tiles, or they spill.
-NORM_LINEAR = Table(
+NORM_LINEAR = LaunchConfigs(
     "norm_linear",
     """
     arch         dtype  phase    rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
@@ -46,7 +48,7 @@ NORM_LINEAR = Table(
 
 # Two tiles of weights a step, the gate's and what it gates, and two accumulators.
 
-NORM_SWIGLU = Table(
+NORM_SWIGLU = LaunchConfigs(
     "norm_swiglu",
     """
     arch         dtype  phase    rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
@@ -64,7 +66,7 @@ NORM_SWIGLU = Table(
     """,
 )
 
-LINEAR = Table(
+LINEAR = LaunchConfigs(
     "linear",
     """
     arch         dtype  phase    rows | SPLIT  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
@@ -157,18 +159,18 @@ def _norm_linear_kernel(
     tl.store(p_tile, cast(b_acc, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
 
 
-def norm_constants(table: Table, x: Tensor, weight: Tensor, max_rows: int, phase: str) -> dict[str, Any]:
+def norm_constants(configs: LaunchConfigs, x: Tensor, weight: Tensor, max_rows: int, phase: str) -> dict[str, Any]:
     """The constants of a product after RMSNorm."""
-    constants = table(N=weight.shape[0], K=weight.shape[1], dtype=x.dtype, rows=max_rows, phase=phase)
+    constants = configs(N=weight.shape[0], K=weight.shape[1], dtype=x.dtype, rows=max_rows, phase=phase)
     return constants | {"NORM_FIRST": x.dtype == torch.float16}  # x * norm may pass fp16's 65,504 before it is scaled
 
 
 def _launch_norm(
-    table: Table, out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, w_up: Tensor | None, eps: float, max_rows: int,
-    phase: str,
+    configs: LaunchConfigs, out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, w_up: Tensor | None, eps: float,
+    max_rows: int, phase: str,
 ) -> None:  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
-    constants = norm_constants(table, x, weight, max_rows, phase)
+    constants = norm_constants(configs, x, weight, max_rows, phase)
     stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
     _norm_linear_kernel[grid](x, norm, weight, w_up, out, M, stride_x, eps, **constants)

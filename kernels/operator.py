@@ -2,7 +2,7 @@
 
 An operator is two functions. Its *declaration* has the public signature and docstring, checks its arguments and
 allocates the result: run on fake tensors it is all that torch.compile needs. Its *launcher* fills the result, and is
-what a twin calls inside a frame, on memory it already has: the way through torch's dispatcher costs some 16 us.
+what a fused module calls inside a frame, on memory it already has: the way through torch's dispatcher costs some 16 us.
 """
 
 import contextlib
@@ -13,7 +13,9 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .settings import DTYPES, INTERPRETED
+from .launch_config import DTYPES, INTERPRETED
+
+__all__ = ["Operator", "operator"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

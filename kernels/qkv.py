@@ -2,7 +2,7 @@
 
 ``norm_qkv`` leaves them side by side; ``norm_qkv_append``, for decode, rotates queries and keys before they are rounded
 and writes keys and values straight into their pages; ``rope_append`` does the latter two to what ``norm_qkv`` left, for
-a prefill and for other hosts. Pages: see kernels/attention.py.
+a prefill and for other hosts. Pages: see kernels/paged_attention.py.
 """
 
 import torch
@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import expect_cache, expect_heads, page_strides
 from .common import cast
+from .launch_config import FP_FUSION
 from .linear import NORM_LINEAR, expect_rows, norm_constants, norm_product
 from .operator import expect, operator
-from .settings import FP_FUSION
+from .paged_attention import expect_cache, expect_heads, page_strides
+
+__all__ = ["norm_qkv", "norm_qkv_append", "rope_append"]
 
 
 @triton.jit
@@ -138,7 +140,7 @@ def expect_qkv(
 
 @triton.jit(do_not_specialize=["M", "stride_table"], do_not_specialize_on_alignment=["p_table", "p_lengths"])
 def _norm_qkv_append_kernel(
-    p_x, p_norm, p_q, p_k, p_v, p_rope, p_table, p_lengths, p_out, p_pool,
+    p_x, p_norm, p_q, p_k, p_v, p_rope, p_table, p_lengths, p_out, p_kv,
     M, stride_x, stride_table, stride_page, stride_v, stride_head, stride_token, eps,
     N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     NORM_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -168,27 +170,27 @@ def _norm_qkv_append_kernel(
         b_page = tl.load(p_table + o_m * stride_table + b_position // PAGE, mask=m_m, other=0).to(tl.int64)
         o_slot = b_page * stride_page + (b_position % PAGE).to(tl.int64) * stride_token + (which - 1) * stride_v
         o_row = (o_n // D) * stride_head + o_n % D
-        tl.store(p_pool + o_slot[None, :] + o_row[:, None], b_y, mask=m_y)
+        tl.store(p_kv + o_slot[None, :] + o_row[:, None], b_y, mask=m_y)
 
 
 def launch_norm_qkv_append(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, rope: Tensor, block_table: Tensor, lengths: Tensor,
-    q: Tensor, pool: Tensor, eps: float, max_rows: int,
+    q: Tensor, kv_cache: Tensor, eps: float, max_rows: int,
 ) -> None:  # fmt: skip
-    """Fill `q` and the new tokens' slots of `pool`; the arguments are those of :func:`norm_qkv_append`, unchecked."""
+    """Fill `q` and the tokens' slots of `kv_cache`; the arguments are those of :func:`norm_qkv_append`, unchecked."""
     (M, K), N_KV = x.shape, len(wk)
     constants = norm_constants(NORM_LINEAR, x, wq, max_rows, "decode")
-    constants |= {"N_KV": N_KV, "D": pool.shape[4], "PAGE": pool.shape[3]}
+    constants |= {"N_KV": N_KV, "D": kv_cache.shape[4], "PAGE": kv_cache.shape[3]}
     stride_x = x.stride(0) if M > 1 else K
     tiles = triton.cdiv(len(wq), constants["BLOCK_N"]) + 2 * triton.cdiv(N_KV, constants["BLOCK_N"])
     grid = (triton.cdiv(M, constants["BLOCK_M"]), tiles)
     _norm_qkv_append_kernel[grid](
-        x, norm, wq, wk, wv, rope, block_table, lengths, q, pool,
-        M, stride_x, block_table.stride(0), eps=eps, **page_strides(pool), **constants,
+        x, norm, wq, wk, wv, rope, block_table, lengths, q, kv_cache,
+        M, stride_x, block_table.stride(0), eps=eps, **page_strides(kv_cache), **constants,
     )  # fmt: skip
 
 
-@operator(launch_norm_qkv_append, mutates=("q", "pool"))
+@operator(launch_norm_qkv_append, mutates=("q", "kv_cache"))
 def norm_qkv_append(
     x: Tensor,
     norm: Tensor,
@@ -199,7 +201,7 @@ def norm_qkv_append(
     block_table: Tensor,
     lengths: Tensor,
     q: Tensor,
-    pool: Tensor,
+    kv_cache: Tensor,
     eps: float,
     max_rows: int,
 ) -> None:
@@ -215,7 +217,7 @@ def norm_qkv_append(
         block_table: int32 [B, max_pages], the pages of each request in order.
         lengths: int32 [B], tokens of each request with the new one; 0 holds none, and nothing is written for it.
         q: [B, H * D], filled; rows of length 0 stay as they are.
-        pool: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at 1; only its last dimension must be dense.
+        kv_cache: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at 1; only its last dimension must be dense.
         eps: added to the mean square.
         max_rows: the most requests this is prepared for.
 
@@ -224,16 +226,18 @@ def norm_qkv_append(
         ValueError: a shape, stride or device is wrong, or a number out of range.
     """
     M, N, _ = expect_qkv(x, norm, wq, wk, wv, max_rows, "decode")
-    _, H_KV, _, D = expect_cache(pool, block_table, lengths, x, M)
+    _, H_KV, _, D = expect_cache(kv_cache, block_table, lengths, x, M)
     expect("wk", wk, (H_KV * D, x.shape[1]), like=x)
-    expect_heads("q", N, pool)
+    expect_heads("q", N, kv_cache)
     expect("q", q, (M, N), like=x)
     expect_rope(rope, D, x)
 
 
-@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["p_requests", "p_positions", "p_table"])
+@triton.jit(
+    do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["p_request_ids", "p_positions", "p_table"]
+)
 def _rope_append_kernel(
-    p_qkv, p_rope, p_requests, p_positions, p_table, p_pool,
+    p_qkv, p_rope, p_request_ids, p_positions, p_table, p_kv,
     stride_qkv, stride_table, stride_page, stride_v, stride_head, stride_token,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -257,51 +261,51 @@ def _rope_append_kernel(
     p_key = p_row + (H + i_kv) * D + o_d
     b_k, b_v = tl.load(p_key, mask=m_d, other=0.0), tl.load(p_key + HKV * D, mask=m_d, other=0.0)
     b_rotated = rotate(b_k.to(tl.float32)[:, None], b_cos, b_sin, COLUMNS, 1)  # type: ignore[arg-type]
-    page = tl.load(p_table + tl.load(p_requests + i_r).to(tl.int64) * stride_table + position // PAGE).to(tl.int64)
-    p_slot = p_pool + page * stride_page + i_kv * stride_head + position % PAGE * stride_token + o_d
+    page = tl.load(p_table + tl.load(p_request_ids + i_r).to(tl.int64) * stride_table + position // PAGE).to(tl.int64)
+    p_slot = p_kv + page * stride_page + i_kv * stride_head + position % PAGE * stride_token + o_d
     tl.store(p_slot, cast(tl.reshape(b_rotated, [COLUMNS]), b_k.dtype), mask=m_d)
     tl.store(p_slot + stride_v, b_v, mask=m_d)
 
 
 def launch_rope_append(
-    rope: Tensor, requests: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, pool: Tensor
+    rope: Tensor, request_ids: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, kv_cache: Tensor
 ) -> None:
-    """Rotate `qkv`'s queries in place and fill `pool`; the arguments are those of :func:`rope_append`, unchecked."""
+    """Rotate queries in place and fill `kv_cache`; the arguments are those of :func:`rope_append`, unchecked."""
     R, W = qkv.shape
-    _, _, HKV, PAGE, D = pool.shape
+    _, _, HKV, PAGE, D = kv_cache.shape
     H = W // D - 2 * HKV
-    constants = page_strides(pool) | {"H": H, "HKV": HKV, "D": D, "PAGE": PAGE}
+    constants = page_strides(kv_cache) | {"H": H, "HKV": HKV, "D": D, "PAGE": PAGE}
     constants |= {"GROUP": triton.next_power_of_2(H // HKV)}
     constants |= {"COLUMNS": triton.next_power_of_2(D), "num_warps": 4, "enable_fp_fusion": FP_FUSION}
     stride_qkv = qkv.stride(0) if R > 1 else W
     _rope_append_kernel[(R, HKV)](
-        qkv, rope, requests, positions, block_table, pool, stride_qkv, block_table.stride(0), **constants
+        qkv, rope, request_ids, positions, block_table, kv_cache, stride_qkv, block_table.stride(0), **constants
     )
 
 
-@operator(launch_rope_append, mutates=("qkv", "pool"))
+@operator(launch_rope_append, mutates=("qkv", "kv_cache"))
 def rope_append(
-    rope: Tensor, requests: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, pool: Tensor
+    rope: Tensor, request_ids: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, kv_cache: Tensor
 ) -> None:
     """Rotate queries in place; rotate keys and write them and the values into their pages.
 
     Args:
-        rope: fp32 [positions, 2, D / 2], see :func:`norm_qkv_append`, also for `block_table` and `pool`.
-        requests: int32 [R], the request of each row.
+        rope: fp32 [positions, 2, D / 2], see :func:`norm_qkv_append`, also for `block_table` and `kv_cache`.
+        request_ids: int32 [R], the request of each row.
         positions: int32 [R], the row's place in its request; -1 holds nothing and is left alone.
         block_table: int32 [B, max_pages].
         qkv: [R, (H + 2 Hkv) * D] fp32, bf16 or fp16, q | k | v of each row; rows may lie apart.
-        pool: [pages, 2, Hkv, PAGE, D].
+        kv_cache: [pages, 2, Hkv, PAGE, D].
 
     Raises:
         TypeError: a dtype is wrong or differs from qkv's.
         ValueError: a shape, stride or device is wrong.
     """
     R, W = expect("qkv", qkv, ("R", "W"), contiguous=False)
-    _, H_KV, _, D = expect_cache(pool, block_table, None, qkv, None)
+    _, H_KV, _, D = expect_cache(kv_cache, block_table, None, qkv, None)
     if W % D or W // D <= 2 * H_KV or (W // D) % H_KV:
         raise ValueError(f"qkv has {W} columns, which are no (H + 2 * {H_KV}) heads of {D} with H a multiple of {H_KV}")
-    expect("requests", requests, (R,), like=qkv, dtype=torch.int32)
+    expect("request_ids", request_ids, (R,), like=qkv, dtype=torch.int32)
     expect("positions", positions, (R,), like=qkv, dtype=torch.int32)
     expect_rope(rope, D, qkv)
 
@@ -309,5 +313,5 @@ def rope_append(
 def expect_rope(rope: Tensor, D: int, like: Tensor) -> None:
     """Raise unless `rope` is a table of rotations for heads of `D` columns, an even number: rotated in pairs."""
     if D % 2:
-        raise ValueError(f"pool has heads of {D} columns but must have an even number of them: rope rotates pairs")
+        raise ValueError(f"kv_cache has heads of {D} columns but must have an even number of them: rope rotates pairs")
     expect("rope", rope, ("positions", 2, D // 2), like=like, dtype=torch.float32)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import FeedForward, RMSNorm, wide
+from .layers import FeedForward, RMSNorm, upcast
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, T, H, D], k and v [B, T, Hkv, D] -> [B, T, H, D]
 
@@ -21,12 +21,12 @@ class PagedCache:
     """The paged KV cache of one batch, as a forward pass sees it.
 
     Attributes:
-        pool: [layers, pages, 2, Hkv, PAGE, D], keys at index 0 and values at 1.
+        kv: [layers, pages, 2, Hkv, PAGE, D], keys at index 0 and values at 1.
         block_table: int [B, max_pages], the pages of each request in order.
         lengths: int [B], tokens of each request once this pass has appended its own; 0 = a row that holds no request.
     """
 
-    pool: Tensor
+    kv: Tensor
     block_table: Tensor
     lengths: Tensor
 
@@ -57,7 +57,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: [..., D / 2], without the head dimension.
         sin: as `cos`.
     """
-    even, odd = wide(x).view(*x.shape[:-1], -1, 2).unbind(-1)  # [..., H, D / 2]
+    even, odd = upcast(x).view(*x.shape[:-1], -1, 2).unbind(-1)  # [..., H, D / 2]
     cos, sin = cos.unsqueeze(-2).to(even.dtype), sin.unsqueeze(-2).to(even.dtype)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
@@ -87,32 +87,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) ->
     return o.transpose(1, 2)
 
 
-def append(pool: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor) -> None:
     """Write the keys and values of T new tokens into the pages of their requests.
 
     Args:
-        pool: [pages, 2, Hkv, PAGE, D], written in place.
+        kv_cache: [pages, 2, Hkv, PAGE, D], written in place.
         k: [B, T, Hkv, D].
         v: [B, T, Hkv, D].
         block_table: int [B, max_pages].
         lengths: int [B], counting the new tokens; rows of length 0 are left out.
     """
-    T, page = k.shape[1], pool.shape[3]
+    T, page = k.shape[1], kv_cache.shape[3]
     live = (lengths > 0).nonzero().squeeze(1)
     positions = lengths[live].unsqueeze(1).long() - T + torch.arange(T, device=k.device)  # [live, T]
     pages = block_table[live.unsqueeze(1), positions // page].long()
-    pool[:, 0][pages, :, positions % page] = k[live]
-    pool[:, 1][pages, :, positions % page] = v[live]
+    kv_cache[:, 0][pages, :, positions % page] = k[live]
+    kv_cache[:, 1][pages, :, positions % page] = v[live]
 
 
-def paged_attention(q: Tensor, pool: Tensor, block_table: Tensor, lengths: Tensor, window: int = 0) -> Tensor:
+def paged_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int = 0) -> Tensor:
     """Causal attention of each request's last T tokens over its own pages, one request at a time.
 
     One at a time because the lengths differ, and so that a request's bits do not depend on its neighbours.
 
     Args:
         q: [B, T, H, D].
-        pool: [pages, 2, Hkv, PAGE, D].
+        kv_cache: [pages, 2, Hkv, PAGE, D].
         block_table: int [B, max_pages].
         lengths: int [B]; a row of length 0 gives zeros.
         window: see :func:`attention`.
@@ -120,11 +120,11 @@ def paged_attention(q: Tensor, pool: Tensor, block_table: Tensor, lengths: Tenso
     Returns:
         [B, T, H, D].
     """
-    page, out = pool.shape[3], torch.zeros_like(q)
+    page, out = kv_cache.shape[3], torch.zeros_like(q)
     for i_b, length in enumerate(lengths.tolist()):
         if length:
             pages = block_table[i_b, : -(-length // page)].long()
-            k, v = pool[pages].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].unsqueeze(1)  # [1, S, Hkv, D] each
+            k, v = kv_cache[pages].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].unsqueeze(1)  # [1, S, Hkv, D] each
             out[i_b] = attention(q[i_b : i_b + 1], k, v, causal=True, window=window)[0]
     return out
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .attention import Attend, PagedCache, TransformerBlock, append, attention, paged_attention, rope_table, rotate
 from .config import AudioModelConfig, BackboneConfig
-from .linear import RMSNorm, wide
+from .layers import RMSNorm, upcast
 from .moe import MoEBlock
 
 
@@ -22,7 +22,7 @@ class CodebookEmbeddings(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """int [..., 37] with the +2 offset -> [..., dim]; summed wide and rounded once."""
         rows = self.embeddings(codes + self.offsets)  # [..., 37, dim]
-        return wide(rows).sum(-2).to(rows.dtype)
+        return upcast(rows).sum(-2).to(rows.dtype)
 
 
 class AudioEmbeddings(nn.Module):
@@ -79,7 +79,7 @@ def _attend(cos: Tensor, sin: Tensor, cache: PagedCache | None, i_layer: int) ->
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None:
             return attention(q, k, v, causal=True)
-        append(cache.pool[i_layer], k, v, cache.block_table, cache.lengths)
-        return paged_attention(q, cache.pool[i_layer], cache.block_table, cache.lengths)
+        append(cache.kv[i_layer], k, v, cache.block_table, cache.lengths)
+        return paged_attention(q, cache.kv[i_layer], cache.block_table, cache.lengths)
 
     return attend

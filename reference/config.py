@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
-from .reader import ConfigError as ConfigError
-from .reader import Reader
+from .params_reader import ConfigError as ConfigError
+from .params_reader import ParamsReader
 
 N_SPECIAL_CODES = 2  # every codebook starts with EMPTY and END; real codes are stored from 2 on
 EMPTY_AUDIO, END_AUDIO = 0, 1
@@ -239,7 +239,7 @@ class Config:
         """
         if not isinstance(params, dict):
             raise ConfigError(f"params must be the dict of a params.json, got {type(params).__name__}")
-        reader = Reader()
+        reader = ParamsReader()
         multimodal = reader.section(params, "multimodal")
         audio_args = reader.section(multimodal, "multimodal.audio_model_args")
         codec_args = reader.section(multimodal, "multimodal.audio_tokenizer_args")
@@ -276,7 +276,7 @@ def _stages(codec: CodecConfig, side: str) -> list[tuple[int, int, int]]:
     return list(zip(*columns, strict=True))
 
 
-def _head(reader: Reader, args: dict[str, Any]) -> type[AcousticTransformerConfig] | type[VelocityMLPConfig]:
+def _head(reader: ParamsReader, args: dict[str, Any]) -> type[AcousticTransformerConfig] | type[VelocityMLPConfig]:
     kind = args.get("kind", "transformer")
     if kind not in list(HEADS):  # it may be of any kind of JSON
         reader.wrong.append(f"acoustic_transformer_args.kind must be one of {', '.join(HEADS)}, got {kind!r}")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from .linear import wide
+from .layers import upcast
 
 
 class CausalConv1d(nn.Module):
@@ -20,9 +20,9 @@ class CausalConv1d(nn.Module):
         """[B, n_in, T] -> [B, n_out, T / stride]; a last stride that is not whole is filled up by `pad_mode`."""
         return self.conv(self.pad(x))  # type: ignore[no-any-return]
 
-    def product_wide(self, padded: Tensor) -> Tensor:
+    def convolve_upcast(self, padded: Tensor) -> Tensor:
         """The product alone, in and out of wide numbers: for sound, where 8 bits are not enough to hear."""
-        weight = wide(self.conv.weight)
+        weight = upcast(self.conv.weight)
         return F.conv1d(padded.to(weight.dtype), weight, stride=self.stride)
 
     def pad(self, x: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from torch import Tensor
 from .backbone import Backbone
 from .codec import AudioTokenizer
 from .config import AcousticTransformerConfig, AudioModelConfig, Config, VelocityMLPConfig
-from .flow import FlowHead, FlowMatchingAudioTransformer
-from .velocity_mlp import FlowMatchingAudioMLP
+from .flow_head import FlowHead
+from .mlp_head import FlowMatchingAudioMLP
+from .transformer_head import FlowMatchingAudioTransformer
 
 
 def make_head(config: AcousticTransformerConfig | VelocityMLPConfig, audio: AudioModelConfig) -> FlowHead:

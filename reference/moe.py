@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import Attend, Attention
 from .config import MoEConfig
-from .linear import FeedForward, RMSNorm, wide
+from .layers import FeedForward, RMSNorm, upcast
 
 SCORINGS = ("softmax", "sigmoid")
 LOWEST = torch.finfo(torch.float32).min  # what orders experts is at least this; NaN counts as this
@@ -131,7 +131,7 @@ class Gate(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., E]."""
-        return F.linear(wide(x), wide(self.weight))
+        return F.linear(upcast(x), upcast(self.weight))
 
 
 class MoEBlock(nn.Module):

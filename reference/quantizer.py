@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import CodecConfig
-from .linear import wide
+from .layers import upcast
 
 
 class SemanticCodebook(nn.Module):
@@ -20,15 +20,15 @@ class SemanticCodebook(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """int [...] -> [..., dim]."""
-        usage = wide(self.cluster_usage[codes]).clamp(min=1e-5).unsqueeze(-1)
-        return (wide(self.embedding_sum[codes]) / usage).to(self.embedding_sum.dtype)
+        usage = upcast(self.cluster_usage[codes]).clamp(min=1e-5).unsqueeze(-1)
+        return (upcast(self.embedding_sum[codes]) / usage).to(self.embedding_sum.dtype)
 
     @torch.no_grad()
     def nearest(self, x: Tensor) -> Tensor:
         """[..., dim] -> int64 [...]: the code whose vector is nearest; the lower one of two that are as near."""
-        vectors = wide(self(torch.arange(len(self.cluster_usage), device=x.device)))  # [size, dim]
+        vectors = upcast(self(torch.arange(len(self.cluster_usage), device=x.device)))  # [size, dim]
         # |x - e|^2 without its part that is the same for all codes
-        return (vectors.square().sum(1) - 2 * wide(x) @ vectors.T).argmin(-1)
+        return (vectors.square().sum(1) - 2 * upcast(x) @ vectors.T).argmin(-1)
 
 
 class Quantizer(nn.Module):
@@ -43,7 +43,7 @@ class Quantizer(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """int [B, 1 + K, T] without the offset -> [B, semantic_dim + K, T]."""
         semantic = self.semantic_codebook(codes[:, 0]).transpose(1, 2)
-        acoustic = codes[:, 1:].to(wide(semantic).dtype) * (2 / (self.levels - 1)) - 1
+        acoustic = codes[:, 1:].to(upcast(semantic).dtype) * (2 / (self.levels - 1)) - 1
         return torch.cat((semantic, acoustic.to(semantic.dtype)), dim=1)
 
     def encode(self, latents: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Quantizer(nn.Module):
             int64 [B, 1 + K, T] without the offset.
         """
         semantic, acoustic = self._split(latents)
-        levels = (wide(acoustic).tanh() + 1) / 2 * (self.levels - 1)
+        levels = (upcast(acoustic).tanh() + 1) / 2 * (self.levels - 1)
         codes = self.semantic_codebook.nearest(semantic.transpose(1, 2))
         return torch.cat((codes.unsqueeze(1), levels.round().long()), dim=1)
 
@@ -72,7 +72,7 @@ class Quantizer(nn.Module):
         """
         codes = self.encode(latents)
         semantic, acoustic = self._split(latents)
-        smooth = torch.cat((semantic, wide(acoustic).tanh().to(acoustic.dtype)), dim=1)
+        smooth = torch.cat((semantic, upcast(acoustic).tanh().to(acoustic.dtype)), dim=1)
         return self(codes) + (smooth - smooth.detach()), codes
 
     def _split(self, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bench.accuracy import judge
 from bench.counters import counting
-from bench.registry import DTYPES, Case, Entry, Maker, listed, to_dtype
-from voxkern.kernels import settings
+from bench.registry import DTYPES, Case, Entry, TensorMaker, listed, to_dtype
+from voxkern.kernels import launch_config
 
 
 def results(entry: Entry, call: Callable[..., Any], args: dict[str, Any]) -> list[Tensor]:
@@ -40,9 +40,9 @@ def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
     return results(entry, call, args)
 
 
-def assert_right(entry: Entry, case: Case, dtype: str, apart: str | None = None) -> None:
+def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = None) -> None:
     """DESIGN rule 1 against fp64, from guarded arguments; `apart` names one whose rows are to lie apart."""
-    args = entry.args(case, Maker(DTYPES[dtype]))
+    args = entry.args(case, TensorMaker(DTYPES[dtype]))
     truth = results(entry, entry.reference, to_dtype(args, torch.float64))
     plain = results(entry, entry.reference, guarded_args(args))
     mine = guarded_args(args)
@@ -58,19 +58,19 @@ def assert_right(entry: Entry, case: Case, dtype: str, apart: str | None = None)
 
 def assert_within(entry: Entry, case: Case) -> None:
     """No lane of any block reads or writes outside of the arguments, masked lanes aside."""
-    args = entry.args(case, Maker(DTYPES[case.dtypes[-1]]))
-    with counting(whole=True, reached=listed(args)):
+    args = entry.args(case, TensorMaker(DTYPES[case.dtypes[-1]]))
+    with counting(whole=True, indirect=listed(args)):
         entry.op.run(**args)
 
 
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
     """DESIGN rule 5 at the true sizes with the tiles of `arch`: one row tile loads each weight byte once."""
-    args = entry.args(case, Maker(DTYPES[dtype]))
-    with settings.pretend(arch), counting(whole=not entry.alike, reached=listed(args)) as launches:
+    args = entry.args(case, TensorMaker(DTYPES[dtype]))
+    with launch_config.target_arch(arch), counting(whole=not entry.regular_grid, indirect=listed(args)) as launches:
         entry.op.run(**args)
     tiled = {"BLOCK_M", f"BLOCK_{entry.rows}"} & set(launches[0].constants)
     row_tiles = launches[0].grid[0] if tiled else case.sizes[entry.rows]  # row tiles are the grid's first axis
-    for name in entry.once:
+    for name in entry.read_once:
         traffic = [launch.of(args[name]) for launch in launches if args[name].data_ptr() in launch.pointers.values()]
         least = args[name].numel() * args[name].element_size()
         assert sum(t.dram for t in traffic) == least, f"{name}: {traffic} where {least:,} bytes would do"

@@ -16,7 +16,7 @@ import torch
 
 import voxkern
 from voxkern.checkpoint import read_checkpoint, read_params
-from voxkern.maker import make_checkpoint
+from voxkern.random_checkpoint import make_checkpoint
 
 torch.set_num_threads(1)  # what is computed here is tiny: a second thread costs more than it gives
 logging.getLogger("voxkern").setLevel(logging.ERROR)
@@ -35,7 +35,7 @@ def _load_bench() -> None:
 
 
 _load_bench()
-importlib.import_module("bench.interpreter").patch_once_a_launch()  # the tests take a quarter less
+importlib.import_module("bench.interpreter").patch_once_per_launch()  # the tests take a quarter less
 
 
 @pytest.fixture(autouse=True)

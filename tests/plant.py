@@ -1,4 +1,4 @@
-"""Kernels with a fault planted: the house's own source with a line changed, under another name.
+"""Kernels with a fault planted: our own source with a line changed, under another name.
 
 As a program it compiles planted kernels, which the interpreter's process cannot: it reads a list of plants as JSON and
 answers with the ledger's complaints about each.
@@ -31,15 +31,15 @@ def case_of(entry: Entry, name: str) -> Case:
 
 
 def plant(entry: Entry, *edits: Edit) -> Entry:
-    """The entry with an operator made from its room's source, in which each edit's old text stands exactly once."""
-    room = entry.op.__module__.rpartition(".")[2]
-    source = (registry.ROOT / "kernels" / f"{room}.py").read_text()
+    """The entry with an operator made from its file's source, in which each edit's old text stands exactly once."""
+    name = entry.op.__module__.rpartition(".")[2]
+    source = (registry.ROOT / "kernels" / f"{name}.py").read_text()
     for old, new in edits:
-        assert source.count(old) == 1, f"planted text stands {source.count(old)} times in kernels/{room}.py: {old}"
+        assert source.count(old) == 1, f"planted text stands {source.count(old)} times in kernels/{name}.py: {old}"
         source = source.replace(old, new)
     mark = hashlib.sha256(source.encode()).hexdigest()[:8]
     source = re.sub(r"(@operator\(.*\)\ndef \w+)", rf"\1_{mark}", source)
-    file = FOLDER / f"{room}_{mark}.py"
+    file = FOLDER / f"{name}_{mark}.py"
     file.write_text(source)
     spec = importlib.util.spec_from_file_location(f"voxkern.kernels.{file.stem}", file)
     assert spec is not None
@@ -58,7 +58,7 @@ def main() -> None:
     for ask in json.load(sys.stdin):
         entry = plant(entry_of(ask["operator"]), *map(tuple, ask["edits"]))
         rows = rows_of(entry, case_of(entry, ask["case"]), ask["dtype"], ask["arch"])
-        answers.append([fault for row in rows for fault in row.faults(entry.product)])
+        answers.append([fault for row in rows for fault in row.faults(entry.uses_matrix_unit)])
     json.dump(answers, sys.stdout)
 
 

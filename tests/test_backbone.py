@@ -32,26 +32,26 @@ def test_paged_equals_plain(tiny_model: VoxtralTTS, page: int) -> None:
     lengths = [1, 63, 64, 65, 130]
     u = torch.randn(len(lengths), 140, 64, generator=g)
     n_pages = -(-140 // page)
-    pool = torch.full((2, len(lengths) * n_pages + 3, 2, 2, page, 16), torch.nan)
+    kv = torch.full((2, len(lengths) * n_pages + 3, 2, 2, page, 16), torch.nan)
     table = torch.randperm(len(lengths) * n_pages + 3, generator=g)[: len(lengths) * n_pages].view(-1, n_pages).int()
     with torch.inference_mode():
         whole = tiny_model.hidden_states(u)
         for i, n in enumerate(lengths):
             for start, stop in ((0, n // 3), (n // 3, n)):
                 if stop > start:
-                    cache = PagedCache(pool, table[i : i + 1], torch.tensor([stop]))
+                    cache = PagedCache(kv, table[i : i + 1], torch.tensor([stop]))
                     h = tiny_model.hidden_states(u[i : i + 1, start:stop], cache)
                     torch.testing.assert_close(h[0], whole[i, start:stop], rtol=1e-4, atol=1e-5)
         for step in range(10):
             now = torch.tensor([n + step + 1 for n in lengths])
             now[step % len(lengths)] = 0  # an empty row among them; its request waits
             rows = torch.stack([u[i, now[i] - 1] for i in range(len(lengths))]).unsqueeze(1)
-            h = tiny_model.hidden_states(rows, PagedCache(pool, table, now))
+            h = tiny_model.hidden_states(rows, PagedCache(kv, table, now))
             for i, n in enumerate(now.tolist()):
                 if n:
                     torch.testing.assert_close(h[i, 0], whole[i, n - 1], rtol=1e-4, atol=1e-5)
                 else:  # catch up
-                    one = PagedCache(pool, table[i : i + 1], torch.tensor([lengths[i] + step + 1]))
+                    one = PagedCache(kv, table[i : i + 1], torch.tensor([lengths[i] + step + 1]))
                     tiny_model.hidden_states(u[i : i + 1, lengths[i] + step].unsqueeze(1), one)
 
 
@@ -72,14 +72,14 @@ def test_attention_by_hand(group: int) -> None:
 
 
 def test_append_writes_nothing_else() -> None:
-    pool = torch.full((6, 2, 2, 4, 8), torch.nan)
+    kv = torch.full((6, 2, 2, 4, 8), torch.nan)
     k, v = torch.randn(2, 2, 3, 2, 8)
     table = torch.tensor([[4, 1], [0, 2]])
-    append(pool, k, v, table, torch.tensor([5, 0]))
-    assert torch.equal(pool[4, 0, :, 2:], k[0, :2].transpose(0, 1))
-    assert torch.equal(pool[1, 1, :, 0], v[0, 2])
-    assert int(pool.isfinite().sum()) == 3 * 2 * 2 * 8
-    out = paged_attention(torch.ones(2, 1, 4, 8), pool, table, torch.tensor([0, 0]))
+    append(kv, k, v, table, torch.tensor([5, 0]))
+    assert torch.equal(kv[4, 0, :, 2:], k[0, :2].transpose(0, 1))
+    assert torch.equal(kv[1, 1, :, 0], v[0, 2])
+    assert int(kv.isfinite().sum()) == 3 * 2 * 2 * 8
+    out = paged_attention(torch.ones(2, 1, 4, 8), kv, table, torch.tensor([0, 0]))
     assert not out.any()
 
 

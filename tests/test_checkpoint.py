@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import voxkern
 from voxkern.checkpoint import CheckpointError, find_folder, is_finite, read_checkpoint, write_checkpoint
-from voxkern.maker import make_checkpoint
+from voxkern.random_checkpoint import make_checkpoint
 
 
 @pytest.fixture
@@ -217,6 +217,6 @@ def test_peak_memory(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
 
 
 def _acoustic(dim: int) -> dict:
-    multimodal = json.loads(json.dumps(voxkern.maker.tiny_params()["multimodal"]))
+    multimodal = json.loads(json.dumps(voxkern.random_checkpoint.tiny_params()["multimodal"]))
     multimodal["audio_model_args"]["acoustic_transformer_args"].update(dim=dim, input_dim=dim)
     return {"multimodal": multimodal}

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from voxkern.reference import VoxtralTTS
-from voxkern.reference import codec as reference_codec
+from voxkern.reference import VoxtralTTS, codec_layers
 
 
 def _codes(T: int, seed: int = 0) -> torch.Tensor:
@@ -21,7 +20,7 @@ def _codes(T: int, seed: int = 0) -> torch.Tensor:
 def test_decode_equals_the_second_derivation(
     tiny_model: VoxtralTTS, tiny_weights: dict, tiny_params: dict, T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_codec, "QUERY_BLOCK", 100)  # the longest case takes four blocks at 100 Hz
+    monkeypatch.setattr(codec_layers, "QUERY_BLOCK", 100)  # the longest case takes four blocks at 100 Hz
     codes = _codes(T)
     with torch.inference_mode():
         wave = tiny_model.audio_tokenizer.decode(codes)
@@ -53,7 +52,7 @@ def test_batch_rows_are_independent(tiny_model: VoxtralTTS) -> None:
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_sound_is_made_wide(tiny_model: VoxtralTTS) -> None:
+def test_a_bf16_codec_returns_fp32_sound(tiny_model: VoxtralTTS) -> None:
     codes = _codes(20)
     with torch.inference_mode():
         exact = copy.deepcopy(tiny_model.audio_tokenizer).double().decode(codes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from voxkern.checkpoint import read_checkpoint
-from voxkern.maker import make_checkpoint
+from voxkern.random_checkpoint import make_checkpoint
 from voxkern.reference import VoxtralTTS, quantizer
 
 

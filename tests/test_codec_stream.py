@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from voxkern.maker import public_params
+from voxkern.random_checkpoint import public_params
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.codec import AudioTokenizer
 from voxkern.reference.codec_stream import CodecStream
 
 
-class Operators(TorchDispatchMode):
+class OperatorRecorder(TorchDispatchMode):
     """Every operator that runs, with the shapes that it is given."""
 
     def __init__(self) -> None:
@@ -65,16 +65,16 @@ def test_bf16_is_as_near_as_decoding_whole(tiny_model: VoxtralTTS) -> None:
 
 def test_work_and_state_do_not_grow(tiny_model: VoxtralTTS) -> None:
     stream = CodecStream(tiny_model.audio_tokenizer)
-    addresses, nbytes, seen = [t.data_ptr() for t in stream.state.tails + stream.state.rings], [], []
+    addresses, nbytes, seen = [t.data_ptr() for t in stream.state.conv_state + stream.state.kv_window], [], []
     for code in _codes(30).split(1, dim=2):
-        with Operators() as operators:
+        with OperatorRecorder() as operators:
             stream.decode(code)
         seen.append(operators.seen)
         nbytes.append(stream.state.nbytes)
     assert all(frame == seen[0] for frame in seen)  # the same operators on the same shapes, so from frame 22 on too
     assert len(seen[0]) > 100
     assert len(set(nbytes)) == 1
-    assert [t.data_ptr() for t in stream.state.tails + stream.state.rings] == addresses
+    assert [t.data_ptr() for t in stream.state.conv_state + stream.state.kv_window] == addresses
 
 
 def test_state_of_the_public_model() -> None:
@@ -82,21 +82,21 @@ def test_state_of_the_public_model() -> None:
     with torch.device("meta"):
         codec = AudioTokenizer(Config.from_params(public_params()).codec).bfloat16()
         state = CodecStream(codec).state
-    assert [tuple(t.shape) for t in state.tails] == [(1, 2, 292), *[(1, 1, 1024)] * 3, (1, 6, 1024)]
-    assert [r.shape[2] for r in state.rings] == [2, 2, 4, 4, 8, 8, 16, 16]
+    assert [tuple(t.shape) for t in state.conv_state] == [(1, 2, 292), *[(1, 1, 1024)] * 3, (1, 6, 1024)]
+    assert [r.shape[2] for r in state.kv_window] == [2, 2, 4, 4, 8, 8, 16, 16]
     rings = 2 * (2 + 4 + 8 + 16) * 2 * 1024 * 2
     assert state.nbytes == rings + (2 * 292 + 3 * 1024) * 2 + 6 * 1024 * 4 + 8
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12))
-def test_requests_of_different_lengths(tiny_model: VoxtralTTS, lengths: list[tuple[int, int, int]]) -> None:
+def test_requests_of_different_lengths(tiny_model: VoxtralTTS, new_frames: list[tuple[int, int, int]]) -> None:
     """Three requests in chunks of 4, each with its own number of frames in each chunk, none included."""
     codec, stream = tiny_model.audio_tokenizer, CodecStream(tiny_model.audio_tokenizer, 3)
-    totals = torch.tensor(lengths).sum(0)
+    totals = torch.tensor(new_frames).sum(0)
     codes = _codes(int(totals.max()) + 1, B=3)
     done, parts = [0, 0, 0], [[], [], []]
-    for row in lengths:
+    for row in new_frames:
         chunk = torch.full((3, 37, 4), -7)  # no code, and never looked at
         for b, n in enumerate(row):
             chunk[b, :, :n] = codes[b, :, done[b] : done[b] + n]
@@ -112,18 +112,18 @@ def test_requests_of_different_lengths(tiny_model: VoxtralTTS, lengths: list[tup
             torch.testing.assert_close(torch.cat(parts[b]), whole, rtol=0, atol=1e-5)
 
 
-def test_a_new_request_in_an_old_place(tiny_model: VoxtralTTS) -> None:
+def test_a_restarted_row_ignores_its_old_state(tiny_model: VoxtralTTS) -> None:
     """Whatever the state holds of the last request, NaN even, the next begins as if it were the first."""
     codec, stream = tiny_model.audio_tokenizer, CodecStream(tiny_model.audio_tokenizer, 2)
     codes = _codes(9, B=2)
     with torch.inference_mode():
         stream.decode(codes[..., :5])
-        for memory in stream.state.tails:
+        for memory in stream.state.conv_state:
             memory[1] = torch.nan
-        for memory in stream.state.rings:
+        for memory in stream.state.kv_window:
             memory[:, 1] = torch.nan
         stream.restart(torch.tensor([False, True]))
-        assert stream.state.frames.tolist() == [5, 0]
+        assert stream.state.past_frames.tolist() == [5, 0]
         sound = stream.decode(torch.stack((codes[0, :, 5:], codes[1, :, :4])))
         torch.testing.assert_close(sound[:1], codec.decode(codes[:1])[..., 5 * 1920 :], rtol=0, atol=1e-5)
         torch.testing.assert_close(sound[1:], codec.decode(codes[1:, :, :4]), rtol=0, atol=1e-5)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from voxkern.maker import public_params, tiny_params
+from voxkern.random_checkpoint import public_params, tiny_params
 from voxkern.reference import Config, ConfigError, VoxtralTTS
 from voxkern.reference.config import VelocityMLPConfig
 

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from plant import case_of, entry_of
 
-from bench.counters import Traffic, counting, only_launches
+from bench.counters import Traffic, counting, launches_only
 from bench.linear import norm_linear_inputs
-from bench.registry import Maker
-from voxkern.kernels import settings
+from bench.registry import TensorMaker
+from voxkern.kernels import launch_config
 from voxkern.kernels.linear import launch_norm_linear, norm_linear
 
 
@@ -29,7 +29,7 @@ class Sizes:
 
 
 def inputs(dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    return norm_linear_inputs(Sizes, Maker(dtype))
+    return norm_linear_inputs(Sizes, TensorMaker(dtype))
 
 
 def test_three_blocks_an_axis_tell_the_whole_launch() -> None:
@@ -53,8 +53,8 @@ def test_three_blocks_an_axis_tell_the_whole_launch() -> None:
 def test_bytes_of_the_public_shape_are_the_fewest() -> None:
     entry = entry_of("norm_linear")
     case = case_of(entry, "q-b1")
-    args = entry.args(case, Maker(torch.bfloat16))
-    with settings.pretend("sm_90"), counting() as launches:
+    args = entry.args(case, TensorMaker(torch.bfloat16))
+    with launch_config.target_arch("sm_90"), counting() as launches:
         norm_linear(**args)
     (launch,) = launches
     fewest = 2 * (6 * 3072 + 3072 + 4096 * 3072 + 6 * 4096)
@@ -84,7 +84,7 @@ def test_a_lane_outside_of_every_argument_is_an_error() -> None:
 def test_a_frame_may_hold_launches_and_views_only() -> None:
     args = inputs()
     out, other = torch.empty(70, 250, dtype=torch.bfloat16), torch.empty(70, 250, dtype=torch.bfloat16)
-    with only_launches() as launches:
+    with launches_only() as launches:
         launch_norm_linear(out, **args)
         launch_norm_linear(other, **(args | {"x": args["x"][:16].view(16, 150)}))
     assert [launch.kernel for launch in launches] == ["_norm_linear_kernel"] * 2
@@ -100,5 +100,5 @@ def test_a_frame_may_hold_launches_and_views_only() -> None:
         lambda: torch.tensor([1]),
         lambda: bool((out == out).all()),
     ):
-        with pytest.raises(RuntimeError, match="only views and launches"), only_launches():
+        with pytest.raises(RuntimeError, match="only views and launches"), launches_only():
             work()

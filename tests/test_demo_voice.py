@@ -7,24 +7,24 @@ pytest.importorskip("pocketsphinx", reason="hearing needs pocketsphinx: pip inst
 
 import voxkern
 from bench.errors import large_tiles
-from bench.hearing import Speaker, digit_strings, listen, sentences
+from bench.recognition import Speaker, digit_strings, listen, sentences
 from voxkern.reference.train.data import DIGITS, RATE, WORDS
-from voxkern.reference.train.hear import Ear
+from voxkern.reference.train.recogniser import Recogniser
 
 
 @pytest.fixture(scope="module")
-def ear() -> Ear:
-    return Ear(DIGITS)
+def recogniser() -> Recogniser:
+    return Recogniser(DIGITS)
 
 
 @pytest.mark.parametrize(("voice", "text"), [("slt", "seven three one nine"), ("rms", "four six two")])
-def test_the_demo_voice_is_understood(ear: Ear, voice: str, text: str) -> None:
+def test_the_demo_voice_is_understood(recogniser: Recogniser, voice: str, text: str) -> None:
     audio = voxkern.load(backend="torch").generate(text, voice=voice, seed=7, max_frames=80)
     assert audio.ended
-    assert ear.hear(audio.samples, RATE) == text.split()
+    assert recogniser.recognise(audio.samples, RATE) == text.split()
 
 
-def test_the_demo_voice_is_understood_on_kernels(ear: Ear) -> None:
+def test_the_demo_voice_is_understood_on_kernels(recogniser: Recogniser) -> None:
     """Backbone, flow head and codec, interpreted; and its codes are those of plain PyTorch but for rounding."""
     arguments = {"voice": "rms", "seed": 7, "steps": 2, "solver": "ab2", "max_frames": 12}
     tts = voxkern.load(backend="triton")
@@ -34,7 +34,7 @@ def test_the_demo_voice_is_understood_on_kernels(ear: Ear) -> None:
         audio = tts.generate("eight", **arguments)
         sound = decode(torch.from_numpy(audio.codes).long().unsqueeze(0)).flatten().numpy()
     assert audio.ended
-    assert ear.hear(sound, RATE) == ["eight"]
+    assert recogniser.recognise(sound, RATE) == ["eight"]
     plain = voxkern.load(backend="torch").generate("eight", **arguments)
     assert (audio.codes[0] == plain.codes[0]).all()  # the semantic ones, which name the word
 
@@ -43,14 +43,14 @@ def test_the_wider_vocabulary() -> None:
     text = "good evening monday march twenty"
     audio = voxkern.load(backend="torch").generate(text, voice="slt", seed=7, max_frames=100)
     assert audio.ended
-    assert Ear(WORDS).hear(audio.samples, RATE) == text.split()
+    assert Recogniser(WORDS).recognise(audio.samples, RATE) == text.split()
 
 
-def test_the_ear_hears_what_is_said_and_nothing_else(ear: Ear) -> None:
+def test_the_recogniser_rejects_reversed_speech(recogniser: Recogniser) -> None:
     tts = voxkern.load(backend="torch")
     audio = tts.generate("four nine two", voice="rms", seed=1, max_frames=60)
-    assert ear.hear(audio.samples, RATE) == ["four", "nine", "two"]
-    assert ear.hear(audio.samples[::-1].copy(), RATE) != ["four", "nine", "two"]
+    assert recogniser.recognise(audio.samples, RATE) == ["four", "nine", "two"]
+    assert recogniser.recognise(audio.samples[::-1].copy(), RATE) != ["four", "nine", "two"]
 
 
 def test_other_texts_make_sound() -> None:
@@ -66,9 +66,9 @@ def test_sentences_are_of_known_words() -> None:
 
 
 @pytest.mark.slow
-def test_unseen_strings(ear: Ear) -> None:
+def test_unseen_strings(recogniser: Recogniser) -> None:
     speaker = Speaker(voxkern.load(backend="torch", max_batch=16), "euler", 7)
-    score = listen(speaker, digit_strings(100), [0, 1, 2], ear, show=20)
+    score = listen(speaker, digit_strings(100), [0, 1, 2], recogniser, show=20)
     print(score)
     assert score.words_right >= 0.95 * score.words
     assert score.strings_right >= 0.85 * score.strings

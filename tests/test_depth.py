@@ -6,8 +6,8 @@ import torch
 from bench import depth
 from bench.depth import STEPS, DepthTransformer, candidates, depth_work, flow_work
 from bench.roofline import GPUS, predict
-from bench.work import dram_bytes, launches, multiply_adds, public, weight_bytes
-from voxkern.maker import random_tensor, tiny_params
+from bench.work import dram_bytes, launches, public, total_multiply_adds, weight_bytes
+from voxkern.random_checkpoint import random_tensor, tiny_params
 from voxkern.reference import Config
 
 LAYER = 3072 * 4096 + 2 * 3072 * 1024 + 4096 * 3072 + 3 * 3072 * 9216
@@ -69,7 +69,7 @@ def test_the_depth_transformers_weights_are_its_modules() -> None:
     others = sum(p.numel() for part in (module.outputs, module.llm_projection) for p in part.parameters())
     work = depth_work(public().acoustic_transformer, public().audio, 1)
     assert weight_bytes(work) == 2 * (36 * layers + others)
-    assert multiply_adds(work) == 36 * layers + others + 3 * 36 * 37 // 2 * 2 * 4096
+    assert total_multiply_adds(work) == 36 * layers + others + 3 * 36 * 37 // 2 * 2 * 4096
 
 
 @pytest.mark.parametrize("B", [1, 8, 64])

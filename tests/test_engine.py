@@ -26,10 +26,11 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from voxkern.cache import PAGE, PagePool, Voice
-from voxkern.engine import Engine, Job
+from voxkern.engine.engine import Engine
+from voxkern.engine.kv_cache import PAGE_SIZE, KVCache, PrefixKey
+from voxkern.engine.request import Request, RequestState
+from voxkern.engine.runner import FrameOutput
 from voxkern.reference.config import END_AUDIO, N_SPECIAL_CODES
-from voxkern.slots import Request, Said
 
 N_PAGES, N_SLOTS = 12, 4
 SHARED = {0: 5, 1: 64, 2: 70, 3: 150, 4: 0, 5: 70}  # rows of a prompt that are its voice's
@@ -50,86 +51,87 @@ def token(seed: int, i: int) -> int:
 
 
 @dataclass
-class FakeSlots:
+class FakeRunner:
     """Every token is written where its keys and values would be."""
 
-    late: bool
-    n: int = N_SLOTS
-    max_tokens: int = N_PAGES * PAGE
+    deferred: bool
+    n_slots: int = N_SLOTS
+    max_seq_len: int = N_PAGES * PAGE_SIZE
     weights: int = 0
     fails: bool = False
-    there: dict[int, SimpleNamespace] = field(default_factory=dict)
-    meanwhile: list[Job] = field(default_factory=list)  # cancelled by somebody else during a frame
+    running: dict[int, SimpleNamespace] = field(default_factory=dict)
+    engine: Engine | None = None
+    cancelled_during_frame: list[RequestState] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = SimpleNamespace(n_layers=1, n_kv_heads=1, head_dim=1)
-        self.pool = PagePool(config, N_PAGES, torch.float64, torch.device("cpu"))
-        self.rows = self.pool.pool.numpy()[0, :, 0, 0, :, 0]  # [pages, PAGE]
+        self.kv_cache = KVCache(config, N_PAGES, torch.float64, torch.device("cpu"))
+        self.rows = self.kv_cache.kv.numpy()[0, :, 0, 0, :, 0]  # [pages, PAGE_SIZE]
 
-    def begin(self) -> None:
-        assert not self.there
+    def refresh_weights(self) -> None:
+        assert not self.running
 
-    def stamp(self) -> int:
+    def weights_version(self) -> int:
         return self.weights
 
-    def prefill(self, rows: Tensor, pages: list[int], past: int) -> Tensor:
-        values = rows[:, 0].numpy()
+    def prefill(self, embeddings: Tensor, pages: list[int], n_past: int) -> Tensor:
+        values = embeddings[:, 0].numpy()
         if (values == BROKEN).any():
             raise ArithmeticError("a broken prompt")
-        for i, value in enumerate(values, past):
-            self.rows[pages[i // PAGE], i % PAGE] = value + self.weights
-        return rows[-1]
+        for i, value in enumerate(values, n_past):
+            self.rows[pages[i // PAGE_SIZE], i % PAGE_SIZE] = value + self.weights
+        return embeddings[-1]
 
-    def join(self, slot: int, request: Request, state: Tensor, pages: list[int]) -> None:
-        assert slot not in self.there
-        said = list(request.prompt[:, 0].numpy() + self.weights)
-        assert state[0] == request.prompt[-1, 0]
-        self.there[slot] = SimpleNamespace(request=request, pages=pages, tokens=said, n=0, over=False)
+    def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
+        assert slot not in self.running
+        tokens = list(request.prompt[:, 0].numpy() + self.weights)
+        assert hidden[0] == request.prompt[-1, 0]
+        self.running[slot] = SimpleNamespace(request=request, pages=pages, tokens=tokens, n=0, finished=False)
 
-    def leave(self, slot: int) -> None:
-        del self.there[slot]
+    def remove(self, slot: int) -> None:
+        del self.running[slot]
 
-    def frame(self) -> Said:
+    def generate_frame(self) -> FrameOutput:
         if self.fails:
             self.fails = False
             raise ArithmeticError("a broken frame")
-        codes = torch.full((self.n, 2), END_AUDIO)
-        kept = torch.zeros(self.n, dtype=torch.int64)
-        for slot, one in self.there.items():
-            if one.over:
+        codes = torch.full((self.n_slots, 2), END_AUDIO)
+        valid = torch.zeros(self.n_slots, dtype=torch.int64)
+        for slot, one in self.running.items():
+            if one.finished:
                 continue
             cached = self.rows[one.pages].ravel()[: len(one.tokens)]
-            assert np.array_equal(cached, one.tokens), "a page of its own was written by somebody else"
+            assert np.array_equal(cached, one.tokens), "another request wrote to a page of this one"
             value = token(one.request.seed, one.n)
             if value:
-                codes[slot], kept[slot] = value + N_SPECIAL_CODES, 1
-                self.rows[one.pages[len(one.tokens) // PAGE], len(one.tokens) % PAGE] = value
+                codes[slot], valid[slot] = value + N_SPECIAL_CODES, 1
+                self.rows[one.pages[len(one.tokens) // PAGE_SIZE], len(one.tokens) % PAGE_SIZE] = value
                 one.tokens.append(value)
                 one.n += 1
-            one.over = not value or one.n == one.request.max_frames
-        for job in self.meanwhile:
-            job.cancel()
-        self.meanwhile.clear()
-        return Said(codes, kept)
+            one.finished = not value or one.n == one.request.max_frames
+        for state in self.cancelled_during_frame:
+            self.engine.cancel(state)
+        self.cancelled_during_frame.clear()
+        return FrameOutput(codes, valid)
 
 
-class FakeSounds:
+class FakeCodecRunner:
     """A sample a frame."""
 
     sampling_rate = 1
     fails = False
 
-    def begin(self) -> None:
+    def refresh_weights(self) -> None:
         pass
 
     def restart(self, slot: int) -> None:
         assert slot in range(N_SLOTS)
 
-    def decode(self, said: Said, slots: list[int]) -> Tensor:
+    def decode(self, output: FrameOutput, slots: list[int]) -> Tensor:
         if self.fails:
             self.fails = False
             raise ArithmeticError("a broken codec")
-        return said.codes[:, :1].double()
+        return output.codes[:, :1].double()
 
 
 class Traffic(RuleBasedStateMachine):
@@ -137,14 +139,14 @@ class Traffic(RuleBasedStateMachine):
 
     events: ClassVar[Counter[str]] = Counter()
 
-    @initialize(late=st.booleans())
-    def begin(self, late: bool) -> None:
-        self.slots = FakeSlots(late)
-        self.engine = Engine(self.slots, FakeSounds(), 2)
+    @initialize(deferred=st.booleans())
+    def begin(self, deferred: bool) -> None:
+        self.runner = FakeRunner(deferred)
+        self.engine = self.runner.engine = Engine(self.runner, FakeCodecRunner(), 2)
         self.voices = {voice: torch.full((1, 1), float(voice)) for voice in SHARED}
-        self.jobs: list[Job] = []  # in the order of their admission, but for those that are over
-        self.heard: dict[Job, list[int]] = {}
-        self.short: set[Job] = set()  # for pages were too few at some time
+        self.states: list[RequestState] = []  # in the order of their admission, but for those that are over
+        self.taken: dict[RequestState, list[int]] = {}
+        self.short: set[RequestState] = set()  # that had to wait for pages at some time
 
     def count(self, event: str, n: int = 1) -> None:
         type(self).events[event] += n
@@ -160,52 +162,52 @@ class Traffic(RuleBasedStateMachine):
                 rows[0] = BROKEN
             if broken:
                 rows[-1] = BROKEN
-            shared = None if voice is None else Voice.of(self.voices[voice], self.slots.weights, n_shared)
-            job = self.engine.submit(Request(rows, seed, 1.0, max_frames, 1, "euler", shared))
-            self.jobs.append(job)
-            self.heard[job] = []
+            shared = None if voice is None else PrefixKey.of(self.voices[voice], self.runner.weights, n_shared)
+            state = self.engine.submit(Request(rows, seed, 1.0, max_frames, 1, "euler", shared))
+            self.states.append(state)
+            self.taken[state] = []
             self.count("joins")
             self.count("failures", broken or voice == BAD_VOICE)
 
     @rule()
     def submit_what_never_fits(self) -> None:
-        request = Request(torch.zeros(10, 1), 0, 1.0, N_PAGES * PAGE - 9, 1, "euler")
+        request = Request(torch.zeros(10, 1), 0, 1.0, N_PAGES * PAGE_SIZE - 9, 1, "euler")
         with pytest.raises(ValueError, match=r"769 tokens, but a request may have 768 \(cache_tokens\)"):
             self.engine.submit(request)
         self.count("refusals")
 
-    @precondition(lambda self: self.jobs)
+    @precondition(lambda self: self.states)
     @rule(data=st.data(), during=st.booleans())
     def cancel(self, data: st.DataObject, during: bool) -> None:
-        job = data.draw(st.sampled_from(self.jobs))
-        if during and self.slots.there:
-            self.slots.meanwhile.append(job)
+        state = data.draw(st.sampled_from(self.states))
+        if during and self.runner.running:
+            self.runner.cancelled_during_frame.append(state)
         else:
-            job.cancel()
-            assert job.over
+            self.engine.cancel(state)
+            assert state.finished
         self.count("cancels")
 
     @rule(n=st.integers(1, 40))
-    def step(self, n: int) -> None:
+    def run(self, n: int) -> None:
         for _ in range(n):
-            self._step()
+            self._run_frame()
 
-    @precondition(lambda self: self.slots.there)
+    @precondition(lambda self: self.runner.running)
     @rule(codec=st.booleans())
     def fail(self, codec: bool) -> None:
-        """In what is everybody's: who is there gets the error, who waits does not."""
-        there = set(self.engine._there.values())
-        (self.engine.sounds if codec else self.slots).fails = True
-        self._step()
-        assert all(job.over and isinstance(job.error, ArithmeticError) for job in there)
-        assert not self.slots.there
-        assert not any(job.over for job in self.engine._queue)
+        """An error in shared work ends the running requests, and not the waiting ones."""
+        running = set(self.engine.running.values())
+        (self.engine.codec if codec else self.runner).fails = True
+        self._run_frame()
+        assert all(state.finished and isinstance(state.error, ArithmeticError) for state in running)
+        assert not self.runner.running
+        assert not any(state.finished for state in self.engine._queue)
         self.count("failures")
 
     @rule()
     def change_weights(self) -> None:
-        """Whoever is there keeps what the old ones made; whoever comes shares none of it."""
-        self.slots.weights += 1
+        """Running requests keep the old prefixes; later requests share none of them."""
+        self.runner.weights += 1
 
     @rule(voice=st.sampled_from([*SHARED]), in_place=st.booleans())
     def change_voice(self, voice: int, in_place: bool) -> None:
@@ -214,72 +216,73 @@ class Traffic(RuleBasedStateMachine):
         else:
             self.voices[voice] = self.voices[voice] + 10
 
-    def _step(self) -> None:
-        before = {job: job.n_frames for job in self.engine._there.values()}
-        cancelled = [] if self.slots.fails else list(self.slots.meanwhile)  # a broken frame comes to none of them
-        self.engine._take_turn(self.engine._step)
-        self.engine._sweep()
-        for job, n in before.items():
-            assert job.over or job.n_frames == n + 1 or self.slots.late  # a frame each, every time
-            assert job.over or job.n_frames >= 1  # and the first at once
-        assert all(job.over for job in cancelled)  # during the frame: gone with its end
+    def _run_frame(self) -> None:
+        before = {state: state.n_frames for state in self.engine.running.values()}
+        # a frame that fails does not get as far as the cancellations
+        cancelled = [] if self.runner.fails else list(self.runner.cancelled_during_frame)
+        self.engine._try_exclusively(self.engine.run_frame)
+        self.engine._free_cancelled()
+        for state, n in before.items():
+            assert state.finished or state.n_frames == n + 1 or self.runner.deferred  # a frame each, every time
+            assert state.finished or state.n_frames >= 1  # and the first at once
+        assert all(state.finished for state in cancelled)  # during the frame: gone with its end
         if self.engine.n_waiting and self.engine.n_running < N_SLOTS:
             self.count("page shortages", self.engine._queue[0] not in self.short)
             self.short.add(self.engine._queue[0])
-        for job in self.jobs:
-            self.heard[job] += [int(codes[0]) for codes in job.take().codes.T[:, :1]]
-            if job.over:
-                self._look_at_what_is_over(job)
-        self.jobs = [job for job in self.jobs if not job.over]
+        for state in self.states:
+            self.taken[state] += [int(codes[0]) for codes in state.take().codes.T[:, :1]]
+            if state.finished:
+                self._check_finished(state)
+        self.states = [state for state in self.states if not state.finished]
 
-    def _look_at_what_is_over(self, job: Job) -> None:
+    def _check_finished(self, state: RequestState) -> None:
         self.count("leaves")
-        seed, said = job.request.seed, self.heard.pop(job)
+        seed, said = state.request.seed, self.taken.pop(state)
         assert said == [token(seed, i) for i in range(len(said))]
         assert 0 not in said
-        if job.ended:
+        if state.ended:
             assert len(said) == seed % 97
-        assert len(said) <= job.request.max_frames
-        assert job.error is None or isinstance(job.error, ArithmeticError)
-        assert not job.pages
-        assert job.slot is None
+        assert len(said) <= state.request.max_frames
+        assert state.error is None or isinstance(state.error, ArithmeticError)
+        assert not state.pages
+        assert state.slot is None
 
     @invariant()
-    def pages_are_held_by_whom_they_should_be(self) -> None:
-        engine, pool = self.engine, self.slots.pool
-        holders = [0] * N_PAGES
-        for holder in (*engine._there.values(), *engine.prefixes.known.values()):
+    def every_page_has_as_many_references_as_users(self) -> None:
+        engine, kv_cache = self.engine, self.runner.kv_cache
+        ref_counts = [0] * N_PAGES
+        for holder in (*engine.running.values(), *engine.prefix_cache.entries.values()):
             assert len(set(holder.pages)) == len(holder.pages)
             for page in holder.pages:
-                holders[page] += 1
-        assert pool.holders == holders
-        assert sorted(pool._free) == [page for page, n in enumerate(holders) if not n]
-        assert engine._there.keys() == self.slots.there.keys()
-        partly = [p.pages[-1] for p in engine.prefixes.known.values() if p.voice.n_tokens % PAGE]
-        assert all(holders[page] == 1 for page in partly)  # what is written to is nobody else's
+                ref_counts[page] += 1
+        assert kv_cache.ref_counts == ref_counts
+        assert sorted(kv_cache._free) == [page for page, n in enumerate(ref_counts) if not n]
+        assert engine.running.keys() == self.runner.running.keys()
+        partly = [p.pages[-1] for p in engine.prefix_cache.entries.values() if p.key.n_tokens % PAGE_SIZE]
+        assert all(ref_counts[page] == 1 for page in partly)  # a page that is written to is not shared
 
     @invariant()
-    def nobody_is_overtaken(self) -> None:
-        alive = [job for job in self.jobs if not job.over]
-        admitted = [job.slot is not None for job in alive]
+    def requests_are_admitted_in_order(self) -> None:
+        alive = [state for state in self.states if not state.finished]
+        admitted = [state.slot is not None for state in alive]
         assert admitted == sorted(admitted, reverse=True)
         assert self.engine.n_waiting == admitted.count(False)
 
     def teardown(self) -> None:
-        """Everybody is served, in no more frames than there are to be said; then everything is free."""
-        if not hasattr(self, "slots"):
+        """All requests are served, in no more frames than they generate; then all pages are free."""
+        if not hasattr(self, "runner"):
             return
-        most = sum(job.request.max_frames + 2 for job in self.jobs) + 1
+        most = sum(state.request.max_frames + 2 for state in self.states) + 1
         for _ in range(most):
-            if not self.jobs:
+            if not self.states:
                 break
-            self._step()
-        assert not self.jobs
-        assert not self.engine._late
+            self._run_frame()
+        assert not self.states
+        assert not self.engine._pending
         assert not self.engine._cancelled
-        assert not self.slots.there
-        self.engine.prefixes.clear()
-        assert self.slots.pool.n_free == N_PAGES
+        assert not self.runner.running
+        self.engine.prefix_cache.clear()
+        assert self.runner.kv_cache.n_free == N_PAGES
 
 
 def _run(examples: int, steps: int) -> Counter[str]:
@@ -305,36 +308,36 @@ def test_much_traffic() -> None:
     assert sum(events.values()) - events["refusals"] > 100_000
 
 
-def test_what_another_thread_has_just_ended_is_over() -> None:
-    """A waiter looks between the moment in which nobody is left and that in which its request counts as over."""
-    slots = FakeSlots(False)
-    engine = Engine(slots, FakeSounds(), 2)
-    job = engine.submit(Request(torch.zeros(1, 1, dtype=torch.float64) + 0.25, 5, 1.0, 1, 1, "euler"))
+def test_a_request_that_another_thread_has_just_finished_is_finished() -> None:
+    """A thread looks after its request has left its slot and before the request counts as finished."""
+    runner = FakeRunner(False)
+    engine = Engine(runner, FakeCodecRunner(), 2)
+    state = engine.submit(Request(torch.zeros(1, 1, dtype=torch.float64) + 0.25, 5, 1.0, 1, 1, "euler"))
     leaving, looked = threading.Event(), threading.Event()
-    leave = slots.leave
+    leave = runner.remove
 
     def slow_leave(slot: int) -> None:
         leaving.set()
-        looked.wait(0.2)  # the other waits for this turn's end, and does not say so
+        looked.wait(0.2)  # the other thread waits for this frame's end
         leave(slot)
 
-    slots.leave = slow_leave  # type: ignore[method-assign]
-    worker = threading.Thread(target=job.wait, args=(1,))
+    runner.remove = slow_leave  # type: ignore[method-assign]
+    worker = threading.Thread(target=engine.wait, args=(state, 1))
     worker.start()
     leaving.wait(10)
-    job.wait(1)
+    engine.wait(state, 1)
     looked.set()
     worker.join(10)
-    assert job.over
-    assert job.error is None
+    assert state.finished
+    assert state.error is None
 
 
-def test_who_cannot_leave_is_over_all_the_same() -> None:
-    slots = FakeSlots(False)
-    engine = Engine(slots, FakeSounds(), 2)
-    job = engine.submit(Request(torch.zeros(1, 1, dtype=torch.float64) + 0.25, 5, 1.0, 9, 1, "euler"))
-    job.wait(1)
-    with mock.patch.object(slots, "leave", side_effect=ArithmeticError("a lost GPU")):  # noqa: SIM117
+def test_a_request_is_finished_even_if_it_cannot_be_removed() -> None:
+    runner = FakeRunner(False)
+    engine = Engine(runner, FakeCodecRunner(), 2)
+    state = engine.submit(Request(torch.zeros(1, 1, dtype=torch.float64) + 0.25, 5, 1.0, 9, 1, "euler"))
+    engine.wait(state, 1)
+    with mock.patch.object(runner, "remove", side_effect=ArithmeticError("a lost GPU")):  # noqa: SIM117
         with pytest.raises(ArithmeticError, match="a lost GPU"):
-            job.cancel()
-    assert job.over
+            engine.cancel(state)
+    assert state.finished

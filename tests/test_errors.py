@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench import distortion, errors
-from bench.errors import Flips, conditions, measured, next_frames, say, snr, sound
-from bench.hearing import Score
-from bench.results import Row, read
+from bench.errors import Flips, conditions, generate_histories, measured, next_frames, snr, sound
+from bench.recognition import Score
+from bench.results import ResultRow, read
 from voxkern.checkpoint import read_checkpoint
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.noise import noise, seed_tensor
@@ -22,7 +22,7 @@ def frames(n: int) -> torch.Tensor:
     return torch.full((n, 37), 12)
 
 
-def values(rows: list[Row]) -> dict[str, float]:
+def values(rows: list[ResultRow]) -> dict[str, float]:
     return {row.metric: row.value for row in rows}
 
 
@@ -53,7 +53,7 @@ def test_snr_of_a_known_signal() -> None:
 
 def test_a_model_has_no_flips_against_itself(tiny_folder: Path) -> None:
     exact = TTS(read_checkpoint(tiny_folder, torch.float64))
-    histories = say(exact, ["one two"], max_frames=3)
+    histories = generate_histories(exact, ["one two"], max_frames=3)
     assert [history.voice for history in histories] == ["ada", "bob"]
     truth = next_frames(exact, histories)
     flips = Flips.of(next_frames(exact, histories), truth)
@@ -63,10 +63,10 @@ def test_a_model_has_no_flips_against_itself(tiny_folder: Path) -> None:
     assert snr(sound(exact, histories), sound(exact, histories)) == math.inf
 
 
-def test_what_is_forced_is_what_was_said(tiny_folder: Path) -> None:
+def test_teacher_forcing_reproduces_the_generated_frames(tiny_folder: Path) -> None:
     """In one dtype, the frame after each part of a history is the history's own next one, and so is its sound."""
     tts = TTS(read_checkpoint(tiny_folder, torch.float32))
-    histories = say(tts, ["one two"], max_frames=4)
+    histories = generate_histories(tts, ["one two"], max_frames=4)
     found = iter(next_frames(tts, histories))
     for i, history in enumerate(histories):
         again = torch.stack([next(found) for _ in range(len(history.codes) + 1)])
@@ -77,11 +77,11 @@ def test_what_is_forced_is_what_was_said(tiny_folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def rows(tiny_folder: Path) -> list[Row]:
+def rows(tiny_folder: Path) -> list[ResultRow]:
     return measured(tiny_folder, 1, ("bf16",), max_frames=2)
 
 
-def test_rows_of_a_small_run(rows: list[Row]) -> None:
+def test_rows_of_a_small_run(rows: list[ResultRow]) -> None:
     models = {key: values(list(of)) for key, of in groupby(rows, lambda row: (row.dtype, row.provider))}
     assert list(models) == [("bf16", "torch"), ("bf16", "voxkern")]
     for of in models.values():
@@ -96,7 +96,7 @@ def test_rows_of_a_small_run(rows: list[Row]) -> None:
         assert 20 < of["waveform SNR"] < 70  # bf16 has 8 bits
 
 
-def test_rows_say_what_they_are(rows: list[Row]) -> None:
+def test_rows_say_what_they_are(rows: list[ResultRow]) -> None:
     assert len({row.key for row in rows}) == len(rows)
     assert {row.bench for row in rows} == {"errors"}
     assert {row.metric for row in rows if row.how == "measured"} == {"waveform SNR"}
@@ -106,7 +106,7 @@ def test_rows_say_what_they_are(rows: list[Row]) -> None:
 
 
 def test_only_a_named_table_is_written(
-    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rows: list[ResultRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(errors, "measured", lambda folder, n_texts: rows)
     monkeypatch.setattr(errors, "FILE", tmp_path / "none.csv")
@@ -137,7 +137,7 @@ def test_distances_shrink_with_evaluations(tiny_folder: Path) -> None:
 
 def test_a_solver_is_the_one_that_generate_has(tiny_folder: Path) -> None:
     tts = TTS(read_checkpoint(tiny_folder, torch.float32))
-    histories = say(tts, ["one"], max_frames=2)
+    histories = generate_histories(tts, ["one"], max_frames=2)
     h, x = conditions(tts, histories)
     n = len(histories[0].codes) + 1
     assert torch.equal(x[:n], noise(seed_tensor([0] * n), torch.arange(n), 36))
@@ -150,12 +150,12 @@ def test_a_score_becomes_rows() -> None:
     score = Score()
     score.add(["one", "two", "three"], ["one", "two", "nine"])
     score.add(["four"], ["four"])
-    rows = distortion.heard(score, "demo voice", "torch", n_sentences=1, seeds=1, steps="ab2:4")
-    assert values(rows) == {"words": 4, "words heard": 75, "strings": 2, "strings heard": 50}
+    rows = distortion.score_rows(score, "demo voice", "torch", n_sentences=1, seeds=1, steps="ab2:4")
+    assert values(rows) == {"words": 4, "words recognised": 75, "strings": 2, "strings recognised": 50}
     assert distortion.table(rows).split()[-8:] == ["75.0", "%", "of", "4", "50.0", "%", "of", "2"]
 
 
-def test_what_is_missing_is_said(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_recogniser_is_reported(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distortion.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(distortion, "distances", lambda tts: [])
     assert distortion.rows(folder=tiny_folder) == []

@@ -1,4 +1,4 @@
-"""Faults planted in the house's own kernel: each must be caught by the check that is there for it."""
+"""Faults planted in one of our kernels: each must be caught by the check that is there for it."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import assert_bytes_once, assert_right, assert_within
+from checks import assert_accurate, assert_bytes_once, assert_within
 from plant import Edit, case_of, entry_of, plant
 
 from bench import frame as costs
-from bench.counters import only_launches
-from bench.registry import ROOT, Maker
+from bench.counters import launches_only
+from bench.registry import ROOT, TensorMaker
 from voxkern.kernels.linear import launch_norm_linear
 
 DOT = "b_acc = dot(b_w, tl.trans(b_a), b_acc)"
@@ -36,21 +36,21 @@ ODD, PUBLIC = case_of(NORM_LINEAR, "odd"), case_of(NORM_LINEAR, "q-b1")
 )
 def test_a_wrong_result_is_caught(dtype: str, edit: Edit) -> None:
     with pytest.raises(AssertionError):
-        assert_right(plant(NORM_LINEAR, edit), ODD, dtype)
+        assert_accurate(plant(NORM_LINEAR, edit), ODD, dtype)
 
 
 @pytest.mark.parametrize(
     "edit",
     [
-        pytest.param(("length == 0 or semantic == END:", "length == 0 or semantic == -7:"), id="END is not seen"),
+        pytest.param(("length == 0 or semantic == END_AUDIO:", "length == 0 or semantic == -7:"), id="END is not seen"),
         pytest.param(("tl.where(is_last, 0, length + 1)", "length + 1"), id="no limit"),
         pytest.param(("if length == 0 or", "if length == -7 or"), id="a request that is not there goes on"),
     ],
 )
 def test_a_wrong_count_is_caught(edit: Edit) -> None:
-    advance = entry_of("advance")
+    entry = entry_of("update_decode_state")
     with pytest.raises(AssertionError):
-        assert_right(plant(advance, edit), case_of(advance, "odd-codes"), "bf16")
+        assert_accurate(plant(entry, edit), case_of(entry, "odd-codes"), "bf16")
 
 
 def test_a_block_per_query_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_a_block_per_query_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
     first = "i_s, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)"
     blocks = "grid = (min(spans, triton.cdiv(block_table.shape[1] * PAGE, SPAN)), HKV, B)"
     planted = plant(attention, (first, f"{first} // 4"), (blocks, blocks.replace("HKV", "4 * HKV")))
-    assert_right(planted, case_of(attention, "odd-one"), "fp32")
+    assert_accurate(planted, case_of(attention, "odd-one"), "fp32")
     right = costs.cache_traffic(64)
     monkeypatch.setattr(costs, "launch_paged_attention", planted.op.launch)
     wrong = costs.cache_traffic(64)
@@ -69,7 +69,7 @@ def test_a_block_per_query_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_forgotten_mask_without_a_wrong_result_is_caught() -> None:
     strays = plant(NORM_LINEAR, (LOAD, LOAD.replace("m_n[:, None] & ", "")))
-    assert_right(strays, ODD, "fp32")  # what the last rows read too much is never stored
+    assert_accurate(strays, ODD, "fp32")  # what the last rows read too much is never stored
     with pytest.raises(Exception, match="outside of every argument"):
         assert_within(strays, ODD)
 
@@ -81,7 +81,7 @@ def test_a_weight_tile_loaded_twice_is_caught() -> None:
 
 
 def test_a_cat_between_two_launches_is_caught() -> None:
-    args = NORM_LINEAR.args(ODD, Maker())
+    args = NORM_LINEAR.args(ODD, TensorMaker())
     out = torch.empty(19, 75)
 
     def frame() -> None:
@@ -89,7 +89,7 @@ def test_a_cat_between_two_launches_is_caught() -> None:
         both = torch.cat([args["x"], args["x"]], 1)[:, :150]
         launch_norm_linear(out, **(args | {"x": both}))
 
-    with pytest.raises(RuntimeError, match=r"aten.cat.default inside a frame"), only_launches():
+    with pytest.raises(RuntimeError, match=r"aten.cat.default inside a frame"), launches_only():
         frame()
 
 

@@ -7,26 +7,19 @@ import torch
 from plant import case_of, entry_of
 
 from bench import frame
-from bench.counters import counting, only_launches
-from bench.frame import (
-    backbone_cost,
-    cache_traffic,
-    frame_cost,
-    plain_products,
-    public_backbone,
-    public_head,
-)
-from bench.registry import Case, Maker
-from voxkern.kernels import settings
+from bench.counters import counting, launches_only
+from bench.frame import backbone_cost, cache_traffic, frame_cost, plain_multiply_adds, public_backbone, public_head
+from bench.registry import Case, TensorMaker
+from voxkern.fused.mlp_head import FusedMLPHead
+from voxkern.fused.transformer_head import FusedTransformerHead
+from voxkern.kernels import launch_config
+from voxkern.kernels.adaln import launch_adaln_modulation
 from voxkern.kernels.linear import norm_linear
-from voxkern.kernels.modulated import launch_modulations
-from voxkern.maker import tiny_params
+from voxkern.random_checkpoint import tiny_params
 from voxkern.reference import Config
-from voxkern.reference.flow import FlowMatchingAudioTransformer
 from voxkern.reference.model import make_head
 from voxkern.reference.noise import seed_tensor
-from voxkern.twins.flow import FlowTwin
-from voxkern.twins.velocity_mlp import MLPTwin
+from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
 LIMITS = {1: 96, 32: 117}  # launches of the flow head's frame, by the batch it is prepared for
 WHOLE = {1: 230, 32: 250}  # and of a whole frame: flow head, bookkeeping, backbone
@@ -39,14 +32,14 @@ def test_launches_and_nothing_else(max_batch: int) -> None:
     params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]["n_layers"] = 3
     config = Config.from_params(params)
     head = FlowMatchingAudioTransformer(config.acoustic_transformer, config.audio).bfloat16()
-    twin = FlowTwin(head, max_batch, torch.nn.Embedding(config.audio.embedding_rows, 64).bfloat16())
+    fused = FusedTransformerHead(head, max_batch, torch.nn.Embedding(config.audio.embedding_rows, 64).bfloat16())
     B = min(max_batch, 2)
     h, alpha = torch.zeros(B, 64, dtype=torch.bfloat16), torch.ones(B)
     seed, frame = seed_tensor([5] * B), torch.zeros(B, dtype=torch.int64)
     with torch.inference_mode():
-        twin.frame(h, alpha, seed=seed, frame=frame)
-        with only_launches() as launches:
-            twin.frame(h, alpha, seed=seed, frame=frame)
+        fused.generate_codes(h, alpha, seed=seed, frame=frame)
+        with launches_only() as launches:
+            fused.generate_codes(h, alpha, seed=seed, frame=frame)
     assert len(launches) <= LIMITS[max_batch]
 
 
@@ -56,12 +49,12 @@ def test_public_shapes(B: int) -> None:
     head, embeddings = public_head("meta")
     cost = frame_cost(head, B, embeddings, count_bytes=False)
     assert cost.launches <= LIMITS[B]
-    assert cost.products <= 0.76 * plain_products(head, B)
+    assert cost.multiply_adds <= 0.76 * plain_multiply_adds(head, B)
 
 
 @pytest.mark.parametrize("B", WHOLE)
 def test_a_whole_frame_at_the_public_shapes(B: int) -> None:
-    """Counted as in tests/test_backbone_twin.py, where a whole frame runs: the heads', one launch, the backbone's."""
+    """Counted as in tests/test_fused_backbone.py, where a whole frame runs: the heads', one launch, the backbone's."""
     head, embeddings = public_head("meta")
     backbone = backbone_cost(public_backbone("meta"), B, count_bytes=False).launches
     assert backbone == 5 * 26 + 1
@@ -87,7 +80,7 @@ def test_keys_and_values_are_read_once_at_4096() -> None:
 def test_products_as_usually_written() -> None:
     """7 steps x 6 rows x 349.2 M and the heads, as the specification's roofline has it: 29.4 GFLOP at batch 1."""
     head, _ = public_head("meta")
-    assert 2 * plain_products(head, 1) == pytest.approx(29.4e9, rel=0.01)
+    assert 2 * plain_multiply_adds(head, 1) == pytest.approx(29.4e9, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -101,14 +94,14 @@ def test_the_velocity_mlp_has_two_launches_a_block_and_one_a_step(
     params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]["n_layers"] = n_layers
     config = Config.from_params(params)
     head = make_head(config.acoustic_transformer, config.audio).bfloat16().requires_grad_(False)
-    twin = MLPTwin(head, max_batch, torch.nn.Embedding(config.audio.embedding_rows, 64).bfloat16())
+    fused = FusedMLPHead(head, max_batch, torch.nn.Embedding(config.audio.embedding_rows, 64).bfloat16())
     B = min(max_batch, 2)
     h, alpha = torch.zeros(B, 64, dtype=torch.bfloat16), torch.ones(B)
     asked = {"seed": seed_tensor([5] * B), "frame": torch.zeros(B, dtype=torch.int64), "steps": steps}
     with torch.inference_mode():
-        twin.frame(h, alpha, **asked, solver=solver)
-        with only_launches(reached=list(head.parameters())) as launches:
-            twin.frame(h, alpha, **asked, solver=solver)
+        fused.generate_codes(h, alpha, **asked, solver=solver)
+        with launches_only(indirect=list(head.parameters())) as launches:
+            fused.generate_codes(h, alpha, **asked, solver=solver)
     assert len(launches) <= steps * (2 * n_layers + 1) + 5
 
 
@@ -118,14 +111,14 @@ def test_public_shapes_with_the_velocity_mlp(B: int) -> None:
     head, embeddings = public_head("meta", velocity_mlp=True)
     cost = frame_cost(head, B, embeddings, count_bytes=False)
     assert cost.launches <= 54
-    assert cost.products <= 0.69 * plain_products(head, B)
+    assert cost.multiply_adds <= 0.69 * plain_multiply_adds(head, B)
 
 
-@pytest.mark.parametrize("case", ["odd", "odd-some-ask"])
+@pytest.mark.parametrize("case", ["odd", "odd-some-queries"])
 def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
     """Bytes of the weights, and of the results, counted whole: what the frame's count rests on."""
     entry = entry_of("norm_qkv")
-    args = entry.args(case_of(entry, case), Maker(torch.bfloat16))
+    args = entry.args(case_of(entry, case), TensorMaker(torch.bfloat16))
     with counting(whole=True) as together:
         entry.op.run(**args)
     x, norm, eps, max_rows = (args[name] for name in ("x", "norm", "eps", "max_rows"))
@@ -140,17 +133,17 @@ def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
 
 def test_modulations_in_one_grid_are_a_grid_each() -> None:
     """Bytes of a layer's weight, bias and results, counted whole, are those of the layer alone by its outer blocks."""
-    entry = entry_of("modulations")
+    entry = entry_of("adaln_modulation")
     sizes = {"N": 3 * 130, "K": 130, "blocks": 3, "S": 7, "R": 32, "max_rows": 2048}
-    args = entry.args(Case("odd", sizes), Maker(torch.bfloat16))
+    args = entry.args(Case("odd", sizes), TensorMaker(torch.bfloat16))
     lists = [*args["weights"], *args["biases"]]
-    with settings.pretend("sm_90"), counting(whole=True, reached=lists) as together:
+    with launch_config.target_arch("sm_90"), counting(whole=True, indirect=lists) as together:
         entry.op.run(**args)
     written = 0
     out = torch.empty(7, 32, sum(map(len, args["weights"])), dtype=torch.bfloat16)
-    for _, (launch, *part) in frame.parts("modulations", launch_modulations, (out, *args.values())):
+    for _, (launch, *part) in frame.parts("adaln_modulation", launch_adaln_modulation, (out, *args.values())):
         weight, bias = part[3][0], part[4][0]
-        with settings.pretend("sm_90"), counting(reached=[weight, bias]) as alone:
+        with launch_config.target_arch("sm_90"), counting(indirect=[weight, bias]) as alone:
             launch(*part)
         for tensor in (weight, bias):
             assert together[0].of(tensor) == alone[0].of(tensor)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from voxkern.checkpoint import tensor_table
-from voxkern.maker import make_checkpoint
+from voxkern.random_checkpoint import make_checkpoint
 
 WEIGHTS = 4_002_353_392 * 2  # bytes in bf16
 

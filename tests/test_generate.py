@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 import voxkern
-from voxkern.cache import PagePool, pages_for
+from voxkern.engine.kv_cache import KVCache, pages_for
 from voxkern.reference.noise import noise, seed_tensor
 
 TEXTS = ["a", "hello there", "x" * 50, "yes\nno", "fünf", "six", "seven three one"]
@@ -166,19 +166,19 @@ def test_empty_list(tts: voxkern.TTS) -> None:
     assert tts.generate([]) == []
 
 
-def test_page_pool(tiny_model: voxkern.reference.VoxtralTTS) -> None:
+def test_pages_are_allocated_retained_and_freed(tiny_model: voxkern.reference.VoxtralTTS) -> None:
     assert [pages_for(n) for n in (1, 64, 65)] == [1, 1, 2]
-    pool = PagePool(tiny_model.config.backbone, 4, torch.float32, torch.device("cpu"))
-    first, second = pool.take(2), pool.take(1)
+    kv_cache = KVCache(tiny_model.config.backbone, 4, torch.float32, torch.device("cpu"))
+    first, second = kv_cache.allocate(2), kv_cache.allocate(1)
     assert len({*first, *second}) == 3
     with pytest.raises(RuntimeError, match="1 free pages, 2 are needed"):
-        pool.take(2)
-    pool.share(first[:1])
-    pool.give_back(first)
-    assert pool.n_free == 2
-    assert pool.holders[first[0]] == 1
-    pool.give_back(first[:1])
-    with pytest.raises(RuntimeError, match="nobody holds it"):
-        pool.give_back(first[:1])
-    assert len(pool.take(3)) == 3
-    assert pool.pool.shape == (2, 4, 2, 2, 64, 16)
+        kv_cache.allocate(2)
+    kv_cache.retain(first[:1])
+    kv_cache.free(first)
+    assert kv_cache.n_free == 2
+    assert kv_cache.ref_counts[first[0]] == 1
+    kv_cache.free(first[:1])
+    with pytest.raises(RuntimeError, match="page 0 is freed, but has no references"):
+        kv_cache.free(first[:1])
+    assert len(kv_cache.allocate(3)) == 3
+    assert kv_cache.kv.shape == (2, 4, 2, 2, 64, 16)

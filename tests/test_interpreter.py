@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from bench.interpreter import patch_once_a_launch
+from bench.interpreter import patch_once_per_launch
 
 
 @triton.jit
@@ -52,5 +52,5 @@ class _Inspect:
 
 def test_asking_twice_changes_nothing() -> None:
     before = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patch_once_a_launch()
+    patch_once_per_launch()
     assert (interpreter._patch_lang, interpreter.GridExecutor.__call__) == before

@@ -1,4 +1,4 @@
-"""The ledger's arithmetic and its verdicts; what it says of the house's kernels is checked by the ledger itself."""
+"""The ledger's arithmetic and its verdicts; what it records of our kernels is checked by the ledger itself."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from bench import ledger
 from bench.machines import MACHINES
 from bench.registry import entries
 
-ROW = ledger.Row(
+ROW = ledger.LedgerRow(
     operator="norm_linear", case="q-b1", dtype="bf16", arch="sm_89", launch="0:_norm_linear_kernel", binaries=1,
     grid="1x64x1", warps=4, stages=4, registers=113, spill=0, shared=101_376, limit=101_376, resident=1,
     in_flight=22_153, loads="LDGSTS.128", matrix="HMMA.16816.F32.BF16", code=7168,
@@ -83,8 +83,8 @@ def test_the_committed_ledger_is_clean_and_whole() -> None:
         ("token_attention_linear", "wo-b1"),
         ("norm_swiglu", "b1"),
         ("linear", "down-b1"),
-        ("modulations", "mar-b1"),
-        ("modulated_silu", "mar-b1"),
+        ("adaln_modulation", "mar-b1"),
+        ("adaln_linear_silu", "mar-b1"),
         ("gated_linear", "mar-b1"),
     ],
 )

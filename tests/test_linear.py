@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_right
+from checks import assert_accurate
 from plant import case_of, entry_of
 from torch import Tensor
 
 from bench.linear import norm_linear_inputs, norm_linear_reference
-from bench.registry import Case, Maker
-from voxkern.kernels import settings
+from bench.registry import Case, TensorMaker
+from voxkern.kernels import launch_config
 from voxkern.kernels.linear import NORM_LINEAR, norm_linear
 
 
@@ -22,14 +22,14 @@ class Sizes:
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    return norm_linear_inputs(Sizes, Maker(dtype))
+    return norm_linear_inputs(Sizes, TensorMaker(dtype))
 
 
 @pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> None:
     args = inputs(dtype)
-    with settings.pretend(arch):
+    with launch_config.target_arch(arch):
         whole = norm_linear(**args)
         for first, last in ((0, 1), (7, 8), (18, 19), (3, 19)):
             part = norm_linear(**(args | {"x": args["x"][first:last]}))
@@ -42,8 +42,8 @@ def test_right_for_these_rows(operator: str, rows: int) -> None:
     """The flow head's: one token, one request, an odd number, 8 and 32 requests."""
     entry = entry_of(operator)
     sizes = {**case_of(entry, "odd").sizes, "M": rows, "max_rows": rows}
-    with settings.pretend("sm_90"):
-        assert_right(entry, Case(f"rows-{rows}", sizes), "bf16")
+    with launch_config.target_arch("sm_90"):
+        assert_accurate(entry, Case(f"rows-{rows}", sizes), "bf16")
 
 
 def test_fp16_normalises_before_the_cast() -> None:
@@ -68,22 +68,22 @@ def test_a_lone_row_may_have_any_stride() -> None:
     assert torch.equal(norm_linear(**(args | {"x": column})), norm_linear(**(args | {"x": args["x"][:1]})))
 
 
-def test_settings_are_those_of_the_prepared_rows() -> None:
+def test_launch_config_is_chosen_by_max_rows() -> None:
     def choose(rows: int, arch: str = "sm_90", dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-        with settings.pretend(arch):
+        with launch_config.target_arch(arch):
             return NORM_LINEAR(N=4096, K=3072, dtype=dtype, rows=rows)
 
     assert choose(6)["BLOCK_M"] == 8
     assert choose(192)["BLOCK_M"] == 64
     assert choose(6) == choose(8) != choose(9)
     assert choose(6, "gfx942") != choose(6)
-    with settings.override("norm_linear", num_stages=3):
+    with launch_config.override("norm_linear", num_stages=3):
         assert choose(6)["num_stages"] == 3
-        with settings.override("norm_linear", num_stages=2):
+        with launch_config.override("norm_linear", num_stages=2):
             assert choose(6)["num_stages"] == 2
     assert choose(6)["num_stages"] == 6
     assert choose(24, "sm_121") == choose(24, "sm_120") != choose(24)  # GB10 has as little shared memory
-    with pytest.raises(ValueError, match="no settings of norm_linear for abacus"):
+    with pytest.raises(ValueError, match="no launch config of norm_linear for abacus"):
         choose(6, "abacus")
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import voxkern
 from voxkern.checkpoint import CheckpointError, read_checkpoint, tensor_table, write_checkpoint
 from voxkern.cli import app
-from voxkern.maker import TINY_MOE, make_checkpoint, tiny_params
+from voxkern.random_checkpoint import TINY_MOE, make_checkpoint, tiny_params
 from voxkern.reference.config import MoEConfig
 from voxkern.reference.moe import MoEBlock, Routing, mix_experts, route
 

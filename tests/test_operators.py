@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from checks import assert_bytes_once, assert_right, assert_within
+from checks import assert_accurate, assert_bytes_once, assert_within
 from poison import assert_bands, guarded, poison_pages, spread
 from torch import Tensor
 
 from bench.counters import counting
-from bench.registry import DTYPES, Case, Entry, Maker, entries, listed
-from voxkern.kernels import settings
+from bench.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
+from voxkern.kernels import launch_config
 
 ENTRIES = entries()
 ODD = [(entry, case) for entry in ENTRIES for case in entry.cases if not case.public]
@@ -20,9 +20,9 @@ def named(pairs: list[tuple[Entry, Case]]) -> list[object]:
     return [pytest.param(entry, case, id=f"{entry.name}-{case.name}") for entry, case in pairs]
 
 
-def make(case: Case) -> Maker:
+def make(case: Case) -> TensorMaker:
     """In fp32, or in what the case is for."""
-    return Maker(DTYPES[case.dtypes[-1]])
+    return TensorMaker(DTYPES[case.dtypes[-1]])
 
 
 def per_operator() -> list[object]:
@@ -40,8 +40,8 @@ def in_each_dtype(pairs: list[tuple[Entry, Case]]) -> list[object]:
 @pytest.mark.parametrize("tiles_of", ["interpreter", "sm_90", "gfx942"])
 @pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(ODD))
 def test_right(entry: Entry, case: Case, dtype: str, tiles_of: str) -> None:
-    with settings.pretend(tiles_of):
-        assert_right(entry, case, dtype)
+    with launch_config.target_arch(tiles_of):
+        assert_accurate(entry, case, dtype)
 
 
 @pytest.mark.parametrize(("entry", "case"), named(ODD))
@@ -55,16 +55,16 @@ def test_rows_apart_are_right_or_refused(entry: Entry, case: Case) -> None:
         if isinstance(arg, Tensor) and arg.ndim > 1:
             refusal = None
             try:
-                assert_right(entry, case, case.dtypes[-1], apart=name)
+                assert_accurate(entry, case, case.dtypes[-1], apart=name)
             except ValueError as error:
                 refusal = str(error)
             assert refusal is None or (name in refusal and "must be contiguous" in refusal)
 
 
 @pytest.mark.parametrize(("entry", "case"), named(ODD))
-def test_odd_shapes_have_two_tiles_and_a_ragged_tail(entry: Entry, case: Case) -> None:
+def test_odd_shapes_have_two_tiles_and_a_partial_last_one(entry: Entry, case: Case) -> None:
     args = entry.args(case, make(case))
-    with counting(reached=listed(args)) as launches:
+    with counting(indirect=listed(args)) as launches:
         entry.op.run(**args)
     for launch in launches:
         tiles = {name[6:]: size for name, size in launch.constants.items() if name.startswith("BLOCK_")}
@@ -84,7 +84,7 @@ def test_every_operator_has_its_shapes() -> None:
 
 @pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(FIRST))
 def test_opcheck(entry: Entry, case: Case, dtype: str) -> None:
-    torch.library.opcheck(entry.op.op, (), entry.args(case, Maker(DTYPES[dtype])))
+    torch.library.opcheck(entry.op.op, (), entry.args(case, TensorMaker(DTYPES[dtype])))
 
 
 @pytest.mark.parametrize(("entry", "case"), per_operator())
@@ -103,7 +103,7 @@ def test_compiles_into_one_graph(entry: Entry, case: Case) -> None:
 @pytest.mark.parametrize(("entry", "case"), per_operator())
 def test_gradients_are_refused(entry: Entry, case: Case) -> None:
     args = entry.args(case, make(case))
-    weights = entry.once or [name for name, a in args.items() if isinstance(a, Tensor) and a.is_floating_point()]
+    weights = entry.read_once or [name for name, a in args.items() if isinstance(a, Tensor) and a.is_floating_point()]
     if not weights:
         pytest.skip("takes integers only")
     asked = {name: a.requires_grad_() if name in weights else a for name, a in args.items()}
@@ -113,7 +113,9 @@ def test_gradients_are_refused(entry: Entry, case: Case) -> None:
         entry.op(**asked)
 
 
-@pytest.mark.parametrize(("entry", "case"), named([pair for pair in PUBLIC + ODD if pair[0].alike == pair[1].public]))
+@pytest.mark.parametrize(
+    ("entry", "case"), named([pair for pair in PUBLIC + ODD if pair[0].regular_grid == pair[1].public])
+)
 def test_no_weight_byte_is_loaded_twice(entry: Entry, case: Case) -> None:
     assert_bytes_once(entry, case, "bf16", "sm_90")
 

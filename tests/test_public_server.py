@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import voxkern
 from bench.counters import counting
-from voxkern import vllm_plugin
+from voxkern.integrations import vllm_plugin
+from voxkern.integrations.server_heads import CAPTURED_METHOD
 from voxkern.reference import VoxtralTTS
-from voxkern.reference.flow import FlowMatchingAudioTransformer
-from voxkern.servers import CAPTURED
+from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
 pytestmark = pytest.mark.servers
 
@@ -144,7 +144,11 @@ def test_accelerated(
     h, alpha, noise = inputs(tiny_model, B)
     before = both_paths(wrapper, h, alpha, noise)
     names = voxkern.accelerate(wrapper, max_batch)
-    assert names == ["acoustic_transformer", "acoustic_transformer._predict_velocity", f"{Wrapper.__name__}.{CAPTURED}"]
+    assert names == [
+        "acoustic_transformer",
+        "acoustic_transformer._predict_velocity",
+        f"{Wrapper.__name__}.{CAPTURED_METHOD}",
+    ]
     after = both_paths(wrapper, h, alpha, noise)
     arrays = [a.double().numpy() for a in (h, noise, alpha)]
     at_edge = torch.from_numpy(
@@ -173,12 +177,12 @@ def test_what_is_captured_allocates_nothing(tiny_model: VoxtralTTS, tiny_params:
     wrapper = wrapper_of(server_head(tiny_model, tiny_params), [2])
     voxkern.accelerate(wrapper, 2)
     h, alpha, noise = inputs(tiny_model, 2)
-    with counting(whole=True), Operators() as operators:
+    with counting(whole=True), OperatorRecorder() as operators:
         ended, codes = wrapper._forward_cudagraph_compatible(h, alpha.unsqueeze(1), noise)
     assert operators.seen == {"aten.copy_.default": 3, "aten.eq.Scalar_out": 1}
     wrapper.graphs[2] = None
     captured = wrapper._forward_cudagraph_compatible
-    assert voxkern.accelerate(wrapper, 2)[-1] == f"{Wrapper.__name__}.{CAPTURED}"
+    assert voxkern.accelerate(wrapper, 2)[-1] == f"{Wrapper.__name__}.{CAPTURED_METHOD}"
     assert wrapper._forward_cudagraph_compatible is captured
     again = wrapper._forward_cudagraph_compatible(h, alpha.unsqueeze(1), noise)
     assert [t.data_ptr() for t in again] == [t.data_ptr() for t in (ended, codes)]
@@ -186,7 +190,7 @@ def test_what_is_captured_allocates_nothing(tiny_model: VoxtralTTS, tiny_params:
     assert voxkern.accelerate(wrapper, 2)[-1] == "acoustic_transformer._predict_velocity"  # too late for the other
 
 
-class Operators(TorchDispatchMode):
+class OperatorRecorder(TorchDispatchMode):
     """Counts operators that would start a kernel: neither views nor allocations. One may start more than one."""
 
     def __init__(self) -> None:
@@ -208,12 +212,15 @@ def test_launches(max_batch: int, limit: int) -> None:
     B = min(max_batch, 2)
     wrapper = wrapper_of(theirs, [B], torch.bfloat16)
     h, alpha, noise = torch.zeros(B, 64).bfloat16(), torch.ones(B, 1).bfloat16(), torch.zeros(B, 36).bfloat16()
-    paths = {"eager": lambda: theirs(h, alpha[:, 0]), "captured": lambda: getattr(wrapper, CAPTURED)(h, alpha, noise)}
+    paths = {
+        "eager": lambda: theirs(h, alpha[:, 0]),
+        "captured": lambda: getattr(wrapper, CAPTURED_METHOD)(h, alpha, noise),
+    }
 
     def counts() -> dict[str, int]:
         found = {}
         for name, path in paths.items():
-            with counting() as launches, Operators() as operators:
+            with counting() as launches, OperatorRecorder() as operators:
                 path()
             found[name] = len(launches) + operators.seen.total()
         return found
@@ -228,7 +235,7 @@ def test_launches(max_batch: int, limit: int) -> None:
 
 
 def tiny_params_of(**changes: object) -> dict:
-    params = copy.deepcopy(voxkern.maker.tiny_params())
+    params = copy.deepcopy(voxkern.random_checkpoint.tiny_params())
     params["multimodal"]["audio_model_args"]["acoustic_transformer_args"] |= {"n_decoding_steps": 7, **changes}
     return params
 
@@ -240,7 +247,9 @@ def test_codes_flipped_by_bf16() -> None:
     B, calls, params = 32, 3, tiny_params_of()
     config, g = voxkern.Config.from_params(params), torch.Generator().manual_seed(1)
     head = FlowMatchingAudioTransformer(config.acoustic_transformer, config.audio)
-    head.load_state_dict({n: voxkern.maker.random_tensor(n, t.shape, g) for n, t in head.state_dict().items()})
+    head.load_state_dict(
+        {n: voxkern.random_checkpoint.random_tensor(n, t.shape, g) for n, t in head.state_dict().items()}
+    )
     head.acoustic_codebook_output.weight.mul_(0.5)  # a final x of RMS near 1
     theirs = server_head(SimpleNamespace(acoustic_transformer=head.bfloat16()), params, n_decoding_steps=7)
     wrapper, exact = wrapper_of(theirs, [B], torch.bfloat16), head.double()
@@ -315,7 +324,7 @@ def test_plugin(tiny_model: VoxtralTTS, tiny_params: dict, hooked: Callable, cap
         model = load(server_head(tiny_model, tiny_params), state)
     for one, replaced in ((plain, False), (model, True)):
         assert ("forward" in vars(one.acoustic_transformer)) == replaced
-        assert (CAPTURED in vars(one.wrapper)) == replaced
+        assert (CAPTURED_METHOD in vars(one.wrapper)) == replaced
     assert told(caplog) == [
         "INFO voxkern runs acoustic_transformer and acoustic_transformer._predict_velocity of "
         "VoxtralTTSAudioGenerationForConditionalGeneration, and what is captured of it"
@@ -338,7 +347,7 @@ def test_plugin_and_a_head_of_an_unknown_shape(
     with mock.patch.object(Wrapper, "DEFAULT_CAPTURE_SIZES", [1]):
         model = load(server_head(tiny_model, tiny_params, use_biases=True), {})
     assert "forward" not in vars(model.acoustic_transformer)
-    assert CAPTURED not in vars(model.wrapper)
+    assert CAPTURED_METHOD not in vars(model.wrapper)
     (line,) = told(caplog)
     assert line.startswith("WARNING voxkern leaves VoxtralTTSAudioGenerationForConditionalGeneration as it is")
     assert "acoustic_transformer is not known: layers.0.attention.wo.bias is [64] but must be missing" in line
@@ -347,7 +356,7 @@ def test_plugin_and_a_head_of_an_unknown_shape(
 def test_plugin_where_vllm_omni_is_another(
     hooked: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(vllm_plugin, "ROOM", "vllm_omni.elsewhere")
+    monkeypatch.setattr(vllm_plugin, "SERVER_PACKAGE", "vllm_omni.elsewhere")
     hooked("1")
     assert set(told(caplog)) == {
         "WARNING voxkern leaves vLLM-Omni as it is: ModuleNotFoundError: No module named 'vllm_omni.elsewhere'"

@@ -1,4 +1,4 @@
-"""Adding an operator takes one file a room and no edit of the machinery: here a toy that writes to its argument."""
+"""Adding an operator takes one file a folder and no edit of the machinery: here a toy that writes to its argument."""
 
 import importlib
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import assert_bytes_once, assert_right, assert_within
+from checks import assert_accurate, assert_bytes_once, assert_within
 from plant import case_of, entry_of
 
 import bench
@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.kernels.common import cast
+from voxkern.kernels.launch_config import LaunchConfigs
 from voxkern.kernels.operator import expect, operator
-from voxkern.kernels.settings import Table
 
-ADD_BIAS = Table("toy_add_bias", """
+ADD_BIAS = LaunchConfigs("toy_add_bias", """
     arch | BLOCK_M BLOCK_N num_warps
     *    | 4       16      4
 """)
@@ -68,18 +68,18 @@ ENTRIES = [
         reference=add_bias,
         inputs=lambda s, make: {"x": make(s.M, s.N), "bias": make(s.N)},
         cases=(Case("odd", {"M": 9, "N": 37}), Case("public-b1", {"M": 8, "N": 64}, public=True)),
-        once=("bias",),
-        product=False,
+        read_once=("bias",),
+        uses_matrix_unit=False,
     )
 ]
 """
 
 
 @pytest.fixture
-def toy_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room, text in (("kernels", KERNEL), ("bench", BENCH)):
-        (tmp_path / room).mkdir()
-        (tmp_path / room / "toy.py").write_text(text)
+def toy_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, text in (("kernels", KERNEL), ("bench", BENCH)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "toy.py").write_text(text)
     monkeypatch.setattr(registry, "ROOT", tmp_path)
     monkeypatch.setattr(bench, "__path__", [str(tmp_path / "bench")])
     monkeypatch.setattr(voxkern.kernels, "__path__", [*voxkern.kernels.__path__, str(tmp_path / "kernels")])
@@ -88,17 +88,17 @@ def toy_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-@pytest.mark.usefixtures("toy_room")
+@pytest.mark.usefixtures("toy_operator")
 def test_a_new_operator_is_found_and_held_to_everything() -> None:
     assert [entry.name for entry in registry.entries()] == ["toy_add_bias"]
     entry = entry_of("toy_add_bias")
     odd, public = entry.cases
     for dtype in registry.DTYPES:
-        assert_right(entry, odd, dtype)
+        assert_accurate(entry, odd, dtype)
     assert_within(entry, odd)
     assert_bytes_once(entry, public, "bf16", "sm_90")
     assert case_of(entry, "odd") is odd
-    args = entry.args(odd, registry.Maker())
+    args = entry.args(odd, registry.TensorMaker())
     torch.library.opcheck(entry.op.op, (), args)
     with pytest.raises(RuntimeError, match="requires gradients"):
         entry.op(args["x"], args["bias"].clone().requires_grad_())

@@ -9,16 +9,18 @@ import pytest
 pytest.importorskip("matplotlib", reason="the report's pictures need matplotlib: pip install 'voxkern[bench]'")
 
 from bench import ledger, page, plots, report, results
-from bench.results import Row
-from bench.tables import Figures, Table, tables
+from bench.results import ResultRow
+from bench.tables import Figures, ReportTable, tables
 
 CPU, GPU = "a CPU, 1 threads", "NVIDIA H100 80GB HBM3"
-TIME = Row("voice", "demo voice", "real-time factor", 0.25, "1", "measured", "again", date="2026-01-01", device=CPU)
+TIME = ResultRow(
+    "voice", "demo voice", "real-time factor", 0.25, "1", "measured", "again", date="2026-01-01", device=CPU
+)
 LEDGER = ledger.read(ledger.FILE.read_text())[1]
 
 
-def counted(provider: str, metric: str, value: float, **more: Any) -> Row:
-    row = Row("server_cost", "flow head, eager", metric, value, "1", "counted", "again", provider, "frame-b1")
+def counted(provider: str, metric: str, value: float, **more: Any) -> ResultRow:
+    row = ResultRow("server_cost", "flow head, eager", metric, value, "1", "counted", "again", provider, "frame-b1")
     return replace(row, **more)
 
 
@@ -37,7 +39,7 @@ def test_the_report_took_less_than_a_quarter_of_an_hour() -> None:
 
 
 def test_a_readme_that_says_otherwise_is_seen() -> None:
-    made = {"voice": Table("t", "A note.", "again", ("a", "b"), [("1", "2")])}
+    made = {"voice": ReportTable("t", "A note.", "again", ("a", "b"), [("1", "2")])}
     text = "before\n<!-- figures: voice -->\n| a | b |\n| --- | --- |\n| 1 | 3 |\n<!-- end -->\nafter"
     right = report.with_tables(text, made)
     assert right != text
@@ -70,7 +72,9 @@ def test_resources_of_the_ledger() -> None:
 
 def test_what_a_gpu_measured_stands_apart() -> None:
     """And does not make way for a processor's time of the same operator."""
-    time = Row("micro", "linear", "time", 4.5, "us", "measured", "again", "voxkern", "b1", "bf16", low=4.0, high=5.0)
+    time = ResultRow(
+        "micro", "linear", "time", 4.5, "us", "measured", "again", "voxkern", "b1", "bf16", low=4.0, high=5.0
+    )
     rate = replace(time, metric="bandwidth", value=2900.0, unit="GB/s", device=GPU)
     rows = [replace(time, device=GPU), rate, replace(rate, metric="of the copy roof", value=95.0, unit="%")]
     slow = replace(time, metric="time, no graph", provider="torch", value=50.0, device=GPU)
@@ -84,7 +88,7 @@ def test_what_a_gpu_measured_stands_apart() -> None:
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_the_page_says_what_was_run_on_a_gpu(device: str) -> None:
-    time = Row("run", "frame", "time", 4.5, "ms", "measured", "again", "voxkern", "frame-b1", "bf16", "euler:7")
+    time = ResultRow("run", "frame", "time", 4.5, "ms", "measured", "again", "voxkern", "frame-b1", "bf16", "euler:7")
     figures = Figures([TIME, replace(time, device=device, date="2026-01-01")])
     said = page.html(
         tables(figures, LEDGER), dict.fromkeys(("frame", "claim", "steps", "resources"), b""), figures, "3"
@@ -97,7 +101,7 @@ def test_the_page_says_what_was_run_on_a_gpu(device: str) -> None:
 
 
 def test_text_is_escaped() -> None:
-    table = Table("<b>", "a < b", "x --y", ("a",), [("<i>",)])
+    table = ReportTable("<b>", "a < b", "x --y", ("a",), [("<i>",)])
     said = page.html({"voice": table}, dict.fromkeys(("frame", "claim", "steps", "resources"), b""), Figures([]), "3")
     assert "<td>&lt;i&gt;</td>" in said
     assert "a &lt; b" in said
@@ -118,14 +122,16 @@ def test_pictures_are_drawn_of_rows() -> None:
 
 def test_a_measured_frame_is_laid_over_the_prediction() -> None:
     rows = results.read(results.FILE.read_text())
-    frame = Row("run", "frame", "time", 4500.0, "us", "measured", "again", "voxkern", "frame-b1", "bf16", "euler:7")
+    frame = ResultRow(
+        "run", "frame", "time", 4500.0, "us", "measured", "again", "voxkern", "frame-b1", "bf16", "euler:7"
+    )
     drawn = plots.frame_times(Figures([*rows, replace(frame, device=GPU)]))
     (star,) = [line for line in drawn.axes[0].lines if line.get_label() == "measured"]
     assert list(star.get_xdata()) == [pytest.approx(4.5)]
     assert list(star.get_ydata()) == ["H100 SXM"]
 
 
-def test_a_part_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_part_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked = []
 
     def run(command: list[str], **_: Any) -> SimpleNamespace:

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.results import Place, Row, append, newest, place, read, stamped
+from bench.results import Provenance, ResultRow, append, newest, provenance, read, with_provenance
 
-ROW = Row("micro", "linear", "time", 12.5, "us", "measured", "python -m bench run", "torch", "b1", "bf16", low=12.0)
+ROW = ResultRow(
+    "micro", "linear", "time", 12.5, "us", "measured", "python -m bench run", "torch", "b1", "bf16", low=12.0
+)
 
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     file = tmp_path / "results.csv"
-    where = Place("2026-01-01T00:00:00+00:00", "abc", "a GPU, of some kind", "torch 2")
-    rows = [stamped(ROW, where), stamped(replace(ROW, value=1 / 3, low=None, high=2.0), where)]
+    where = Provenance("2026-01-01T00:00:00+00:00", "abc", "a GPU, of some kind", "torch 2")
+    rows = [with_provenance(ROW, where), with_provenance(replace(ROW, value=1 / 3, low=None, high=2.0), where)]
     append(rows[:1], file)
     append(rows[1:], file)
     assert read(file.read_text()) == rows
@@ -39,7 +41,7 @@ def test_a_row_says_how_it_was_found() -> None:
 
 
 def test_this_machine_has_a_name() -> None:
-    here = place()
+    here = provenance()
     assert here.device.endswith("threads")
     assert "torch 2" in here.versions
     assert here.commit

@@ -8,8 +8,8 @@ import torch
 from bench import roofline
 from bench.counters import counting
 from bench.frame import LAYERS, backbone_cost, cache_traffic, frame_cost, public_backbone, public_head
-from bench.results import Row
-from bench.roofline import BATCHES, GPUS, KIND, SOLVERS, UNKIND, floor, laid_over, predict
+from bench.results import ResultRow
+from bench.roofline import BATCHES, GPUS, OPTIMISTIC, PESSIMISTIC, SOLVERS, compare_with_measured, floor, predict
 from bench.work import (
     CONTEXT,
     Work,
@@ -17,20 +17,20 @@ from bench.work import (
     dram_bytes,
     frame,
     launches,
-    multiply_adds,
     public,
+    total_multiply_adds,
     weight_bytes,
 )
-from voxkern.maker import tiny_params
+from voxkern.fused.codec import FusedCodec
+from voxkern.random_checkpoint import tiny_params
 from voxkern.reference import Config
 from voxkern.reference.codec import AudioTokenizer
-from voxkern.twins.codec import CodecTwin
 
 COUNTED = {1: (5.009e9, 6.056e9), 32: (5.353e9, 6.137e9)}  # bytes of head and backbone, as bench.frame prints them
 HEADS = {1: 96, 32: 117}
 FUSED = Work(  # gate and up of the flow head for one request
     operator="norm_swiglu", times=1, rows=6, prepared=6, weights=4 * 9216 * 3072, moved=2 * (3072 + 6 * 12288),
-    products=6 * 2 * 9216 * 3072,
+    multiply_adds=6 * 2 * 9216 * 3072,
 )  # fmt: skip
 
 
@@ -47,10 +47,10 @@ def test_launches_and_products_are_the_counted_ones(B: int) -> None:
     head, embeddings = public_head("meta")
     parts, counted = frame(B, 7), frame_cost(head, B, embeddings, count_bytes=False)
     assert launches(parts["flow head"]) == counted.launches == HEADS[B]
-    assert multiply_adds(parts["flow head"]) == counted.products
+    assert total_multiply_adds(parts["flow head"]) == counted.multiply_adds
     counted = backbone_cost(public_backbone("meta"), B, count_bytes=False)
     assert launches(parts["backbone"]) == counted.launches == 131
-    assert multiply_adds(without_attention(parts["backbone"])) == counted.products
+    assert total_multiply_adds(without_attention(parts["backbone"])) == counted.multiply_adds
     assert launches(parts["bookkeeping"]) == 1
 
 
@@ -77,9 +77,9 @@ def test_keys_and_values_are_the_counted_ones() -> None:
         assert sum(one.times * one.cache for one in frame(B, 7)["backbone"]) == B * counted
 
 
-def test_the_codec_is_its_twins_launches_and_its_modules_weights() -> None:
+def test_the_codec_is_the_fused_modules_launches_and_its_modules_weights() -> None:
     tiny = Config.from_params(tiny_params()).codec
-    stream = CodecTwin(AudioTokenizer(tiny).bfloat16())(1)
+    stream = FusedCodec(AudioTokenizer(tiny).bfloat16())(1)
     codes = torch.zeros(1, 37, 1, dtype=torch.int64)
     with torch.inference_mode(), counting() as seen:
         stream.chunk(codes, torch.ones(1, dtype=torch.int64))
@@ -91,7 +91,7 @@ def test_the_codec_is_its_twins_launches_and_its_modules_weights() -> None:
     weights = sum(p.numel() for name, p in modules.named_parameters() if p.ndim > 1 and "quantizer" not in name)
     gains = sum(p.numel() for name, p in modules.named_parameters() if name.endswith("original0"))
     assert 25 * weight_bytes(codec_chunk(public().codec, 1, 25)) == pytest.approx(2 * (weights - gains), rel=1e-6)
-    assert 2 * multiply_adds(codec_chunk(public().codec, 1, 25)) == pytest.approx(1094.7e6, rel=1e-4)
+    assert 2 * total_multiply_adds(codec_chunk(public().codec, 1, 25)) == pytest.approx(1094.7e6, rel=1e-4)
 
 
 def test_the_floor_by_hand() -> None:
@@ -122,7 +122,7 @@ def test_a_launch_that_latency_limits_by_hand() -> None:
 
 def test_a_launch_that_products_limit_by_hand() -> None:
     """384 rows on an L4: 6 x 144 blocks, 2 x 58 fit at once: 7 full waves of 2 a multiprocessor, and 52 blocks."""
-    many = replace(FUSED, rows=384, prepared=384, moved=0, products=384 * 2 * 9216 * 3072)
+    many = replace(FUSED, rows=384, prepared=384, moved=0, multiply_adds=384 * 2 * 9216 * 3072)
     a_block = 2 * 384 * 2 * 9216 * 3072 / 864 / (0.5 * 121e12 / 58)
     assert predict([many], GPUS["L4"]) == pytest.approx(2.2e-6 + (7 * 2 + 1) * a_block, rel=1e-6)
 
@@ -134,7 +134,9 @@ def test_no_prediction_is_under_the_floor(name: str) -> None:
         floors = [floor(whole(B, steps), gpu) for B in BATCHES]
         assert floors == sorted(floors)
         for B, least in zip(BATCHES, floors, strict=True):
-            kind, usual, unkind = (predict(whole(B, steps), gpu, one) for one in (KIND, roofline.USUAL, UNKIND))
+            kind, usual, unkind = (
+                predict(whole(B, steps), gpu, one) for one in (OPTIMISTIC, roofline.USUAL, PESSIMISTIC)
+            )
             assert least < kind < usual < unkind
 
 
@@ -166,13 +168,13 @@ def test_rows_say_what_they_are() -> None:
 
 def test_measured_frames_are_laid_over() -> None:
     """One made up, of a GPU that is known; others are no frames, or of machines that are not."""
-    row = Row(
+    row = ResultRow(
         "micro", "frame", "time", 5000.0, "us", "measured", "none", "voxkern", "frame-b1", "bf16", "euler:7",
         device="NVIDIA H100 80GB HBM3",
     )  # fmt: skip
     others = [replace(row, subject="linear"), replace(row, how="predicted"), replace(row, device="NVIDIA L40S")]
     others += [replace(row, provider="torch"), replace(row, provider="copy", value=350.0)]
-    ((found, least, expected),) = laid_over([row, *others])
+    ((found, least, expected),) = compare_with_measured([row, *others])
     assert found == row
     assert least == pytest.approx(1e3 * floor(whole(1), GPUS["H100 SXM"]))
     assert expected == pytest.approx(1e3 * predict(whole(1), GPUS["H100 SXM"]))

@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,16 @@ from plant import case_of, entry_of
 from torch import Tensor
 
 from bench import compare, providers, run
-from bench.modules import Spot, modules
-from bench.providers import Lazily, Trial, by_codes, by_distance, by_frame, by_verdict, operator_trial
-from bench.registry import Maker
-from bench.results import Place, Row, read
-from bench.run import Choice, choice_of, rows_of, time_trial, trials
+from bench.modules import BenchPoint, modules
+from bench.providers import LazyCall, Trial, by_codes, by_distance, by_frame, by_verdict, operator_trial
+from bench.registry import TensorMaker
+from bench.results import Provenance, ResultRow, read
+from bench.run import Selection, rows_of, selection_of, time_trial, trials
 from bench.timing import Copy, Measured, Timing
 from bench.traffic import fewest_bytes
-from voxkern.kernels import settings
+from voxkern.kernels import launch_config
 
-HERE = Place("2026-01-01T00:00:00+00:00", "abc", "a GPU", "torch 2")
+HERE = Provenance("2026-01-01T00:00:00+00:00", "abc", "a GPU", "torch 2")
 ROOF = Copy(lambda: run.ROOF, 3_000_000)
 
 
@@ -62,9 +62,9 @@ def test_a_provider_that_fails_is_named_and_the_others_are_timed() -> None:
         raise KeyError("float32")
 
     made: list[int] = []
-    late = Lazily(lambda: made.append(0) or named("good"))  # type: ignore[func-returns-value]
+    late = LazyCall(lambda: made.append(0) or named("good"))  # type: ignore[func-returns-value]
     clock = FakeClock({"good": [2e-6], "copy": [1e-6]})
-    both = trial(good=late, bad=Lazily(unmade))
+    both = trial(good=late, bad=LazyCall(unmade))
     assert made == []
     found, wrong = time_trial(both, clock, ROOF)
     assert list(found) == ["good", "copy"]
@@ -72,7 +72,7 @@ def test_a_provider_that_fails_is_named_and_the_others_are_timed() -> None:
     assert made == [0]
 
 
-def test_a_coarser_peer_has_a_bound_of_its_own_and_nobody_else() -> None:
+def test_only_a_coarser_peer_has_a_wider_bound() -> None:
     both = replace(trial(good=named("good", 2.1), peer=named("peer", 2.1)), of_peers={"peer": lambda *_: ""})
     assert both.fault("peer") == ""
     assert "good is wrong" in both.fault("good")
@@ -90,7 +90,7 @@ def test_rows_say_time_bandwidth_and_part_of_the_roof() -> None:
         "torch": Measured(Timing(4e-6, 4e-6, 4e-6), "no graph"),
         "copy": Measured(Timing(5e-6, 4e-6, 6e-6), "graph"),
     }
-    rows = rows_of(trial(), found, ROOF, Choice(device="cuda"), HERE)
+    rows = rows_of(trial(), found, ROOF, Selection(device="cuda"), HERE)
     said = {(row.provider, row.metric): (row.value, row.low, row.high, row.unit) for row in rows}
     assert said == {
         ("voxkern", "time"): (2.0, 1.0, 3.0, "us"),
@@ -116,11 +116,11 @@ def test_a_run_appends_what_it_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = trial(torch=named("torch"), voxkern=named("voxkern", 3.0))
-    monkeypatch.setattr(run, "trials", lambda choice: iter([both, replace(both, shape="b2", steps="euler:7")]))
-    monkeypatch.setattr(Choice, "timed", ["torch", "voxkern"])
+    monkeypatch.setattr(run, "trials", lambda selection: iter([both, replace(both, shape="b2", steps="euler:7")]))
+    monkeypatch.setattr(Selection, "timed", ["torch", "voxkern"])
     file = tmp_path / "rows.csv"
     clock = FakeClock({"torch": [2e-6], "copy": [1e-6]}, ROOF)
-    rows, wrong = run.run(Choice(device="cuda"), clock, file, HERE)
+    rows, wrong = run.run(Selection(device="cuda"), clock, file, HERE)
     assert read(file.read_text()) == rows
     assert [(row.shape, row.steps, row.provider) for row in rows[::3]] == [
         ("b1", "", "torch"), ("b1", "", "copy"), ("b2", "euler:7", "torch"), ("b2", "euler:7", "copy"),
@@ -143,7 +143,7 @@ def test_on_a_processor_the_torch_providers_of_an_operator_are_right() -> None:
 )
 def test_modules_of_the_demo_voice_are_right(name: str, steps: str) -> None:
     module = next(module for module in modules("cpu") if module.name == name and module.shape == "demo-b1")
-    one = module.build(Spot(name, module.shape, "bf16", "cpu"))
+    one = module.build(BenchPoint(name, module.shape, "bf16", "cpu"))
     assert one.steps == steps
     with torch.inference_mode():
         assert one.fault("torch") == ""
@@ -178,27 +178,28 @@ def test_whole_modules_have_tolerances_of_their_own() -> None:
 
 def test_bytes_are_those_that_must_move() -> None:
     entry, sizes = entry_of("paged_attention"), {"H": 32, "HKV": 8, "D": 128}
-    args = entry.args(case_of(entry, "b1"), Maker(torch.bfloat16))
+    args = entry.args(case_of(entry, "b1"), TensorMaker(torch.bfloat16))
     rows = 2 * 2 * sizes["H"] * sizes["D"]  # q and the result
     table = sum(args[name].numel() * args[name].element_size() for name in ("block_table", "lengths"))
     assert fewest_bytes(entry, args) == rows + table + 2 * 2 * int(args["lengths"].sum()) * sizes["HKV"] * sizes["D"]
     entry = entry_of("norm_linear")
-    args = entry.args(case_of(entry, "odd"), Maker(torch.bfloat16))
+    args = entry.args(case_of(entry, "odd"), TensorMaker(torch.bfloat16))
     made = entry.op.declare(**args)
     assert fewest_bytes(entry, args) == 2 * (sum(args[n].numel() for n in ("x", "norm", "weight")) + made.numel())
 
 
-def test_what_is_asked_for_is_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_selected_trials_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "operator_trial", lambda entry, case, dtype, device: (entry.name, case.name, dtype))
     monkeypatch.setattr(run, "modules", lambda device: [])
     chosen = [("linear", "down-b1", dtype) for dtype in ("bf16", "fp16", "fp32")]
-    with settings.pretend("sm_90"):
-        assert list(trials(Choice(("linear",), shape="down-b1"))) == [*chosen, ("linear", "codec-down-b1", "bf16")]
-        assert list(trials(Choice(("linear",), quick=True))) == [chosen[0], chosen[2]]
-        assert list(trials(Choice(("linear",), shape="down-b1", dtypes=("fp16",)))) == [chosen[1]]
+    with launch_config.target_arch("sm_90"):
+        assert list(trials(Selection(("linear",), shape="down-b1"))) == [*chosen, ("linear", "codec-down-b1", "bf16")]
+        assert list(trials(Selection(("linear",), quick=True))) == [chosen[0], chosen[2]]
+        assert list(trials(Selection(("linear",), shape="down-b1", dtypes=("fp16",)))) == [chosen[1]]
         # 64 experts and their fp64 truth are too much for a processor
         on_cpu, on_gpu = (
-            {shape for _, shape, _ in trials(Choice(("experts_up",), device=device))} for device in ("cpu", "cuda")
+            {shape for _, shape, _ in trials(Selection(("moe_experts_up",), device=device))}
+            for device in ("cpu", "cuda")
         )
         assert on_gpu - on_cpu == {"small-4-b32"}
         assert "small-4-b1" in on_cpu
@@ -208,9 +209,9 @@ def test_absent_providers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None if name == "vllm_omni" else name)
     assert providers.missing("cpu") == {"voxkern": "no GPU", "vllm-omni": "no vllm_omni", "flashinfer": "no GPU"}
     assert providers.missing("cuda") == {"vllm-omni": "no vllm_omni"}
-    assert Choice().timed == ["torch", "transformers"]
-    assert Choice(device="cuda").timed == ["voxkern", "torch", "torch.compile", "transformers", "flashinfer"]
-    assert Choice(providers=("torch.compile", "voxkern")).timed == ["torch.compile"]
+    assert Selection().timed == ["torch", "transformers"]
+    assert Selection(device="cuda").timed == ["voxkern", "torch", "torch.compile", "transformers", "flashinfer"]
+    assert Selection(providers=("torch.compile", "voxkern")).timed == ["torch.compile"]
     with pytest.raises(SystemExit, match="none of the providers voxkern is here"):
         run.main(["--provider", "voxkern", "--csv", "-"])
     assert "not here: voxkern (no GPU); vllm-omni (no vllm_omni)" in capsys.readouterr().out
@@ -218,27 +219,27 @@ def test_absent_providers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_an_unknown_operator_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        choice_of(["--op", "linear", "liner"])
+        selection_of(["--op", "linear", "liner"])
     assert "--op: there is no liner; there are" in capsys.readouterr().err
-    choice, options = choice_of(["--op", "linear", "frame", "--dtype", "bf16", "--csv", "-"])
-    assert (choice.subjects, choice.dtypes, options.csv) == (("linear", "frame"), ("bf16",), "-")
+    selection, options = selection_of(["--op", "linear", "frame", "--dtype", "bf16", "--csv", "-"])
+    assert (selection.subjects, selection.dtypes, options.csv) == (("linear", "frame"), ("bf16",), "-")
 
 
-def timed(value: float, unit: str = "us", shape: str = "b1") -> Row:
+def timed(value: float, unit: str = "us", shape: str = "b1") -> ResultRow:
     metric = "time" if unit == "us" else "bandwidth"
-    return Row("micro", "linear", metric, value, unit, "measured", "run", "torch", shape, "bf16")
+    return ResultRow("micro", "linear", metric, value, unit, "measured", "run", "torch", shape, "bf16")
 
 
 def test_old_and_new_are_measured_in_turn_and_the_better_half_counts() -> None:
     values = {"old": iter([8.0, 10.0]), "new": iter([6.0, 5.0])}
     log = []
 
-    def measure(tree: Path, asked: Any) -> list[Row]:
+    def measure(tree: Path, asked: Any) -> list[ResultRow]:
         log.append((tree.name, asked))
         value = next(values[tree.name])
         return [timed(value), timed(1000 / value, "GB/s")]
 
-    rows = compare.in_turn({"old": Path("old"), "new": Path("new")}, ["--op", "linear"], measure)
+    rows = compare.measure_interleaved({"old": Path("old"), "new": Path("new")}, ["--op", "linear"], measure)
     assert log == [(name, ["--op", "linear"]) for name in ("old", "new", "new", "old")]
     assert [row.value for row in rows["old"]] == [8.0, 125.0]
     assert [row.value for row in rows["new"]] == [5.0, 200.0]
@@ -252,7 +253,7 @@ def test_old_and_new_are_measured_in_turn_and_the_better_half_counts() -> None:
 @pytest.mark.parametrize(
     ("code", "said"), [(1, "tests are red of linear, frame"), (5, "there are no tests of linear, frame"), (0, "")]
 )
-def test_nothing_is_compared_while_tests_are_red(
+def test_nothing_is_compared_while_tests_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, said: str
 ) -> None:
     fake = tmp_path / "pytest"
@@ -260,10 +261,10 @@ def test_nothing_is_compared_while_tests_are_red(
     fake.chmod(0o755)
     measured = {"old": [timed(8.0)], "new": [timed(4.0)]}
     monkeypatch.setattr(compare, "PYTEST", fake)
-    monkeypatch.setattr(compare, "in_turn", lambda trees, asked, measure: measured)
+    monkeypatch.setattr(compare, "measure_interleaved", lambda trees, asked, measure: measured)
     monkeypatch.setattr(compare, "worktree", lambda rev: compare.tempfile.TemporaryDirectory())
     file = tmp_path / "rows.csv"
-    assert compare.compare("v1", Choice(("linear", "frame")), ["--op", "linear", "frame"], file) == bool(said)
+    assert compare.compare("v1", ("linear", "frame"), ["--op", "linear", "frame"], file) == bool(said)
     out = capsys.readouterr().out
     assert (tmp_path / "asked").read_text().strip() == "-q -x tests -k linear or test_frame or test_generate"
     if said:
@@ -281,6 +282,8 @@ def test_a_revision_stands_in_a_worktree_of_its_own(tmp_path: Path, monkeypatch:
     for module in compare.TIMER:
         (repo / "bench" / f"{module}.py").write_text("old")
     (repo / "kernel").write_text("old")
+    (repo / "kernels").mkdir()
+    (repo / "kernels" / "launch_config.py").write_text("old")
     who = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a"}
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "old"]):
         subprocess.run(["git", *words], cwd=repo, check=True, env=os.environ | who)
@@ -295,6 +298,26 @@ def test_a_revision_stands_in_a_worktree_of_its_own(tmp_path: Path, monkeypatch:
     assert (repo / "kernel").read_text() == "new"
     with pytest.raises(SystemExit, match=r"--compare nowhere: .*invalid reference"), compare.worktree("nowhere"):
         pass
+
+
+def test_a_revision_with_old_names_runs_its_own_timer_and_its_rows_have_the_new_names(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__main__.py").write_text(
+        "import sys\n"
+        "words = sys.argv[1:]\n"
+        "assert words[:3] == ['run', '--op', 'advance'], words\n"
+        f"row = {list(asdict(timed(8.0)).values())!r}\n"
+        "row[1], row[6] = 'advance', 'python -m bench run --op advance'\n"
+        f"head = {[one.name for one in fields(ResultRow)]!r}\n"
+        "lines = (','.join('' if x is None else str(x) for x in line) for line in (head, row))\n"
+        "open(words[words.index('--csv') + 1], 'w').write('\\n'.join(lines) + '\\n')\n"
+    )
+    assert compare.has_old_names(tmp_path)
+    (row,) = compare.measure(tmp_path, ["--op", "update_decode_state"])
+    assert row.subject == "update_decode_state"
+    assert row.command == "python -m bench run --op update_decode_state"
+    assert row.value == 8.0
+    assert not compare.has_old_names(compare.ROOT)
 
 
 def test_the_rest_of_the_command_line_is_kept() -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bench import server_cost
-from bench.server_cost import ROOM, Cost, counted, distinct_bytes, kernels, missing, of_batch, plain, zeroed
-from voxkern.maker import tiny_params
+from bench.server_cost import SERVER_PACKAGE, Cost, counted, distinct_bytes, kernels, missing, of_batch, plain, zeroed
+from voxkern.integrations.server_heads import CAPTURED_METHOD
+from voxkern.random_checkpoint import tiny_params
 from voxkern.reference import Config
-from voxkern.reference.flow import FlowMatchingAudioTransformer
-from voxkern.servers import CAPTURED
+from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
 
 def test_a_product_is_its_weight_its_input_and_its_output() -> None:
@@ -59,7 +59,7 @@ def test_the_kernels(B: int, launches: int) -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_cost, "ROOM", "vllm_omni_that_is_not_there")
+    monkeypatch.setattr(server_cost, "SERVER_PACKAGE", "vllm_omni_that_is_not_there")
     assert missing() == "No module named 'vllm_omni_that_is_not_there'"
     with pytest.raises(ImportError):
         server_cost.server(1)
@@ -98,16 +98,16 @@ class FakeHead(nn.Module):
 
 def test_a_server_that_is_there_is_counted_on_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in of its shape; the real one is counted where it is installed."""
-    parents = [ROOM.rsplit(".", n)[0] for n in range(len(ROOM.split(".")))]
+    parents = [SERVER_PACKAGE.rsplit(".", n)[0] for n in range(len(SERVER_PACKAGE.split(".")))]
     generation, model = ModuleType("generation"), ModuleType("model")
     generation.FlowMatchingAudioTransformer = FakeHead
     model.CUDAGraphAcousticTransformerWrapper = FakeWrapper
     for name in parents:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, f"{ROOM}.voxtral_tts_audio_generation", generation)
-    monkeypatch.setitem(sys.modules, f"{ROOM}.voxtral_tts", model)
+    monkeypatch.setitem(sys.modules, f"{SERVER_PACKAGE}.voxtral_tts_audio_generation", generation)
+    monkeypatch.setitem(sys.modules, f"{SERVER_PACKAGE}.voxtral_tts", model)
     assert missing() is None
-    assert hasattr(FakeWrapper, CAPTURED)
+    assert hasattr(FakeWrapper, CAPTURED_METHOD)
     found = server_cost.server(1)
     weights = 2 * 3072 * 8320
     assert found["captured"] == Cost(1, weights + 2 * (3072 + 8320), weights)
@@ -117,7 +117,7 @@ def test_a_server_that_is_there_is_counted_on_both_paths(monkeypatch: pytest.Mon
 @pytest.mark.servers
 @pytest.mark.slow
 def test_the_real_server() -> None:
-    pytest.importorskip(f"{ROOM}.voxtral_tts", reason="vllm-omni is not installed", exc_type=ImportError)
+    pytest.importorskip(f"{SERVER_PACKAGE}.voxtral_tts", reason="vllm-omni is not installed", exc_type=ImportError)
     found = server_cost.server(1)
     for cost in found.values():
         assert cost.launches > 3.5 * kernels(1).launches

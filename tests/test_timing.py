@@ -12,7 +12,7 @@ from bench import timing
 from bench.timing import CPUClock, GPUClock, Timing, copies_for, measure
 
 
-def test_variants_take_turns_and_begin_in_turn() -> None:
+def test_variants_are_interleaved_in_rotating_order() -> None:
     clock = FakeClock({"a": [1.0], "b": [2.0], "c": [3.0]})
     measure(clock, {name: calls(name) for name in "abc"}, rounds=4)
     assert "".join(clock.log) == "abc" + "bca" + "cab" + "abc"
@@ -75,7 +75,7 @@ def test_what_waits_for_the_gpu_is_timed_without_a_graph(monkeypatch: pytest.Mon
     assert run() == pytest.approx(1e-3)
 
 
-def test_another_error_while_it_is_asked_is_not_taken_for_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unrelated_error_in_the_sync_check_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, tried = FakeGPU(monkeypatch), list[int]()
 
     def call() -> None:

@@ -9,11 +9,11 @@ from torch import nn
 
 from voxkern.reference.config import EMPTY_AUDIO, END_AUDIO
 from voxkern.reference.train.codec import spectral_loss
-from voxkern.reference.train.data import FRAME, VOICES, WORDS, Bank
-from voxkern.reference.train.hear import words_right
+from voxkern.reference.train.data import FRAME, VOICES, WORDS, WordBank
 from voxkern.reference.train.params import word_id
+from voxkern.reference.train.recogniser import words_right
 from voxkern.reference.train.speech import AUDIO, BEGIN_AUDIO, NEXT, REPEAT, Batch, corrupt, make_batch
-from voxkern.reference.train.stage import Stage
+from voxkern.reference.train.stage import TrainingStage
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_words_right(said: str, heard: str, right: int) -> None:
 def test_labels_name_the_word_and_its_frame() -> None:
     quiet, loud = torch.zeros(FRAME), torch.full((FRAME,), 0.5)
     long, short = torch.cat((quiet, loud, loud, quiet)), torch.cat((loud, quiet))
-    bank = Bank([[long, short]], first=[1, 4], n_labels=6)
+    bank = WordBank([[long, short]], first=[1, 4], n_labels=6)
     sound, labels = bank.speak(0, [1, 0])
     assert labels.tolist() == [4, 5, 0, 1, 2, 3]
     torch.testing.assert_close(sound, torch.cat((short, long)))
@@ -57,17 +57,17 @@ def batch() -> Batch:
     return make_batch(codes, np.random.default_rng(3))
 
 
-def test_a_batch_asks_for_the_words_of_its_text(batch: Batch) -> None:
-    for ids, codes, following, word, pointer in zip(
+def test_a_batch_has_the_words_of_its_text_as_targets(batch: Batch) -> None:
+    for ids, codes, next_codes, word, pointer in zip(
         batch.ids, batch.codes, batch.next, batch.word, batch.pointer, strict=True
     ):
         start, stop = (ids == NEXT).nonzero().item() + 1, (ids == REPEAT).nonzero().item()
         text = [(i - word_id(0)) // 4 for i in ids[start:stop].tolist()]
-        asked = (following[:, 0] != EMPTY_AUDIO).nonzero().squeeze(1)
+        asked = (next_codes[:, 0] != EMPTY_AUDIO).nonzero().squeeze(1)
         assert ids[asked[0]] == BEGIN_AUDIO
         assert (ids[asked[1:]] == AUDIO).all()
-        assert torch.equal(following[asked[:-1]], codes[asked[1:]])  # what comes next is what is read next
-        assert following[asked[-1]].tolist() == [END_AUDIO] + [EMPTY_AUDIO] * 36
+        assert torch.equal(next_codes[asked[:-1]], codes[asked[1:]])  # what comes next is what is read next
+        assert next_codes[asked[-1]].tolist() == [END_AUDIO] + [EMPTY_AUDIO] * 36
         numbers = word[asked].tolist()
         assert numbers == sorted(numbers)
         for i, word_now in enumerate(text):
@@ -88,10 +88,10 @@ def test_a_spoilt_history_keeps_ends_and_most_semantic_codes(batch: Batch) -> No
 
 
 def test_a_stage_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    def train(minutes: float) -> tuple[Stage, nn.Linear]:
+    def train(minutes: float) -> tuple[TrainingStage, nn.Linear]:
         torch.manual_seed(0)
         layer = nn.Linear(2, 1)
-        stage = Stage(tmp_path / "work" / "s.pt", layer, minutes, rate=0.1)
+        stage = TrainingStage(tmp_path / "work" / "s.pt", layer, minutes, rate=0.1)
         while not stage.ended:
             loss = layer(torch.ones(1, 2)).square().sum()
             stage.learn(loss, {"loss": loss})

@@ -1,4 +1,4 @@
-"""The search for launch settings, with a made-up clock and a made-up compiler."""
+"""The search for launch configs, with a made-up clock and a made-up compiler."""
 
 import math
 import sys
@@ -14,8 +14,8 @@ from torch import Tensor
 from bench import tune
 from bench.providers import Trial, by_verdict
 from bench.registry import ROOT
-from bench.tune import Tuner, line_of, lines_of, neighbours, search, setting_of, table_of, with_line
-from voxkern.kernels.settings import Table, pretend
+from bench.tune import Tuner, config_of, configs_of, line_of, lines_of, neighbours, search, with_line
+from voxkern.kernels.launch_config import LaunchConfigs, target_arch
 
 TEXT = """
     arch   dtype  rows | BLOCK_N  num_warps  num_stages
@@ -24,11 +24,12 @@ TEXT = """
     sm_*   *      8    | 32       4          2
     sm_*   *      *    | 128      8          3
 """
-SOURCE = f'TOY = Table(\n    "toy",\n    """{TEXT}    """,\n)\nOTHER = Table("other", """\n arch | A\n * | 1\n""")\n'
+OTHER = 'OTHER = LaunchConfigs("other", """\n arch | A\n * | 1\n""")\n'
+SOURCE = f'TOY = LaunchConfigs(\n    "toy",\n    """{TEXT}    """,\n)\n{OTHER}'
 
 
-class SettingClock:
-    """Seconds are a function of the setting that the calls of a variant run with."""
+class ConfigClock:
+    """Seconds are a function of the config that the calls of a variant run with."""
 
     rotates = False
 
@@ -39,21 +40,21 @@ class SettingClock:
         del RUN[:]
         for call in calls:
             call()
-        setting = RUN[-1]
-        self.timed.append(tuple(setting.values()))
-        return (lambda: self.seconds(setting)), "graph"
+        config = RUN[-1]
+        self.timed.append(tuple(config.values()))
+        return (lambda: self.seconds(config)), "graph"
 
     def copy(self) -> None:
         return None
 
 
 RUN: list[dict[str, int]] = []
-TOY = Table("toy", TEXT)
+TOY = LaunchConfigs("toy", TEXT)
 
 
 def toy(x: Tensor) -> Tensor:
     """A kernel that is wrong with blocks of 512."""
-    with pretend("sm_90"):
+    with target_arch("sm_90"):
         chosen = TOY(N=1, K=1, dtype=torch.bfloat16, rows=32)
     RUN.append({name: chosen[name] for name in TOY.names})
     return x * 2 + (1 if chosen["BLOCK_N"] == 512 else 0)
@@ -65,17 +66,17 @@ def tuner(seconds: Callable[[dict[str, int]], float], fits: Callable[[dict[str, 
         "toy", "b1", "fp32", {"x": x}, {"voxkern": toy}, lambda x: x * 2, lambda: [2 * x.double()],
         lambda *results: by_verdict(1e-5, *results),
     )  # fmt: skip
-    return Tuner("toy", [one, one], SettingClock(seconds), fits)
+    return Tuner("toy", [one, one], ConfigClock(seconds), fits)
 
 
-def smaller_is_slower(setting: dict[str, int]) -> float:
+def smaller_is_slower(config: dict[str, int]) -> float:
     """Fastest with the widest blocks, and with 5 stages."""
-    return 1e-3 / setting["BLOCK_N"] * (1 + abs(setting["num_stages"] - 5))
+    return 1e-3 / config["BLOCK_N"] * (1 + abs(config["num_stages"] - 5))
 
 
 def test_the_fastest_that_fits_and_is_right_is_chosen() -> None:
     one = tuner(smaller_is_slower, lambda s: "spills 8 bytes" if s["BLOCK_N"] == 256 and s["num_stages"] > 4 else "")
-    best, ratio = search(setting_of(TOY, 3), one.seconds)
+    best, ratio = search(config_of(TOY, 3), one.seconds)
     # 512 would be faster, but it is wrong; 5 stages, but they spill
     assert best == {"BLOCK_N": 256, "num_warps": 8, "num_stages": 4}
     assert ratio == pytest.approx((2 / 256) / (3 / 128))
@@ -85,12 +86,12 @@ def test_the_fastest_that_fits_and_is_right_is_chosen() -> None:
 
 
 def test_less_than_two_percent_is_noise() -> None:
-    one = tuner(lambda setting: 1.0 - 1e-4 * setting["BLOCK_N"] / 2, lambda setting: "")
-    assert search(setting_of(TOY, 3), one.seconds) == (setting_of(TOY, 3), 1.0)
+    one = tuner(lambda config: 1.0 - 1e-4 * config["BLOCK_N"] / 2, lambda config: "")
+    assert search(config_of(TOY, 3), one.seconds) == (config_of(TOY, 3), 1.0)
 
 
-def test_what_may_not_be_is_infinitely_slow() -> None:
-    one = tuner(smaller_is_slower, lambda setting: "" if setting["num_warps"] == 8 else "does not fit")
+def test_an_invalid_config_has_infinite_time() -> None:
+    one = tuner(smaller_is_slower, lambda config: "" if config["num_warps"] == 8 else "does not fit")
     times = one.seconds([{"BLOCK_N": 128, "num_warps": w, "num_stages": 5} for w in (4, 8, 16)])
     assert times == [math.inf, pytest.approx(1e-3 / 128), math.inf]
 
@@ -104,56 +105,56 @@ def test_neighbours_are_a_step_away() -> None:
 
 @pytest.mark.parametrize(("dtype", "rows", "line"), [("float32", 8, 1), ("bfloat16", 8, 2), ("bfloat16", 9, 3)])
 def test_the_line_that_a_shape_takes(dtype: str, rows: int, line: int) -> None:
-    with pretend("sm_90"):
+    with target_arch("sm_90"):
         assert line_of(TOY, {"N": 1, "K": 1, "dtype": getattr(torch, dtype), "rows": rows}) == line
-    with pretend("xe"), pytest.raises(ValueError, match="no line of toy matches"):
+    with target_arch("xe"), pytest.raises(ValueError, match="no line of toy matches"):
         line_of(TOY, {"N": 1, "K": 1, "dtype": torch.bfloat16, "rows": 8})
 
 
 def test_a_line_for_one_of_many_is_put_above() -> None:
-    setting = {"BLOCK_N": 256, "num_warps": 16, "num_stages": 4}
-    after = with_line(SOURCE, TOY, 3, "sm_90", setting)
+    config = {"BLOCK_N": 256, "num_warps": 16, "num_stages": 4}
+    after = with_line(SOURCE, TOY, 3, "sm_90", config)
     new = "    sm_90  *      *    | 256      16         4\n"
     assert after == SOURCE.replace("    sm_*   *      *    | 128", new + "    sm_*   *      *    | 128")
-    with pretend("sm_90"):
-        assert Table("toy", after.split('"""')[1])(N=1, K=1, dtype=torch.float16, rows=9)["BLOCK_N"] == 256
+    with target_arch("sm_90"):
+        assert LaunchConfigs("toy", after.split('"""')[1])(N=1, K=1, dtype=torch.float16, rows=9)["BLOCK_N"] == 256
 
 
 def test_a_line_of_its_own_is_replaced() -> None:
     after = with_line(SOURCE, TOY, 1, "sm_90", {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2})
     assert after == SOURCE.replace("sm_90  fp32   *    | 32 ", "sm_90  fp32   *    | 64 ")
     with pytest.raises(ValueError, match="no table absent"):
-        with_line(SOURCE, Table("absent", TEXT), 1, "sm_90", {})
+        with_line(SOURCE, LaunchConfigs("absent", TEXT), 1, "sm_90", {})
 
 
-def test_tables_of_the_house_are_found_with_their_lines() -> None:
+def test_launch_config_tables_are_found_with_their_lines() -> None:
     entry = entry_of("norm_swiglu")
-    table = table_of(entry)
-    assert table is not None
-    with pretend("sm_90"):
-        lines = lines_of(entry, table)
-    by_shape = {(case.name, dtype): table.rows[line] for line, shapes in lines.items() for case, dtype in shapes}
+    configs = configs_of(entry)
+    assert configs is not None
+    with target_arch("sm_90"):
+        lines = lines_of(entry, configs)
+    by_shape = {(case.name, dtype): configs.lines[line] for line, shapes in lines.items() for case, dtype in shapes}
     assert by_shape["b1", "bf16"]["rows"] == "8"
     assert by_shape["b32", "bf16"]["rows"] == "*"
     assert by_shape["prefill", "bf16"]["phase"] == "prefill"
     assert by_shape["b1", "fp32"]["dtype"] == "fp32"
     source = (ROOT / "kernels" / "linear.py").read_text()
     line = next(line for line, shapes in lines.items() if (case_of(entry, "b32"), "bf16") in shapes)
-    assert with_line(source, table, line, "sm_*", setting_of(table, line)) == source
-    assert table_of(entry_of("route")) is None  # its table knows no architectures
+    assert with_line(source, configs, line, "sm_*", config_of(configs, line)) == source
+    assert configs_of(entry_of("moe_route")) is None  # its table knows no architectures
 
 
 def test_tuning_ends_in_the_source(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    entry, table = entry_of("combine"), table_of(entry_of("combine"))
-    assert table is not None
+    entry, configs = entry_of("moe_combine"), configs_of(entry_of("moe_combine"))
+    assert configs is not None
     monkeypatch.setattr(tune, "architecture", lambda: "sm_90")
     monkeypatch.setattr(tune, "operator_trial", lambda *place: place)
     monkeypatch.setattr(tune, "compiler", lambda *place: __import__("contextlib").nullcontext(lambda shapes: None))
     better = {"BLOCK_N": 512, "num_warps": 8, "num_stages": 1}
     monkeypatch.setattr(tune, "search", lambda start, seconds: (better, 0.5))
-    with pretend("sm_90"):
-        before, after = tune.tune(entry, table, SettingClock(lambda setting: 1.0))
-    assert before == (ROOT / "kernels" / "experts.py").read_text()
+    with target_arch("sm_90"):
+        before, after = tune.tune(entry, configs, ConfigClock(lambda config: 1.0))
+    assert before == (ROOT / "kernels" / "moe_experts.py").read_text()
     (new,) = set(after.splitlines()) - set(before.splitlines())
     assert new.split() == ["sm_90", "|", "512", "8", "1"]
     assert "0.500 of the time" in capsys.readouterr().out
@@ -162,15 +163,19 @@ def test_tuning_ends_in_the_source(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_there_is_nothing_to_tune_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch finds no GPU here"):
-        tune.main(["--op", "combine"])
+        tune.main(["--op", "moe_combine"])
 
 
-def test_what_does_not_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compile_error_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("tile of 3")
 
     monkeypatch.setitem(sys.modules, "bench.ledger", SimpleNamespace(rows_of=refuse))
-    assert tune.faults_of("combine", "small-4-b1", "bf16", "sm_90", {"BLOCK_N": 3}) == "does not compile: RuntimeError"
-    row = SimpleNamespace(faults=lambda product: ["spills 8 bytes of registers"])
+    assert (
+        tune.faults_of("moe_combine", "small-4-b1", "bf16", "sm_90", {"BLOCK_N": 3}) == "does not compile: RuntimeError"
+    )
+    row = SimpleNamespace(faults=lambda uses_matrix_unit: ["spills 8 bytes of registers"])
     monkeypatch.setitem(sys.modules, "bench.ledger", SimpleNamespace(rows_of=lambda *_: [row]))
-    assert tune.faults_of("combine", "small-4-b1", "bf16", "sm_90", {"BLOCK_N": 64}) == "spills 8 bytes of registers"
+    assert (
+        tune.faults_of("moe_combine", "small-4-b1", "bf16", "sm_90", {"BLOCK_N": 64}) == "spills 8 bytes of registers"
+    )

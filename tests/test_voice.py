@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import voxkern
 from voxkern.cli import app
-from voxkern.maker import make_checkpoint
+from voxkern.random_checkpoint import make_checkpoint
 from voxkern.voice import read_recording, voice_prefix
 
 

@@ -21,7 +21,12 @@ def test_compiles_once(tiny_folder: Path, tmp_path: Path) -> None:
     made = sorted(tmp_path.rglob("*.cubin"))
     assert len(made) == int(first.stderr.split()[0])
     names = {path.stem for path in made}
-    assert {"_advance_kernel", "_prefill_attention_kernel", "_flow_finish_kernel", "_rms_norm_kernel"} <= names
+    assert {
+        "_update_decode_state_kernel",
+        "_prefill_attention_kernel",
+        "_flow_finish_kernel",
+        "_rms_norm_kernel",
+    } <= names
     assert _warm_up(tmp_path, *arguments).stderr == first.stderr
     assert sorted(tmp_path.rglob("*.cubin")) == made
 

@@ -1,4 +1,4 @@
-"""Put twins in the place of a model's own computation, and take them out again."""
+"""Install fused modules in the place of a model's own computation, and remove them again."""
 
 import importlib.util
 import logging
@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from .integrations.server_heads import accelerate_servers, restore_servers
 from .reference.backbone import Backbone
 from .reference.codec import AudioTokenizer
-from .reference.flow import FlowHead, FlowMatchingAudioTransformer
-from .reference.velocity_mlp import FlowMatchingAudioMLP
-from .servers import accelerate_servers, restore_servers
+from .reference.flow_head import FlowHead
+from .reference.mlp_head import FlowMatchingAudioMLP
+from .reference.transformer_head import FlowMatchingAudioTransformer
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
     Args:
         model: a :class:`voxkern.reference.VoxtralTTS`, or any module that holds its parts. Or a module that holds the
             flow head of vLLM-Omni or SGLang-Omni, with its weights loaded and on their device, or vLLM-Omni's wrapper
-            of one before it captures its graphs; see :mod:`voxkern.servers`. A part like one of these that is not
-            known is left as it is, and a warning says why.
+            of one before it captures its graphs; see :mod:`voxkern.integrations.server_heads`. A part like one of these
+            that is not known is left as it is, and a warning says why.
         max_batch: the most requests a call may have, 1..64; a server's may have more, and they run in groups.
             Settings, and so the last bits of a result, belong to it.
 
@@ -38,11 +39,11 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("triton is not installed, and kernels need it; the model runs without them as it is")
-    from .twins.backbone import BackboneTwin
-    from .twins.codec import CodecTwin
-    from .twins.flow import FlowTwin
-    from .twins.head import HeadTwin
-    from .twins.velocity_mlp import MLPTwin
+    from .fused.backbone import FusedBackbone
+    from .fused.codec import FusedCodec
+    from .fused.flow_head import FusedHead
+    from .fused.mlp_head import FusedMLPHead
+    from .fused.transformer_head import FusedTransformerHead
 
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     embeddings = modules.get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
@@ -50,18 +51,18 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
     table = embeddings if isinstance(embeddings, nn.Embedding) else None
     for name, module in modules.items():
         if isinstance(module, Backbone):
-            module.hidden_states = BackboneTwin(module, max_batch)  # type: ignore[method-assign]
+            module.hidden_states = FusedBackbone(module, max_batch)  # type: ignore[method-assign]
             replaced.append(f"{name}.hidden_states".lstrip("."))
         if isinstance(module, FlowMatchingAudioTransformer | FlowMatchingAudioMLP):
-            twin: HeadTwin[Any, Any, Any]
+            fused: FusedHead[Any, Any, Any]
             if isinstance(module, FlowMatchingAudioMLP):
-                twin = MLPTwin(module, max_batch, table)
+                fused = FusedMLPHead(module, max_batch, table)
             else:
-                twin = FlowTwin(module, max_batch, table)
-            module.forward, module.solve = twin, twin.solve  # type: ignore[method-assign]
+                fused = FusedTransformerHead(module, max_batch, table)
+            module.forward, module.solve = fused, fused.solve  # type: ignore[method-assign]
             replaced.append(name or type(module).__name__)
         if isinstance(module, AudioTokenizer):
-            module.stream = CodecTwin(module)  # type: ignore[method-assign, assignment]
+            module.stream = FusedCodec(module)  # type: ignore[method-assign, assignment]
             replaced.append(f"{name}.stream".lstrip("."))
     if not replaced:
         reasons = "".join(f"; {name} is not known: {why}" for name, why in left.items())

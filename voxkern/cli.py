@@ -21,9 +21,9 @@ from rich.table import Table
 
 from . import __version__
 from .audio import Audio, sound_format
-from .cache import cache_bytes
 from .checkpoint import WEIGHTS, find_folder, read_params, read_voices, tensor_table
-from .maker import TINY_MOE, make_checkpoint, public_params
+from .engine.kv_cache import cache_bytes
+from .random_checkpoint import TINY_MOE, make_checkpoint, public_params
 from .reference import Config
 from .reference.config import BackboneConfig
 from .tts import CFG_ALPHA, load

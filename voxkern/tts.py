@@ -13,25 +13,26 @@ import torch
 from torch import Tensor
 
 from .accelerate import accelerate
-from .arguments import check_int, device_of, dtype_of, on_kernels, per_text
 from .audio import Audio
-from .cache import PAGE, PagePool, Voice, pages_for
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
-from .engine import Engine
-from .graphs import capture_on
-from .prompt import Prompt
+from .engine.codec_runner import CodecRunner
+from .engine.cuda_graphs import capture_for
+from .engine.engine import Engine
+from .engine.kv_cache import PAGE_SIZE, KVCache, PrefixKey, pages_for
+from .engine.request import Request
+from .engine.runner import TorchRunner
+from .engine.streaming import SpeechStream, chunk_sizes, iterate_in_thread
 from .reference import VoxtralTTS
-from .reference.flow import MAX_STEPS, SOLVERS
-from .sentences import MAX_CHARS, split_text
-from .slots import Request, TorchSlots
-from .stream import Decoder, Speech, chunk_sizes, in_threads
+from .reference.solver import MAX_STEPS, SOLVERS
+from .text import MAX_CHARS, PromptEncoder, split_text
+from .validation import check_int, per_text, resolve_device, resolve_dtype, use_kernels
 from .voice import read_recording, voice_prefix
 
 if TYPE_CHECKING:
-    from .twins.backbone import BackboneTwin  # needs Triton
+    from .fused.backbone import FusedBackbone  # needs Triton
 
 MAX_FRAMES = 2048  # 164 s: where vLLM-Omni cuts off as well
-PROMPT = 512  # tokens of voice and text that the cache has room for beside that, unless it is told
+PROMPT_TOKENS = 512  # of voice and text, for which the KV cache has memory beside MAX_FRAMES by default
 CFG_ALPHA = 1.2
 DEMO = Path(__file__).with_name("demo")  # the voice that comes with the package
 
@@ -67,18 +68,18 @@ def load(
     """
     check_int("max_batch", max_batch, 1, None)
     if cache_tokens is not None:
-        check_int("cache_tokens", cache_tokens, PAGE, None)
-    target = device_of(device)
-    settings = (max_batch, on_kernels(backend, target), cache_tokens, graphs)
+        check_int("cache_tokens", cache_tokens, PAGE_SIZE, None)
+    target = resolve_device(device)
+    settings = (max_batch, use_kernels(backend, target), cache_tokens, graphs)
     folder = DEMO if source is None else find_folder(source)
-    return TTS(read_checkpoint(folder, dtype_of(dtype), target), *settings)
+    return TTS(read_checkpoint(folder, resolve_dtype(dtype), target), *settings)
 
 
 class TTS:
     """A loaded model.
 
     Attributes:
-        model: the host, a reference :class:`VoxtralTTS`.
+        model: the module, a reference :class:`VoxtralTTS`.
         voices: the prefix of each voice, [N, dim].
         max_batch: requests that run side by side.
     """
@@ -87,7 +88,7 @@ class TTS:
         self,
         checkpoint: Checkpoint,
         max_batch: int = 1,
-        on_kernels: bool = False,
+        use_kernels: bool = False,
         cache_tokens: int | None = None,
         graphs: bool = True,
     ) -> None:
@@ -97,17 +98,17 @@ class TTS:
         self.max_batch = max_batch
         self._cache_tokens, self._graphs = cache_tokens, graphs
         self._engine: tuple[Hashable, Engine] | None = None
-        self._building = threading.Lock()
-        if on_kernels:
+        self._engine_lock = threading.Lock()
+        if use_kernels:
             accelerate(self.model, max_batch)
-        self._prompt = Prompt(
+        self._prompt = PromptEncoder(
             checkpoint.folder / TOKENIZER, {name: len(voice) for name, voice in checkpoint.voices.items()}
         )
 
     @property
     def backend(self) -> str:
         """ "triton" while the model is accelerated, "torch" otherwise."""
-        return "torch" if self._twin is None else "triton"
+        return "torch" if self._fused_backbone is None else "triton"
 
     @property
     def sampling_rate(self) -> int:
@@ -212,8 +213,8 @@ class TTS:
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
         texts = [text] if isinstance(text, str) else text
         n_steps = self._steps(steps, solver)
-        parts = [
-            self._parts(*arguments, max_chars, n_steps, solver)
+        requests = [
+            self._make_requests(*arguments, max_chars, n_steps, solver)
             for arguments in zip(
                 texts,
                 per_text("voice", voice, len(texts)),
@@ -223,25 +224,9 @@ class TTS:
                 strict=True,
             )
         ]
-        engine, jobs = self.engine, []
-        try:
-            for request in itertools.chain(*parts):
-                jobs.append(engine.submit(request))
-            n_frames = itertools.count(1)
-            engine.work(
-                lambda: all(job.over for job in jobs) or any(job.error for job in jobs),
-                None if on_frame is None else lambda: on_frame(next(n_frames)),
-            )
-            for job in jobs:
-                if job.error is not None:
-                    raise job.error
-        finally:
-            for job in jobs:
-                job.cancel()
-        spoken = [job.take() for job in jobs]
-        sounds = iter(spoken)
-        audios = [_joined([next(sounds) for _ in of_text]) for of_text in parts]
-        return audios[0] if isinstance(text, str) else audios
+        audios = iter(self.engine.generate(list(itertools.chain(*requests)), on_frame))
+        joined = [_joined([next(audios) for _ in of_text]) for of_text in requests]
+        return joined[0] if isinstance(text, str) else joined
 
     def stream(
         self,
@@ -256,7 +241,7 @@ class TTS:
         max_chars: int | None = MAX_CHARS,
         first_chunk: int = 1,
         chunk: int = 25,
-    ) -> Speech:
+    ) -> SpeechStream:
         """Speak one text in chunks, as they are made. Joined, they are what :meth:`generate` says, to the last bit.
 
         Chunks have `first_chunk` frames, then twice as many each time up to `chunk`. The last may be empty; its `ended`
@@ -284,9 +269,8 @@ class TTS:
         n_steps = self._steps(steps, solver)
         check_int("first_chunk", first_chunk, 1, None)
         check_int("chunk", chunk, first_chunk, None)
-        parts = self._parts(text, voice, seed, cfg_alpha, max_frames, max_chars, n_steps, solver)
-
-        return Speech(self.engine, parts, chunk_sizes(first_chunk, chunk))
+        requests = self._make_requests(text, voice, seed, cfg_alpha, max_frames, max_chars, n_steps, solver)
+        return SpeechStream(self.engine, requests, chunk_sizes(first_chunk, chunk))
 
     async def submit(
         self, text: str, voice: str | None = None, seed: int | None = None, **arguments: Any
@@ -300,37 +284,39 @@ class TTS:
             ValueError: an argument out of range, named, before anything runs.
             TypeError: an argument of the wrong kind, named.
         """
-        return in_threads(self.stream(text, voice, seed, **arguments))
+        return iterate_in_thread(self.stream(text, voice, seed, **arguments))
 
     @property
     def engine(self) -> Engine:
         """What runs the requests; another one where the model was accelerated, restored or moved since."""
-        twin, weight = self._twin, self.model.norm.weight
-        key = (twin, self.max_batch, weight.dtype, weight.device)
-        with self._building:
+        fused_backbone, weight = self._fused_backbone, self.model.norm.weight
+        key = (fused_backbone, self.max_batch, weight.dtype, weight.device)
+        with self._engine_lock:
             if self._engine is None or self._engine[0] != key:
                 self._engine = (key, self._new_engine())
             return self._engine[1]
 
     def _new_engine(self) -> Engine:
-        twin, weight, config = self._twin, self.model.norm.weight, self.model.config
-        n = self.max_batch if twin is None else min(self.max_batch, twin.max_batch)
-        n_pages = pages_for(self._cache_tokens or n * min(self._positions, MAX_FRAMES + PROMPT))
-        pool = PagePool(config.backbone, n_pages, weight.dtype, weight.device)
-        longest = min(self._positions, n_pages * PAGE)
-        if twin is None:
-            return Engine(TorchSlots(self.model, n, pool, longest), Decoder(self.model, n), config.audio.n_codebooks)
-        from .frames import KernelSlots  # needs Triton
+        fused_backbone, weight, config = self._fused_backbone, self.model.norm.weight, self.model.config
+        n = self.max_batch if fused_backbone is None else min(self.max_batch, fused_backbone.max_batch)
+        n_pages = pages_for(self._cache_tokens or n * min(self._positions, MAX_FRAMES + PROMPT_TOKENS))
+        kv_cache = KVCache(config.backbone, n_pages, weight.dtype, weight.device)
+        longest = min(self._positions, n_pages * PAGE_SIZE)
+        if fused_backbone is None:
+            return Engine(
+                TorchRunner(self.model, n, kv_cache, longest), CodecRunner(self.model, n), config.audio.n_codebooks
+            )
+        from .engine.fused_runner import FusedRunner  # needs Triton
 
-        capture = capture_on(weight.device) if self._graphs else None
-        slots = KernelSlots(self.model, n, pool, longest, capture)
-        return Engine(slots, Decoder(self.model, n, capture), config.audio.n_codebooks)
+        capture = capture_for(weight.device) if self._graphs else None
+        runner = FusedRunner(self.model, n, kv_cache, longest, capture)
+        return Engine(runner, CodecRunner(self.model, n, capture), config.audio.n_codebooks)
 
     @property
     def _positions(self) -> int:
         """Tokens that the model is made, and prepared, for."""
         positions = self.model.config.backbone.max_seq_len
-        return positions if self._twin is None else min(positions, self._twin.max_tokens)
+        return positions if self._fused_backbone is None else min(positions, self._fused_backbone.max_seq_len)
 
     def _steps(self, steps: int | None, solver: str) -> int:
         """Check how the flow is to be solved; the number of steps."""
@@ -340,7 +326,7 @@ class TTS:
         check_int("steps", n_steps, 1, MAX_STEPS)
         return n_steps
 
-    def _parts(
+    def _make_requests(
         self,
         text: str,
         voice: str | None,
@@ -351,16 +337,16 @@ class TTS:
         steps: int,
         solver: str,
     ) -> list[Request]:
-        """Requests that say a text one after the other."""
+        """Make the requests of a text's parts, which are spoken one after the other."""
         if max_chars is not None:
             check_int("max_chars", max_chars, 1, None)
         seed = secrets.randbits(64) if seed is None else seed
         return [
-            self._request(part, voice, seed, cfg_alpha, max_frames, steps, solver)
+            self._make_request(part, voice, seed, cfg_alpha, max_frames, steps, solver)
             for part in split_text(text, max_chars)
         ]
 
-    def _request(
+    def _make_request(
         self,
         text: str,
         voice: str | None,
@@ -380,27 +366,27 @@ class TTS:
         check_int("seed", seed, 0, 2**64 - 1)
         if isinstance(cfg_alpha, bool) or not isinstance(cfg_alpha, int | float) or not math.isfinite(cfg_alpha):
             raise ValueError(f"cfg_alpha must be a finite number, got {cfg_alpha!r}")
-        positions = self.engine.slots.max_tokens
-        room = positions - len(tokens)
-        if room < 1:
+        positions = self.engine.runner.max_seq_len
+        n_left = positions - len(tokens)
+        if n_left < 1:
             raise ValueError(
                 f"text is too long: its prompt of {len(tokens)} tokens leaves no frame in the model's {positions} "
                 "positions; split it"
             )
         if max_frames is None:
-            max_frames = min(MAX_FRAMES, room)
-        check_int("max_frames", max_frames, 1, room)
-        prefix, audio = self.voices[voice], self.model.config.audio.audio_token_id
-        n_shared = tokens.index(audio) + len(prefix)  # up to the voice's last row, prompts of a voice are the same
-        shared = Voice.of(prefix, self.engine.slots.stamp(), n_shared)
-        prompt = self._embed(tokens, prefix)
-        return Request(prompt, seed, float(cfg_alpha), max_frames, steps, solver, shared)
+            max_frames = min(MAX_FRAMES, n_left)
+        check_int("max_frames", max_frames, 1, n_left)
+        voice_rows, audio = self.voices[voice], self.model.config.audio.audio_token_id
+        n_shared = tokens.index(audio) + len(voice_rows)  # up to the voice's last row, prompts of a voice are the same
+        prefix_key = PrefixKey.of(voice_rows, self.engine.runner.weights_version(), n_shared)
+        prompt = self._embed_prompt(tokens, voice_rows)
+        return Request(prompt, seed, float(cfg_alpha), max_frames, steps, solver, prefix_key)
 
     @property
-    def _twin(self) -> "BackboneTwin | None":
+    def _fused_backbone(self) -> "FusedBackbone | None":
         return vars(self.model).get("hidden_states")
 
-    def _embed(self, tokens: list[int], prefix: Tensor) -> Tensor:
+    def _embed_prompt(self, tokens: list[int], prefix: Tensor) -> Tensor:
         """The prompt's embeddings, [T, dim]: the [AUDIO] rows are the voice's."""
         ids = torch.tensor(tokens, device=prefix.device)
         vocabulary = self.model.config.backbone.vocab_size

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from .accelerate import accelerate
-from .cache import PAGE, PagePool
+from .engine.kv_cache import PAGE_SIZE, KVCache
 from .reference import Config, VoxtralTTS
 
 ROWS = (1, 2, 3, 8)  # of a batch, and of a prompt: other numbers make no other binaries, which the ledger checks
@@ -28,7 +28,7 @@ def warm_up(
 
     Args:
         config: of the model; weights are not needed.
-        arch: such as "sm_90", see ``ARCHITECTURES`` of :mod:`voxkern.stub`.
+        arch: such as "sm_90", see ``ARCHITECTURES`` of :mod:`voxkern.compile_only`.
         max_batch: the most requests side by side, 1..64.
         dtype: of the weights.
         on_binary: called with the name of a kernel for each binary that is ready, compiled or found on the disk.
@@ -42,10 +42,10 @@ def warm_up(
     """
     from triton import knobs
 
-    from .frames import Frames, twins_of
-    from .stub import standing_in
-    from .twins.backbone import Rows
-    from .twins.codec import CodecTwinStream
+    from .compile_only import compiling_for
+    from .engine.fused_runner import DecodeBatch, fused_modules_of
+    from .fused.backbone import TokenBatch
+    from .fused.codec import FusedCodecStream
 
     ready: set[str] = set()
 
@@ -57,26 +57,28 @@ def warm_up(
             on_binary(name)
 
     hooks = knobs.runtime.kernel_load_start_hook
-    with standing_in(arch), torch.device("meta"):
+    with compiling_for(arch), torch.device("meta"):
         hooks.add(note)
         try:
             model = VoxtralTTS(config).to(dtype).requires_grad_(False)
             accelerate(model, max_batch)
-            pool = PagePool(config.backbone, 2, dtype, torch.device("meta"))
-            frames = Frames(model, max_batch, pool, PAGE, 2, "euler")  # two steps: the last has kernels of its own
+            kv_cache = KVCache(config.backbone, 2, dtype, torch.device("meta"))
+            decode_batch = DecodeBatch(
+                model, max_batch, kv_cache, PAGE_SIZE, 2, "euler"
+            )  # two steps: the last has kernels of its own
             batches = sorted({min(n, max_batch) for n in ROWS})
             for n in batches:
-                frames.launch(n)
-            backbone, _ = twins_of(model)
+                decode_batch.launch(n)
+            backbone, _ = fused_modules_of(model)
             table = torch.zeros(1, 1, dtype=torch.int32)
             codec = model.audio_tokenizer
             for n in batches:
                 codes = torch.zeros(n, 1 + codec.config.acoustic_dim, 1, dtype=torch.int64)
-                cast(CodecTwinStream, codec.stream(n)).chunk(codes, torch.zeros(n, dtype=torch.int64))
+                cast(FusedCodecStream, codec.stream(n)).chunk(codes, torch.zeros(n, dtype=torch.int64))
             for n in ROWS:
-                rows = Rows.of([n], [n], torch.device("meta"))
+                batch = TokenBatch.of([n], [n], torch.device("meta"))
                 u = torch.zeros(n, config.backbone.dim, dtype=dtype)
-                backbone.norm(backbone.prefill(u, rows, pool.pool, table)[-1:])
+                backbone.norm(backbone.prefill(u, batch, kv_cache.kv, table)[-1:])
         finally:
             hooks.remove(note)
     return len(ready)

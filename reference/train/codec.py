@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..codec import AudioTokenizer
 from ..config import Config
-from .data import FRAME, VOICES, Bank, make_bank, random_words
+from .data import FRAME, VOICES, WordBank, make_bank, random_words
 from .params import PARAMS
-from .stage import Stage, arguments
+from .stage import TrainingStage, arguments
 
 CROP = 32  # frames of an example
 BATCH = 4
@@ -70,7 +70,7 @@ def spectral_loss(a: Tensor, b: Tensor, step: int) -> Tensor:
     return total / len(lengths)
 
 
-def batch(bank: Bank, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+def batch(bank: WordBank, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Random strings cut to CROP frames: sounds [BATCH, CROP FRAME], labels [BATCH, CROP]."""
     sounds, labels = [], []
     for _ in range(BATCH):
@@ -90,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     trainer = CodecTrainer(AudioTokenizer(Config.from_params(PARAMS).codec, encoder=True))
-    stage = Stage(args.folder / "codec_training.pt", trainer, args.minutes, rate=1.5e-3)
+    stage = TrainingStage(args.folder / "codec_training.pt", trainer, args.minutes, rate=1.5e-3)
     bank, generator = make_bank(), np.random.default_rng(stage.step)
     while not stage.ended:
         sound, labels = batch(bank, generator)

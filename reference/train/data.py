@@ -33,7 +33,7 @@ QUIET = 0.004  # of full scale: nothing of the word is heard below it
 
 
 @dataclass(frozen=True)
-class Bank:
+class WordBank:
     """Every word's sound in every voice.
 
     Attributes:
@@ -82,14 +82,14 @@ def quiet_frames(sound: Tensor) -> int:
     return int(loud[0])
 
 
-def make_bank() -> Bank:
+def make_bank() -> WordBank:
     """Ask flite for every word; it takes seconds."""
     sounds = [[whole_frames(flite(word, voice)) for word in WORDS] for voice in VOICES]
     first, n = [], 1
     for i in range(len(WORDS)):
         first.append(n)
         n += max(len(of_voice[i]) // FRAME - quiet_frames(of_voice[i]) for of_voice in sounds)
-    return Bank(sounds, first, n)
+    return WordBank(sounds, first, n)
 
 
 def random_words(generator: np.random.Generator, n: int) -> list[int]:

@@ -12,9 +12,9 @@ from ..attention import rope_table, rotate
 from ..codec import AudioTokenizer
 from ..config import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_CODES, Config
 from ..model import VoxtralTTS
-from .data import VOICES, WORDS, Bank, make_bank, random_words
+from .data import VOICES, WORDS, WordBank, make_bank, random_words
 from .params import PARAMS, word_id
-from .stage import Stage, arguments
+from .stage import TrainingStage, arguments
 
 BATCH = 16
 MAX_WORDS = 7
@@ -47,7 +47,7 @@ class Batch:
 
 
 @torch.no_grad()
-def code_bank(codec: AudioTokenizer, bank: Bank, generator: np.random.Generator) -> list[list[list[Tensor]]]:
+def code_bank(codec: AudioTokenizer, bank: WordBank, generator: np.random.Generator) -> list[list[list[Tensor]]]:
     """[voice][word][variant]: codes [n, 37] with the offset, after nothing (variant 0) or after some other word."""
     out = []
     for voice in range(len(VOICES)):
@@ -91,7 +91,7 @@ def make_batch(codes: list[list[list[Tensor]]], generator: np.random.Generator) 
     S = max(len(ids) + len(number) for ids, _, number in examples)
     ids = torch.zeros(BATCH, S, dtype=torch.int64)
     frames = torch.zeros(BATCH, S, 37, dtype=torch.int64)
-    following = torch.zeros(BATCH, S, 37, dtype=torch.int64)
+    next_codes = torch.zeros(BATCH, S, 37, dtype=torch.int64)
     word, pointer = torch.full((BATCH, S), -1), torch.full((BATCH, S), -1)
     for i, (tokens, (clip, spoken), number) in enumerate(examples):
         n, stop = len(tokens), len(tokens) + len(number)
@@ -100,12 +100,12 @@ def make_batch(codes: list[list[list[Tensor]]], generator: np.random.Generator) 
         ids[i, n:stop] = AUDIO
         frames[i, 2 : 2 + len(clip)] = clip
         frames[i, n:stop] = spoken[:-1]
-        following[i, n - 1 : stop] = spoken
+        next_codes[i, n - 1 : stop] = spoken
         numbers = torch.tensor([*number, n_words])
         word[i, text : n - 1] = torch.arange(n_words + 1)
         word[i, n - 1 : stop] = numbers
         pointer[i, n - 1 : stop] = numbers + text
-    return Batch(ids, frames, following, word, pointer)
+    return Batch(ids, frames, next_codes, word, pointer)
 
 
 def corrupt(codes: Tensor) -> Tensor:
@@ -174,14 +174,14 @@ class SpeechTrainer(nn.Module):
             if i_layer == COUNTING:
                 numbered = batch.word >= 0
                 losses["count"] = F.cross_entropy(self.count(u[numbered]).float(), batch.word[numbered])
-        h, following = model.norm(u)[asked], batch.next[asked]  # [N, dim], [N, 37]
+        h, next_codes = model.norm(u)[asked], batch.next[asked]  # [N, dim], [N, 37]
         logits = model.acoustic_transformer.semantic_logits(h)
-        losses["semantic"] = F.cross_entropy(logits, following[:, 0])
-        spoken = following[:, 0] != END_AUDIO
-        h, x = h[spoken], following[spoken][:, 1:].float().sub(N_SPECIAL_CODES) / 10 - 1
+        losses["semantic"] = F.cross_entropy(logits, next_codes[:, 0])
+        spoken = next_codes[:, 0] != END_AUDIO
+        h, x = h[spoken], next_codes[spoken][:, 1:].float().sub(N_SPECIAL_CODES) / 10 - 1
         losses["frame"] = (self.acoustic(h).float() - x).square().mean()
         losses["flow"] = flow_loss(model, h, x)
-        losses["right"] = (logits.argmax(-1) == following[:, 0]).float().mean().detach()
+        losses["right"] = (logits.argmax(-1) == next_codes[:, 0]).float().mean().detach()
         return losses
 
 
@@ -206,7 +206,7 @@ def main() -> None:
     with torch.no_grad():
         table[model.config.audio.embedding_offsets[1] :] *= 0.15  # 36 of them are added to one semantic row
     trainer = SpeechTrainer(model)
-    stage = Stage(args.folder / "speech_training.pt", trainer, args.minutes, rate=1e-3)
+    stage = TrainingStage(args.folder / "speech_training.pt", trainer, args.minutes, rate=1e-3)
     generator = np.random.default_rng(stage.step)
     codes = code_bank(model.audio_tokenizer, make_bank(), generator)
     while not stage.ended:

@@ -23,7 +23,7 @@ def arguments(description: str | None, minutes: float) -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Stage:
+class TrainingStage:
     """Trains for some minutes of processor time, whatever else the machine does, with AdamW on a cosine of that time.
 
     Attributes:

@@ -1,0 +1,332 @@
+"""Linear layers under adaptive layer norm (DiT, arXiv 2212.09748), on few rows, with what stands around them fused.
+
+A condition c gives every layer its shift, scale and gate as ``silu(c) @ weight.T + bias``. The time's part of c is
+known ahead and the hidden state's part is a frame's, so these products are made once a frame, for all steps and all
+layers in one launch: their weights, most of such a network, are read once and not once a step. ``adaln_modulation``
+makes them, ``adaln_linear_silu`` is the way into a block and ``gated_linear`` the way back. Tiles have the weight's
+rows first, see ``linear.py``.
+
+A branch without hidden state is the same for all requests: its modulation is one row, the first, and stands for every
+row of activations that has none of its own.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast, dot
+from .launch_config import LaunchConfigs
+from .linear import _product, _split_product, expect_rows
+from .operator import expect, operator
+
+__all__ = ["adaln_linear_silu", "adaln_modulation", "gated_linear"]
+
+# As norm_linear's: a tile of weights has 16 KB, and a network of three blocks of 1536 has 264 of them. A head is
+# prepared for 64 steps a request and mostly runs a few: tiles of rows are as large as those few want them, and where
+# there are more tiles, which are neighbours in launch order, they find the weights in the L2 cache.
+ADALN_MODULATION = LaunchConfigs(
+    "adaln_modulation",
+    """
+    arch         dtype  rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      *    | 16       32       64       4          1
+    gfx*         fp32   *    | 16       32       32       4          2
+    gfx*         *      64   | 16       64       64       4          2
+    gfx*         *      *    | 64       64       32       4          2
+    sm_*         fp32   *    | 16       32       32       4          4
+    sm_*         *      8    | 8        64       128      8          4
+    sm_*         *      64   | 16       64       128      8          4
+    sm_*         *      256  | 32       64       64       4          5
+    sm_*         *      *    | 64       64       64       8          3
+    """,
+)
+
+# N = 1536 has 96 tiles of 16 rows for 132 multiprocessors, so a block must keep much under way; but beside 8 KB of
+# weights a stage holds 12 KB of x, shift and scale, so that seven stages take 143 KB, and elsewhere four must do. A
+# chain of sums is one warp's: a product of three dimensions gives every warp a slice of the first.
+ADALN_LINEAR_SILU = LaunchConfigs(
+    "adaln_linear_silu",
+    """
+    arch         dtype  rows | SPLIT  BLOCK_M  BLOCK_N  BLOCK_K  BLOCK_S  num_warps  num_stages
+    interpreter  *      *    | 2      16       32       32       64       4          1
+    gfx*         fp32   *    | 4      16       16       16       256      4          2
+    gfx*         *      *    | 4      16       16       64       256      4          2
+    sm_*         fp32   *    | 4      16       16       16       256      4          3
+    sm_90        *      8    | 4      8        16       64       1024     4          8
+    sm_10?       *      8    | 4      8        16       64       1024     4          8
+    sm_*         *      8    | 4      8        16       64       1024     4          5
+    sm_*         *      16   | 4      16       16       32       512      4          6
+    sm_*         *      *    | 4      16       32       32       512      4          4
+    """,
+)
+
+GATED_LINEAR = LaunchConfigs(
+    "gated_linear",
+    """
+    arch         dtype  rows | SPLIT  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      32   | 2      16       32       32       4          1
+    interpreter  *      *    | 1      16       32       64       4          1
+    gfx*         fp32   *    | 1      16       32       64       4          2
+    gfx*         *      16   | 4      16       16       64       4          2
+    gfx*         *      *    | 1      64       64       64       4          2
+    sm_*         fp32   *    | 1      16       32       32       4          6
+    sm_*         *      8    | 4      8        16       64       4          8
+    sm_*         *      16   | 4      16       16       64       4          6
+    sm_*         *      *    | 4      16       32       64       4          4
+    """,
+)
+
+
+@triton.jit(do_not_specialize=["M", "R"])
+def _adaln_modulation_kernel(
+    p_times, p_states, p_ws, p_biases, p_y,
+    M, R, stride_step, stride_row,
+    N: tl.constexpr, N_LAST: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    i_w = tl.minimum(i_n // TILES, len(p_ws) - 1)  # a tile lies in one of the weights
+    p_w, p_bias, n = p_ws[0], p_biases[0], tl.where(i_w == len(p_ws) - 1, N_LAST, N)
+    for j in tl.static_range(1, len(p_ws)):
+        p_w = tl.where(i_w == j, p_ws[j], p_w)
+        p_bias = tl.where(i_w == j, p_biases[j], p_bias)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = (i_n - i_w * TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_m, m_n = o_m < M, o_n < n
+    o_step, o_row = (o_m // R).to(tl.int64), (o_m % R).to(tl.int64)  # divided as int32: int64 takes a subroutine
+
+    b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = (k + o_k < K)[None, :]
+        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k, other=0.0)
+        m_c = m_m[:, None] & m_k
+        b_c = tl.load(p_times + o_step[:, None] * K + (k + o_k)[None, :], mask=m_c, other=0.0).to(tl.float32)
+        b_c += tl.load(p_states + o_row[:, None] * K + (k + o_k)[None, :], mask=m_c, other=0.0).to(tl.float32)
+        b_acc = dot(b_w, tl.trans(cast(b_c * tl.sigmoid(b_c), b_w.dtype)), b_acc)  # [N, M]
+    b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+    p_tile = p_y + (o_step * stride_step + o_row * stride_row)[None, :] + i_w * N + o_n[:, None]
+    tl.store(p_tile, cast(b_acc, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
+
+
+def launch_adaln_modulation(
+    out: Tensor, times: Tensor, states: Tensor, weights: list[Tensor], biases: list[Tensor], max_rows: int
+) -> None:
+    """Fill `out`, [S, R, W] whose rows may lie apart; the other arguments are those of :func:`adaln_modulation`."""
+    (S, K), R, (N, *_, N_LAST) = times.shape, len(states), [len(weight) for weight in weights]
+    constants = ADALN_MODULATION(N=N, K=K, dtype=times.dtype, rows=max_rows)
+    constants["N_LAST"] = N_LAST
+    tiles = triton.cdiv(N, constants["BLOCK_N"]) * (len(weights) - 1) + triton.cdiv(N_LAST, constants["BLOCK_N"])
+    _adaln_modulation_kernel[(triton.cdiv(S * R, constants["BLOCK_M"]), tiles)](
+        times, states, tuple(weights), tuple(biases), out, S * R, R, out.stride(0), out.stride(1), **constants
+    )
+
+
+@operator(launch_adaln_modulation)
+def adaln_modulation(
+    times: Tensor, states: Tensor, weights: list[Tensor], biases: list[Tensor], max_rows: int
+) -> Tensor:
+    """``silu(time + state) @ weight.T + bias`` for every time, every state and every weight.
+
+    Args:
+        times: [S, K] fp32, bf16 or fp16, the time's part of the condition at each step.
+        states: [R, K], the hidden state's part, of each request.
+        weights: of each layer [N, K], but the last may have another number of rows; two or more.
+        biases: of each layer, as long as its weight has rows.
+        max_rows: the most rows S * R this is prepared for, 1..4096; a row's result does not depend on the others.
+
+    Returns:
+        [S, R, W], the layers side by side.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from that of `times`.
+        ValueError: a shape, stride or device is wrong, or S * R is not in 1..max_rows.
+    """
+    S, K = expect("times", times, ("S", "K"))
+    R, _ = expect("states", states, ("R", K), like=times)
+    if len(weights) < 2 or len(weights) != len(biases):
+        raise ValueError(f"weights and biases are {len(weights)} and {len(biases)} but must be equally many, 2 or more")
+    N, _ = expect("weights[0]", weights[0], ("N", K), like=times)
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        rows, _ = expect(f"weights[{i}]", weight, (N if i + 1 < len(weights) else "N", K), like=times)
+        expect(f"biases[{i}]", bias, (rows,), like=times)
+    if not 1 <= max_rows <= 4096:
+        raise ValueError(f"max_rows is {max_rows} but must lie in 1..4096")
+    if not 1 <= S * R <= max_rows:
+        raise ValueError(f"times and states make {S} x {R} rows but must make 1..{max_rows} (max_rows)")
+    return times.new_empty(S, R, sum(len(weight) for weight in weights))
+
+
+@triton.jit
+def _moments(
+    p_x, o_m, m_m, stride_x, eps,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Mean and ``1 / sqrt(variance + eps)`` of each row, [M]: two passes, since squares of a large mean cancel."""
+    o_s = tl.arange(0, BLOCK_S)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_S], dtype=tl.float32)
+    for k in range(0, K, BLOCK_S):
+        m_x = m_m[:, None] & (k + o_s < K)[None, :]
+        b_sum += tl.load(p_x + o_m[:, None] * stride_x + (k + o_s)[None, :], mask=m_x, other=0.0).to(tl.float32)
+    b_mean = tl.sum(b_sum, 1) / K
+    b_square = tl.zeros([BLOCK_M, BLOCK_S], dtype=tl.float32)
+    for k in range(0, K, BLOCK_S):
+        m_x = m_m[:, None] & (k + o_s < K)[None, :]
+        b_x = tl.load(p_x + o_m[:, None] * stride_x + (k + o_s)[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_x = tl.where(m_x, b_x - b_mean[:, None], 0.0)
+        b_square += b_x * b_x
+    return b_mean, tl.rsqrt(tl.sum(b_square, 1) / K + eps)
+
+
+@triton.jit(do_not_specialize=["M", "R"])
+def _adaln_linear_silu_kernel(
+    p_x, p_mod, p_w, p_bias, p_y,
+    M, R, stride_x, stride_mod, eps,
+    N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [SPLIT, K]
+    m_m, m_n = o_m < M, o_n < N
+    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
+    b_mean, b_rstd = _moments(p_x, o_m, m_m, stride_x, eps, K, BLOCK_M, BLOCK_S)
+    o_x = (o_m * stride_x)[None, :, None]
+    o_mod = (tl.where(o_m < R, o_m + 1, 0) * stride_mod)[None, :, None]
+
+    b_acc = tl.zeros([SPLIT, BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for k in range(0, K, SPLIT * BLOCK_K):
+        m_k = (k + o_k < K)[:, None, :]
+        m_x = m_m[None, :, None] & m_k
+        b_w = tl.load(
+            p_w + o_n[None, :, None] * K + (k + o_k)[:, None, :], mask=m_n[None, :, None] & m_k, other=0.0
+        )  # [SPLIT, N, K]
+        b_x = tl.load(p_x + o_x + (k + o_k)[:, None, :], mask=m_x, other=0.0).to(tl.float32)  # [SPLIT, M, K]
+        b_shift = tl.load(p_mod + o_mod + (k + o_k)[:, None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_scale = tl.load(p_mod + o_mod + (K + k + o_k)[:, None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_x = (b_x - b_mean[None, :, None]) * b_rstd[None, :, None]
+        b_a = cast(b_x * (1 + b_scale) + b_shift, b_w.dtype)
+        b_acc = dot(b_w, tl.permute(b_a, (0, 2, 1)), b_acc)
+    b_y = tl.sum(b_acc, 0) + tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]  # [N, M]
+    b_y *= tl.sigmoid(b_y)
+    tl.store(p_y + o_m[None, :] * N + o_n[:, None], cast(b_y, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
+
+
+def launch_adaln_linear_silu(
+    out: Tensor, x: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor, eps: float, max_rows: int
+) -> None:
+    """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`adaln_linear_silu`, unchecked."""
+    (M, K), N, R = x.shape, len(weight), len(modulation) - 1
+    constants = ADALN_LINEAR_SILU(N=N, K=K, dtype=x.dtype, rows=max_rows)
+    stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
+    _adaln_linear_silu_kernel[(triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))](
+        x, modulation, weight, bias, out, M, R, stride_x, modulation.stride(0), eps, **constants
+    )
+
+
+@operator(launch_adaln_linear_silu)
+def adaln_linear_silu(x: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor, eps: float, max_rows: int) -> Tensor:
+    """``silu(n @ weight.T + bias)`` with ``n = (x - mean) / sqrt(variance + eps) * (1 + scale) + shift``.
+
+    Args:
+        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
+        modulation: [1 + R, 2K or more], shift and scale side by side; rows may lie apart. Row 1 + i is for row i of
+            x, and the first row for all those from R on.
+        weight: [N, K], as a checkpoint stores it.
+        bias: [N].
+        eps: added to the variance.
+        max_rows: the most rows this is prepared for, 1..512.
+
+    Returns:
+        [M, N] in x's dtype, summed in fp32 and rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from x's.
+        ValueError: a shape, stride or device is wrong, or M is not in 1..max_rows.
+    """
+    M, K = expect("x", x, ("M", "K"), contiguous=False)
+    N, _ = expect("weight", weight, ("N", K), like=x)
+    expect("bias", bias, (N,), like=x)
+    _expect_modulation("modulation", modulation, 2 * K, x)
+    expect_rows(M, max_rows, "decode")
+    return x.new_empty(M, N)
+
+
+@triton.jit(do_not_specialize=["M", "R"])
+def _gated_linear_kernel(
+    p_x, p_w, p_bias, p_gate, p_residual, p_y,
+    M, R, stride_x, stride_gate,
+    N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m, m_n = o_m < M, o_n < N
+    if SPLIT == 1:
+        b_y = _product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        b_y = _split_product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K)
+    b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]  # [N, M]
+    m_y = m_m[None, :] & m_n[:, None]
+    o_y = o_m[None, :] * N + o_n[:, None]
+    if p_gate is not None:
+        o_gate = (tl.where(o_m < R, o_m + 1, 0) * stride_gate)[None, :] + o_n[:, None]
+        b_y *= tl.load(p_gate + o_gate, mask=m_y, other=0.0).to(tl.float32)
+    if p_residual is not None:
+        b_y += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + o_y, cast(b_y, p_y.dtype.element_ty), mask=m_y)
+
+
+def launch_gated_linear(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None, max_rows: int
+) -> None:
+    """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`gated_linear`, unchecked."""
+    (M, K), N = x.shape, len(weight)
+    R, stride_gate = (0, 0) if gate is None else (len(gate) - 1, gate.stride(0))
+    constants = GATED_LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows)
+    stride_x = x.stride(0) if M > 1 else K
+    _gated_linear_kernel[(triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))](
+        x, weight, bias, gate, residual, out, M, R, stride_x, stride_gate, **constants
+    )
+
+
+@operator(launch_gated_linear)
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None, max_rows: int
+) -> Tensor:
+    """``residual + gate * (x @ weight.T + bias)``: a modulated block's way back into the residual stream.
+
+    Args:
+        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
+        weight: [N, K], as a checkpoint stores it.
+        bias: [N].
+        gate: [1 + R, N], whose rows may lie apart, or None for 1. Row 1 + i is for row i of x, and the first row for
+            all those from R on.
+        residual: [M, N], contiguous, or None for 0.
+        max_rows: the most rows this is prepared for, 1..512.
+
+    Returns:
+        [M, N] in x's dtype, summed in fp32 and rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from x's.
+        ValueError: a shape, stride or device is wrong, or M is not in 1..max_rows.
+    """
+    M, K = expect("x", x, ("M", "K"), contiguous=False)
+    N, _ = expect("weight", weight, ("N", K), like=x)
+    expect("bias", bias, (N,), like=x)
+    if gate is not None:
+        _expect_modulation("gate", gate, N, x)
+    if residual is not None:
+        expect("residual", residual, (M, N), like=x)
+    expect_rows(M, max_rows, "decode")
+    return x.new_empty(M, N)
+
+
+def _expect_modulation(name: str, modulation: Tensor, columns: int, x: Tensor) -> None:
+    """Check rows of modulation, of which the first is for rows of `x` that have none of their own."""
+    rows, found = expect(name, modulation, ("1 + R", "columns"), like=x, contiguous=False)
+    if found < columns or not 1 <= rows <= 1 + len(x):
+        raise ValueError(f"{name} is [{rows}, {found}] but must have 1..{1 + len(x)} rows of {columns} columns or more")

@@ -1,0 +1,298 @@
+"""What surrounds the velocity MLP's blocks: noise and the first rows of a frame, a solver's step, codes at its end."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .operator import expect, expect_batch, operator
+from .solver import expect_codes, init_noise, load_state, padded, project_in, project_out, solver_step, write_codes
+from .transformer_solver import FLOW_START, FLOW_STEP
+
+__all__ = ["mlp_finish", "mlp_start", "mlp_step"]
+
+
+@triton.jit
+def _modulated_norm(p_x, p_mod, eps, N: tl.constexpr, PAD_N: tl.constexpr):
+    """``norm(x) * (1 + scale) + shift`` of a row: fp32 [PAD_N], zeros past N."""
+    o_n = tl.arange(0, PAD_N)
+    m_n = o_n < N
+    b_x = tl.load(p_x + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_x = tl.where(m_n, b_x - tl.sum(b_x, 0) / N, 0.0)
+    b_x *= tl.rsqrt(tl.sum(b_x * b_x, 0) / N + eps)
+    b_shift = tl.load(p_mod + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_scale = tl.load(p_mod + N + o_n, mask=m_n, other=0.0).to(tl.float32)
+    return b_x * (1 + b_scale) + b_shift
+
+
+@triton.jit
+def _guided_step(
+    p_y, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, i_b, B, stride_mod, eps, dt, ab2_ratio,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    """The guided velocity of one request, and the step along it: the new x, fp32 [PAD_K], zeros past K.
+
+    Guidance is linear and so is the projection: the two rows are combined before it, and its bias counts once.
+    """
+    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
+    o_k = tl.arange(0, PAD_K)
+    b_x, b_last = load_state(p_x, p_last, i_b, K, PAD_K)
+    alpha = tl.load(p_alpha + i_b)
+    b_y = alpha * _modulated_norm(p_y + i_b * N, p_mod + (1 + i_b) * stride_mod, eps, N, PAD_N)
+    b_y += (1 - alpha) * _modulated_norm(p_y + (B + i_b) * N, p_mod, eps, N, PAD_N)
+    b_v = project_out(p_w_out, b_y, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
+    b_v += tl.load(p_b_out + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    return solver_step(p_x, p_last, b_x, b_last, b_v, i_b, dt, ab2_ratio, K, PAD_K)
+
+
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_seed", "p_frame"])
+def _mlp_start_kernel(
+    p_seed, p_frame, p_noise, p_quantiles, p_w_in, p_b_in, p_x, p_stream,
+    B,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    b_x = init_noise(p_seed, p_frame, p_noise, p_quantiles, i_b, K, PAD_K)
+    if i_n == 0:
+        o_k = tl.arange(0, PAD_K)
+        tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
+    project_in(p_w_in, p_b_in, p_stream, b_x, i_b, i_n * BLOCK_N, B, N, K, PAD_K, BLOCK_N)
+
+
+def launch_mlp_start(
+    seed: Tensor | None, frame: Tensor | None, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, b_in: Tensor,
+    x: Tensor, stream: Tensor, max_batch: int,
+) -> None:  # fmt: skip
+    """Fill `x` and `stream`; the arguments are those of :func:`mlp_start`, unchecked."""
+    B, (N, K) = x.shape[0], w_in.shape
+    constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
+    _mlp_start_kernel[(B, triton.cdiv(N, constants["BLOCK_N"]))](
+        seed, frame, noise, quantiles, w_in, b_in, x, stream, B, **constants
+    )
+
+
+@operator(launch_mlp_start, mutates=("x", "stream"))
+def mlp_start(
+    seed: Tensor,
+    frame: Tensor,
+    noise: Tensor | None,
+    quantiles: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    x: Tensor,
+    stream: Tensor,
+    max_batch: int,
+) -> None:
+    """Begin a frame: x is noise, and the residual stream is its input projection.
+
+    Args:
+        seed: int64 [B], a request's own; with `frame` it decides the noise, whatever the batch.
+        frame: int64 [B], counted from 0 in each request.
+        noise: fp32 [B, K] to begin with instead, or None to draw it.
+        quantiles: fp32 [65536], the normal's quantiles at (i + 1/2) / 65536.
+        w_in: [dim, K] fp32, bf16 or fp16, the input projection.
+        b_in: [dim], its bias.
+        x: fp32 [B, K], written: the flow's state.
+        stream: [2B, dim], written: rows with condition, then the same without.
+        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, stride or device is wrong, or B is not in 1..max_batch.
+    """
+    B = _expect_entrance(w_in, b_in, x, stream, max_batch)
+    K = w_in.shape[1]
+    expect("seed", seed, (B,), like=w_in, dtype=torch.int64)
+    expect("frame", frame, (B,), like=w_in, dtype=torch.int64)
+    expect("quantiles", quantiles, (65536,), like=w_in, dtype=torch.float32)
+    if noise is not None:
+        expect("noise", noise, (B, K), like=w_in, dtype=torch.float32)
+
+
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_alpha"])
+def _mlp_step_kernel(
+    p_stream, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, p_w_in, p_b_in,
+    B, stride_mod, eps, dt, ab2_ratio,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0).to(tl.int64)
+    b_x = _guided_step(
+        p_stream, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, i_b, B, stride_mod, eps, dt, ab2_ratio,
+        N, K, PAD_N, PAD_K, BLOCK_K, PIPE,
+    )  # fmt: skip
+    tl.debug_barrier()  # all warps have read the rows that are written now
+    for n in tl.range(0, N, BLOCK_N, num_stages=PIPE):
+        project_in(p_w_in, p_b_in, p_stream, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
+
+
+def launch_mlp_step(
+    stream: Tensor, modulation: Tensor, w_out: Tensor, b_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float,
+    ab2_ratio: float, x: Tensor, v_last: Tensor, w_in: Tensor, b_in: Tensor, max_batch: int,
+) -> None:  # fmt: skip
+    """Update `stream`, `x` and `v_last`; the arguments are those of :func:`mlp_step`, unchecked."""
+    B, (N, K) = x.shape[0], w_in.shape
+    constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
+    constants["PIPE"] = constants["num_stages"]
+    _mlp_step_kernel[(B,)](
+        stream, modulation, w_out, b_out, cfg_alpha, x, v_last, w_in, b_in, B, modulation.stride(0), eps, dt, ab2_ratio,
+        **constants,
+    )  # fmt: skip
+
+
+@operator(launch_mlp_step, mutates=("stream", "x", "v_last"))
+def mlp_step(
+    stream: Tensor,
+    modulation: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    eps: float,
+    cfg_alpha: Tensor,
+    dt: float,
+    ab2_ratio: float,
+    x: Tensor,
+    v_last: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    max_batch: int,
+) -> None:
+    """A solver's step, ``x += dt * (v + ab2_ratio * (v - v_last))``, and the residual stream of the next one.
+
+    The velocity is the final layer's, ``norm(stream) * (1 + scale) + shift`` projected, and guided:
+    ``v = a v_cond + (1 - a) v_uncond``. Ratio 0 is Euler's step, see ``voxkern.reference.solver.integrate``.
+
+    Args:
+        stream: [2B, dim] fp32, bf16 or fp16: what the last block gives, the conditional rows first; replaced by the
+            input projection of the new x.
+        modulation: [1 + B, 2 dim], shift and scale side by side; rows may lie apart. The first row is the
+            unconditional branch's, row 1 + i request i's.
+        w_out: [K, dim], the velocity's projection.
+        b_out: [K], its bias.
+        eps: added to the variance.
+        cfg_alpha: fp32 [B], strength of the guidance a; 1 is none.
+        dt: length of the step.
+        ab2_ratio: of the velocity's last change, that is added to it.
+        x: fp32 [B, K], the flow's state, updated.
+        v_last: fp32 [B, K], the last step's velocity, replaced by this one's; not used where `ab2_ratio` is 0.
+        w_in: [dim, K], the input projection.
+        b_in: [dim], its bias.
+        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, stride or device is wrong, or B is not in 1..max_batch.
+    """
+    B = _expect_entrance(w_in, b_in, x, stream, max_batch)
+    _expect_final(stream, modulation, w_out, b_out, cfg_alpha, v_last, B)
+
+
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_alpha", "p_semantic"])
+def _mlp_finish_kernel(
+    p_stream, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, p_semantic, p_embeddings, p_codes, p_next,
+    B, stride_mod, eps, dt, ab2_ratio,
+    N: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    PAD_N: tl.constexpr, PAD_K: tl.constexpr, PAD_E: tl.constexpr,
+    LEVELS: tl.constexpr, SEMANTIC_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0).to(tl.int64)
+    b_x = _guided_step(
+        p_stream, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, i_b, B, stride_mod, eps, dt, ab2_ratio,
+        N, K, PAD_N, PAD_K, BLOCK_K, PIPE,
+    )  # fmt: skip
+    write_codes(
+        b_x, p_semantic, p_embeddings, p_codes, p_next, i_b, K, E, PAD_K, PAD_E, LEVELS, SEMANTIC_SIZE, BLOCK_K, PIPE
+    )
+
+
+def launch_mlp_finish(
+    out: tuple[Tensor, Tensor],
+    stream: Tensor, modulation: Tensor, w_out: Tensor, b_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float,
+    ab2_ratio: float, x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor | None,
+    semantic_size: int, max_batch: int,
+) -> None:  # fmt: skip
+    """Fill `out`, codes [B, 1 + K] and next [B, E], update `x` and `v_last`; the rest is :func:`mlp_finish`'s."""
+    codes, following = out
+    B, (K, N) = x.shape[0], w_out.shape
+    E = following.shape[1]
+    constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | padded(N, K)
+    constants |= {"E": E, "PAD_E": triton.next_power_of_2(max(E, 1)), "PIPE": constants["num_stages"]}
+    constants |= {"LEVELS": levels, "SEMANTIC_SIZE": semantic_size}
+    del constants["BLOCK_N"]  # of the input projection, which is not done here
+    _mlp_finish_kernel[(B,)](
+        stream, modulation, w_out, b_out, cfg_alpha, x, v_last, semantic, embeddings, codes, following,
+        B, modulation.stride(0), eps, dt, ab2_ratio, **constants,
+    )  # fmt: skip
+
+
+@operator(launch_mlp_finish, mutates=("x", "v_last"))
+def mlp_finish(
+    stream: Tensor,
+    modulation: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    eps: float,
+    cfg_alpha: Tensor,
+    dt: float,
+    ab2_ratio: float,
+    x: Tensor,
+    v_last: Tensor,
+    semantic: Tensor,
+    levels: int,
+    embeddings: Tensor | None,
+    semantic_size: int,
+    max_batch: int,
+) -> tuple[Tensor, Tensor]:
+    """The last step, its codes, and what they are to the backbone: the sum of their embeddings.
+
+    Args:
+        stream: [2B, dim], as in :func:`mlp_step` but left as it is, and so are the next seven.
+        modulation: [1 + B, 2 dim].
+        w_out: [K, dim].
+        b_out: [K].
+        eps: added to the variance.
+        cfg_alpha: fp32 [B].
+        dt: length of the step.
+        ab2_ratio: as there.
+        x: fp32 [B, K], updated; what is left in it is not clamped.
+        v_last: fp32 [B, K], as there.
+        semantic: int64 [B], the semantic codes with the offset of 2; where one is 1 (END) all acoustic codes are 2.
+        levels: of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
+        embeddings: as in :func:`voxkern.kernels.transformer_solver.flow_finish`, or None: no sum is made, E = 0.
+        semantic_size: codes of the semantic codebook, without the 2 special ones.
+        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+
+    Returns:
+        int64 [B, 1 + K], the codes with the offset of 2; [B, E], summed in fp32 and rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, stride, device or size is wrong, or B is not in 1..max_batch.
+    """
+    K, N = expect("w_out", w_out, ("K", "dim"))
+    B, _ = expect("x", x, ("B", K), like=w_out, dtype=torch.float32)
+    expect_batch("x", B, 1, max_batch)
+    expect("stream", stream, (2 * B, N), like=w_out)
+    _expect_final(stream, modulation, w_out, b_out, cfg_alpha, v_last, B)
+    return expect_codes(B, w_out, semantic, levels, embeddings, semantic_size)
+
+
+def _expect_entrance(w_in: Tensor, b_in: Tensor, x: Tensor, stream: Tensor, max_batch: int) -> int:
+    """Check what is written for a step, and read for it; B."""
+    N, K = expect("w_in", w_in, ("dim", "K"))
+    expect("b_in", b_in, (N,), like=w_in)
+    B, _ = expect("x", x, ("B", K), like=w_in, dtype=torch.float32)
+    expect_batch("x", B, 1, max_batch)
+    expect("stream", stream, (2 * B, N), like=w_in)
+    return B
+
+
+def _expect_final(
+    stream: Tensor, modulation: Tensor, w_out: Tensor, b_out: Tensor, cfg_alpha: Tensor, v_last: Tensor, B: int
+) -> None:
+    """Check what :func:`_guided_step` reads besides `stream` and x."""
+    K, N = expect("w_out", w_out, ("K", stream.shape[1]), like=stream)
+    expect("b_out", b_out, (K,), like=w_out)
+    expect("modulation", modulation, (1 + B, 2 * N), like=w_out, contiguous=False)
+    expect("v_last", v_last, (B, K), like=w_out, dtype=torch.float32)
+    expect("cfg_alpha", cfg_alpha, (B,), like=w_out, dtype=torch.float32)

@@ -1,0 +1,342 @@
+"""The experts of a mixture, on pairs grouped by ``kernels/moe_routing.py``: gate and up, down, and their sum.
+
+Every expert's weights are tensors of their own, as a checkpoint has them. A kernel finds them by a table of addresses
+and row strides, so that nothing is packed or copied. A tile of pairs is one expert's: at decode all its tokens stand in
+one, and every weight that is needed is read once. Tiles of weights have their rows first, see ``kernels/linear.py``.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast, dot
+from .launch_config import LaunchConfigs
+from .linear import norm_product
+from .operator import expect, operator
+
+__all__ = ["PointerTable", "moe_combine", "moe_experts_down", "moe_experts_up", "pointer_table"]
+
+# `rows` are those of a tile of pairs. Two tiles of weights a step, and as many bytes under way as norm_swiglu has.
+MOE_EXPERTS_UP = LaunchConfigs(
+    "moe_experts_up",
+    """
+    arch         dtype  rows | BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      *    | 32       64       4          1
+    gfx*         fp32   *    | 16       32       4          2
+    gfx*         *      16   | 64       64       4          2
+    gfx*         *      *    | 64       32       4          2
+    sm_*         fp32   *    | 32       32       4          4
+    sm_*         *      8    | 32       128      8          5
+    sm_*         *      16   | 32       128      8          4
+    sm_*         *      32   | 64       64       4          4
+    sm_*         *      *    | 64       64       8          3
+    """,
+)
+
+MOE_EXPERTS_DOWN = LaunchConfigs(
+    "moe_experts_down",
+    """
+    arch         dtype  rows | BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      *    | 32       64       4          1
+    gfx*         fp32   *    | 16       32       4          2
+    gfx*         *      16   | 64       128      4          2
+    gfx*         *      *    | 64       64       4          2
+    sm_*         fp32   *    | 32       32       4          6
+    sm_*         *      8    | 64       128      8          6
+    sm_*         *      16   | 64       128      8          5
+    sm_*         *      32   | 64       64       4          8
+    sm_*         *      *    | 64       64       8          4
+    """,
+)
+
+MOE_COMBINE = LaunchConfigs(
+    "moe_combine",
+    """
+    arch         | BLOCK_N  num_warps  num_stages
+    interpreter  | 64       4          1
+    *            | 1024     4          1
+    """,
+)
+
+
+@dataclass(frozen=True)
+class PointerTable:
+    """Where tensors of one shape and dtype stand, for a kernel to find them. It does not keep them alive.
+
+    Attributes:
+        table: int64 [E, 2], address and stride of rows in elements.
+        aligned: every row of every tensor begins at a multiple of 16 bytes.
+        rows: N of the tensors [N, K].
+    """
+
+    table: Tensor
+    aligned: bool
+    rows: int
+
+
+def pointer_table(weights: Sequence[Tensor]) -> PointerTable:
+    """The table of these weights, [N, K] each; made once for as long as they stand where they are."""
+    found = tuple((weight.data_ptr(), weight.stride(0)) for weight in weights)
+    return _pointer_table(found, len(weights[0]), weights[0].element_size(), weights[0].device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pointer_table(found: tuple[tuple[int, int], ...], N: int, item_size: int, device: torch.device) -> PointerTable:
+    aligned = all(address % 16 == 0 and stride * item_size % 16 == 0 for address, stride in found)
+    return PointerTable(torch.tensor(found, dtype=torch.int64).to(device), aligned, N)
+
+
+@triton.jit
+def _expert(p_table, expert, p_like, ALIGNED: tl.constexpr):
+    """An expert's weight, of the dtype of `p_like`, and the stride of its rows."""
+    p_w = tl.load(p_table + 2 * expert).to(p_like.dtype)
+    stride = tl.load(p_table + 2 * expert + 1)
+    if ALIGNED:  # the compiler cannot know, and would load 8 bytes at a time
+        p_w = tl.multiple_of(p_w, 16)
+        stride = tl.multiple_of(stride, 128 // p_like.dtype.element_ty.primitive_bitwidth)
+    return p_w, stride
+
+
+@triton.jit
+def _moe_experts_up_kernel(
+    p_x, p_norm, p_w1, p_w3, p_pairs, p_tiles, p_y,
+    stride_x, eps,
+    E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # tiles are neighbours in launch order: those of a busy expert find its weights in the L2 cache
+    i_t, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    expert = tl.load(p_tiles + 3 * i_t)
+    if (expert < 0) | (expert >= E):
+        return
+    o_pair = tl.load(p_tiles + 3 * i_t + 1) + tl.arange(0, BLOCK_M)
+    m_m = o_pair < tl.load(p_tiles + 3 * i_t + 2)
+    b_pair = tl.load(p_pairs + o_pair, mask=m_m, other=0).to(tl.int64)  # [M]
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    p_w1, _ = _expert(p_w1, expert, p_x, ALIGNED)
+    p_w3, _ = _expert(p_w3, expert, p_x, ALIGNED)
+    b_gate, b_up = norm_product(
+        p_x, p_norm, p_w1, p_w3, b_pair // P, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    tl.store(
+        p_y + b_pair[None, :] * N + o_n[:, None], cast(b_y, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None]
+    )
+
+
+def launch_moe_experts_up(
+    out: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    w1: Sequence[Tensor] | PointerTable,
+    w3: Sequence[Tensor] | PointerTable,
+    pairs: Tensor,
+    tiles: Tensor,
+    eps: float,
+    tile_rows: int,
+) -> None:
+    """Fill `out`, contiguous [M * P, N]; the other arguments are those of :func:`moe_experts_up`, unchecked.
+
+    Weights may be given as :func:`pointer_table`; a frame does, as making them is work for the host.
+    """
+    gate, up = _as_pointer_table(w1, tiles), _as_pointer_table(w3, tiles)
+    (M, K), N = x.shape, gate.rows
+    constants = MOE_EXPERTS_UP(N=N, K=K, dtype=x.dtype, rows=tile_rows)
+    constants["NORM_FIRST"] = x.dtype == torch.float16  # x * norm may pass fp16's 65,504 before it is scaled
+    constants |= {
+        "E": len(gate.table),
+        "P": len(pairs) // M,
+        "ALIGNED": gate.aligned and up.aligned,
+        "BLOCK_M": tile_rows,
+    }
+    stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
+    grid = (len(tiles), triton.cdiv(N, constants["BLOCK_N"]))
+    _moe_experts_up_kernel[grid](x, norm, gate.table, up.table, pairs, tiles, out, stride_x, eps, **constants)
+
+
+@operator(launch_moe_experts_up)
+def moe_experts_up(
+    x: Tensor,
+    norm: Tensor,
+    w1: list[Tensor],
+    w3: list[Tensor],
+    pairs: Tensor,
+    tiles: Tensor,
+    eps: float,
+    tile_rows: int,
+) -> Tensor:
+    """``silu(n @ w1[e].T) * (n @ w3[e].T)`` with ``n = RMSNorm(x)``, for every pair of a token and its expert e.
+
+    Args:
+        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
+        norm: [K], the RMSNorm's weight.
+        w1: of each expert, the shared ones last, its gate [N, K].
+        w3: what they gate, in the same way.
+        pairs: int32 [M * P], from :func:`voxkern.kernels.moe_routing.moe_route`.
+        tiles: int32 [T, 3], from there.
+        eps: added to the mean square.
+        tile_rows: what the tiles were made with.
+
+    Returns:
+        [M * P, N] in x's dtype, row by row as pairs are numbered.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from x's.
+        ValueError: a shape, stride or device is wrong; or, on the CPU, a tile has an expert that is not there. On a GPU
+            that would be a host read: there such a tile is left out, and its results are not written.
+    """
+    M, K = expect("x", x, ("M", "K"), contiguous=False)
+    expect("norm", norm, (K,), like=x)
+    N = _expect_experts("w1", w1, K, x, contiguous=True)
+    if len(w3) != len(w1) or _expect_experts("w3", w3, K, x, contiguous=True) != N:
+        raise ValueError(f"w3 must be {len(w1)} experts of [{N}, {K}], as w1 is")
+    _expect_pairs(M, pairs, tiles, x)
+    return x.new_empty(len(pairs), N)
+
+
+@triton.jit
+def _moe_experts_down_kernel(
+    p_x, p_w2, p_weights, p_pairs, p_tiles, p_y,
+    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_t, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    expert = tl.load(p_tiles + 3 * i_t)
+    if (expert < 0) | (expert >= E):
+        return
+    o_pair = tl.load(p_tiles + 3 * i_t + 1) + tl.arange(0, BLOCK_M)
+    m_m = o_pair < tl.load(p_tiles + 3 * i_t + 2)
+    b_pair = tl.load(p_pairs + o_pair, mask=m_m, other=0).to(tl.int64)  # [M]
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_n = o_n < N
+    p_w2, stride_w2 = _expert(p_w2, expert, p_x, ALIGNED)
+    b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = (k + o_k < K)[None, :]
+        b_w = tl.load(p_w2 + o_n[:, None] * stride_w2 + (k + o_k)[None, :], mask=m_n[:, None] & m_k, other=0.0)
+        b_x = tl.load(p_x + b_pair[:, None] * K + (k + o_k)[None, :], mask=m_m[:, None] & m_k, other=0.0)
+        b_acc = dot(b_w, tl.trans(b_x), b_acc)  # [N, M]
+    b_acc *= tl.load(p_weights + b_pair, mask=m_m, other=0.0)[None, :]
+    tl.store(p_y + b_pair[None, :] * N + o_n[:, None], b_acc, mask=m_m[None, :] & m_n[:, None])
+
+
+def launch_moe_experts_down(
+    out: Tensor,
+    x: Tensor,
+    w2: Sequence[Tensor] | PointerTable,
+    weights: Tensor,
+    pairs: Tensor,
+    tiles: Tensor,
+    tile_rows: int,
+) -> None:
+    """Fill `out`, fp32, contiguous [M * P, N]; the other arguments are those of :func:`moe_experts_down`, unchecked."""
+    down = _as_pointer_table(w2, tiles)
+    constants = MOE_EXPERTS_DOWN(N=down.rows, K=x.shape[1], dtype=x.dtype, rows=tile_rows)
+    constants |= {"E": len(down.table), "ALIGNED": down.aligned, "BLOCK_M": tile_rows}
+    grid = (len(tiles), triton.cdiv(down.rows, constants["BLOCK_N"]))
+    _moe_experts_down_kernel[grid](x, down.table, weights, pairs, tiles, out, **constants)
+
+
+@operator(launch_moe_experts_down)
+def moe_experts_down(
+    x: Tensor, w2: list[Tensor], weights: Tensor, pairs: Tensor, tiles: Tensor, tile_rows: int
+) -> Tensor:
+    """``weights * (x @ w2[e].T)`` for every pair of a token and its expert e.
+
+    Args:
+        x: [M * P, K], contiguous, from :func:`moe_experts_up`.
+        w2: of each expert, the shared ones last, its way down [N, K]; rows may lie apart.
+        weights: fp32 [M, P], from :func:`voxkern.kernels.moe_routing.moe_route`.
+        pairs: int32 [M * P], from there.
+        tiles: int32 [T, 3], from there.
+        tile_rows: what the tiles were made with.
+
+    Returns:
+        fp32 [M * P, N], row by row as pairs are numbered: what is summed later is not rounded before.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from x's.
+        ValueError: a shape, stride or device is wrong, or a tile's expert, see :func:`moe_experts_up`.
+    """
+    n_pairs, K = expect("x", x, ("M * P", "K"))
+    N = _expect_experts("w2", w2, K, x, contiguous=False)
+    M, P = expect("weights", weights, ("M", "P"), like=x, dtype=torch.float32)
+    if n_pairs != M * P:
+        raise ValueError(f"weights is [{M}, {P}] but x has {n_pairs} rows")
+    _expect_pairs(M, pairs, tiles, x)
+    return x.new_empty((n_pairs, N), dtype=torch.float32)
+
+
+@triton.jit
+def _moe_combine_kernel(p_stream, p_parts, stride_stream, P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    b_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for j in range(P):  # best expert first, shared ones last
+        b_sum += tl.load(p_parts + (i_m * P + j) * N + o_n, mask=m_n, other=0.0)
+    p_tile = p_stream + i_m * stride_stream + o_n
+    b_sum += tl.load(p_tile, mask=m_n, other=0.0).to(tl.float32)
+    tl.store(p_tile, cast(b_sum, p_stream.dtype.element_ty), mask=m_n)
+
+
+def launch_moe_combine(stream: Tensor, parts: Tensor) -> None:
+    """:func:`moe_combine`, unchecked."""
+    M, N = stream.shape
+    constants = MOE_COMBINE(N=N, K=1, dtype=stream.dtype, rows=1)
+    constants = {name: value for name, value in constants.items() if name != "K"} | {"P": len(parts) // M}
+    stride = stream.stride(0) if M > 1 else N
+    grid = (M, triton.cdiv(N, constants["BLOCK_N"]))
+    _moe_combine_kernel[grid](stream, parts, stride, **constants)
+
+
+@operator(launch_moe_combine, mutates=("stream",))
+def moe_combine(stream: Tensor, parts: Tensor) -> None:
+    """``stream[m] += sum_j parts[m * P + j]``, in the order of j, summed in fp32 and rounded once.
+
+    Args:
+        stream: [M, N] fp32, bf16 or fp16, written in place; rows may lie apart.
+        parts: fp32 [M * P, N], from :func:`moe_experts_down`.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, stride or device is wrong.
+    """
+    M, N = expect("stream", stream, ("M", "N"), contiguous=False)
+    n_pairs, _ = expect("parts", parts, ("M * P", N), like=stream, dtype=torch.float32)
+    if n_pairs % M:
+        raise ValueError(f"parts has {n_pairs} rows but must have a multiple of {M}, the rows of stream")
+
+
+def _as_pointer_table(weights: Sequence[Tensor] | PointerTable, tiles: Tensor) -> PointerTable:
+    if isinstance(weights, PointerTable):
+        return weights
+    if tiles.device.type == "cpu":  # elsewhere it would wait for the device
+        for expert in tiles[:, 0].tolist():
+            if not -1 <= expert < len(weights):
+                raise ValueError(f"tiles has expert {expert} but must have -1..{len(weights) - 1}")
+    return pointer_table(weights)
+
+
+def _expect_experts(name: str, weights: list[Tensor], K: int, x: Tensor, contiguous: bool) -> int:
+    if not weights:
+        raise ValueError(f"{name} is empty but must have a tensor an expert")
+    N = weights[0].shape[0]
+    for i, weight in enumerate(weights):
+        expect(f"{name}[{i}]", weight, (N, K), like=x, contiguous=contiguous)
+    return N
+
+
+def _expect_pairs(M: int, pairs: Tensor, tiles: Tensor, x: Tensor) -> None:
+    (n,) = expect("pairs", pairs, ("M * P",), like=x, dtype=torch.int32)
+    if n < M or n % M:
+        raise ValueError(f"pairs has {n} but must have a multiple of {M}, the tokens")
+    expect("tiles", tiles, ("T", 3), like=x, dtype=torch.int32)

@@ -1,0 +1,376 @@
+"""Attention over a paged KV cache: one new token a request (decode), or many (prefill).
+
+A layer's cache is [pages, 2, Hkv, PAGE, D]; a request owns the pages that its row of the block
+table names, in order. A tile is [tokens, queries]: the query heads that share a key head stand side by side in the
+columns, so that keys and values are read once for all of them, and eight columns are enough for the matrix units.
+
+Softmax in fp32, by powers of two (FlashAttention, arXiv 2205.14135). Decode splits a request into spans of a fixed
+number of tokens, a block each; the block that ends last adds the spans up, in order (Flash-Decoding). Nothing depends
+on who else is in the batch, nor on how a prompt was cut.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast, dot
+from .launch_config import LaunchConfigs
+from .operator import expect, expect_batch, operator
+
+__all__ = ["paged_attention", "paged_attention_scratch", "prefill_attention"]
+
+NO_WINDOW = 1 << 30
+MAX_SPANS = 64
+PAGE_SIZES = (16, 32, 64, 128)  # tokens that a page may have
+
+# 64 tokens of 128 columns are 16 KB of keys and as much of values a stage; three stages of both are 98,304 of the
+# 101,376 bytes of sm_86, 89 and 120. fp32 products run on the plain units, whose operands live in registers.
+PAGED_ATTENTION = LaunchConfigs(
+    "paged_attention",
+    """
+    arch         dtype | MIN_GROUP  BLOCK_N  num_warps  num_stages
+    interpreter  *     | 8          16       4          1
+    gfx*         fp32  | 16         16       4          1
+    gfx*         *     | 16         64       4          1
+    sm_*         fp32  | 8          16       4          3
+    sm_*         *     | 8          64       4          3
+    """,
+)
+
+# BLOCK_Q tokens times the heads of a group: 64 columns where eight warps hold them; elsewhere they spill, and so do 16
+# of fp32 on four warps.
+PREFILL_ATTENTION = LaunchConfigs(
+    "prefill_attention",
+    """
+    arch         dtype | COLUMNS_Q  BLOCK_N  num_warps  num_stages
+    interpreter  *     | 16         16       4          1
+    gfx*         fp32  | 16         16       4          1
+    gfx*         *     | 64         64       4          1
+    sm_*         fp32  | 16         16       8          2
+    sm_90        *     | 64         64       8          2
+    sm_100       *     | 64         64       8          2
+    sm_*         *     | 32         64       4          2
+    """,
+)
+
+
+@triton.jit
+def _attend(
+    b_q, b_end, p_kv, p_table, first, end, window, stride_page, stride_v, stride_token,
+    D: tl.constexpr, PAGE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What the tokens `first` to `end` of one request and key head give to some queries, not yet divided by its weight.
+
+    Args:
+        b_q: [R, D], queries.
+        b_end: int32 [R], the query sees tokens before this one, and no more than `window` of them.
+        p_kv: the key head's first element in page 0.
+        p_table: the request's row of the block table.
+        first: token to begin with.
+        end: token to stop before; slots from there on may hold anything and are not read.
+        window: tokens that a query sees.
+        stride_page: elements from page to page.
+        stride_v: from a key to its value.
+        stride_token: from slot to slot.
+        D: columns of a head.
+        PAGE: tokens a page.
+        COLUMNS: D, or the power of two after it.
+        BLOCK_N: tokens a step.
+        BLOCK_R: queries.
+
+    Returns:
+        fp32 [COLUMNS, R], and [R] each the largest score in powers of two (-inf without tokens) and the weights' sum.
+    """
+    o_d, o_n = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_N)
+    m_d = (o_d < D)[None, :]
+    b_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
+    b_acc = tl.zeros([COLUMNS, BLOCK_R], dtype=tl.float32)
+    SCALE: tl.constexpr = D**-0.5 * 1.4426950408889634  # 1 / ln 2
+    for n in range(first, end, BLOCK_N):
+        b_n = n + o_n
+        m_n = b_n < end
+        b_page = tl.load(p_table + b_n // PAGE, mask=m_n, other=0).to(tl.int64)
+        p_k = p_kv + (b_page * stride_page + (b_n % PAGE) * stride_token)[:, None] + o_d[None, :]  # [N, D]
+        b_k = tl.load(p_k, mask=m_n[:, None] & m_d, other=0.0)
+        b_v = tl.load(p_k + stride_v, mask=m_n[:, None] & m_d, other=0.0)
+        b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)) * SCALE  # [N, R]
+        m_s = (b_n[:, None] < b_end[None, :]) & (b_n[:, None] >= b_end[None, :] - window)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 0))
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a query that has seen nothing yet: no -inf - -inf
+        b_p = tl.exp2(b_s - b_base[None, :])
+        b_keep = tl.exp2(b_max - b_base)
+        b_sum = b_sum * b_keep + tl.sum(b_p, 0)
+        b_acc = dot(tl.trans(b_v), cast(b_p, b_v.dtype), b_acc * b_keep[None, :])
+        b_max = b_new
+    return b_acc, b_max, b_sum
+
+
+@triton.jit(
+    do_not_specialize=["stride_table", "spans", "window"], do_not_specialize_on_alignment=["p_table", "p_lengths"]
+)
+def _paged_attention_kernel(
+    p_q, p_kv, p_table, p_lengths, p_partial, p_arrived, p_out,
+    stride_table, stride_page, stride_v, stride_head, stride_token, spans, window,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_s, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    length = tl.load(p_lengths + i_b).to(tl.int32)
+    seen = tl.maximum(length - window, 0)  # tokens before the window
+    n_spans = tl.cdiv(length - seen, SPAN)
+    if i_s >= tl.maximum(n_spans, 1):
+        return
+    o_g, o_d = tl.arange(0, GROUP), tl.arange(0, COLUMNS)
+    m_g, m_d = o_g < H // HKV, o_d < D
+    o_head = i_b * H + i_kv * (H // HKV) + o_g
+    m_q = m_g[:, None] & m_d[None, :]
+    b_q = tl.load(p_q + o_head[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [G, D]
+    first = seen + i_s * SPAN
+    b_acc, b_max, b_sum = _attend(
+        b_q, length + tl.zeros_like(o_g), p_kv + i_kv * stride_head, p_table + i_b * stride_table,
+        first, tl.minimum(first + SPAN, length), window, stride_page, stride_v, stride_token,
+        D, PAGE, COLUMNS, BLOCK_N, GROUP,
+    )  # fmt: skip
+    p_result = p_out + o_head[None, :] * D + o_d[:, None]
+    m_result = m_g[None, :] & m_d[:, None]
+    if n_spans <= 1:
+        b_o = b_acc / tl.where(b_sum > 0.0, b_sum, 1.0)[None, :]  # a row without tokens gives zeros
+        tl.store(p_result, cast(b_o, p_out.dtype.element_ty), mask=m_result)
+        return
+
+    # a span's part: D columns, the largest score, the sum of weights
+    p_first = p_partial + o_head * spans * (D + 2)
+    p_part = p_first + i_s * (D + 2)
+    tl.store(p_part[None, :] + o_d[:, None], b_acc, mask=m_result)
+    tl.store(p_part + D, b_max, mask=m_g)
+    tl.store(p_part + D + 1, b_sum, mask=m_g)
+    tl.debug_barrier()  # all threads' stores, then one thread's release
+    arrived = tl.atomic_add(p_arrived + i_b * HKV + i_kv, 1, sem="acq_rel", scope="gpu")
+    if arrived == n_spans - 1:
+        tl.debug_barrier()
+        b_max = tl.full([GROUP], float("-inf"), tl.float32)
+        b_sum = tl.zeros([GROUP], dtype=tl.float32)
+        b_acc = tl.zeros([COLUMNS, GROUP], dtype=tl.float32)
+        for i in range(0, n_spans):
+            p_part = p_first + i * (D + 2)
+            # past the first-level cache, which does not see what other multiprocessors wrote
+            b_o = tl.load(p_part[None, :] + o_d[:, None], mask=m_result, other=0.0, cache_modifier=".cg")
+            b_m = tl.load(p_part + D, mask=m_g, other=0.0, cache_modifier=".cg")
+            b_l = tl.load(p_part + D + 1, mask=m_g, other=0.0, cache_modifier=".cg")
+            b_new = tl.maximum(b_max, b_m)
+            b_keep, b_add = tl.exp2(b_max - b_new), tl.exp2(b_m - b_new)
+            b_acc = b_acc * b_keep[None, :] + b_o * b_add[None, :]
+            b_sum = b_sum * b_keep + b_l * b_add
+            b_max = b_new
+        b_o = b_acc / tl.where(m_g, b_sum, 1.0)[None, :]
+        tl.store(p_result, cast(b_o, p_out.dtype.element_ty), mask=m_result)
+        tl.store(p_arrived + i_b * HKV + i_kv, 0)  # as the next launch must find it
+
+
+def span_of(max_seq_len: int) -> int:
+    """Tokens a span, for a cache prepared for `max_seq_len` a request: 256 up to 16,384, then a 64th of them."""
+    return max(256, 1 << (-(-max_seq_len // MAX_SPANS) - 1).bit_length())
+
+
+def page_strides(kv_cache: Tensor) -> dict[str, Any]:
+    """A kv_cache's strides, as the kernels name them."""
+    names = ("stride_page", "stride_v", "stride_head", "stride_token")
+    return dict(zip(names, kv_cache.stride(), strict=False))
+
+
+def paged_attention_scratch(q: Tensor, kv_cache: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
+    """The memory of :func:`launch_paged_attention`, for as many requests as `q` has: spans' parts, and counters.
+
+    Returns:
+        fp32 [B, H, spans, D + 2], and int32 [B, Hkv] of zeros, which every launch leaves as zeros.
+    """
+    B, D = len(q), kv_cache.shape[4]
+    spans = triton.cdiv(max_seq_len, span_of(max_seq_len))
+    partial = q.new_empty((B, q.shape[1] // D, spans, D + 2), dtype=torch.float32)
+    return partial, q.new_zeros((B, kv_cache.shape[2]), dtype=torch.int32)
+
+
+def launch_paged_attention(
+    out: Tensor, q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int, max_seq_len: int,
+    scratch: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Fill `out`, contiguous [B, H * D]; the other arguments are those of :func:`paged_attention`, unchecked.
+
+    Args:
+        out: written.
+        q: as in :func:`paged_attention`, and so are `kv_cache`, `block_table`, `lengths`, `window` and `max_seq_len`.
+        kv_cache: [pages, 2, Hkv, PAGE, D].
+        block_table: int32 [B, max_pages].
+        lengths: int32 [B].
+        window: 0 for none.
+        max_seq_len: as it was for `scratch`.
+        scratch: from :func:`paged_attention_scratch`, for B requests or more; without it it is allocated, which may not
+            be inside a frame.
+    """
+    B, _, HKV, PAGE, D = len(q), *kv_cache.shape[1:]
+    H = q.shape[1] // D
+    partial, arrived = paged_attention_scratch(q, kv_cache, max_seq_len) if scratch is None else scratch
+    SPAN, spans = span_of(max_seq_len), partial.shape[2]
+    constants = PAGED_ATTENTION(N=H * D, K=D, dtype=q.dtype, rows=1)
+    constants["GROUP"] = max(triton.next_power_of_2(H // HKV), constants.pop("MIN_GROUP"))
+    del constants["N"], constants["K"]
+    constants |= {"H": H, "HKV": HKV, "D": D, "PAGE": PAGE, "SPAN": SPAN, "COLUMNS": triton.next_power_of_2(D)}
+    numbers = {"spans": spans, "window": window or NO_WINDOW} | page_strides(kv_cache)
+    grid = (min(spans, triton.cdiv(block_table.shape[1] * PAGE, SPAN)), HKV, B)
+    _paged_attention_kernel[grid](
+        q, kv_cache, block_table, lengths, partial, arrived, out, block_table.stride(0), **numbers, **constants
+    )
+
+
+@operator(launch_paged_attention)
+def paged_attention(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int, max_seq_len: int
+) -> Tensor:
+    """``softmax(q k^T / sqrt(D)) v`` of each request's last token over the tokens in its pages, itself among them.
+
+    Args:
+        q: [B, H * D] fp32, bf16 or fp16, rotated; query head h reads key head ``h // (H / Hkv)``.
+        kv_cache: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at 1; only its last dimension must be dense.
+        block_table: int32 [B, max_pages], the pages of each request in order; entries past its length may be anything.
+        lengths: int32 [B], tokens of each request; 0 gives zeros.
+        window: the most tokens a request sees, the last ones; 0 for all.
+        max_seq_len: the most tokens that a request may ever have. Decides how it is split, and so the last bits.
+
+    Returns:
+        [B, H * D] in q's dtype, softmax and sums in fp32, rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from q's.
+        ValueError: a shape, stride or device is wrong, or a number out of range.
+    """
+    B, W = expect("q", q, ("B", "H * D"))
+    expect_cache(kv_cache, block_table, lengths, q, B)
+    expect_heads("q", W, kv_cache)
+    expect_batch("q", B, 1, 64)
+    if window < 0:
+        raise ValueError(f"window is {window} but must be positive, or 0 for none")
+    max_pages, PAGE = block_table.shape[1], kv_cache.shape[3]
+    if max_pages > triton.cdiv(max_seq_len, PAGE):
+        raise ValueError(f"max_seq_len is {max_seq_len} but block_table holds {max_pages} pages of {PAGE} a request")
+    return torch.empty_like(q)
+
+
+@triton.jit(
+    do_not_specialize=["stride_q", "stride_table", "window"],
+    do_not_specialize_on_alignment=["p_table", "p_cu_seqlens", "p_lengths"],
+)
+def _prefill_attention_kernel(
+    p_q, p_kv, p_table, p_cu_seqlens, p_lengths, p_out,
+    stride_q, stride_table, stride_page, stride_v, stride_head, stride_token, window,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # long rows first: the last tile of a prompt sees most tokens
+    i_q = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_kv, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    start = tl.load(p_cu_seqlens + i_b).to(tl.int64)
+    T = (tl.load(p_cu_seqlens + i_b + 1) - start).to(tl.int32)
+    length = tl.load(p_lengths + i_b).to(tl.int32)
+    if i_q * BLOCK_Q >= T:
+        return
+    o_r, o_d = tl.arange(0, BLOCK_Q * GROUP), tl.arange(0, COLUMNS)
+    o_t, o_g = i_q * BLOCK_Q + o_r // GROUP, o_r % GROUP
+    m_q = ((o_t < T) & (o_g < H // HKV))[:, None] & (o_d < D)[None, :]
+    o_row, o_head = start + o_t, i_kv * (H // HKV) + o_g
+    b_q = tl.load(p_q + (o_row * stride_q + o_head * D)[:, None] + o_d[None, :], mask=m_q, other=0.0)  # [R, D]
+    b_end = length - T + o_t + 1  # a query sees the tokens up to its own
+    # steps begin at multiples of BLOCK_N wherever the queries do: a prompt in parts is summed as the whole is
+    first = tl.maximum(length - T + i_q * BLOCK_Q + 1 - window, 0) // BLOCK_N * BLOCK_N
+    end = tl.minimum(length - T + (i_q + 1) * BLOCK_Q, length)
+    b_acc, _, b_sum = _attend(
+        b_q, b_end, p_kv + i_kv * stride_head, p_table + i_b * stride_table,
+        first, end, window, stride_page, stride_v, stride_token, D, PAGE, COLUMNS, BLOCK_N, BLOCK_Q * GROUP,
+    )  # fmt: skip
+    b_o = b_acc / tl.where(b_sum > 0.0, b_sum, 1.0)[None, :]
+    p_result = p_out + (o_row * (H * D) + o_head * D)[None, :] + o_d[:, None]
+    tl.store(p_result, cast(b_o, p_out.dtype.element_ty), mask=tl.trans(m_q))
+
+
+def launch_prefill_attention(
+    out: Tensor, q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, lengths: Tensor, window: int,
+    max_new: int, n_heads: int,
+) -> None:  # fmt: skip
+    """Fill `out`, contiguous [R, H * D]; the other arguments are those of :func:`prefill_attention`, unchecked."""
+    _, _, HKV, PAGE, D = kv_cache.shape
+    constants = PREFILL_ATTENTION(N=n_heads * D, K=D, dtype=q.dtype, rows=1, phase="prefill")
+    group = triton.next_power_of_2(n_heads // HKV)
+    constants["BLOCK_Q"] = max(constants.pop("COLUMNS_Q") // group, 1)
+    del constants["N"], constants["K"]
+    constants |= {"H": n_heads, "HKV": HKV, "D": D, "PAGE": PAGE, "GROUP": group}
+    constants["COLUMNS"] = triton.next_power_of_2(D)
+    numbers = {"window": window or NO_WINDOW} | page_strides(kv_cache)
+    grid = (triton.cdiv(max_new, constants["BLOCK_Q"]), HKV, len(lengths))
+    _prefill_attention_kernel[grid](
+        q, kv_cache, block_table, cu_seqlens, lengths, out, q.stride(0), block_table.stride(0), **numbers, **constants
+    )
+
+
+@operator(launch_prefill_attention)
+def prefill_attention(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, lengths: Tensor, window: int, max_new: int,
+    n_heads: int,
+) -> Tensor:  # fmt: skip
+    """Causal attention of the last tokens of several requests over their pages, which hold them already.
+
+    Args:
+        q: [R, W] fp32, bf16 or fp16, W >= H * D: the queries are the first columns, rotated; request b has the rows
+            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Rows may lie apart.
+        kv_cache: [pages, 2, Hkv, PAGE, D], see :func:`paged_attention`, also for `block_table` and `window`.
+        block_table: int32 [B, max_pages].
+        cu_seqlens: int32 [B + 1], from 0 to R.
+        lengths: int32 [B], tokens of each request with the new ones.
+        window: the most tokens a query sees, the last ones and itself; 0 for all.
+        max_new: the most rows of one request; not read by the kernel, only decides how many blocks there are.
+        n_heads: H, a multiple of Hkv.
+
+    Returns:
+        [R, H * D] in q's dtype.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from q's.
+        ValueError: a shape, stride or device is wrong, or a number out of range.
+    """
+    R, W = expect("q", q, ("R", "W"), contiguous=False)
+    B, _ = expect("block_table", block_table, ("B", "max_pages"), like=q, dtype=torch.int32)
+    _, _, _, D = expect_cache(kv_cache, block_table, lengths, q, B)
+    expect_heads("q", n_heads * D, kv_cache)
+    if n_heads * D > W:
+        raise ValueError(f"q has {W} columns but must have {n_heads} * {D} or more (n_heads)")
+    expect("cu_seqlens", cu_seqlens, (B + 1,), like=q, dtype=torch.int32)
+    if not 1 <= max_new <= R:
+        raise ValueError(f"max_new is {max_new} but must lie in 1..{R}, the rows of q")
+    if window < 0:
+        raise ValueError(f"window is {window} but must be positive, or 0 for none")
+    return q.new_empty(R, n_heads * D)
+
+
+def expect_cache(
+    kv_cache: Tensor, block_table: Tensor, lengths: Tensor | None, like: Tensor, B: int | None
+) -> tuple[int, int, int, int]:
+    """Raise unless these are the cache of `B` requests; pages, key heads, tokens a page and columns otherwise."""
+    pages, _, H_KV, PAGE, D = expect(
+        "kv_cache", kv_cache, ("pages", 2, "Hkv", "PAGE", "D"), like=like, contiguous=False
+    )
+    if PAGE not in PAGE_SIZES:
+        raise ValueError(f"kv_cache has pages of {PAGE} tokens but must have 16, 32, 64 or 128")
+    expect("block_table", block_table, (B or "B", "max_pages"), like=like, contiguous=False, dtype=torch.int32)
+    if lengths is not None:
+        expect("lengths", lengths, (len(block_table),), like=like, dtype=torch.int32)
+    return pages, H_KV, PAGE, D
+
+
+def expect_heads(name: str, columns: int, kv_cache: Tensor) -> None:
+    """Raise unless `columns` are heads of the kv_cache's size, as many for each key head."""
+    _, _, H_KV, _, D = kv_cache.shape
+    if columns < 1 or columns % (H_KV * D):
+        raise ValueError(f"{name} has {columns} columns, which are no multiple of {H_KV} heads of {D}")

@@ -1,0 +1,60 @@
+"""RMSNorm by itself: the backbone's last norm, which no product follows in the same launch."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast
+from .launch_config import FP_FUSION
+from .operator import expect, operator
+
+__all__ = ["rms_norm"]
+
+
+@triton.jit
+def _rms_norm_kernel(p_x, p_weight, p_y, stride_x, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    i_m = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
+    b_square = tl.zeros([BLOCK_K], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        b_x = tl.load(p_x + i_m * stride_x + k + o_k, mask=k + o_k < K, other=0.0).to(tl.float32)
+        b_square += b_x * b_x
+    scale = tl.rsqrt(tl.sum(b_square) / K + eps)
+    for k in range(0, K, BLOCK_K):
+        m_k = k + o_k < K
+        b_x = tl.load(p_x + i_m * stride_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_weight = tl.load(p_weight + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+        tl.store(p_y + i_m * K + k + o_k, cast(b_x * scale * b_weight, p_y.dtype.element_ty), mask=m_k)
+
+
+def launch_rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """Fill `out`, contiguous [M, K]; the other arguments are those of :func:`rms_norm`, unchecked."""
+    M, K = x.shape
+    stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
+    constants: dict[str, Any] = {"K": K, "BLOCK_K": min(1024, max(64, triton.next_power_of_2(K) // 2))}
+    constants |= {"num_warps": 4, "enable_fp_fusion": FP_FUSION}
+    _rms_norm_kernel[(M,)](x, weight, out, stride_x, eps, **constants)
+
+
+@operator(launch_rms_norm)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm, ``x / sqrt(mean(x^2) + eps) * weight`` (arXiv 1910.07467), for what no product follows in one launch.
+
+    Args:
+        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
+        weight: [K].
+        eps: added to the mean square.
+
+    Returns:
+        [M, K] in x's dtype, rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from x's.
+        ValueError: a shape, stride or device is wrong.
+    """
+    M, K = expect("x", x, ("M", "K"), contiguous=False)
+    expect("weight", weight, (K,), like=x)
+    return x.new_empty(M, K)

@@ -1,0 +1,262 @@
+"""Attention over the flow head's three tokens, [x, t, h]: so small that it is done where its result is used.
+
+Rows of activations are token-major: row = token * 2B + branch * B + request, token 0 = x, 1 = t, 2 = h, branch 0 = with
+the condition. What is the same for many pairs (branch, request) is kept once: x before the first layer has no branch
+yet, and the time is one row for all.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast, dot
+from .launch_config import LaunchConfigs
+from .operator import expect, expect_batch, operator
+
+__all__ = ["token_attention", "token_attention_linear"]
+
+# A block holds all that asks of BLOCK_B requests and one key head, so that each element is loaded by one block: 2
+# branches x 3 tokens x 4 query heads (32 rows a request, 8 of them idle) of 128 columns, in registers as fp32.
+TOKEN_ATTENTION = LaunchConfigs(
+    "token_attention",
+    """
+    arch         rows | BLOCK_B  num_warps
+    interpreter  *    | 2        4
+    *            *    | 1        4
+    """,
+)
+
+# wo with the attention before it, a head at a time: 96 blocks of 32 rows for N = 3072, 8 KB of weights a head. Each
+# block attends anew, 0.2 MFLOP; a stage holds the tiles of q, k and v beside the weights, 27 KB in all for 8 rows, so
+# the machines with 101,376 bytes a block have fewer stages. Four warps spill 8 bytes on sm_120.
+TOKEN_ATTENTION_LINEAR = LaunchConfigs(
+    "token_attention_linear",
+    """
+    arch         rows | BLOCK_M  BLOCK_N  num_warps  num_stages
+    interpreter  *    | 16       32       4          1
+    gfx*         *    | 16       32       4          2
+    sm_?6        8    | 8        32       4          4
+    sm_?9        8    | 8        32       4          4
+    sm_12?       8    | 8        32       8          4
+    sm_*         8    | 8        32       4          7
+    sm_*         *    | 16       32       4          3
+    """,
+)
+
+
+@triton.jit
+def attend_tokens(
+    p_x, p_t, p_h, o_row, m_row, B2, n_x, n_t, i_head,
+    W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """What one head gives to some rows: ``softmax(q k^T / sqrt(D)) v`` over the three tokens of the row's own pair.
+
+    Args:
+        p_x: [n_x, W], q | k | v of the x tokens; pair i reads row i % n_x.
+        p_t: [n_t, W], of the t tokens; pair i reads row i % n_t.
+        p_h: [2B, W], of the h tokens.
+        o_row: int block [rows], token-major row numbers.
+        m_row: [rows], which of them are there; the others give zeros.
+        B2: 2B, the number of pairs.
+        n_x: B or 2B.
+        n_t: 1 or 2B.
+        i_head: query head, an int or a block [rows] of them.
+        W: (H + 2 HKV) * D.
+        H: query heads.
+        HKV: key heads.
+        D: columns of a head.
+
+    Returns:
+        fp32 [rows, D], or as many columns as the power of two not below D, zeros past D.
+    """
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
+    o_d = tl.arange(0, COLUMNS)
+    m_d = m_row[:, None] & (o_d < D)[None, :]
+    token = o_row.to(tl.int32) // B2  # a division of 64 bits is a hundred instructions
+    i = o_row.to(tl.int32) % B2
+    o_x = (i % n_x).to(tl.int64)[:, None] * W + o_d[None, :]  # [rows, D]
+    o_t = (i % n_t).to(tl.int64)[:, None] * W + o_d[None, :]
+    o_h = i.to(tl.int64)[:, None] * W + o_d[None, :]
+    b_head = i_head + tl.zeros_like(i)
+    o_q = (b_head * D)[:, None]
+    o_k = ((H + b_head // (H // HKV)) * D)[:, None]
+    o_v = o_k + HKV * D
+
+    # two of three loads are masked off: of a pointer chosen among three the compiler would not know the alignment
+    b_q = tl.load(p_x + o_x + o_q, mask=m_d & (token == 0)[:, None], other=0.0).to(tl.float32)
+    b_q += tl.load(p_t + o_t + o_q, mask=m_d & (token == 1)[:, None], other=0.0).to(tl.float32)
+    b_q += tl.load(p_h + o_h + o_q, mask=m_d & (token == 2)[:, None], other=0.0).to(tl.float32)
+    b_q *= D**-0.5
+
+    b_s_x = tl.sum(b_q * tl.load(p_x + o_x + o_k, mask=m_d, other=0.0).to(tl.float32), 1)  # [rows]
+    b_s_t = tl.sum(b_q * tl.load(p_t + o_t + o_k, mask=m_d, other=0.0).to(tl.float32), 1)
+    b_s_h = tl.sum(b_q * tl.load(p_h + o_h + o_k, mask=m_d, other=0.0).to(tl.float32), 1)
+    b_max = tl.maximum(tl.maximum(b_s_x, b_s_t), b_s_h)
+    b_s_x, b_s_t, b_s_h = tl.exp(b_s_x - b_max), tl.exp(b_s_t - b_max), tl.exp(b_s_h - b_max)
+    b_scale = 1.0 / (b_s_x + b_s_t + b_s_h)
+
+    b_o = (b_s_x * b_scale)[:, None] * tl.load(p_x + o_x + o_v, mask=m_d, other=0.0).to(tl.float32)
+    b_o += (b_s_t * b_scale)[:, None] * tl.load(p_t + o_t + o_v, mask=m_d, other=0.0).to(tl.float32)
+    b_o += (b_s_h * b_scale)[:, None] * tl.load(p_h + o_h + o_v, mask=m_d, other=0.0).to(tl.float32)
+    return b_o
+
+
+@triton.jit(do_not_specialize=["B2", "n_x", "n_t"])
+def _token_attention_kernel(
+    p_x, p_t, p_h, p_out,
+    B2, n_x, n_t,
+    W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, N_TOKENS: tl.constexpr,
+    N_QUERIES: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    # a row of the block = (request, branch, token, head of the group), the last two padded to powers of two
+    i_b, i_kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o = tl.arange(0, BLOCK_B * 2 * N_QUERIES * GROUP)
+    o_group, o_token, o_branch = o % GROUP, o // GROUP % N_QUERIES, o // (GROUP * N_QUERIES) % 2
+    o_b = i_b * BLOCK_B + o // (GROUP * N_QUERIES * 2)
+    m_row = (o_b < B2 // 2) & (o_token < N_TOKENS) & (o_group < H // HKV)
+    i_head = i_kv * (H // HKV) + o_group
+    o_row = o_token * B2 + o_branch * (B2 // 2) + o_b
+    b_o = attend_tokens(p_x, p_t, p_h, o_row, m_row, B2, n_x, n_t, i_head, W, H, HKV, D)
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
+    o_d = tl.arange(0, COLUMNS)
+    p_row = p_out + o_row * (H * D) + i_head * D
+    m_o = m_row[:, None] & (o_d < D)[None, :]
+    tl.store(p_row[:, None] + o_d[None, :], cast(b_o, p_out.dtype.element_ty), mask=m_o)
+
+
+def launch_token_attention(
+    out: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor,
+    n_heads: int, n_kv_heads: int, n_tokens: int, max_batch: int,
+) -> None:  # fmt: skip
+    """Fill `out`, contiguous [n_tokens * 2B, H * D]; the other arguments are :func:`token_attention`'s, unchecked."""
+    B2, W = h_qkv.shape
+    D = W // (n_heads + 2 * n_kv_heads)
+    constants = TOKEN_ATTENTION(N=W, K=D, dtype=h_qkv.dtype, rows=max_batch)
+    del constants["N"], constants["K"]
+    constants |= {"W": W, "H": n_heads, "HKV": n_kv_heads, "D": D, "N_TOKENS": n_tokens}
+    constants["N_QUERIES"] = triton.next_power_of_2(n_tokens)
+    constants["GROUP"] = triton.next_power_of_2(n_heads // n_kv_heads)
+    grid = (triton.cdiv(B2 // 2, constants["BLOCK_B"]), n_kv_heads)
+    _token_attention_kernel[grid](x_qkv, t_qkv, h_qkv, out, B2, x_qkv.shape[0], t_qkv.shape[0], **constants)
+
+
+@operator(launch_token_attention)
+def token_attention(
+    x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, n_heads: int, n_kv_heads: int, n_tokens: int, max_batch: int
+) -> Tensor:
+    """Attention over the three tokens [x, t, h] of each pair (branch, request): no mask, no positions.
+
+    Args:
+        x_qkv: [n_x, W] fp32, bf16 or fp16, n_x = B or 2B: q | k | v of the x tokens, W = (H + 2 Hkv) * D.
+        t_qkv: [n_t, W], n_t = 1 or 2B: of the t tokens.
+        h_qkv: [2B, W], of the h tokens.
+        n_heads: H query heads.
+        n_kv_heads: Hkv key heads, a divisor of H; query head h reads key head ``h // (H / Hkv)``.
+        n_tokens: 3, or 1 where only the x tokens ask.
+        max_batch: the most requests this is prepared for; B may be any of 1..max_batch, and a request's result does
+            not depend on the others.
+
+    Returns:
+        [n_tokens * 2B, H * D], token-major, softmax and sums in fp32, rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from h_qkv's.
+        ValueError: a shape, stride or device is wrong, or a number is not one of those above.
+    """
+    B2, W = expect("h_qkv", h_qkv, ("2B", "W"))
+    n_x, _ = expect("x_qkv", x_qkv, ("n_x", W), like=h_qkv)
+    n_t, _ = expect("t_qkv", t_qkv, ("n_t", W), like=h_qkv)
+    if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads or W % (n_heads + 2 * n_kv_heads):
+        raise ValueError(
+            f"h_qkv has {W} columns, which are no ({n_heads} + 2 * {n_kv_heads}) heads (n_heads, n_kv_heads)"
+        )
+    if n_tokens not in (1, 3):
+        raise ValueError(f"n_tokens is {n_tokens} but must be 3, or 1 for the x tokens alone")
+    expect_batch("h_qkv", B2, 2, max_batch)
+    if n_x not in (B2, B2 // 2):
+        raise ValueError(f"x_qkv has {n_x} rows but must have B = {B2 // 2} or 2B = {B2}")
+    if n_t not in (1, B2):
+        raise ValueError(f"t_qkv has {n_t} rows but must have 1 or 2B = {B2}")
+    return h_qkv.new_empty(n_tokens * B2, n_heads * (W // (n_heads + 2 * n_kv_heads)))
+
+
+@triton.jit(do_not_specialize=["M", "B2", "n_x", "n_t"])
+def _token_attention_linear_kernel(
+    p_x, p_t, p_h, p_w, p_residual, p_y,
+    M, B2, n_x, n_t,
+    N: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
+    o_d = tl.arange(0, COLUMNS)
+    m_m, m_n = o_m < M, o_n < N
+    b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for i_head in range(0, H):
+        m_w = m_n[:, None] & (o_d < D)[None, :]
+        b_w = tl.load(p_w + o_n[:, None] * (H * D) + i_head * D + o_d[None, :], mask=m_w, other=0.0)  # [N, D]
+        b_o = attend_tokens(p_x, p_t, p_h, o_m, m_m, B2, n_x, n_t, i_head, W, H, HKV, D)  # [M, D]
+        b_acc = dot(b_w, tl.trans(cast(b_o, b_w.dtype)), b_acc)  # [N, M]
+    m_y = m_m[None, :] & m_n[:, None]
+    o_y = o_m[None, :] * N + o_n[:, None]
+    b_acc += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + o_y, cast(b_acc, p_y.dtype.element_ty), mask=m_y)
+
+
+def launch_token_attention_linear(
+    out: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, wo: Tensor, residual: Tensor,
+    n_heads: int, n_kv_heads: int, max_batch: int,
+) -> None:  # fmt: skip
+    """Fill `out`, contiguous [M, dim]; the other arguments are :func:`token_attention_linear`'s, unchecked."""
+    (B2, W), (M, N) = h_qkv.shape, out.shape
+    D = W // (n_heads + 2 * n_kv_heads)
+    constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6 * max_batch)
+    del constants["K"]
+    constants |= {"W": W, "H": n_heads, "HKV": n_kv_heads, "D": D}
+    grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
+    _token_attention_linear_kernel[grid](
+        x_qkv, t_qkv, h_qkv, wo, residual, out, M, B2, x_qkv.shape[0], t_qkv.shape[0], **constants
+    )
+
+
+@operator(launch_token_attention_linear)
+def token_attention_linear(
+    x_qkv: Tensor,
+    t_qkv: Tensor,
+    h_qkv: Tensor,
+    wo: Tensor,
+    residual: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    max_batch: int,
+) -> Tensor:
+    """``residual + attention @ wo.T`` in one launch, for few requests: each block attends for itself.
+
+    Args:
+        x_qkv: [n_x, W] bf16 or fp16, see :func:`token_attention`, also for `n_heads`, `n_kv_heads` and `max_batch`.
+        t_qkv: [n_t, W].
+        h_qkv: [2B, W].
+        wo: [dim, H * D].
+        residual: [6B, dim], or [2B, dim] where only the x tokens ask.
+        n_heads: H.
+        n_kv_heads: Hkv.
+        max_batch: prepared for.
+
+    Returns:
+        As `residual`: token-major, summed in fp32 and rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong or differs from h_qkv's.
+        ValueError: a shape, stride or device is wrong, or a number is not one of those above.
+    """
+    if h_qkv.dtype == torch.float32:  # a product of 128 fp32 columns takes more registers than a thread has
+        raise TypeError("h_qkv is torch.float32: call token_attention and linear")
+    attended = token_attention.declare(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, 3, max_batch)
+    N, _ = expect("wo", wo, ("dim", attended.shape[1]), like=h_qkv)
+    M, _ = expect("residual", residual, ("M", N), like=h_qkv)
+    if M not in (len(h_qkv), 3 * len(h_qkv)):
+        raise ValueError(f"residual has {M} rows but must have 2B = {len(h_qkv)} or 6B = {3 * len(h_qkv)}")
+    return residual.new_empty(M, N)

@@ -1,0 +1,101 @@
+"""The codec's transformer layers: attention over a window with ALiBi, and layer scale."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attend
+from .config import CodecConfig
+from .layers import FeedForward, RMSNorm
+
+QUERY_BLOCK = 256  # queries attended at once: bounds the score matrix for long audio
+
+
+def alibi_slopes(n_heads: int) -> Tensor:
+    """``r^h`` with ``r = 2^(-8 / n_heads)``, h from 0: 1, 1/2, .. 1/128 for 8 heads, as vLLM-Omni serves the model."""
+    return 2.0 ** (-8.0 / n_heads * torch.arange(n_heads, dtype=torch.float64))
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attention with ``i - window <= j <= i`` and the ALiBi bias ``slope_h (j - i)`` (arXiv 2108.12409).
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, T, H, D].
+        v: [B, T, H, D].
+        window: keys before the query's own.
+
+    Returns:
+        [B, T, H, D].
+    """
+    T, H = q.shape[1:3]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    slopes = alibi_slopes(H).to(q.device).view(H, 1, 1)
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        first, stop = max(0, start - window), min(T, start + QUERY_BLOCK)
+        distance = torch.arange(first, stop, device=q.device) - torch.arange(start, stop, device=q.device).unsqueeze(1)
+        seen = (distance <= 0) & (distance >= -window)
+        bias = (slopes * distance).masked_fill(~seen, -torch.inf).to(q.dtype)  # [H, queries, keys]
+        keys = slice(first, stop)
+        blocks.append(F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], bias))
+    return torch.cat(blocks, dim=2).transpose(1, 2)
+
+
+class CodecAttention(nn.Module):
+    """Multi-head attention with RMSNorm of q and k over their full width, before the heads are split."""
+
+    def __init__(self, config: CodecConfig, window: int) -> None:
+        """`window`: keys before the query's own."""
+        super().__init__()
+        width = config.n_heads * config.head_dim
+        self.head_dim, self.window = config.head_dim, window
+        self.wq = nn.Linear(config.dim, width, bias=False)
+        self.wk = nn.Linear(config.dim, width, bias=False)
+        self.wv = nn.Linear(config.dim, width, bias=False)
+        self.wo = nn.Linear(width, config.dim, bias=False)
+        self.q_norm = RMSNorm(width, config.qk_norm_eps)
+        self.k_norm = RMSNorm(width, config.qk_norm_eps)
+
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]; without `attend`, x is a whole sequence."""
+        q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [B, T, H, D]
+        o = window_attention(q, k, v, self.window) if attend is None else attend(q, k, v)
+        return self.wo(o.flatten(-2))  # type: ignore[no-any-return]
+
+
+class CodecBlock(nn.Module):
+    """Pre-norm block with layer scale: each branch is multiplied by a learnt vector before it is added."""
+
+    def __init__(self, config: CodecConfig, window: int) -> None:
+        """Scales start at the config's ``layer_scale_init``."""
+        super().__init__()
+        self.attention = CodecAttention(config, window)
+        self.feed_forward = FeedForward(config.dim, config.hidden_dim)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale_init))
+        self.ffn_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale_init))
+
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]; `attend` as in :class:`CodecAttention`."""
+        x = x + self.attention_scale * self.attention(self.attention_norm(x), attend)
+        return x + self.ffn_scale * self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+
+
+class CodecTransformer(nn.Module):
+    """A few codec blocks at one frame rate."""
+
+    def __init__(self, config: CodecConfig, n_layers: int, window: int) -> None:
+        """All blocks share the window."""
+        super().__init__()
+        self.window = window
+        self.layers = nn.ModuleList(CodecBlock(config, window) for _ in range(n_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, dim, T] -> [B, dim, T]."""
+        x = x.transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return x.transpose(1, 2)

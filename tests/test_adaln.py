@@ -1,0 +1,204 @@
+"""What is the modulated family's own; what every operator must do is in test_operators.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from checks import assert_accurate
+from plant import case_of, entry_of
+from torch import Tensor
+
+from bench import adaln as adaln_bench
+from bench.counters import counting
+from bench.registry import Case, TensorMaker, listed
+from voxkern.fused.mlp_head import FusedMLPHead
+from voxkern.kernels import adaln as kernels
+from voxkern.kernels import launch_config
+from voxkern.kernels.adaln import (
+    ADALN_LINEAR_SILU,
+    ADALN_MODULATION,
+    adaln_linear_silu,
+    adaln_modulation,
+    gated_linear,
+    launch_adaln_modulation,
+)
+from voxkern.random_checkpoint import tiny_params
+from voxkern.reference import Config
+from voxkern.reference.model import make_head
+from voxkern.reference.solver import MAX_STEPS
+
+NAN = float("nan")
+
+
+def inputs(operator: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Any]:
+    entry = entry_of(operator)
+    return entry.args(case_of(entry, "odd"), TensorMaker(dtype), **sizes)
+
+
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> None:
+    """Alone, and in a batch of 9 with condition and 10 without: its own row of modulation, or the first."""
+    up, down = inputs("adaln_linear_silu", dtype), inputs("gated_linear", dtype)
+    with launch_config.target_arch(arch):
+        for op, args, modulation in ((adaln_linear_silu, up, "modulation"), (gated_linear, down, "gate")):
+            whole = op(**args)
+            for i in (0, 5, 8, 9, 18):
+                own = args[modulation][[0, i + 1]] if i < 9 else args[modulation][:1]
+                mine = {"x": args["x"][i : i + 1], modulation: own}
+                if op is gated_linear:
+                    mine["residual"] = args["residual"][i : i + 1]
+                assert torch.equal(op(**(args | mine))[0], whole[i])
+        # tiles of 16 rows: in wider ones the interpreter's product, numpy's, gives other last bits at other places
+        args = inputs("adaln_modulation", dtype, S=3, max_rows=16)
+        whole = adaln_modulation(**args)
+        for i in (0, 2, 4):
+            assert torch.equal(adaln_modulation(**(args | {"states": args["states"][i : i + 1]}))[:, 0], whole[:, i])
+        for i in range(3):
+            assert torch.equal(adaln_modulation(**(args | {"times": args["times"][i : i + 1]}))[0], whole[i])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 64])
+@pytest.mark.parametrize("operator", ["adaln_linear_silu", "gated_linear"])
+def test_right_for_these_rows(operator: str, rows: int) -> None:
+    """The velocity MLP's, two a request, and odd numbers of them."""
+    entry = entry_of(operator)
+    sizes = {**case_of(entry, "odd").sizes, "M": rows, "max_rows": rows}
+    with launch_config.target_arch("sm_90"):
+        assert_accurate(entry, Case(f"rows-{rows}", sizes), "bf16")
+
+
+@pytest.mark.parametrize("operator", ["adaln_modulation", "adaln_linear_silu", "gated_linear"])
+def test_right_at_the_width_of_mar_h(operator: str) -> None:
+    entry = entry_of(operator)
+    sizes = dict(case_of(entry, "mar-b1").sizes)
+    if operator == "adaln_modulation":
+        sizes |= {"blocks": 1, "N": 200}  # rows of a block's weight: all 4608 would take half a minute
+    with launch_config.target_arch("sm_90"):
+        assert_accurate(entry, Case("mar", sizes), "bf16")
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_all_weights_are_read_once_in_one_launch(blocks: int) -> None:
+    """224 rows of 32 requests and 7 steps are 4 tiles; the other three find what the first has read in the L2 cache."""
+    args = inputs(
+        "adaln_modulation", torch.bfloat16, N=3 * 130, K=130, blocks=blocks, S=7, R=32, max_rows=32 * MAX_STEPS
+    )
+    with launch_config.target_arch("sm_90"), counting(whole=True, indirect=listed(args)) as launches:
+        adaln_modulation(**args)
+    (launch,) = launches
+    for tensor in listed(args):
+        traffic, least = launch.of(tensor), tensor.numel() * tensor.element_size()
+        assert (traffic.dram, traffic.again) == (least, 3 * least)
+
+
+def test_results_may_lie_apart_and_nothing_else_is_written() -> None:
+    args = inputs("adaln_modulation")
+    out = torch.full((5, 9, 600), NAN)
+    launch_adaln_modulation(out[:, 1:6], **args)
+    assert torch.equal(out[:, 1:6], adaln_modulation(**args))
+    assert out[:, 0].isnan().all()
+    assert out[:, 6:].isnan().all()
+
+
+def test_a_large_mean_does_not_cancel() -> None:
+    """Rows of mean 3000 and deviation 1, in fp32: a variance from sums of squares would be wrong in its first digit."""
+    args = inputs("adaln_linear_silu")
+    args["x"] = args["x"] + 3000
+    exact = {name: a.double() if isinstance(a, Tensor) else a for name, a in args.items()}
+    torch.testing.assert_close(
+        adaln_linear_silu(**args).double(), adaln_bench.adaln_linear_silu_reference(**exact), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_constant_row_is_its_shift() -> None:
+    args = inputs("adaln_linear_silu")
+    args["x"][:] = 7.0
+    shift = adaln_bench.own_rows(args["modulation"], 19)[:, :150]
+    expected = torch.nn.functional.silu(torch.nn.functional.linear(shift, args["weight"], args["bias"]))
+    torch.testing.assert_close(adaln_linear_silu(**args), expected)
+
+
+def test_fp16_normalises_before_the_cast() -> None:
+    args = inputs("adaln_linear_silu", torch.float16)
+    args["x"] = args["x"] * 8000  # its squares pass fp16's 65,504
+    out = adaln_linear_silu(**args)
+    assert out.isfinite().all()
+    exact = {name: a.double() if isinstance(a, Tensor) else a for name, a in args.items()}
+    torch.testing.assert_close(out.double(), adaln_bench.adaln_linear_silu_reference(**exact), rtol=2e-2, atol=2e-2)
+
+
+def test_modulations_of_zero_leave_the_stream_alone() -> None:
+    """As MAR begins its training."""
+    args = inputs("gated_linear")
+    args["gate"] = torch.zeros_like(args["gate"])
+    assert torch.equal(gated_linear(**args), args["residual"])
+
+
+def test_launch_config_is_chosen_by_max_rows() -> None:
+    def choose(rows: int, arch: str = "sm_90") -> dict[str, Any]:
+        with launch_config.target_arch(arch):
+            return ADALN_LINEAR_SILU(N=1536, K=1536, dtype=torch.bfloat16, rows=rows)
+
+    assert choose(2) == choose(8) != choose(9)
+    assert choose(2)["num_stages"] > choose(2, "sm_89")["num_stages"]
+    assert choose(2)["SPLIT"] == choose(2)["num_warps"]  # a chain of sums is one warp's
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("max_batch", [1, 8, 32])
+def test_one_launch_config_serves_any_number_of_steps(
+    max_batch: int, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another would be compiled in the middle of serving, for whoever first asks for so many steps."""
+    config, chosen = Config.from_params(tiny_params(velocity_mlp=True)), []
+
+    def choose(**asked: Any) -> dict[str, Any]:
+        chosen.append(ADALN_MODULATION(**asked))
+        return dict(chosen[-1])
+
+    monkeypatch.setattr(kernels, "ADALN_MODULATION", choose)
+    head = make_head(config.acoustic_transformer, config.audio).bfloat16().requires_grad_(False)
+    fused = FusedMLPHead(head, max_batch)
+    with launch_config.target_arch(arch), counting(indirect=list(head.parameters())):
+        for steps in (1, 2, 7, MAX_STEPS):
+            tables = fused.step_tables("euler", steps)
+            states = torch.zeros(max_batch, config.acoustic_transformer.dim, dtype=torch.bfloat16)
+            fused._modulate(tables, states, tables.modulations[:, 1:])
+    assert chosen == 8 * chosen[:1]
+    assert chosen[0]["BLOCK_M"] == ({1: 16, 8: 64, 32: 64}[max_batch])
+
+
+@pytest.mark.parametrize(
+    ("operator", "change", "error", "message"),
+    [
+        (
+            "adaln_linear_silu", {"x": torch.ones(21, 150)}, ValueError,
+            r"x has 21 rows but must have 1..19 \(max_rows\)",
+        ),
+        (
+            "adaln_linear_silu", {"modulation": torch.ones(21, 450)}, ValueError,
+            r"modulation is \[21, 450\] but must have",
+        ),
+        ("adaln_linear_silu", {"modulation": torch.ones(5, 299)}, ValueError, "1..20 rows of 300 columns or more"),
+        ("adaln_linear_silu", {"modulation": torch.ones(0, 300)}, ValueError, r"modulation is \[0, 300\]"),
+        ("adaln_linear_silu", {"modulation": torch.ones(5, 300).half()}, TypeError, "modulation is torch.float16"),
+        ("adaln_linear_silu", {"bias": torch.ones(74)}, ValueError, r"bias is \[74\] but must be \[75\]"),
+        ("gated_linear", {"gate": torch.ones(5, 74)}, ValueError, r"gate is \[5, 74\]"),
+        ("gated_linear", {"residual": torch.ones(19, 74)}, ValueError, r"residual is \[19, 74\] but must be"),
+        ("gated_linear", {"weight": torch.ones(75, 149)}, ValueError, r"weight is \[75, 149\] but must be \[N, 150\]"),
+        ("adaln_modulation", {"max_rows": 24}, ValueError, r"times and states make 5 x 5 rows but must make 1..24"),
+        ("adaln_modulation", {"max_rows": 4097}, ValueError, r"max_rows is 4097 but must lie in 1..4096"),
+        ("adaln_modulation", {"states": torch.ones(5, 74)}, ValueError, r"states is \[5, 74\] but must be \[R, 75\]"),
+        ("adaln_modulation", {"weights": [torch.ones(225, 75)]}, ValueError, "weights and biases are 1 and 3"),
+        ("adaln_modulation", {"weights": [torch.ones(n, 75) for n in (225, 224, 150)]}, ValueError, r"weights\[1\] is"),
+        (
+            "adaln_modulation", {"biases": [torch.ones(n) for n in (225, 225, 149)]}, ValueError,
+            r"biases\[2\] is \[149\]",
+        ),
+        ("adaln_modulation", {"weights": [torch.ones(n, 75).half() for n in (225, 225, 150)]}, TypeError, "weights"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(operator: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        entry_of(operator).op(**(inputs(operator) | change))

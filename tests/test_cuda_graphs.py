@@ -1,0 +1,191 @@
+"""Frames as graphs, with a capture that knows no more than a GPU's: launches, their addresses and their numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
+
+import voxkern
+from bench.counters import launches_only
+from voxkern.engine.codec_runner import CodecRunner
+from voxkern.engine.cuda_graphs import BatchGraphs, CudaCapture, weight_addresses
+from voxkern.engine.runner import FrameOutput
+
+TEXTS = ["one two", "three", "four"]
+ARGUMENTS: dict[str, Any] = {"steps": 2, "max_frames": [2, 4, 1], "seed": [1, 2, 3]}
+LAUNCH = GridExecutor.__call__
+
+
+class Recording:
+    """Captures by writing down launches, which are not run then; whatever else happens in a capture raises."""
+
+    def __init__(self) -> None:
+        self.n_graphs = self.n_replays = 0
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        run()
+        launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+            launches.append((executor, args, kwargs))
+
+        with launches_only(), mock.patch.object(GridExecutor, "__call__", record):
+            made = run()
+        self.n_graphs += 1
+
+        def replay() -> None:
+            self.n_replays += 1
+            for executor, args, kwargs in launches:
+                LAUNCH(executor, *args, **kwargs)
+
+        return replay, made
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """Takes the place of a GPU's capture in what is loaded after it."""
+    capture = Recording()
+    monkeypatch.setattr("voxkern.tts.capture_for", lambda device: capture)
+    return capture
+
+
+def load(folder: Path, **arguments: Any) -> voxkern.TTS:
+    """On kernels but for the codec, which takes most of the time in the interpreter and has a test of its own."""
+    tts = voxkern.load(folder, backend="triton", **arguments)
+    del vars(tts.model.audio_tokenizer)["stream"]
+    return tts
+
+
+def assert_same(ours: list[voxkern.Audio], theirs: list[voxkern.Audio]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.codes.shape[1] > 0
+        assert (a.codes == b.codes).all()
+        assert (a.samples == b.samples).all()
+
+
+def test_replayed_graphs_equal_launches(tiny_folder: Path, recording: Recording) -> None:
+    """Three requests that join and leave, two at a time: frames of 1 and 2 rows."""
+    plain = load(tiny_folder, max_batch=2, graphs=False).generate(TEXTS, solver="ab2", **ARGUMENTS)
+    assert recording.n_graphs == 0
+    tts = load(tiny_folder, max_batch=2)
+    assert_same(tts.generate(TEXTS, solver="ab2", **ARGUMENTS), plain)
+    assert recording.n_graphs == 2
+    replays = recording.n_replays
+    assert_same(tts.generate(TEXTS, solver="ab2", **ARGUMENTS), plain)
+    assert recording.n_graphs == 2  # nothing is captured again
+    assert recording.n_replays == 2 * replays
+
+
+def test_padded_rows_do_not_change_the_others(tiny_folder: Path, recording: Recording) -> None:
+    """Three rows in the graph of four: the fourth is empty, and held another request before."""
+    seeds = [1, 2, 3, 4, 5]
+    arguments: dict[str, Any] = {"steps": 1, "max_frames": [2, 3, 2, 1, 2], "seed": seeds}
+    plain = load(tiny_folder, max_batch=5, graphs=False).generate(["one"] * 5, **arguments)
+    assert_same(load(tiny_folder, max_batch=5).generate(["one"] * 5, **arguments), plain)
+
+
+def test_the_codec_has_a_graph_of_its_own(tiny_folder: Path, recording: Recording) -> None:
+    """Two requests, then one alone, in the same streams begun anew."""
+    plain, model = (voxkern.load(tiny_folder, backend="triton", max_batch=2).model for _ in range(2))
+    codecs = CodecRunner(plain, 2), CodecRunner(model, 2, recording)
+    assert recording.n_graphs == 1
+    codes = torch.randint(2, 20, (2, 2, 37), generator=torch.Generator().manual_seed(1))
+    for frame, valid in zip(codes, ([1, 1], [1, 0]), strict=True):
+        expected, found = (codec.decode(FrameOutput(frame, torch.tensor(valid)), [0, 1]) for codec in codecs)
+        assert torch.equal(found, expected)
+        assert found[0].any()
+        for codec in codecs:
+            codec.refresh_weights()
+    assert recording.n_graphs == 1
+
+
+def test_the_other_head(mlp_folder: Path, recording: Recording) -> None:
+    arguments = {"steps": 2, "max_frames": 2, "seed": [1, 2]}
+    plain = load(mlp_folder, max_batch=2, graphs=False).generate(TEXTS[:2], **arguments)
+    assert_same(load(mlp_folder, max_batch=2).generate(TEXTS[:2], **arguments), plain)
+    assert recording.n_replays > 0
+
+
+@pytest.mark.parametrize("where", ["written over", "moved"])
+def test_new_weights(tiny_folder: Path, recording: Recording, where: str) -> None:
+    """Written over, they are read where they lay, and the tables made of them too; moved, all is captured anew."""
+    tts = load(tiny_folder)
+    tts.generate("one", steps=2, max_frames=2, seed=1)
+    model, n_graphs = tts.model, recording.n_graphs
+    state = {name: -tensor if "acoustic" in name else tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=where == "moved")
+    model.requires_grad_(False)
+    again = tts.generate("one", steps=2, max_frames=2, seed=1)
+    assert recording.n_graphs == (n_graphs if where == "written over" else 2 * n_graphs)
+    other = load(tiny_folder, graphs=False)
+    other.model.load_state_dict(state, assign=where == "moved")  # where weights lie, products on a CPU may differ
+    assert_same([again], [other.generate("one", steps=2, max_frames=2, seed=1)])
+
+
+def test_another_number_of_steps_is_captured_beside(tiny_folder: Path, recording: Recording) -> None:
+    tts = load(tiny_folder)
+    for steps in (2, 3, 2, 3):
+        tts.generate("one", steps=steps, max_frames=1, seed=1)
+    assert recording.n_graphs == 2
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(1, (1,)), (3, (1, 2, 3)), (32, (1, 2, 4, 8, 16, 32)), (48, (1, 2, 4, 8, 16, 32, 48))]
+)
+def test_the_smallest_that_fits(n: int, sizes: tuple[int, ...]) -> None:
+    captured: list[int] = []
+    replayed: list[int] = []
+
+    def capture(run: Callable[[], int]) -> tuple[Callable[[], object], int]:
+        captured.append(size := run())
+        return lambda: replayed.append(size), size
+
+    graphs = BatchGraphs(lambda rows: rows, n, capture)
+    assert graphs.sizes == sizes
+    assert tuple(captured) == sizes[::-1]  # the largest first
+    for rows in range(1, n + 1):
+        size = graphs(rows)
+        assert size == replayed[-1] == min(s for s in sizes if s >= rows)
+
+
+def test_what_is_no_launch_is_caught() -> None:
+    with pytest.raises(RuntimeError, match="inside a frame"):
+        BatchGraphs(lambda rows: torch.zeros(rows), 2, Recording())
+
+
+def test_addresses() -> None:
+    module = torch.nn.Linear(3, 3).requires_grad_(False)
+    known = weight_addresses(module)
+    module.weight.add_(1)
+    assert weight_addresses(module) == known
+    module.weight = torch.nn.Parameter(module.weight.clone())
+    assert weight_addresses(module) != known
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tiny_folder: Path) -> None:
+    """Has not been run: there has been no GPU."""
+    arguments = ARGUMENTS | {"steps": 7}
+    plain = load(tiny_folder, device="cuda", max_batch=3, graphs=False).generate(TEXTS, **arguments)
+    assert_same(load(tiny_folder, device="cuda", max_batch=3).generate(TEXTS, **arguments), plain)
+
+
+@pytest.mark.gpu
+def test_a_capture_on_a_gpu() -> None:
+    """Has not been run: there has been no GPU."""
+    x = torch.zeros(3, device="cuda")
+
+    def work() -> Tensor:
+        x.add_(1)
+        return x
+
+    replay, made = CudaCapture(x.device)(work)
+    assert made is x
+    before = x.clone()
+    replay()
+    assert torch.equal(x, before + 1)

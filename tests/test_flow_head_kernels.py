@@ -1,0 +1,324 @@
+"""The flow head's own: noise, END, guidance, ties, NaN; what every operator must do is in test_operators.py."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from poison import assert_bands, guarded
+from torch import Tensor
+
+from bench import semantic_argmax as argmax_bench
+from bench import token_attention as attention_bench
+from bench import transformer_solver as solver_bench
+from bench.counters import counting, launches_only
+from bench.registry import TensorMaker
+from voxkern.kernels import launch_config
+from voxkern.kernels.semantic_argmax import (
+    SEMANTIC_ARGMAX,
+    launch_semantic_argmax,
+    semantic_argmax,
+    semantic_argmax_scratch,
+)
+from voxkern.kernels.token_attention import attend_tokens, launch_token_attention, token_attention
+from voxkern.kernels.transformer_solver import (
+    flow_finish,
+    flow_start,
+    flow_step,
+    launch_flow_finish,
+    launch_flow_start,
+    launch_flow_step,
+)
+from voxkern.reference.flow_head import quantise
+from voxkern.reference.noise import noise, quantile_table, seed_tensor
+
+NAN = float("nan")
+
+
+def sizes(**other: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{**solver_bench.ODD, **other})
+
+
+def token_sizes(**other: Any) -> SimpleNamespace:
+    wanted = {"B": 5, "max_batch": 6, "n_x": 2, "n_t": 1, "n_tokens": 3, "H": 4, "HKV": 2, "D": 16}
+    return SimpleNamespace(**{**wanted, **other})
+
+
+def semantic_sizes(**other: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"B": 19, "rows": 90, "K": 130, "N": 83, "max_batch": 20, **other})
+
+
+def rows_of(i: list[int], B: int, n: int) -> list[int]:
+    """Of n rows an argument has, those of requests `i`: one for all, one a request, or one for each of 2, 4 or 6."""
+    return [0] if n == 1 else [part * B + b for part in range(n // B) for b in i]
+
+
+# an operator's arguments, which of them have rows of a request's own, and its results
+CASES: dict[str, tuple[Any, Callable[[TensorMaker], dict[str, Any]], tuple[str, ...]]] = {
+    "tokens": (token_attention, lambda make: attention_bench.token_attention_inputs(token_sizes(), make),
+               ("x_qkv", "t_qkv", "h_qkv")),
+    "tokens-first": (token_attention,
+                     lambda make: attention_bench.token_attention_inputs(token_sizes(n_x=1, n_t=0), make),
+                     ("x_qkv", "t_qkv", "h_qkv")),
+    "tokens-last": (token_attention, lambda make: attention_bench.token_attention_inputs(token_sizes(n_tokens=1), make),
+                    ("x_qkv", "t_qkv", "h_qkv")),
+    "start": (flow_start, lambda make: solver_bench.flow_start_inputs(sizes(), make), ("seed", "frame", "x", "tokens")),
+    "step": (flow_step, lambda make: solver_bench.flow_step_inputs(sizes(), make),
+             ("y", "cfg_alpha", "x", "v_last", "tokens")),
+    "finish": (flow_finish, lambda make: solver_bench.flow_finish_inputs(sizes(), make),
+               ("y", "cfg_alpha", "x", "v_last", "semantic")),
+    "semantic": (semantic_argmax, lambda make: argmax_bench.semantic_argmax_inputs(semantic_sizes(), make), ("h",)),
+}  # fmt: skip
+
+
+def run(op: Any, args: dict[str, Any]) -> list[Tensor]:
+    """What `op` returns and what it writes to, on copies."""
+    args = {name: arg.clone() if isinstance(arg, Tensor) else arg for name, arg in args.items()}
+    out = op(**args)
+    returned = [] if out is None else [out] if isinstance(out, Tensor) else list(out)
+    return returned + [args[name] for name in op.mutates]
+
+
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", CASES)
+def test_a_request_does_not_depend_on_the_others(name: str, dtype: torch.dtype, arch: str) -> None:
+    op, inputs, own = CASES[name]
+    args = inputs(TensorMaker(dtype))
+    B = {"semantic": 19}.get(name, 5)
+    with launch_config.target_arch(arch):
+        whole = run(op, args)
+        for part in ([0], [B // 2], [B - 1], [B - 1, 0, 1]):
+            mine = {n: args[n][rows_of(part, B, len(args[n]))] for n in own}
+            for one, all_ in zip(run(op, args | mine), whole, strict=True):
+                assert torch.equal(one, all_[rows_of(part, B, len(all_))])
+
+
+@pytest.mark.parametrize("K", [1, 5, 36, 37])
+def test_noise_is_the_reference_s_to_the_bit(K: int) -> None:
+    seed = seed_tensor([0, 1, 2**31, 2**32 + 7, 2**63 - 1, 2**64 - 1])
+    frame = torch.tensor([0, 1, 2, 2047, 2**31, 2**32 - 1])
+    x, written = torch.empty(6, K), torch.empty(36, 40)
+    w_in, time = torch.ones(40, K), torch.zeros(40)
+    flow_start(seed, frame, None, quantile_table(), w_in, time, x, written, 6)
+    assert torch.equal(x, noise(seed, frame, K))
+    given, again = torch.empty(6, K), torch.empty(36, 40)
+    flow_start(seed + 1, frame, x, quantile_table(), w_in, time, given, again, 6)
+    assert torch.equal(given, x)
+    assert torch.equal(again[:24], written[:24])
+    assert again[24:].isnan().all()  # the hidden state's rows are not this kernel's
+
+
+@pytest.mark.parametrize("op", [flow_step, flow_finish])
+def test_guidance_of_one_reads_the_condition_alone_and_of_zero_the_other(op: Any) -> None:
+    inputs = solver_bench.flow_step_inputs if op is flow_step else solver_bench.flow_finish_inputs
+    args = inputs(sizes(), TensorMaker())
+    for alpha, other in ((1.0, slice(5, 10)), (0.0, slice(0, 5))):
+        args["cfg_alpha"] = torch.full((5,), alpha)
+        expected = run(op, args)
+        y = args["y"].clone()
+        y[other] = 123.0
+        y[10:] = NAN  # rows of the other tokens
+        assert all(map(torch.equal, run(op, args | {"y": y}), expected))
+
+
+def test_a_first_step_does_not_read_the_last_velocity() -> None:
+    args = solver_bench.flow_step_inputs(sizes(), TensorMaker())
+    assert args["ab2_ratio"] == 0
+    expected = run(flow_step, args)
+    assert all(map(torch.equal, run(flow_step, args | {"v_last": torch.full_like(args["x"], NAN)}), expected))
+
+
+def test_end_gives_codes_of_two_and_their_embeddings() -> None:
+    args = solver_bench.flow_finish_inputs(sizes(), TensorMaker())
+    codes, next_embedding, x, _ = run(flow_finish, args)
+    assert args["semantic"].tolist()[1] == 1
+    assert codes[1].tolist() == [1] + [2] * 37
+    rows = torch.tensor([1] + [52 + 23 * j + 2 for j in range(37)])
+    torch.testing.assert_close(next_embedding[1], args["embeddings"][rows].sum(0))
+    assert (codes[0, 1:] != 2).any()
+    assert x.abs().max() > 1  # what is left is not clamped
+
+
+def finish_at(x: Tensor, levels: int) -> Tensor:
+    """The acoustic levels of a state that a step of no length leaves as it is."""
+    args = solver_bench.flow_finish_inputs(sizes(B=1, max_batch=1, K=x.shape[1], levels=levels), TensorMaker())
+    codes, _, left, _ = run(flow_finish, args | {"x": x, "dt": 0.0})
+    assert torch.equal(left.nan_to_num(7.0), x.nan_to_num(7.0))
+    return codes[:, 1:] - 2
+
+
+@pytest.mark.parametrize("levels", [2, 8, 21])
+def test_levels_are_the_reference_s_on_ties_and_beyond_the_ends(levels: int) -> None:
+    ties = (torch.arange(levels - 1) + 0.5) * 2 / (levels - 1) - 1
+    near = torch.cat([ties, ties.nextafter(torch.tensor(9.0)), ties.nextafter(torch.tensor(-9.0))])
+    x = torch.cat([near, torch.tensor([-1, 1, -1.5, 1.5, 1e30, -1e30, 0.0, -0.0])])[None]
+    assert torch.equal(finish_at(x, levels), quantise(x, levels))
+
+
+def test_a_state_of_nan_or_infinity_has_levels() -> None:
+    x = torch.tensor([[NAN, float("inf"), -float("inf"), 0.0, NAN]])
+    assert finish_at(x, 21).tolist() == [[0, 20, 0, 10, 0]]
+
+
+def test_fp16_does_not_overflow_inside() -> None:
+    args = solver_bench.flow_step_inputs(sizes(), TensorMaker(torch.float16))
+    args["y"], args["norm"] = (args["y"] * 12000).clamp(-60000, 60000), args["norm"] * 30
+    x, _, written = run(flow_step, args)
+    assert x.isfinite().all()
+    assert written.isfinite().all()
+    args["w_out"] = args["w_out"].float()
+    expected = args["x"].clone()
+    head = (args["y"], args["norm"], args["w_out"], 1e-5, args["cfg_alpha"], args["dt"], args["ab2_ratio"])
+    solver_bench.solver_step(*head, expected, args["v_last"].clone())
+    torch.testing.assert_close(x, expected)
+
+
+@triton.jit(do_not_specialize=["n_x", "n_t", "B2"])
+def _prologue_kernel(
+    p_x, p_t, p_h, p_out, B2, n_x, n_t,
+    W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # as a product asks for it: a tile of rows, head by head
+    o_row = tl.arange(0, ROWS).to(tl.int64)
+    m_row = o_row < 3 * B2
+    o_d = tl.arange(0, D)
+    for i_head in range(H):
+        b_o = attend_tokens(p_x, p_t, p_h, o_row, m_row, B2, n_x, n_t, i_head, W, H, HKV, D)
+        tl.store(p_out + o_row[:, None] * (H * D) + (i_head * D + o_d)[None, :], b_o)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_attention_inside_another_kernel(shared: int) -> None:
+    args = attention_bench.token_attention_inputs(token_sizes(n_x=2 - shared, n_t=1 - shared), TensorMaker())
+    x, t, h = args["x_qkv"], args["t_qkv"], args["h_qkv"]
+    out = torch.empty(32, 4 * 16)
+    _prologue_kernel[(1,)](x, t, h, out, 10, len(x), len(t), W=128, H=4, HKV=2, D=16, ROWS=32)
+    torch.testing.assert_close(out[:30], token_attention(**args))
+    assert (out[30:] == 0).all()
+
+
+def test_attention_loads_each_element_in_one_block() -> None:
+    args = attention_bench.token_attention_inputs(token_sizes(n_x=1), TensorMaker())
+    with counting(whole=True) as launches:
+        token_attention(**args)
+    (launch,) = launches
+    for name in ("x_qkv", "h_qkv"):
+        blocks = [block.distinct(f"p_{name[0]}") for block in launch.blocks.values()]
+        assert sum(map(len, blocks)) == args[name].numel()
+
+
+def codes_of(h: Tensor, weight: Tensor, n_codes: int) -> list[int]:
+    return semantic_argmax(h, weight, n_codes, len(h)).tolist()  # type: ignore[no-any-return]
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    weight = torch.zeros(90, 70)
+    weight[[0, 5, 40, 41, 84, 85]] = 3.0  # 0 is EMPTY and 85 is padding; tiles are of 32
+    weight[[7, 40, 84]] += 1.0
+    h = torch.ones(4, 70)
+    h[1], h[2] = 0.0, -0.0  # all logits are zeros, of either sign
+    h[3] = -1.0
+    assert codes_of(h, weight, 85) == [40, 1, 1, 1]
+    weight[1:40] = -1.0
+    weight[44:] = -1.0
+    assert codes_of(torch.ones(1, 70), -weight.abs(), 85) == [42]
+    weight[[42, 43]] = torch.tensor([[-0.0], [0.0]])
+    assert codes_of(torch.ones(1, 70), -weight.abs(), 85) == [42]
+
+
+def test_the_best_code_at_either_end_and_never_a_masked_one() -> None:
+    weight = torch.randn(90, 70)
+    for best in (1, 31, 32, 84):
+        h = weight[best] + 0.0
+        weight[[0, 85, 89]] = 10 * h
+        assert codes_of(h[None] / h.norm(), weight, 85) == [best]
+
+
+def test_infinite_and_undefined_logits() -> None:
+    weight = torch.ones(90, 70)
+    h = torch.stack([torch.full((70,), v) for v in (NAN, 1.0, float("inf"), -float("inf"))])
+    assert codes_of(h, weight, 85) == [1, 1, 1, 1]  # a request gone wrong ends, the others do not notice
+    weight[9, 3], weight[50] = NAN, 2.0
+    assert codes_of(h[1:2], weight, 85) == [50]
+
+
+def test_the_semantic_head_reads_what_counts_once_and_leaves_no_logits() -> None:
+    case = next(case for case in argmax_bench.ENTRIES[0].cases if case.name == "frame-b32")
+    args = argmax_bench.ENTRIES[0].args(case, TensorMaker(torch.bfloat16))
+    with launch_config.target_arch("sm_90"), counting() as launches:
+        semantic_argmax(**args)
+    assert len(launches) == 2
+    weight = launches[0].of(args["weight"])
+    assert (weight.dram, weight.again) == (8194 * 3072 * 2, 0)
+    assert launches[0].constants["TILES"] == 129
+
+
+def test_launch_config_is_chosen_by_max_batch() -> None:
+    def choose(rows: int) -> dict[str, Any]:
+        return SEMANTIC_ARGMAX(N=8194, K=3072, dtype=torch.bfloat16, rows=rows)
+
+    with launch_config.target_arch("sm_90"):
+        assert choose(1) == choose(8) != choose(9)
+        assert choose(64)["BLOCK_B"] == 32
+
+
+def test_a_frame_of_launchers_is_launches_alone() -> None:
+    make = TensorMaker(torch.bfloat16)
+    attend = attention_bench.token_attention_inputs(token_sizes(), make)
+    start = solver_bench.flow_start_inputs(sizes(), make)
+    step, finish = solver_bench.flow_step_inputs(sizes(), make), solver_bench.flow_finish_inputs(sizes(), make)
+    head = argmax_bench.semantic_argmax_inputs(semantic_sizes(), make)
+    out, codes = guarded(torch.empty(30, 64).bfloat16()), guarded(torch.empty(19, dtype=torch.int64))
+    frame = guarded(torch.empty(5, 38, dtype=torch.int64)), guarded(torch.empty(5, 129).bfloat16())
+    scratch = guarded(semantic_argmax_scratch(head["weight"], head["n_codes"], head["max_batch"]))
+    with launches_only() as launches:
+        launch_token_attention(out, **attend)
+        launch_flow_start(**start)
+        launch_flow_step(**step)
+        launch_flow_finish(frame, **finish)
+        launch_semantic_argmax(codes, **head, scratch=scratch)
+    assert len(launches) == 6
+    for tensor in (out, codes, *frame, scratch):
+        assert_bands(tensor)
+    assert torch.equal(codes, semantic_argmax(**head))
+
+
+def wrong(base: str, **change: Any) -> dict[str, Any]:
+    _, inputs, _ = CASES[base]
+    args = inputs(TensorMaker())
+    return args | {name: value(args[name]) if callable(value) else value for name, value in change.items()}
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "error", "message"),
+    [
+        ("tokens", {"n_heads": 3}, ValueError, r"h_qkv has 128 columns, which are no \(3 \+ 2 \* 2\) heads"),
+        ("tokens", {"n_tokens": 2}, ValueError, r"n_tokens is 2 but must be 3, or 1"),
+        ("tokens", {"x_qkv": lambda t: t[:3]}, ValueError, r"x_qkv has 3 rows but must have B = 5 or 2B = 10"),
+        ("tokens", {"t_qkv": lambda t: t[:2]}, ValueError, r"t_qkv has 2 rows but must have 1 or 2B = 10"),
+        ("tokens", {"h_qkv": lambda t: t[:9]}, ValueError, r"h_qkv has 9 rows but must have 2 each for 1..6 requests"),
+        ("tokens", {"x_qkv": lambda t: t.half()}, TypeError, r"x_qkv is torch.float16 but must be torch.float32"),
+        ("tokens", {"max_batch": 4}, ValueError, r"h_qkv has 10 rows but must have 2 each for 1..4 .*max_batch"),
+        ("start", {"max_batch": 65}, ValueError, r"max_batch is 65 but must lie in 1..64"),
+        ("start", {"seed": lambda t: t.int()}, TypeError, r"seed is torch.int32 but must be torch.int64"),
+        ("start", {"noise": torch.ones(5, 36)}, ValueError, r"noise is \[5, 36\] but must be \[5, 37\]"),
+        ("start", {"quantiles": torch.ones(9)}, ValueError, r"quantiles is \[9\] but must be \[65536\]"),
+        ("start", {"tokens": lambda t: t[:29]}, ValueError, r"tokens is \[29, 150\] but must be \[30, 150\]"),
+        ("step", {"x": lambda t: t.bfloat16()}, TypeError, r"x is torch.bfloat16 but must be torch.float32"),
+        ("step", {"y": lambda t: t[:9]}, ValueError, r"y has 9 rows but must have 2B = 10 or more"),
+        ("step", {"w_out": lambda t: t[:, 1:]}, ValueError, r"w_out .* must be contiguous"),
+        ("step", {"cfg_alpha": lambda t: t[:4]}, ValueError, r"cfg_alpha is \[4\] but must be \[5\]"),
+        ("finish", {"semantic": lambda t: t.float()}, TypeError, r"semantic is torch.float32 but must be torch.int64"),
+        ("finish", {"embeddings": lambda t: t[:-6]}, ValueError, r"embeddings has 902 rows but must have 903 or more"),
+        ("finish", {"levels": 1}, ValueError, r"levels"),
+        ("semantic", {"n_codes": 91}, ValueError, r"n_codes is 91 but must lie in 2..90"),
+        ("semantic", {"weight": lambda t: t[:, 1:]}, ValueError, r"weight is \[90, 129\] but must be \[N, 130\]"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(base: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CASES[base][0](**wrong(base, **change))

@@ -1,0 +1,298 @@
+"""The fused backbone against its module, and a whole utterance on kernels."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from poison import poison_pages
+from torch import Tensor
+
+import voxkern
+from bench.counters import counting, launches_only
+from voxkern.checkpoint import read_checkpoint
+from voxkern.engine.request import Request, RequestState
+from voxkern.fused.backbone import FusedBackbone, TokenBatch
+from voxkern.reference import VoxtralTTS
+from voxkern.reference.attention import PagedCache
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> VoxtralTTS:
+    """A model of one's own, fp32."""
+    return read_checkpoint(tiny_folder).model
+
+
+def embeddings(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def empty_cache(requests: int, pages: int, page: int = 64, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A kv for 2 layers full of NaN, and shuffled pages for some requests with unused ones between."""
+    kv = torch.full((2, requests * pages + 3, 2, 2, page, 16), torch.nan, dtype=dtype)
+    order = torch.randperm(requests * pages + 3, generator=torch.Generator().manual_seed(1))
+    return kv, order[: requests * pages].view(requests, pages).int()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("page", [16, 64])
+def test_hidden_states_equal_the_modules(model: VoxtralTTS, page: int) -> None:
+    """Prompts of different lengths in one launch, then tokens one by one, one request waiting and one ending."""
+    lengths, u = [1, 65, 30], embeddings(3, 100)
+    whole = model.hidden_states(u)
+    fused = FusedBackbone(model, 4)
+    kv, table = empty_cache(3, -(-100 // page), page)
+    prompts = torch.cat([row[:n] for row, n in zip(u, lengths, strict=True)])
+    states = fused.prefill(prompts, TokenBatch.of(lengths, lengths, u.device), kv, table)
+    expected = torch.cat([row[:n] for row, n in zip(whole, lengths, strict=True)])
+    torch.testing.assert_close(model.norm(states), expected, rtol=1e-4, atol=1e-5)
+    for step in range(4):
+        lengths = [n + 1 for n in lengths]
+        there = [0 if step == 2 and i == 1 else n for i, n in enumerate(lengths)]
+        now = torch.stack([u[i, n - 1] for i, n in enumerate(lengths)])
+        h = fused.decode(now, kv, table, torch.tensor(there, dtype=torch.int32))
+        for i, n in enumerate(there):
+            if n:
+                torch.testing.assert_close(h[i], whole[i, n - 1], rtol=1e-4, atol=1e-5)
+        lengths[1] -= step == 2
+    unused = poison_pages(kv.transpose(0, 1).clone(), table)
+    assert torch.equal(unused.isnan(), kv.transpose(0, 1).isnan())  # nothing but the requests' pages was written
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_the_last_page_may_pass_max_tokens(model: VoxtralTTS, page: int) -> None:
+    """Pages are whole: 100 tokens are 112 in pages of 16, and 128 in larger ones. No lane leaves the rotations."""
+    pages = -(-100 // page)
+    T, (kv, table) = pages * page, empty_cache(1, pages, page)
+    u = embeddings(1, T)
+    whole = model.hidden_states(u)[0]
+    fused = FusedBackbone(model, 1, max_seq_len=100)
+    with counting(whole=True):
+        states = fused.prefill(u[0, : T - 1], TokenBatch.of([T - 1], [T - 1], u.device), kv, table)
+        last = fused.decode(u[:, -1].clone(), kv, table, torch.tensor([T], dtype=torch.int32))
+    torch.testing.assert_close(torch.cat((model.norm(states), last)), whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=rf"block_table has {pages + 1} pages of {page} tokens"):
+        fused.decode(u[:, 0].clone(), kv, table.new_zeros(1, pages + 1), torch.tensor([T], dtype=torch.int32))
+
+
+@torch.inference_mode()
+def test_one_token_is_a_decode(model: VoxtralTTS) -> None:
+    """Bit by bit, though it be the last of a prompt in parts."""
+    fused, u = FusedBackbone(model, 2), embeddings(1, 5)
+    kv, table = empty_cache(1, 1)
+    fused(u[:, :4], PagedCache(kv, table, torch.tensor([4])))
+    length = torch.tensor([5], dtype=torch.int32)
+    again = fused.decode(u[:, 4].clone(), kv.clone(), table, length)
+    assert torch.equal(fused(u[:, 4:], PagedCache(kv, table, length))[:, 0], again)
+
+
+@torch.inference_mode()
+def test_accelerated_hidden_states_takes_the_modules_arguments(model: VoxtralTTS) -> None:
+    """``hidden_states`` of an accelerated model: whole, over a cache of int64, one token."""
+    u = embeddings(2, 21)
+    plain = copy.deepcopy(model)
+    voxkern.accelerate(model, 2)
+    torch.testing.assert_close(model.hidden_states(u), plain.hidden_states(u), rtol=1e-4, atol=1e-5)
+    mine, theirs = empty_cache(2, 1), empty_cache(2, 1)
+    for start, stop in ((0, 9), (9, 20), (20, 21)):
+        length = torch.tensor([stop, stop])
+        h = model.hidden_states(u[:, start:stop], PagedCache(mine[0], mine[1].long(), length))
+        expected = plain.hidden_states(u[:, start:stop], PagedCache(*theirs, length))
+        torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone_in_a_batch_and_in_parts(tiny_folder: Path, dtype: torch.dtype) -> None:
+    """Bit by bit: prompts together, alone, and in parts of odd sizes; then tokens together and alone."""
+    fused = FusedBackbone(read_checkpoint(tiny_folder, dtype).model, 5)
+    lengths, u = [70, 3, 33], embeddings(3, 71, dtype=dtype)
+    kv, table = empty_cache(3, 2, dtype=dtype)
+    prompts = torch.cat([row[:n] for row, n in zip(u, lengths, strict=True)])
+    together = fused.prefill(prompts, TokenBatch.of(lengths, lengths, u.device), kv, table).split(lengths)
+    step = u[:, 70].clone()
+    after = fused.decode(step, kv, table, torch.tensor(lengths, dtype=torch.int32) + 1).clone()
+    for i in (0, 2):
+        again, own = empty_cache(1, 2, dtype=dtype)
+        parts, done = [], 0
+        for part in (17, lengths[i] - 18, 1) if i == 0 else (lengths[i],):
+            done += part
+            rows = TokenBatch.of([part], [done], u.device)
+            parts.append(fused.prefill(u[i, done - part : done], rows, again, own))
+        assert torch.equal(torch.cat(parts), together[i])
+        alone = fused.decode(step[i : i + 1], again, own, torch.tensor([lengths[i] + 1], dtype=torch.int32))
+        assert torch.equal(alone[0], after[i])
+
+
+@torch.inference_mode()
+def test_a_frame_is_launches_and_nothing_else(tiny_folder: Path) -> None:
+    tts = voxkern.load(tiny_folder, backend="triton", max_batch=3)
+    runner = tts.engine.runner
+    for slot, n in ((0, 5), (2, 8)):
+        prompt = embeddings(n, seed=n)
+        pages = runner.kv_cache.allocate(1)
+        runner.add(slot, Request(prompt, n, 1.2, 9, 2, "euler"), runner.prefill(prompt, pages, 0), pages)
+    runner.generate_frame()
+    (batch,) = runner._batches.values()
+    with launches_only() as launches:
+        batch.launch(3)
+    # flow head: 5, and 2 steps of 2 layers of 5 launches and 1; the codes; 2 layers of 5 launches, and the norm
+    assert len(launches) == 5 + 2 * (2 * 5 + 1) + 1 + 2 * 5 + 1
+    assert batch.n_frames.tolist() == [2, 0, 2]
+    assert batch.lengths.tolist() == [7, 0, 10]
+
+
+def test_speaks_as_the_torch_backend_does(tiny_folder: Path) -> None:
+    """Several requests with seeds and limits of their own; the codes are those of the reference modules."""
+    arguments = {"text": ["a", "hello"], "voice": ["ada", "bob"], "seed": [1, 2**64 - 1], "max_frames": [6, 10]}
+    mine = voxkern.load(tiny_folder, backend="triton", max_batch=2).generate(**arguments, steps=2)
+    theirs = voxkern.load(tiny_folder, backend="torch", max_batch=2).generate(**arguments, steps=2)
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_array_equal(one.codes, other.codes)
+        np.testing.assert_allclose(one.samples, other.samples, rtol=1e-4, atol=1e-4)
+        assert (one.ended, one.seed) == (other.ended, other.seed)
+        assert one.timings.total > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_speaks_as_the_torch_backend_does_for_long(tiny_folder: Path, solver: str) -> None:
+    """60 frames of three requests, all evaluations: past a page, and past where requests end."""
+    arguments = {"text": ["a", "hello", "x" * 50], "seed": [1, 2, 3], "max_frames": [60, 40, 60]}
+    mine = voxkern.load(tiny_folder, backend="triton", max_batch=3).generate(**arguments, solver=solver)
+    theirs = voxkern.load(tiny_folder, backend="torch", max_batch=3).generate(**arguments, solver=solver)
+    for one, other in zip(mine, theirs, strict=True):
+        # a code on a rounding edge would change what follows; none of these 1,700 is on one
+        np.testing.assert_array_equal(one.codes, other.codes)
+
+
+def test_a_request_that_ends_leaves_the_others_alone(tiny_folder: Path) -> None:
+    """END, limits, and who is beside: each says the same as alone; END's frame is not valid."""
+    tts = voxkern.load(tiny_folder, backend="triton", max_batch=3)
+    del tts.model.audio_tokenizer.stream  # kernels for the codes alone: the codec has tests of its own
+    with torch.no_grad():
+        tts.model.acoustic_transformer.semantic_codebook_output.weight[1] *= 4  # END comes soon
+    requests = [
+        Request(embeddings(4, seed=seed), seed, 1.2, limit, 1, "euler") for seed, limit in ((3, 9), (4, 2), (5, 9))
+    ]
+
+    def speak(requests: list[Request]) -> list[RequestState]:
+        states = [tts.engine.submit(request) for request in requests]
+        tts.engine.run_until(lambda: all(state.finished for state in states))
+        return states
+
+    together = speak(requests)
+    assert {state.ended for state in together} == {True, False}
+    assert len({state.n_frames for state in together}) > 1
+    for request, both in zip(requests, together, strict=True):
+        (alone,) = speak([request])
+        assert alone.ended == both.ended
+        one, other = alone.take(), both.take()
+        assert one.codes.shape[1] == both.n_frames
+        np.testing.assert_array_equal(one.codes, other.codes)
+        np.testing.assert_array_equal(one.samples, other.samples)
+        assert (one.codes[0] >= 0).all()
+
+
+def test_errors(model: VoxtralTTS) -> None:
+    fused, (kv, table) = FusedBackbone(model, 2, max_seq_len=128), empty_cache(3, 2)
+    lengths = torch.ones(3, dtype=torch.int32)
+    for wrong in (0, 65):
+        with pytest.raises(ValueError, match=r"max_batch must lie in 1..64"):
+            FusedBackbone(model, wrong)
+    with torch.inference_mode():
+        for arguments, error, message in (
+            ((embeddings(3), kv, table, lengths), ValueError, r"u has 3 rows, the backbone is prepared for 1..2"),
+            ((embeddings(2), kv[:1], table[:2], lengths[:2]), ValueError, r"kv must be \[layers"),
+            ((embeddings(2), kv[:, :, :, :, :24], table[:2], lengths[:2]), ValueError, "pages of 24 tokens but must"),
+            ((embeddings(2), kv, table[:2].long(), lengths[:2]), ValueError, "must be int32"),
+            ((embeddings(2), kv, table[:2].repeat(1, 2), lengths[:2]), ValueError, r"\(max_seq_len\)"),
+            ((embeddings(2).bfloat16(), kv, table[:2], lengths[:2]), TypeError, "u is torch.bfloat16"),
+            ((embeddings(2)[:, :63], kv, table[:2], lengths[:2]), ValueError, r"u must be contiguous \[rows, 64\]"),
+        ):
+            with pytest.raises(error, match=message):
+                fused.decode(*arguments)
+        with pytest.raises(ValueError, match=r"u must be \[B, T, 64\]"):
+            fused(embeddings(2))
+    model.norm.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="gradients are asked of an accelerated backbone"):
+        fused.decode(embeddings(1), kv, table[:1], lengths[:1])
+
+
+def test_limits_are_known_before_anything_runs(tiny_folder: Path) -> None:
+    tts = voxkern.load(tiny_folder, backend="triton")
+    tts.model.hidden_states = FusedBackbone(tts.model, 1, max_seq_len=100)
+    spoken: list[int] = []
+    with pytest.raises(ValueError, match=r"max_frames must be in 1..\d\d, got 200"):
+        tts.generate(["a", "b"], max_frames=[1, 200], on_frame=spoken.append)
+    assert not spoken
+
+
+def test_accelerated_and_restored_between_calls(tiny_folder: Path) -> None:
+    """generate() takes what the model is at the time; groups are of what it is accelerated for."""
+    tts = voxkern.load(tiny_folder, backend="torch", max_batch=3)
+    arguments = {"text": ["a", "b", "c"], "seed": [1, 2, 3], "max_frames": 3, "steps": 1}
+    before = tts.generate(**arguments)
+    voxkern.accelerate(tts.model, 2)
+    assert tts.backend == "triton"
+    during = tts.generate(**arguments)
+    voxkern.restore(tts.model)
+    assert tts.backend == "torch"
+    for first, second, third in zip(before, during, tts.generate(**arguments), strict=True):
+        np.testing.assert_array_equal(first.codes, second.codes)
+        np.testing.assert_array_equal(first.samples, third.samples)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_request_that_overflows_ends_alone(tiny_folder: Path, backend: str) -> None:
+    tts = voxkern.load(tiny_folder, backend=backend, max_batch=2)
+    expected = tts.generate("a", voice="ada", seed=1, max_frames=3, steps=1)
+    tts.voices["bob"] = torch.full_like(tts.voices["bob"], torch.inf)
+    one, other = tts.generate(["a", "b"], voice=["ada", "bob"], seed=[1, 2], max_frames=3, steps=1)
+    assert other.ended
+    assert not len(other.samples)
+    np.testing.assert_array_equal(one.codes, expected.codes)
+
+
+def test_what_cannot_run_says_so(tiny_folder: Path, model: VoxtralTTS) -> None:
+    code = (
+        "import sys, torch, voxkern\n"
+        "model = voxkern.load(sys.argv[1]).model\n"
+        "voxkern.accelerate(model)\n"
+        "with torch.inference_mode():\n"
+        "    for call in (model.hidden_states, lambda u: model.acoustic_transformer(u[0], torch.ones(1))):\n"
+        "        try: call(torch.zeros(1, 1, 64))\n"
+        "        except RuntimeError as error: print(error)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, env=env, check=True
+    )
+    assert "the accelerated backbone: tensors are on the CPU" in answer.stdout, answer
+    assert "the accelerated flow head: tensors are on the CPU" in answer.stdout
+    voxkern.accelerate(model.double())
+    with torch.inference_mode(), pytest.raises(TypeError, match=r"weights are torch.float64 but must be torch.float32"):
+        model.hidden_states(embeddings(1, 1).double())
+
+
+def test_the_backend_is_chosen_by_what_is_here(tiny_folder: Path) -> None:
+    assert voxkern.load(tiny_folder).backend == "triton"  # the interpreter
+    assert voxkern.load(tiny_folder, backend="torch").backend == "torch"
+    code = (
+        "import sys, voxkern\n"
+        "print(voxkern.load(sys.argv[1]).backend)\n"
+        "try: voxkern.load(sys.argv[1], backend='triton')\n"
+        "except ValueError as error: print(error)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, env=env, check=True
+    )
+    assert answer.stdout.startswith("torch\n"), answer
+    assert "set TRITON_INTERPRET=1" in answer.stdout

@@ -1,0 +1,144 @@
+"""The fused codec: the reference's sound in launches alone, the same bits however frames come."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_codec_stream import OperatorRecorder
+
+import voxkern
+from bench.counters import launches_only
+from voxkern.fused.codec import FusedCodec, FusedCodecStream
+from voxkern.reference import Config, VoxtralTTS
+from voxkern.reference.codec import AudioTokenizer
+from voxkern.reference.codec_stream import CodecStream
+
+
+def _codes(T: int, B: int = 1, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    semantic = torch.randint(0, 62, (B, 1, T), generator=g)
+    return torch.cat((semantic, torch.randint(0, 21, (B, 36, T), generator=g)), dim=1)
+
+
+def _in_chunks(fused: FusedCodec, codes: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    stream = fused(len(codes))
+    return torch.cat([stream.decode(part) for part in codes.split(sizes, dim=2)], dim=2)
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_model: VoxtralTTS) -> AudioTokenizer:
+    return tiny_model.audio_tokenizer
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param([1, 3, 2], id="6"),
+        pytest.param([1] * 26, marks=pytest.mark.slow, id="26 frames, beyond what is remembered"),
+        pytest.param([25, 1], marks=pytest.mark.slow, id="the longest chunk"),
+    ],
+)
+def test_fp32_is_the_reference(codec: AudioTokenizer, sizes: list[int]) -> None:
+    codes = _codes(sum(sizes))
+    with torch.inference_mode():
+        whole = codec.decode(codes)
+    torch.testing.assert_close(_in_chunks(FusedCodec(codec), codes, sizes), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_chunks_or_neighbours(codec: AudioTokenizer, dtype: torch.dtype) -> None:
+    fused, codes = FusedCodec(copy.deepcopy(codec).to(dtype)), _codes(4, B=2)  # 32 rows at last, tiles of 16
+    together = _in_chunks(fused, codes, [4])
+    assert torch.equal(_in_chunks(fused, codes, [1, 3]), together)
+    assert torch.equal(_in_chunks(fused, codes[1:], [2, 1, 1]), together[1:])
+
+
+def test_bf16_is_as_near_as_the_reference(codec: AudioTokenizer) -> None:
+    codes, half = _codes(8), copy.deepcopy(codec).bfloat16()
+    with torch.inference_mode():
+        exact = copy.deepcopy(half).double().decode(codes)
+        plain = half.decode(codes)
+    mine = _in_chunks(FusedCodec(half), codes, [8])
+    assert mine.dtype == torch.float32
+    assert (mine - exact).square().mean() < 1.2 * (plain - exact).square().mean()
+
+
+def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer) -> None:
+    """From no frame to all of a chunk, a new request in an old place, and nothing looked at that is not its own."""
+    codes = _codes(4, B=2)
+    stream, plain = FusedCodec(codec)(2), CodecStream(codec, 2)
+    for memory in stream.state.conv_state + stream.state.kv_window:
+        memory.fill_(torch.nan)
+    for lengths in ([2, 0], [1, 2]):
+        chunk = codes[..., :2].clone()
+        for b, n in enumerate(lengths):
+            chunk[b, :, n:] = -(1 << 40)
+        n = torch.tensor(lengths)
+        expected = plain.decode(chunk, n)
+        torch.testing.assert_close(stream.decode(chunk, n), expected, rtol=0, atol=1e-5)
+        assert stream.state.past_frames.tolist() == plain.state.past_frames.tolist()
+    for one in (stream, plain):
+        one.restart(torch.tensor([True, False]))
+    torch.testing.assert_close(stream.decode(codes[..., 2:]), plain.decode(codes[..., 2:]), rtol=0, atol=1e-5)
+
+
+def test_a_chunk_is_launches_and_nothing_else(codec: AudioTokenizer) -> None:
+    """7 and 5 a layer, whatever the frames; the reference runs more than ten times as many operators."""
+    stream, codes = FusedCodec(codec)(), _codes(25)
+    n_layers = sum(len(block.layers) for block in codec.decoder_blocks if hasattr(block, "layers"))
+    stream.decode(codes[..., :1])
+    addresses = [t.data_ptr() for t in stream.state.conv_state + stream.state.kv_window]
+    for T in (1, 5, 25):
+        lengths = torch.tensor([T])
+        chunk = codes[..., :T].contiguous()
+        with torch.inference_mode(), launches_only(whole=False) as launches:
+            stream.chunk(chunk, lengths)
+        assert len(launches) == 7 + 5 * n_layers
+    assert [t.data_ptr() for t in stream.state.conv_state + stream.state.kv_window] == addresses
+    plain = CodecStream(codec)
+    with OperatorRecorder() as operators:
+        plain.decode(codes[..., :1])
+    assert operators.n_kernels > 10 * len(launches)
+
+
+def test_a_new_stream_uses_changed_weights(codec: AudioTokenizer) -> None:
+    mine, codes = copy.deepcopy(codec), _codes(2)
+    fused = FusedCodec(mine)
+    before = _in_chunks(fused, codes, [2])
+    folded = mine.folded_weights()
+    assert mine.folded_weights() is folded  # folded once
+    with torch.no_grad():
+        mine.output_proj.conv.parametrizations.weight.original0.mul_(2)
+    torch.testing.assert_close(_in_chunks(fused, codes, [2]), 2 * before)
+    mine.load_state_dict(copy.deepcopy(codec).state_dict(), assign=True)
+    assert torch.equal(_in_chunks(fused, codes, [2]), before)
+
+
+def test_behind_generate(tiny_folder: Path) -> None:
+    """Accelerated, generate() decodes through it; that a stream's chunks are the same is in test_streaming.py."""
+    tts = voxkern.load(tiny_folder, backend="triton")
+    assert isinstance(tts.model.audio_tokenizer.stream(), FusedCodecStream)
+    audio = tts.generate("one", seed=4, steps=1, max_frames=2)
+    with torch.inference_mode():
+        expected = tts.model.audio_tokenizer.decode(torch.from_numpy(audio.codes).long().unsqueeze(0)).flatten()
+    np.testing.assert_allclose(audio.samples, expected.numpy(), atol=1e-5)
+    voxkern.restore(tts.model)
+    assert isinstance(tts.model.audio_tokenizer.stream(), CodecStream)
+
+
+def test_what_cannot_run_says_so(codec: AudioTokenizer, tiny_params: dict) -> None:
+    stream = FusedCodec(codec)(2)
+    with pytest.raises(ValueError, match="must be of 2 requests"):
+        stream.decode(_codes(3))
+    with pytest.raises(ValueError, match=r"codes have 26 frames but must have 1\.\.25"):
+        stream.decode(_codes(26, B=2))
+    with pytest.raises(ValueError, match="codes must be"):
+        stream.decode(torch.zeros(2, 36, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"batch must lie in 1\.\.64, got 65"):
+        FusedCodec(codec)(65)
+    params = copy.deepcopy(tiny_params)
+    params["multimodal"]["audio_tokenizer_args"]["attn_sliding_window_size"] = 32
+    with pytest.raises(ValueError, match=r"windows are \[4, 8, 16, 32\], kernels do 1\.\.16"):
+        FusedCodec(AudioTokenizer(Config.from_params(params).codec))

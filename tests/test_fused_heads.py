@@ -1,0 +1,321 @@
+"""Fused flow heads against their modules: same codes, same codes alone and in a batch, and nothing but launches."""
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import voxkern
+from bench.accuracy import judge
+from bench.counters import counting, launches_only
+from voxkern.checkpoint import read_checkpoint
+from voxkern.fused.flow_head import FusedHead
+from voxkern.fused.mlp_head import FusedMLPHead
+from voxkern.fused.transformer_head import FusedTransformerHead
+from voxkern.reference import Config, VoxtralTTS
+from voxkern.reference.config import END_AUDIO
+from voxkern.reference.model import make_head
+from voxkern.reference.noise import noise, seed_tensor
+
+REPLACED = ["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]
+
+
+@pytest.fixture(params=["transformer", "mlp"])
+def folder(request: pytest.FixtureRequest, tiny_folder: Path, mlp_folder: Path) -> Path:
+    """A checkpoint of each kind of head."""
+    return mlp_folder if request.param == "mlp" else tiny_folder
+
+
+@pytest.fixture
+def model(folder: Path) -> VoxtralTTS:
+    """A model of one's own, fp32."""
+    return read_checkpoint(folder).model
+
+
+def fused_head_of(model: VoxtralTTS, max_batch: int) -> FusedHead:
+    """What :func:`voxkern.accelerate` puts in the place of its head."""
+    voxkern.accelerate(model, max_batch)
+    return model.acoustic_transformer.forward
+
+
+def reached(model: VoxtralTTS) -> list[Tensor]:
+    """Weights that a kernel is given as a list."""
+    return [p.detach() for name, p in model.named_parameters() if "adaLN_modulation" in name]
+
+
+def inputs(B: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, cfg_alpha (1 and 0 among them) and noise."""
+    g = torch.Generator().manual_seed(seed)
+    alpha = torch.tensor([1.2, 1.0, 0.0, 2.5]).repeat(-(-B // 4))[:B]
+    return torch.randn(B, 64, generator=g).to(dtype), alpha, torch.randn(B, 36, generator=g)
+
+
+@pytest.mark.parametrize(
+    ("B", "max_batch", "steps", "solver"),
+    [
+        (1, 1, 7, "euler"),
+        (3, 4, 1, "euler"),
+        (2, 2, 4, "euler"),
+        (5, 5, 16, "euler"),
+        (1, 1, 4, "ab2"),
+        (3, 3, 5, "ab2"),
+    ],
+)
+def test_a_fused_frame_equals_the_modules(model: VoxtralTTS, B: int, max_batch: int, steps: int, solver: str) -> None:
+    """Codes but for those at a rounding edge; latents as good as the module's own; the embeddings of the codes."""
+    head = model.acoustic_transformer
+    h, alpha, x = inputs(B, seed=B)
+    with torch.inference_mode():
+        expected, plain = head(h, alpha, x, steps, solver), head.solve(h, alpha, x, steps, solver)
+        exact = copy.deepcopy(head).double().solve(h.double(), alpha.double(), x.double(), steps, solver)
+        assert voxkern.accelerate(model, max_batch) == REPLACED
+        codes = head(h, alpha, x, steps, solver)
+    scaled = (exact.clamp(-1, 1) + 1) * 10
+    at_edge = (scaled - scaled.floor() - 0.5).abs() < 1e-4
+    assert torch.equal(codes[:, 0], expected[:, 0])
+    assert bool(((codes == expected)[:, 1:] | at_edge).all())
+    assert int(at_edge.sum()) <= 2
+    left = head.forward.buffers(B, h.dtype, h.device)
+    verdict = judge(left.x, plain, exact)
+    assert verdict.right, verdict
+    torch.testing.assert_close(left.next_embedding, model.embed_codes(codes), rtol=1e-5, atol=1e-5)
+
+
+def test_solve(model: VoxtralTTS) -> None:
+    h, alpha, x = inputs(2)
+    head = model.acoustic_transformer
+    with torch.inference_mode():
+        expected = head.solve(h, alpha, x, 2, "ab2")
+        fused = fused_head_of(model, 2)
+        latents = head.solve(h, alpha, x, 2, "ab2")
+        fused.generate_codes(h.flip(0), alpha, noise=x, steps=1)
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)  # a copy: the next frame has left it alone
+    assert latents.abs().max() > 1
+
+
+def test_end_frames(model: VoxtralTTS) -> None:
+    h, alpha, x = inputs(400, seed=3)
+    with torch.inference_mode():
+        ended = model.acoustic_transformer(h, alpha, x, 1)[:, 0] == END_AUDIO
+        assert ended.any()
+        h, alpha, x = (torch.cat((a[ended][:1], a[~ended][:2])) for a in (h, alpha, x))
+        voxkern.accelerate(model, 3)
+        codes = model.acoustic_transformer(h, alpha, x, 2)
+    assert codes[0].tolist() == [END_AUDIO] + [2] * 36
+    assert (codes[1:, 0] != END_AUDIO).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone_equals_batched(folder: Path, dtype: torch.dtype) -> None:
+    """Seeds and frames of their own, at the first, middle and last place, with other rows and with zeros beside."""
+    model = read_checkpoint(folder, dtype).model
+    fused = fused_head_of(model, 6)
+    h, alpha, _ = inputs(5, dtype)
+    seed, frame = seed_tensor([1, 2**64 - 1, 3, 4, 5]), torch.tensor([0, 7, 2, 2048, 1])
+    with torch.inference_mode():
+        together = [part.clone() for part in fused.generate_codes(h, alpha, seed=seed, frame=frame, steps=3)]
+        for i in (0, 2, 4):
+            rows = slice(i, i + 1)
+            alone = fused.generate_codes(h[rows], alpha[rows], seed=seed[rows], frame=frame[rows], steps=3)
+            assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
+        padded = torch.cat((torch.zeros_like(h[:1]), h[1:3]))
+        some = fused.generate_codes(padded, alpha[:3], seed=seed[:3], frame=frame[:3], steps=3)
+        assert all(torch.equal(a[1:], b[1:3]) for a, b in zip(some, together, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone_equals_batched_everywhere(folder: Path, dtype: torch.dtype) -> None:
+    """Batches of 2, 5, 16 and 33 at the first, middle and last place, all 7 steps; the same constants for all."""
+    model = read_checkpoint(folder, dtype).model
+    fused = fused_head_of(model, 33)
+    h, alpha, _ = inputs(33, dtype)
+    seed, frame = seed_tensor(range(33)), torch.arange(33) * 3
+    constants: dict[int, set[str]] = {}
+
+    def speak(rows: slice) -> list[Tensor]:
+        with torch.inference_mode(), counting(whole=True, indirect=reached(model)) as launches:
+            spoken = fused.generate_codes(h[rows], alpha[rows], seed=seed[rows], frame=frame[rows])
+        used = {f"{launch.kernel} {sorted(launch.constants.items(), key=str)}" for launch in launches}
+        constants[rows.stop - rows.start] = used
+        return [part.clone() for part in spoken]
+
+    for B in (2, 5, 16, 33):
+        both = speak(slice(0, B))
+        for i in (0, B // 2, B - 1):
+            alone = speak(slice(i, i + 1))
+            assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, both, strict=True))
+    assert all(found == constants[1] for found in constants.values())
+
+
+def test_a_frame_is_launches_and_nothing_else(model: VoxtralTTS) -> None:
+    fused = fused_head_of(model, 2)
+    h, alpha, _ = inputs(2)
+    seed, frame = seed_tensor([1, 2]), torch.tensor([0, 0])
+    with torch.inference_mode():
+        expected = fused.generate_codes(h, alpha, seed=seed, frame=frame)[0].clone()
+        with launches_only(indirect=reached(model)) as launches:
+            codes, _ = fused.generate_codes(h, alpha, seed=seed, frame=frame)
+    assert torch.equal(codes, expected)
+    each = 2 if isinstance(fused, FusedMLPHead) else 5
+    assert len(launches) == 5 + 7 * (2 * each + 1)  # two layers here
+
+
+def test_generate_through_the_fused_head(folder: Path) -> None:
+    """Load on kernels, speak, restore, speak as the module does."""
+    arguments = {"text": ["one", "two"], "seed": [5, 6], "max_frames": 2, "steps": 2}
+    expected = voxkern.load(folder, max_batch=2, backend="torch").generate(**arguments)
+    tts = voxkern.load(folder, max_batch=2, backend="triton")
+    spoken = tts.generate(**arguments)
+    assert voxkern.restore(tts.model) == REPLACED
+    for mine, plain, again in zip(spoken, expected, tts.generate(**arguments), strict=True):
+        assert mine.codes.shape == plain.codes.shape
+        assert (mine.codes != plain.codes).mean() <= 1 / 72  # fp32: one code at a rounding edge at the most
+        assert (again.codes == plain.codes).all()
+
+
+def test_noise_is_the_references(model: VoxtralTTS) -> None:
+    fused = fused_head_of(model, 2)
+    h, alpha, _ = inputs(2)
+    seed, frame = seed_tensor([2**63 + 5, 0]), torch.tensor([3, 99])
+    with torch.inference_mode():
+        drawn = fused.generate_codes(h, alpha, seed=seed, frame=frame)[0].clone()
+        assert torch.equal(drawn, fused.generate_codes(h, alpha, noise=noise(seed, frame, 36))[0])
+
+
+def test_weights_may_change(model: VoxtralTTS, tmp_path: Path) -> None:
+    """load_state_dict, with assign too, in-place changes, deepcopy and saving are as before."""
+    head = model.acoustic_transformer
+    h, alpha, x = inputs(2)
+    voxkern.accelerate(model, 2)
+    assert "forward" not in model.state_dict()
+    other = {name: torch.randn_like(t) * t.std() for name, t in head.state_dict().items()}
+
+    def a_time_weight() -> Tensor:
+        return next(p for name, p in head.named_parameters() if name.startswith("time_"))
+
+    with torch.inference_mode():
+        head(h, alpha, x, 2)  # the tables are made
+    for change in ("copy", "assign", "in place", "by way of meta", "through .data"):
+        if change == "in place":
+            with torch.no_grad():
+                a_time_weight().mul_(-1)
+        elif change == "through .data":  # leaves no trace
+            a_time_weight().data.mul_(-1)
+            head.forward.refresh()
+        else:
+            if change == "by way of meta":  # the new weights may lie where the old ones lay
+                head.to("meta")
+                other = {name: -t for name, t in other.items()}
+            head.load_state_dict(other, assign=change != "copy")
+        copied = copy.deepcopy(model)
+        assert copied.acoustic_transformer.forward.module is copied.acoustic_transformer
+        with torch.inference_mode():
+            codes, of_copy = head(h, alpha, x, 2), copied.acoustic_transformer(h, alpha, x, 2)
+            plain = copy.deepcopy(model)
+            assert voxkern.restore(plain) == REPLACED
+            expected = plain.acoustic_transformer(h, alpha, x, 2)
+        assert (codes != expected).float().mean() < 0.03
+        assert torch.equal(codes, of_copy)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer).keys() == model.state_dict().keys()
+
+
+def test_arguments_may_have_any_strides(model: VoxtralTTS) -> None:
+    h, _, x = inputs(3)
+    voxkern.accelerate(model, 3)
+    with torch.inference_mode():
+        codes = model.acoustic_transformer(h, torch.full((3,), 1.2), x, 2)
+        spread = x.t().contiguous().t()
+        assert torch.equal(model.acoustic_transformer(h, torch.tensor(1.2).expand(3), spread, 2), codes)
+
+
+def test_restore_is_exact(model: VoxtralTTS) -> None:
+    h, alpha, x = inputs(3)
+    with torch.inference_mode():
+        before = model.acoustic_transformer(h, alpha, x)
+        voxkern.accelerate(model, 3)
+        voxkern.accelerate(model, 4)  # anew
+        assert voxkern.restore(model) == REPLACED
+        assert torch.equal(model.acoustic_transformer(h, alpha, x), before)
+    assert not {"forward", "solve"} & vars(model.acoustic_transformer).keys()
+    assert voxkern.restore(model) == []
+
+
+def test_errors(model: VoxtralTTS) -> None:
+    h, alpha, x = inputs(3)
+    with pytest.raises(ValueError, match="no part that voxkern has kernels for"):
+        voxkern.accelerate(torch.nn.Linear(2, 2))
+    for wrong in (0, 65):
+        with pytest.raises(ValueError, match=r"max_batch must lie in 1..64"):
+            voxkern.accelerate(model, wrong)
+    voxkern.accelerate(model, 2)
+    head = model.acoustic_transformer
+    with torch.inference_mode():
+        for arguments, error, message in (
+            ((h, alpha, x), ValueError, r"h has 3 rows, the flow head is prepared for 1..2 \(max_batch\)"),
+            ((h[:2, :63], alpha[:2], x[:2]), ValueError, r"h must be \[B, 64\]"),
+            ((h[:2].bfloat16(), alpha[:2], x[:2]), TypeError, "h is torch.bfloat16"),
+            ((h[:2], alpha, x[:2]), ValueError, r"cfg_alpha must be contiguous \[2\]"),
+            ((h[:2], alpha[:2], x[:2, :35]), ValueError, "noise must be contiguous"),
+            ((h[:2], alpha[:2], x[:2], 65), ValueError, "steps must lie in 1..64"),
+            ((h[:2], alpha[:2], x[:2], 4, "heun"), ValueError, "solver must be one of"),
+        ):
+            with pytest.raises(error, match=message):
+                head(*arguments)
+    head.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="gradients are asked of an accelerated flow head"):
+        head(h[:2], alpha[:2], x[:2])
+
+
+@torch.inference_mode()
+def flips(velocity_mlp: bool, B: int, calls: int) -> dict[str, tuple[float, float]]:
+    """Share of codes that differ from fp64's, and by more than one level, for plain bf16 and for the fused head."""
+    config = Config.from_params(voxkern.random_checkpoint.tiny_params(velocity_mlp))
+    head = make_head(config.acoustic_transformer, config.audio)
+    g = torch.Generator().manual_seed(1)
+    head.load_state_dict(
+        {n: voxkern.random_checkpoint.random_tensor(n, t.shape, g) for n, t in head.state_dict().items()}
+    )
+    final = head.final_layer.linear if velocity_mlp else head.acoustic_codebook_output
+    final.weight.mul_(0.5)  # a final x of RMS near 1
+    head = head.bfloat16()
+    exact, fused = (
+        copy.deepcopy(head).double(),
+        FusedMLPHead(head, B) if velocity_mlp else FusedTransformerHead(head, B),
+    )
+    found: dict[str, list[Tensor]] = {"plain": [], "fused": []}
+    rms = []
+    for call in range(calls):
+        h, x = torch.randn(B, 64, generator=g).bfloat16(), noise(seed_tensor(range(B)), torch.full((B,), call), 36)
+        alpha = torch.full((B,), 1.2)
+        rms.append(exact.solve(h.double(), alpha.double(), x.double(), 7).square().mean())
+        truth = exact(h.double(), alpha.double(), x.double(), 7)[:, 1:]
+        for name, codes in (("plain", head(h, alpha, x, 7)), ("fused", fused(h, alpha, x, 7))):
+            off = (codes[:, 1:] - truth).abs()
+            found[name].append(off[(codes[:, 1:] != 2).any(1) & (truth != 2).any(1)])
+    print(f"RMS of the final x {torch.stack(rms).mean().sqrt():.2f}")
+    assert 0.7 < float(torch.stack(rms).mean().sqrt()) < 1.4
+    return {
+        name: (torch.cat(off).gt(0).double().mean().item(), torch.cat(off).gt(1).double().mean().item())
+        for name, off in found.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("velocity_mlp", [False, True])
+def test_codes_flipped_by_bf16(velocity_mlp: bool) -> None:
+    B, calls = 64, 5
+    rates = flips(velocity_mlp, B, calls)
+    n = B * calls * 36
+    for name, (rate, far) in rates.items():
+        print(f"{name}: {100 * rate:.2f} % flipped, {100 * far:.3f} % by more than a level")
+    plain, mine = rates["plain"][0], rates["fused"][0]
+    assert n >= 9216
+    assert mine <= plain + 2 * (plain * (1 - plain) / n) ** 0.5
+    assert rates["fused"][1] <= 1e-4

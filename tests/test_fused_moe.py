@@ -1,0 +1,293 @@
+"""A layer's mixture of experts through kernels: against fp64, alone and in any batch, and nothing but launches."""
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import voxkern
+from bench.accuracy import judge
+from bench.counters import counting, launches_only
+from voxkern.checkpoint import read_checkpoint
+from voxkern.fused import backbone
+from voxkern.fused.backbone import FusedBackbone
+from voxkern.fused.moe import FusedMoE
+from voxkern.kernels import launch_config
+from voxkern.random_checkpoint import TINY_MOE, make_checkpoint
+from voxkern.reference.attention import PagedCache
+from voxkern.reference.config import MoEConfig
+from voxkern.reference.moe import MoEBlock, route
+
+DIM, HIDDEN = 72, 40  # odd in every tile of the interpreter, and more than one
+
+
+def block(
+    dtype: torch.dtype = torch.float32, scoring: str = "softmax", correction: bool = False, **moe: Any
+) -> MoEBlock:
+    """A layer of random weights, whose experts seldom all but tie."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 12, "num_experts_per_tok": 3, "expert_hidden_dim": HIDDEN} | moe
+    layer = MoEBlock(DIM, MoEConfig(**sizes), 2, 1, 8, 1e-5, scoring, correction).requires_grad_(False)
+    layer.gate.weight.copy_(torch.randn_like(layer.gate.weight))
+    layer.ffn_norm.weight.copy_(1 + 0.1 * torch.randn(DIM))
+    if layer.gate.e_score_correction_bias is not None:
+        layer.gate.e_score_correction_bias.copy_(0.1 * torch.randn_like(layer.gate.e_score_correction_bias))
+    return layer.to(dtype)
+
+
+def tokens(M: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(M, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def plain(layer: MoEBlock, u: Tensor) -> Tensor:
+    """What the module makes of the stream, each token a request of its own."""
+    u = u.unsqueeze(1)
+    return (u + layer.mixture(layer.ffn_norm(u))).squeeze(1)
+
+
+def run(layer: MoEBlock, u: Tensor, max_rows: int, phase: str = "decode") -> Tensor:
+    fused, stream = FusedMoE(layer, max_rows, phase), u.clone()
+    for part in vars(fused.scratch).values():  # nothing of an earlier run is needed
+        part.fill_(torch.nan if part.is_floating_point() else torch.iinfo(part.dtype).max)
+    fused.run(stream)
+    return stream
+
+
+def decided(layer: MoEBlock, u: Tensor) -> Tensor:
+    """bool [M]: the selection of experts does not hang on the last bits of bf16."""
+    exact = copy.deepcopy(layer).double()
+    logits = exact.gate(exact.ffn_norm(u.double()))
+    near = [route(logits + 0.03 * torch.randn_like(logits), exact.routing)[0].sort().values for _ in range(8)]
+    ids = route(logits, exact.routing)[0].sort().values
+    return functools.reduce(torch.logical_and, [(ids == other).all(1) for other in near])
+
+
+def assert_accurate(layer: MoEBlock, u: Tensor, out: Tensor) -> None:
+    """DESIGN rule 1 against fp64, on tokens that both send to the same experts."""
+    same = torch.ones(len(u), dtype=torch.bool) if u.dtype == torch.float32 else decided(layer, u)
+    assert same.float().mean() > 0.5
+    exact = plain(copy.deepcopy(layer).double(), u.double())
+    verdict = judge(out[same], plain(layer, u)[same], exact[same])
+    assert verdict.right, str(verdict)
+
+
+EXPERTS = [(8, 2), (128, 4), (16, 1), (12, 3)]
+
+
+@pytest.mark.parametrize("M", [1, 2, 7, 64, 300])
+@pytest.mark.parametrize(("E", "k"), EXPERTS)
+def test_right(M: int, E: int, k: int) -> None:
+    layer = block(num_experts=E, num_experts_per_tok=k, num_shared_experts=1)
+    u = tokens(M)
+    assert_accurate(layer, u, run(layer, u, M, "decode" if M <= 64 else "prefill"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
+def test_right_in_half_precision(dtype: torch.dtype, phase: str, arch: str) -> None:
+    layer = block(dtype, num_shared_experts=2)
+    u = tokens(37, dtype)
+    with launch_config.target_arch(arch):
+        assert_accurate(layer, u, run(layer, u, 40, phase))
+
+
+def test_right_in_half_precision_with_many_experts() -> None:
+    layer = block(torch.bfloat16, num_experts=128, num_experts_per_tok=4, num_shared_experts=1)
+    u = tokens(300, torch.bfloat16)
+    assert_accurate(layer, u, run(layer, u, 300, "prefill"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_shared_experts": 2, "routed_scale": 2.5},
+        {"num_expert_groups": 4, "num_expert_groups_per_tok": 2},
+        {"scoring": "sigmoid", "correction": True, "num_expert_groups": 3, "num_expert_groups_per_tok": 2},
+    ],
+)
+def test_every_way_of_routing(change: dict[str, Any]) -> None:
+    layer = block(**change)
+    u = tokens(19)
+    assert_accurate(layer, u, run(layer, u, 20))
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_all_tokens_on_one_expert(phase: str) -> None:
+    """Every tile is expert 5's; experts that no token has hold NaN, which would be seen."""
+    layer = block(num_experts_per_tok=1)
+    layer.gate.weight.zero_()
+    layer.gate.weight[5] = 1.0
+    u = tokens(37).abs()
+    for i, expert in enumerate(layer.experts):
+        if i != 5:
+            for weight in expert.parameters():
+                weight.fill_(torch.nan)
+    out = run(layer, u, 40, phase)
+    assert out.isfinite().all()
+    assert_accurate(layer, u, out)
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    layer = block()
+    layer.gate.weight.zero_()
+    u = tokens(7)
+    fused = FusedMoE(layer, 8)
+    fused.run(u)
+    assert fused.scratch.ids[:7].tolist() == [[0, 1, 2]] * 7
+    torch.testing.assert_close(fused.scratch.weights[:7], torch.full((7, 3), 1 / 3))
+
+
+def test_a_token_of_nan_spoils_no_other() -> None:
+    layer, u = block(num_shared_experts=1), tokens(7)
+    good = run(layer, u, 8)
+    u[3] = torch.nan
+    out = run(layer, u, 8)
+    others = torch.arange(7) != 3
+    assert torch.equal(out[others], good[others])
+    assert out[3].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("arch", "phase", "max_rows"),
+    [("sm_90", "decode", 8), ("sm_90", "decode", 16), ("interpreter", "decode", 64), ("interpreter", "prefill", 96)],
+)
+def test_alone_equals_batched(dtype: torch.dtype, arch: str, phase: str, max_rows: int) -> None:
+    """At the first, middle and last place, with others or zeros beside; the same constants for all.
+
+    With tiles of 8 and 16 rows only: from 32 columns on numpy's own products depend on the column.
+    """
+    layer, M = block(dtype, num_shared_experts=1), min(max_rows, 40)
+    u = tokens(M, dtype)
+    used: list[set[str]] = []
+
+    def launched(u: Tensor) -> Tensor:
+        with counting(whole=True, indirect=list(layer.parameters())) as launches:
+            out = run(layer, u, max_rows, phase)
+        used.append({f"{launch.kernel} {sorted(launch.constants.items(), key=str)}" for launch in launches})
+        return out
+
+    with launch_config.target_arch(arch):
+        together = launched(u)
+        for i in (0, M // 2, M - 1):
+            assert torch.equal(launched(u[i : i + 1])[0], together[i])
+        padded = torch.zeros_like(u[:3])
+        padded[1] = u[4]
+        assert torch.equal(launched(padded)[1], together[4])
+    assert all(constants == used[0] for constants in used)
+
+
+@pytest.mark.parametrize(("phase", "max_rows", "n_launches"), [("decode", 64, 5), ("prefill", 65, 6)])
+def test_a_run_is_launches_and_nothing_else(phase: str, max_rows: int, n_launches: int) -> None:
+    layer, u = block(num_shared_experts=1), tokens(7)
+    fused = FusedMoE(layer, max_rows, phase)
+    expected = u.clone()
+    fused.run(expected)
+    with launches_only(indirect=list(layer.parameters())) as launches:
+        fused.run(u)
+    assert len(launches) == n_launches
+    assert torch.equal(u, expected)
+
+
+def test_rows_of_the_stream_may_lie_apart() -> None:
+    layer, u = block(), tokens(7)
+    wide = torch.full((7, 2 * DIM), torch.nan)
+    wide[:, :DIM] = u
+    FusedMoE(layer, 8).run(wide[:, :DIM])
+    assert torch.equal(wide[:, :DIM], run(layer, u, 8))
+    assert wide[:, DIM:].isnan().all()
+
+
+def test_weights_may_be_replaced_and_written() -> None:
+    layer, u = block(num_shared_experts=1), tokens(7)
+    fused = FusedMoE(layer, 8)
+    fused.run(u.clone())
+    state = {name: tensor.flip(0) for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    written = u.clone()
+    fused.run(written)
+    assert torch.equal(written, run(layer, u, 8))
+    layer.load_state_dict({name: tensor.clone().flip(0) for name, tensor in state.items()}, assign=True)
+    replaced = u.clone()
+    fused.run(replaced)
+    assert torch.equal(replaced, run(layer, u, 8))
+    assert not torch.equal(replaced, written)
+
+
+def test_layers_share_their_scratch() -> None:
+    one, other, u = block(num_shared_experts=1), block(num_shared_experts=1), tokens(7)
+    other.load_state_dict({name: tensor.flip(0) for name, tensor in one.state_dict().items()})
+    first = FusedMoE(one, 8)
+    second = FusedMoE(other, 8, scratch=first.scratch)
+    stream = u.clone()
+    first.run(stream)
+    second.run(stream)
+    assert torch.equal(stream, run(other, run(one, u, 8), 8))
+    with pytest.raises(
+        ValueError, match=r"scratch.logits is torch.float32 \[8, 12\] but this layer needs .* \[9, 12\]"
+    ):
+        FusedMoE(one, 9, scratch=first.scratch)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with experts in its second layer, fp32."""
+    return make_checkpoint(tmp_path_factory.mktemp("moe"), dtype=torch.float32, overrides={"moe": TINY_MOE})
+
+
+@torch.inference_mode()
+def test_a_backbone_with_experts(folder: Path) -> None:
+    """Prompts and single tokens through the fused backbone; weights of another dtype make it anew."""
+    model = read_checkpoint(folder).model
+    u = torch.randn(2, 21, 64, generator=torch.Generator().manual_seed(0))
+    expected = model.hidden_states(u)
+    voxkern.accelerate(model, 2)
+    kv, table = torch.full((2, 2, 2, 2, 64, 16), torch.nan), torch.tensor([[1], [0]])
+    for start, stop in ((0, 9), (9, 20), (20, 21)):
+        h = model.hidden_states(u[:, start:stop], PagedCache(kv, table, torch.tensor([stop, stop])))
+        torch.testing.assert_close(h, expected[:, start:stop], rtol=1e-4, atol=1e-5)
+    with mock.patch.object(backbone, "MOE_ROWS", 16):
+        fused = FusedBackbone(model, 2)
+        torch.testing.assert_close(fused(u), expected, rtol=1e-4, atol=1e-5)
+    assert model.bfloat16().hidden_states(u.bfloat16()).dtype == torch.bfloat16
+
+
+def test_speaks_as_the_torch_backend_does(folder: Path) -> None:
+    arguments = {"text": ["a", "hello"], "voice": ["ada", "bob"], "seed": [1, 2], "max_frames": [3, 5]}
+    mine = voxkern.load(folder, backend="triton", max_batch=2).generate(**arguments, steps=2)
+    theirs = voxkern.load(folder, backend="torch", max_batch=2).generate(**arguments, steps=2)
+    for one, other in zip(mine, theirs, strict=True):
+        assert np.array_equal(one.codes, other.codes)
+    again = voxkern.load(folder, backend="triton", max_batch=2)
+    alone = again.generate("a", voice="ada", seed=1, max_frames=3, steps=2)
+    assert np.array_equal(alone.codes, mine[0].codes)
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "phase", "stream", "error", "message"),
+    [
+        (513, "decode", None, ValueError, r"max_rows is 513 but must lie in 1..512"),
+        (4, "train", None, ValueError, r"phase is 'train' but must be 'decode' or 'prefill'"),
+        (4, "decode", tokens(5), ValueError, r"x has 5 rows but must have 1..4"),
+        (4, "decode", torch.ones(2, DIM + 1), ValueError, r"stream is \[2, 73\] but must be \[M, 72\]"),
+        (
+            4,
+            "decode",
+            tokens(2, torch.bfloat16),
+            TypeError,
+            r"stream is torch.bfloat16 and the weights are",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    max_rows: int, phase: str, stream: Tensor | None, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        FusedMoE(block(), max_rows, phase).run(stream)

@@ -1,0 +1,150 @@
+"""What is routing's own; what every operator must do is in test_operators.py."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bench.moe_routing import PLAIN, moe_route_inputs, moe_route_reference
+from bench.registry import TensorMaker
+from voxkern.kernels import launch_config
+from voxkern.kernels.moe_routing import choose_tile_rows, moe_route, tile_count
+
+SIZES = {"M": 7, "E": 12, "top_k": 3, "n_shared": 1, "tile_rows": 4, "max_rows": 8, **PLAIN}
+
+
+def inputs(**sizes: int) -> dict[str, Any]:
+    return moe_route_inputs(SimpleNamespace(**(SIZES | sizes)), TensorMaker())
+
+
+def assert_same(args: dict[str, Any]) -> list[Tensor]:
+    """Experts, pairs and tiles to the bit, weights to a few."""
+    out, expected = moe_route(**args), moe_route_reference(**args)
+    for mine, theirs in zip(out, expected, strict=True):
+        if mine.dtype == torch.float32:
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+        else:
+            assert torch.equal(mine, theirs)
+    return list(out)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, int]:
+    groups, size = draw(st.integers(1, 5)), draw(st.integers(1, 8))
+    open_groups = draw(st.integers(1, groups))
+    return {
+        "M": draw(st.integers(1, 40)),
+        "E": groups * size,
+        "top_k": draw(st.integers(1, min(open_groups * size, 6))),
+        "n_shared": draw(st.integers(0, 2)),
+        "tile_rows": 1 << draw(st.integers(0, 4)),
+        "max_rows": draw(st.sampled_from([40, 80])),
+        "groups": groups,
+        "groups_per_tok": open_groups,
+        "sigmoid": int(draw(st.booleans())),
+        "plain": int(draw(st.booleans())),
+    }
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(sizes=shapes(), steps=st.sampled_from([0.0, 1.0, 4.0]))
+def test_any_shape(sizes: dict[str, int], steps: float) -> None:
+    """With logits in steps many tie, and with 0 steps none do."""
+    args = inputs(**sizes)
+    if steps:
+        args["logits"] = (args["logits"] * steps).round() / steps
+    if sizes["groups"] > 1 and steps:
+        args["n_groups"] = args["n_groups_per_tok"] = 1  # sums of two equal scores may differ in a bit
+    assert_same(args)
+
+
+@pytest.mark.parametrize("max_rows", [64, 65])  # one launch and two
+def test_ties_and_no_numbers(max_rows: int) -> None:
+    args = inputs(max_rows=max_rows)
+    args["logits"] = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, -1.0, 0.0, -0.0, 3.0, 1.0, 1.0, 1.0]).repeat(7, 1)
+    args["logits"][1] = torch.nan
+    args["logits"][2, 1] = torch.nan
+    args["logits"][3] = -torch.inf
+    args["logits"][4, 11] = torch.inf
+    args["logits"][5] = 0.0
+    ids, weights, *_ = assert_same(args)
+    assert ids[:, :3].tolist() == [[1, 2, 4], [0, 1, 2], [2, 4, 8], [0, 1, 2], [11, 1, 2], [0, 1, 2], [1, 2, 4]]
+    assert weights[1, :3].isnan().all()
+    assert (weights[:, 3] == 1).all()
+
+
+@pytest.mark.parametrize("max_rows", [64, 65])  # one launch and two
+def test_all_tokens_on_one_expert(max_rows: int) -> None:
+    args = inputs(M=37, max_rows=max_rows, top_k=1)
+    args["logits"][:, 5] = 50.0
+    _, _, pairs, tiles = assert_same(args)
+    used = tiles[tiles[:, 0] >= 0]
+    assert used[:, 0].tolist() == [5] * 10 + [12] * 10
+    assert used[9].tolist() == [5, 36, 37]
+    assert pairs[:37].tolist() == list(range(0, 74, 2))
+
+
+def test_the_bound_on_tiles_is_reached() -> None:
+    """As many experts as can be, each with one token more than whole tiles; never more tiles than counted."""
+    logits = torch.full((10, 2), -1.0)
+    logits[:5, 0] = logits[5:, 1] = 1.0
+    args = inputs(M=10, E=2, top_k=1, n_shared=0, max_rows=16) | {"logits": logits}
+    *_, tiles = assert_same(args)
+    assert tiles.tolist() == [[0, 0, 4], [0, 4, 5], [1, 5, 9], [1, 9, 10]]
+    assert tile_count(1, 128, 4, 1, 8) == 5
+    assert tile_count(8, 128, 4, 1, 8) == 33
+    assert tile_count(64, 8, 2, 0, 64) == 8
+
+
+@pytest.mark.parametrize("max_rows", [64, 65])  # one launch and two
+def test_a_token_has_the_same_bits_beside_any_others(max_rows: int) -> None:
+    args = inputs(M=40, max_rows=max_rows)
+    ids, weights, *_ = moe_route(**args)
+    for i in (0, 20, 39):
+        alone = moe_route(**(args | {"logits": args["logits"][i : i + 1]}))
+        assert torch.equal(alone[0][0], ids[i])
+        assert torch.equal(alone[1][0], weights[i])
+
+
+def test_tiles_of_a_prepared_layer() -> None:
+    with launch_config.target_arch("sm_90"):
+        assert [choose_tile_rows(128, 4, torch.bfloat16, rows, "decode") for rows in (1, 8, 9, 32, 64)] == [
+            8,
+            8,
+            16,
+            32,
+            64,
+        ]
+        assert [choose_tile_rows(128, 4, torch.bfloat16, rows, "prefill") for rows in (64, 256, 512)] == [8, 16, 32]
+        assert choose_tile_rows(8, 2, torch.bfloat16, 512, "prefill") == 64
+    with launch_config.target_arch("gfx942"):  # its matrix units have no 8 columns
+        assert choose_tile_rows(128, 4, torch.bfloat16, 1, "decode") == 16
+    with pytest.raises(ValueError, match=r"phase is 'train' but must be 'decode' or 'prefill'"):
+        choose_tile_rows(128, 4, torch.bfloat16, 1, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.ones(7, 12).bfloat16()}, TypeError, r"logits is torch.bfloat16 but must be torch.float32"),
+        ({"logits": torch.ones(12, 7).t()}, ValueError, r"logits .* must be contiguous"),
+        ({"bias": torch.ones(11)}, ValueError, r"bias is \[11\] but must be \[12\]"),
+        ({"top_k": 13}, ValueError, r"top_k is 13 but must lie in 1..12"),
+        ({"top_k": 0}, ValueError, r"top_k is 0"),
+        ({"n_groups": 5}, ValueError, r"n_groups is 5 but must divide the 12 experts"),
+        ({"n_groups": 4, "n_groups_per_tok": 5}, ValueError, r"n_groups_per_tok is 5 but must lie in 1..4"),
+        ({"n_groups": 6, "top_k": 3}, ValueError, r"top_k is 3 but must lie in 1..2"),
+        ({"n_shared": -1}, ValueError, r"n_shared is -1"),
+        ({"scoring": "tanh"}, ValueError, r"scoring is 'tanh' but must be 'softmax' or 'sigmoid'"),
+        ({"tile_rows": 12}, ValueError, r"tile_rows is 12 but must be a power of 2"),
+        ({"max_rows": 6}, ValueError, r"logits has 7 rows but must have 1..6 \(max_rows\)"),
+    ],
+)
+def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        moe_route(**(inputs() | change))

@@ -1,0 +1,166 @@
+"""Run requests on fused modules: static rows, a frame of which is launches without a read by the host.
+
+Lengths, frame numbers and codes stay on the device. A request that generates END, or reaches its limit, gets length 0
+there; the host learns of it one frame later, which costs that frame's time and nothing else.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..fused.backbone import FusedBackbone, TokenBatch
+from ..fused.flow_head import FusedHead
+from ..kernels.decode_state import launch_update_decode_state
+from ..kernels.operator import on_device
+from ..reference import VoxtralTTS
+from ..reference.noise import seed_tensor
+from .cuda_graphs import BatchGraphs, Capture, weight_addresses
+from .kv_cache import KVCache, pages_for
+from .request import Request
+from .runner import FrameOutput, backbone_weights_version
+
+MAX_DECODE_BATCHES = 4  # numbers of steps and solvers whose rows, and graphs, are kept while no request has them
+
+
+class DecodeBatch:
+    """Static rows of requests with one number of steps and one solver.
+
+    Attributes:
+        slots: that hold a request.
+        lengths: int32 [slots], tokens of each with the next frame's; 0 is free, or has ended.
+        n_frames: int64 [slots], frames generated.
+        codes: int64 [slots, 37], the last frame of each with the +2 offset.
+        valid: int64 [slots], 1 where it is new.
+    """
+
+    def __init__(
+        self,
+        model: VoxtralTTS,
+        n_slots: int,
+        kv_cache: KVCache,
+        max_seq_len: int,
+        steps: int,
+        solver: str,
+        capture: Capture | None = None,
+    ) -> None:
+        """Make `n_slots` free rows; with `capture`, a frame is a graph, which is captured here."""
+        self._backbone, self._flow_head = fused_modules_of(model)
+        self._kv, self._steps, self._solver = kv_cache.kv, steps, solver
+        weight = model.norm.weight
+        device, config = weight.device, model.config
+        self.slots: set[int] = set()
+        self._block_table = torch.zeros(n_slots, pages_for(max_seq_len), dtype=torch.int32, device=device)
+        self._seeds = torch.zeros(n_slots, dtype=torch.int64, device=device)
+        self._cfg_alpha = torch.zeros(n_slots, dtype=torch.float32, device=device)
+        self._max_frames = torch.zeros(n_slots, dtype=torch.int64, device=device)
+        self._hidden = torch.zeros(n_slots, config.backbone.dim, dtype=weight.dtype, device=device)
+        self.lengths = torch.zeros(n_slots, dtype=torch.int32, device=device)
+        self.n_frames = torch.zeros(n_slots, dtype=torch.int64, device=device)
+        self.codes = torch.zeros(n_slots, config.audio.n_codebooks, dtype=torch.int64, device=device)
+        self.valid = torch.zeros(n_slots, dtype=torch.int64, device=device)
+        self._run = self.launch if capture is None else BatchGraphs(self.launch, n_slots, capture)
+
+    def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
+        """Write a request into its row."""
+        self.slots.add(slot)
+        self._block_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self._seeds[slot : slot + 1] = seed_tensor([request.seed])
+        self._cfg_alpha[slot], self._max_frames[slot] = request.cfg_alpha, request.max_frames
+        self._hidden[slot] = hidden
+        self.lengths[slot], self.n_frames[slot] = len(request.prompt), 0
+
+    def remove(self, slot: int) -> None:
+        """Free a row."""
+        self.slots.discard(slot)
+        self.lengths[slot] = self.valid[slot] = 0
+
+    def generate_frame(self) -> FrameOutput:
+        """Generate a frame of all requests, in the first rows up to the last that is taken.
+
+        The output lies in memory that the next frame writes again.
+        """
+        self._run(max(self.slots) + 1)
+        return FrameOutput(self.codes, self.valid)
+
+    def launch(self, rows: int) -> None:
+        """Launch a frame of the first rows: launches and nothing else, once a frame of as many rows has been run."""
+        hidden, lengths = self._hidden[:rows], self.lengths[:rows]
+        codes, next_embedding = self._flow_head.generate_codes(
+            hidden, self._cfg_alpha[:rows],
+            steps=self._steps, solver=self._solver, seed=self._seeds[:rows], frame=self.n_frames[:rows],
+        )  # fmt: skip
+        with on_device("update_decode_state", codes):
+            launch_update_decode_state(
+                codes, self._max_frames[:rows], lengths, self.n_frames[:rows], self.codes[:rows], self.valid[:rows]
+            )
+        self._backbone.decode(next_embedding, self._kv, self._block_table[:rows], lengths, hidden)
+
+
+class FusedRunner:
+    """:class:`voxkern.engine.runner.ModelRunner` on fused modules: a batch for each number of steps and solver."""
+
+    deferred = True
+
+    def __init__(
+        self, model: VoxtralTTS, n_slots: int, kv_cache: KVCache, max_seq_len: int, capture: Capture | None = None
+    ) -> None:
+        """Make `n_slots` slots, at most as many as the model is accelerated for; `capture` makes graphs of frames."""
+        self.model, self.n_slots, self.kv_cache, self.max_seq_len = model, n_slots, kv_cache, max_seq_len
+        self._capture, self._addresses = capture, weight_addresses(model)
+        self._backbone, self._flow_head = fused_modules_of(model)
+        self._batches: dict[tuple[int, str], DecodeBatch] = {}
+        self._block_table = torch.zeros(1, pages_for(max_seq_len), dtype=torch.int32, device=kv_cache.kv.device)
+
+    def refresh_weights(self) -> None:
+        """Rebuild the flow head's tables, and drop graphs if weights have moved."""
+        self._flow_head.refresh()
+        if (found := weight_addresses(self.model)) != self._addresses:
+            self._batches, self._addresses = {}, found
+
+    def weights_version(self) -> Hashable:
+        """See :func:`voxkern.engine.runner.backbone_weights_version`."""
+        return backbone_weights_version(self.model)
+
+    def prefill(self, embeddings: Tensor, pages: list[int], n_past: int) -> Tensor:
+        """Run a prompt in six launches a layer; a prompt in parts has the bits of the whole."""
+        self._block_table[0, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        batch = TokenBatch.of([len(embeddings)], [n_past + len(embeddings)], embeddings.device)
+        states = self._backbone.prefill(embeddings, batch, self.kv_cache.kv, self._block_table)
+        return self._backbone.norm(states[-1:])[0]
+
+    def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
+        """Put a request into the batch of its steps and solver."""
+        key = (request.steps, request.solver)
+        if key not in self._batches:
+            idle = [known for known, batch in self._batches.items() if not batch.slots]
+            for known in idle[: max(0, len(self._batches) - MAX_DECODE_BATCHES + 1)]:
+                del self._batches[known]
+            self._batches[key] = DecodeBatch(
+                self.model, self.n_slots, self.kv_cache, self.max_seq_len, *key, self._capture
+            )
+        self._batches[key].add(slot, request, hidden, pages)
+
+    def remove(self, slot: int) -> None:
+        """Free a slot, in whichever batch it is."""
+        for batch in self._batches.values():
+            if slot in batch.slots:
+                batch.remove(slot)
+
+    def generate_frame(self) -> FrameOutput:
+        """Generate a frame batch by batch."""
+        outputs = [batch.generate_frame() for batch in self._batches.values() if batch.slots]
+        if len(outputs) == 1:
+            return outputs[0]
+        valid = torch.stack([output.valid for output in outputs])  # [batches, slots]
+        codes = torch.stack([output.codes for output in outputs])  # [batches, slots, 37]
+        return FrameOutput((codes * valid.unsqueeze(2)).sum(0), valid.sum(0))
+
+
+def fused_modules_of(model: VoxtralTTS) -> tuple[FusedBackbone, FusedHead[Any, Any, Any]]:
+    """The fused backbone and flow head of an accelerated model."""
+    backbone, flow_head = model.hidden_states, model.acoustic_transformer.forward
+    assert isinstance(backbone, FusedBackbone)
+    assert isinstance(flow_head, FusedHead)
+    return backbone, flow_head

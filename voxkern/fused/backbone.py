@@ -1,0 +1,316 @@
+"""The fused backbone: five launches a layer (eight with experts), on the backbone's own weights, over a paged KV cache.
+
+Decode is one token a request, in memory that is made once; a prefill is many tokens of several requests side by side,
+with tiles as large as the matrix units want them. Which of the two it is decides the settings, never the rows at hand.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..kernels.linear import launch_linear, launch_norm_swiglu
+from ..kernels.operator import on_device
+from ..kernels.paged_attention import (
+    PAGE_SIZES,
+    launch_paged_attention,
+    launch_prefill_attention,
+    paged_attention_scratch,
+)
+from ..kernels.qkv import launch_norm_qkv, launch_norm_qkv_append, launch_rope_append
+from ..kernels.rms_norm import launch_rms_norm
+from ..reference.attention import PagedCache, TransformerBlock, rope_table
+from ..reference.backbone import Backbone
+from ..reference.moe import MoEBlock
+from .moe import FusedMoE
+
+MAX_BATCH = 64
+MAX_SEQ_LEN = 16_384  # 20 minutes of speech: as many as 64 spans of 256 tokens hold
+PREFILL_ROWS = 1 << 20  # prepared for: in a prefill the settings depend on no rows at all
+MOE_ROWS = 1024  # tokens of a prefill that go through the experts at once
+NAME = "the accelerated backbone"
+PAGE_SIZE = 64  # of a cache made for a call without one
+
+
+@dataclass(frozen=True)
+class BackboneBuffers:
+    """Memory of one token each of B requests: views of what `max_batch` take.
+
+    Attributes:
+        stream: [B, dim], the residual stream.
+        q: [B, H * D].
+        attended: [B, H * D].
+        gated: [B, hidden].
+        hidden: [B, dim], the result, after the final norm.
+        scratch: of the attention, see :func:`voxkern.kernels.paged_attention.paged_attention_scratch`.
+    """
+
+    stream: Tensor
+    q: Tensor
+    attended: Tensor
+    gated: Tensor
+    hidden: Tensor
+    scratch: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """New tokens of several requests, side by side.
+
+    Attributes:
+        n_new: new tokens of each request.
+        cu_seqlens: int32 [B + 1], each request's first row.
+        request_ids: int32 [R], each row's request.
+        positions: int32 [R], each row's place in its request, -1 for one that holds nothing.
+        lengths: int32 [B], tokens of each request with the new ones.
+    """
+
+    n_new: list[int]
+    cu_seqlens: Tensor
+    request_ids: Tensor
+    positions: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, n_new: list[int], lengths: list[int], device: torch.device) -> "TokenBatch":
+        """`n_new` tokens of each request, which then has `lengths`; length 0 holds no request."""
+        request_ids = [b for b, n in enumerate(n_new) for _ in range(n)]
+        positions = [
+            length - n + t if length else -1 for n, length in zip(n_new, lengths, strict=True) for t in range(n)
+        ]
+        lists = ([0, *accumulate(n_new)], request_ids, positions, lengths)
+        return cls(n_new, *(torch.tensor(one, dtype=torch.int32, device=device) for one in lists))
+
+
+class FusedBackbone:
+    """Replaces a backbone's ``hidden_states``: same arguments, same states up to rounding.
+
+    Attributes:
+        module: the backbone, whose weights are read anew in every call.
+        max_batch: requests that it is prepared for.
+        max_seq_len: tokens a request that it is prepared for. How attention is split, and so a last bit, belongs to it.
+    """
+
+    def __init__(self, module: Backbone, max_batch: int, max_seq_len: int | None = None) -> None:
+        """`max_seq_len`: None takes the config's, or 16,384 where that is more.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        if not 1 <= max_batch <= MAX_BATCH:
+            raise ValueError(f"max_batch must lie in 1..{MAX_BATCH}, got {max_batch}")
+        self.module, self.max_batch = module, max_batch
+        self.max_seq_len = min(module.backbone_config.max_seq_len, MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
+        if self.max_seq_len < 1:
+            raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
+        self._key: tuple[torch.dtype, torch.device] | None = None
+        self._buffers: dict[int, BackboneBuffers] = {}
+        self._moe_layers: dict[tuple[str, torch.dtype, torch.device], dict[MoEBlock, FusedMoE]] = {}
+        self._rope: Tensor | None = None
+
+    def __call__(self, u: Tensor, cache: PagedCache | None = None) -> Tensor:
+        """Run the layers over T tokens of each request, as :meth:`Backbone.hidden_states` says it.
+
+        One token a request is always a decode, though it be the last of a prompt in parts: its bits are a decode's,
+        summed in other tiles than a prefill's. :meth:`prefill` takes any number of tokens and has the whole's bits.
+
+        Raises:
+            RuntimeError: gradients are asked for.
+            ValueError: a shape is wrong, or there are more requests than `max_batch` or tokens than `max_seq_len`.
+            TypeError: a dtype is wrong.
+        """
+        if u.ndim != 3 or u.shape[2] != self.module.backbone_config.dim:
+            raise ValueError(f"u must be [B, T, {self.module.backbone_config.dim}], got {list(u.shape)}")
+        B, T, dim = u.shape
+        cache = self._own_cache(B, T, u) if cache is None else cache
+        table = cache.block_table.to(torch.int32)
+        if T == 1:
+            u = u[:, 0].contiguous()
+            return self.decode(u, cache.kv, table, cache.lengths.to(torch.int32)).clone().unsqueeze(1)
+        batch = TokenBatch.of([T] * B, cache.lengths.tolist(), u.device)
+        states = self.prefill(u.reshape(B * T, dim), batch, cache.kv, table)
+        return self.norm(states).view(B, T, dim)
+
+    def decode(self, u: Tensor, kv: Tensor, block_table: Tensor, lengths: Tensor, out: Tensor | None = None) -> Tensor:
+        """One token a request, in launches and nothing else once a call of as many requests has been made.
+
+        Args:
+            u: [B, dim], embeddings, in the weights' dtype.
+            kv: [layers, pages, 2, Hkv, PAGE, D].
+            block_table: int32 [B, max_pages].
+            lengths: int32 [B], with the new token; 0 holds no request.
+            out: contiguous [B, dim], takes the result.
+
+        Returns:
+            [B, dim] after the final norm: `out`, or memory that the next call of as many requests writes again.
+            Rows of length 0 hold nothing of meaning.
+        """
+        self._check(u, kv, block_table, lengths)
+        if len(u) > self.max_batch:
+            raise ValueError(f"u has {len(u)} rows, the backbone is prepared for 1..{self.max_batch} (max_batch)")
+        with on_device(NAME, u):
+            b, rope, stream = self.buffers(u, kv), self.rope(u.device), u
+            for layer, layer_kv in zip(self._blocks, kv, strict=True):
+                attention = layer.attention
+                launch_norm_qkv_append(
+                    stream, layer.attention_norm.weight,
+                    attention.wq.weight, attention.wk.weight, attention.wv.weight,
+                    rope, block_table, lengths, b.q, layer_kv, self._eps, self.max_batch,
+                )  # fmt: skip
+                launch_paged_attention(b.attended, b.q, layer_kv, block_table, lengths, 0, self.max_seq_len, b.scratch)
+                launch_linear(b.stream, b.attended, attention.wo.weight, None, stream, self.max_batch)
+                stream = b.stream
+                self._feed_forward(layer, stream, b.gated, self.max_batch, "decode")
+            out = b.hidden if out is None else out
+            launch_rms_norm(out, stream, self.module.norm.weight, self._eps)
+        return out
+
+    def prefill(self, u: Tensor, batch: TokenBatch, kv: Tensor, block_table: Tensor) -> Tensor:
+        """Many tokens of several requests, in launches but for the memory they need; six launches a layer.
+
+        A prompt may come in parts: the result is that of the whole, bit by bit.
+
+        Args:
+            u: [R, dim], embeddings.
+            batch: the requests and positions of the rows.
+            kv: [layers, pages, 2, Hkv, PAGE, D].
+            block_table: int32 [B, max_pages].
+
+        Returns:
+            [R, dim], before the final norm: mostly a prompt's last row alone is wanted.
+        """
+        self._check(u, kv, block_table, batch.lengths)
+        config, R, many = self.module.backbone_config, len(u), (PREFILL_ROWS, "prefill")
+        with on_device(NAME, u):
+            rope, stream = self.rope(u.device), u
+            qkv = u.new_empty(R, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
+            attended = u.new_empty(R, config.n_heads * config.head_dim)
+            gated, out = u.new_empty(R, config.hidden_dim), torch.empty_like(u)
+            for layer, layer_kv in zip(self._blocks, kv, strict=True):
+                attention = layer.attention
+                launch_norm_qkv(
+                    qkv, stream, layer.attention_norm.weight,
+                    attention.wq.weight, attention.wk.weight, attention.wv.weight, self._eps, R, *many,
+                )  # fmt: skip
+                launch_rope_append(rope, batch.request_ids, batch.positions, block_table, qkv, layer_kv)
+                launch_prefill_attention(
+                    attended,
+                    qkv,
+                    layer_kv,
+                    block_table,
+                    batch.cu_seqlens,
+                    batch.lengths,
+                    0,
+                    max(batch.n_new),
+                    config.n_heads,
+                )
+                launch_linear(out, attended, attention.wo.weight, None, stream, *many)
+                stream = out
+                self._feed_forward(layer, stream, gated, *many)
+        return stream
+
+    def _feed_forward(self, layer: TransformerBlock | MoEBlock, stream: Tensor, gated: Tensor, *prepared: Any) -> None:
+        """``stream += feed_forward(RMSNorm(stream))``; `prepared` for so many rows, and the phase."""
+        if isinstance(layer, MoEBlock):
+            mixture = self._fused_moe(layer, *prepared)
+            for start in range(0, len(stream), mixture.max_rows):
+                mixture.run(stream[start : start + mixture.max_rows])
+            return
+        feed, norm = layer.feed_forward, layer.ffn_norm.weight
+        launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, *prepared)
+        launch_linear(stream, gated, feed.w2.weight, None, stream, *prepared)
+
+    def _fused_moe(self, layer: MoEBlock, max_rows: int, phase: str) -> FusedMoE:
+        """Of a layer with experts; all of a phase share the memory between their launches."""
+        weight = layer.gate.weight
+        kind = (phase, weight.dtype, weight.device)
+        layers = self._moe_layers.setdefault(kind, {})
+        if layer not in layers:
+            scratch = next((fused.scratch for fused in layers.values()), None)
+            layers[layer] = FusedMoE(layer, min(max_rows, MOE_ROWS), phase, scratch)
+        return layers[layer]
+
+    def norm(self, states: Tensor) -> Tensor:
+        """The final norm of what :meth:`prefill` returns, or of some of its rows."""
+        out = torch.empty_like(states)
+        with on_device(NAME, states):
+            launch_rms_norm(out, states, self.module.norm.weight, self._eps)
+        return out
+
+    def buffers(self, u: Tensor, kv: Tensor) -> BackboneBuffers:
+        """The memory of as many requests as `u` has rows; made at the first call, for any number of them."""
+        config, key = self.module.backbone_config, (u.dtype, u.device)
+        if self._key != key:
+            q = u.new_zeros(self.max_batch, config.n_heads * config.head_dim)
+            stream = u.new_zeros(self.max_batch, config.dim)
+            self._key, self._buffers = key, {}
+            self._whole = BackboneBuffers(
+                stream=stream,
+                q=q,
+                attended=torch.zeros_like(q),
+                gated=u.new_zeros(self.max_batch, config.hidden_dim),
+                hidden=torch.zeros_like(stream),
+                scratch=paged_attention_scratch(q, kv[0], self.max_seq_len),
+            )
+        B, b = len(u), self._whole
+        if B not in self._buffers:
+            partial, arrived = b.scratch
+            views = (b.stream[:B], b.q[:B], b.attended[:B], b.gated[:B], b.hidden[:B])
+            self._buffers[B] = BackboneBuffers(*views, scratch=(partial[:B], arrived[:B]))
+        return self._buffers[B]
+
+    def rope(self, device: torch.device) -> Tensor:
+        """The table of rotations, fp32 [positions, 2, D / 2]; made at the first call, in fp64.
+
+        It ends where the last page may, of the largest there are: a cache has whole pages, and a request may fill its
+        last beyond `max_seq_len`.
+        """
+        if self._rope is None or self._rope.device != device:
+            config, rows = self.module.backbone_config, -(-self.max_seq_len // PAGE_SIZES[-1]) * PAGE_SIZES[-1]
+            positions = torch.arange(rows, device=device)
+            self._rope = torch.stack(rope_table(positions, config.head_dim, config.rope_theta), dim=1).float()
+        return self._rope
+
+    @property
+    def _blocks(self) -> list[TransformerBlock | MoEBlock]:
+        return cast(list[TransformerBlock | MoEBlock], list(self.module.layers))
+
+    @property
+    def _eps(self) -> float:
+        return self.module.backbone_config.norm_eps
+
+    def _own_cache(self, B: int, T: int, u: Tensor) -> PagedCache:
+        """For a call without one: requests of T tokens, from position 0."""
+        config, pages = self.module.backbone_config, -(-T // PAGE_SIZE)
+        shape = (config.n_layers, B * pages, 2, config.n_kv_heads, PAGE_SIZE, config.head_dim)
+        table = torch.arange(B * pages, dtype=torch.int32, device=u.device).view(B, pages)
+        return PagedCache(u.new_zeros(shape), table, torch.full((B,), T, device=u.device))
+
+    def _check(self, u: Tensor, kv: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+        weight, config = self.module.norm.weight, self.module.backbone_config
+        if torch.is_grad_enabled() and (u.requires_grad or weight.requires_grad):
+            raise RuntimeError(
+                "gradients are asked of an accelerated backbone, and kernels have none: call it under "
+                "torch.inference_mode(), or voxkern.restore() the model to train it"
+            )
+        if u.ndim != 2 or u.shape[1] != config.dim or not u.is_contiguous():
+            raise ValueError(f"u must be contiguous [rows, {config.dim}], got {list(u.shape)}, strides {u.stride()}")
+        if u.dtype != weight.dtype or u.device != weight.device or kv.dtype != weight.dtype:
+            raise TypeError(f"u is {u.dtype} on {u.device} and kv {kv.dtype}, the weights are {weight.dtype}")
+        layer = [config.n_layers, kv.shape[1], 2, config.n_kv_heads, *kv.shape[4:5], config.head_dim]
+        if kv.ndim != 6 or list(kv.shape) != layer:
+            raise ValueError(f"kv must be [layers, pages, 2, Hkv, PAGE, D] = {layer}, got {list(kv.shape)}")
+        if kv.shape[4] not in PAGE_SIZES:
+            raise ValueError(f"kv has pages of {kv.shape[4]} tokens but must have 16, 32, 64 or 128")
+        if block_table.dtype != torch.int32 or lengths.dtype != torch.int32 or len(block_table) != len(lengths):
+            raise ValueError(
+                f"block_table and lengths must be int32 of as many rows, got {block_table.dtype} "
+                f"{list(block_table.shape)} and {lengths.dtype} {list(lengths.shape)}"
+            )
+        if (block_table.shape[1] - 1) * kv.shape[4] >= self.max_seq_len:
+            raise ValueError(
+                f"block_table has {block_table.shape[1]} pages of {kv.shape[4]} tokens a request, the backbone is "
+                f"prepared for {self.max_seq_len} tokens (max_seq_len)"
+            )

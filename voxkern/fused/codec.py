@@ -1,0 +1,228 @@
+"""The fused codec decoder: a chunk of frames in five launches a layer, on the codec's own weights.
+
+Settings depend on nothing that varies, and attention's tiles lie where the request's rows do, so that a sound is the
+same to the last bit in chunks of any size; a chunk's work is launches on memory that is made once.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..kernels.codec import launch_codec_conv, launch_codec_dequantise, launch_codec_update_state
+from ..kernels.codec_attention import MAX_WINDOW, launch_codec_attention
+from ..kernels.linear import launch_linear, launch_norm_swiglu
+from ..kernels.operator import on_device
+from ..kernels.qkv import launch_norm_qkv
+from ..reference.codec import AudioTokenizer
+from ..reference.codec_decoder import convolutions
+from ..reference.codec_layers import CodecBlock, CodecTransformer
+from ..reference.convolution import CausalConv1d, CausalConvTranspose1d
+from ..reference.layers import upcast
+
+NAME = "the accelerated codec"
+MAX_BATCH = 64
+MAX_CHUNK_FRAMES = 25  # frames a chunk, at most: 2 s, as servers send them
+CONFIG_ROWS = 32  # the linear family's settings: a chunk has 1 to 200 rows, and few are the common case
+
+
+@dataclass(frozen=True)
+class FusedCodecState:
+    """What a chunk needs of the past, twice: see :mod:`voxkern.kernels.codec`.
+
+    Attributes:
+        past_frames: int64 [B], decoded so far.
+        parity: int32 [1].
+        conv_state: of each convolution, [2, B, rows, channels].
+        kv_window: of each layer, [2, 2, B, window, H D].
+    """
+
+    past_frames: Tensor
+    parity: Tensor
+    conv_state: list[Tensor]
+    kv_window: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole state."""
+        return sum(t.nbytes for t in (self.past_frames, self.parity, *self.conv_state, *self.kv_window))
+
+
+@dataclass(frozen=True)
+class CodecBuffers:
+    """Memory of a chunk of MAX_CHUNK_FRAMES frames; a shorter one uses the first rows.
+
+    Attributes:
+        latents: [rows, latent_dim].
+        streams: of each transformer, [rows, dim], what the convolution before it makes.
+        qkv: [rows, 3 dim].
+        attended: [rows, dim].
+        gated: [rows, hidden].
+        sound: wide [rows, patch].
+    """
+
+    latents: Tensor
+    streams: list[Tensor]
+    qkv: Tensor
+    attended: Tensor
+    gated: Tensor
+    sound: Tensor
+
+
+class FusedCodec:
+    """Replaces a codec's ``stream``: the streams that it starts decode through kernels.
+
+    Attributes:
+        module: the codec, whose weights are read anew in every chunk, but for the folded ones, which a stream takes as
+            it starts.
+    """
+
+    def __init__(self, module: AudioTokenizer) -> None:
+        """Prepare for a codec.
+
+        Raises:
+            ValueError: a window or kernel that the kernels do not do.
+        """
+        self.module = module
+        rows = module.config.samples_per_frame // module.config.pretransform_patch_size
+        windows = [block.window for block in module.decoder_blocks if isinstance(block, CodecTransformer)]
+        if not all(1 <= window <= MAX_WINDOW for window in windows):
+            raise ValueError(f"the codec's windows are {windows}, kernels do 1..{MAX_WINDOW}: use the reference")
+        if rows <= module.output_proj.padding or any(conv.padding < 1 for conv in convolutions(module)):
+            raise ValueError(
+                f"the codec makes {rows} rows a frame from kernels of "
+                f"{[conv.conv.kernel_size[0] for conv in convolutions(module)]}: kernels need more rows than the last "
+                "one pads, and no kernel shorter than two strides: use the reference"
+            )
+
+    def __call__(self, batch: int = 1) -> "FusedCodecStream":
+        """Start `batch` requests, 1..64, whose codes are decoded as they come."""
+        return FusedCodecStream(self.module, batch, self.module.folded_weights().weights)
+
+
+class FusedCodecStream:
+    """Decodes a batch of requests chunk by chunk; see :class:`voxkern.reference.codec_stream.CodecStream`.
+
+    Attributes:
+        state: written in place, so its addresses stay.
+        max_chunk_frames: the most frames of a chunk; bits do not depend on how many it has.
+    """
+
+    max_chunk_frames = MAX_CHUNK_FRAMES
+
+    def __init__(self, module: AudioTokenizer, batch: int, weights: list[Tensor]) -> None:
+        """Start `batch` requests on folded weights.
+
+        Raises:
+            ValueError: `batch` is not in 1..64.
+        """
+        if not 1 <= batch <= MAX_BATCH:
+            raise ValueError(f"batch must lie in 1..{MAX_BATCH}, got {batch}")
+        self.codec, self.batch, self._weights = module, batch, weights
+        self.state, self._buffers = _new_state(module, batch), _new_buffers(module, batch)
+
+    def restart(self, rows: Tensor) -> None:
+        """Begin anew where `rows`, bool [B], is true; what was remembered there is never looked at."""
+        self.state.past_frames.masked_fill_(rows, 0)
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor, new_frames: Tensor | None = None) -> Tensor:
+        """The sound of the next frames, as :meth:`CodecStream.decode` says it; at most MAX_CHUNK_FRAMES of them.
+
+        Raises:
+            ValueError: a shape is wrong, or there are more frames than MAX_CHUNK_FRAMES.
+        """
+        self.codec.check_codes(codes)
+        B, T = len(codes), codes.shape[2]
+        if self.batch != B or (new_frames is not None and list(new_frames.shape) != [B]):
+            raise ValueError(f"codes and new_frames must be of {self.batch} requests, got {B} and {new_frames}")
+        if not 1 <= T <= MAX_CHUNK_FRAMES:
+            raise ValueError(f"codes have {T} frames but must have 1..{MAX_CHUNK_FRAMES}")
+        new_frames = torch.full_like(self.state.past_frames, T) if new_frames is None else new_frames
+        return self.chunk(codes.contiguous(), new_frames).clone()
+
+    def chunk(self, codes: Tensor, new_frames: Tensor) -> Tensor:
+        """The same in launches and nothing else: `codes` contiguous, of 1..MAX_CHUNK_FRAMES frames, `new_frames` int64
+        [B].
+
+        Returns:
+            wide [B, 1, samples_per_frame T], in memory that the next chunk writes again.
+        """
+        module, memory, b = self.codec, self.state, self._buffers
+        config, codebook, rows = module.config, module.quantizer.semantic_codebook, self.batch * codes.shape[2]
+        state = (memory.past_frames, new_frames, memory.parity)
+        conv_state, kv_window, weights = iter(memory.conv_state), iter(memory.kv_window), iter(self._weights)
+        streams, rate, x = iter(b.streams), 1, b.latents[:rows]
+        with on_device(NAME, codebook.embedding_sum):
+            launch_codec_dequantise(
+                x, codes, new_frames, codebook.embedding_sum, codebook.cluster_usage, module.quantizer.levels
+            )
+            for block in module.decoder_blocks:
+                if isinstance(block, CodecTransformer):
+                    self._run_layers(block, x, kv_window, state, rate)
+                    continue
+                stride = block.stride if isinstance(block, CausalConvTranspose1d) else 1
+                y = next(streams)[: stride * rows * rate]
+                pad_mode = "zero" if isinstance(block, CausalConvTranspose1d) else cast(CausalConv1d, block).pad_mode
+                launch_codec_conv(y.view(rows * rate, -1), x, next(weights), next(conv_state), *state, rate, pad_mode)
+                x, rate = y, rate * stride
+            sound = b.sound[: rows * rate]
+            launch_codec_conv(sound, x, next(weights), next(conv_state), *state, rate, module.output_proj.pad_mode)
+            launch_codec_update_state(new_frames, memory.past_frames, memory.parity)
+        return sound.view(self.batch, 1, codes.shape[2] * config.samples_per_frame)
+
+    def _run_layers(
+        self, transformer: CodecTransformer, x: Tensor, kv_window: Any, state: tuple[Tensor, Tensor, Tensor], rate: int
+    ) -> None:
+        """All layers of one rate, into `x`: 5 launches each."""
+        b, config, M = self._buffers, self.codec.config, len(x)
+        qkv, attended, gated = b.qkv[:M], b.attended[:M], b.gated[:M]
+        for layer in cast(list[CodecBlock], list(transformer.layers)):
+            attention, feed = layer.attention, layer.feed_forward
+            launch_norm_qkv(
+                qkv, x, layer.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight,
+                config.norm_eps, M, CONFIG_ROWS,
+            )  # fmt: skip
+            launch_codec_attention(
+                attended, qkv, attention.q_norm.weight, attention.k_norm.weight, next(kv_window), *state, rate,
+                config.qk_norm_eps, config.n_heads,
+            )  # fmt: skip
+            launch_linear(x, attended, attention.wo.weight, layer.attention_scale, x, CONFIG_ROWS)
+            launch_norm_swiglu(
+                gated, x, layer.ffn_norm.weight, feed.w1.weight, feed.w3.weight, config.norm_eps, CONFIG_ROWS
+            )
+            launch_linear(x, gated, feed.w2.weight, layer.ffn_scale, x, CONFIG_ROWS)
+
+
+def _new_state(codec: AudioTokenizer, batch: int) -> FusedCodecState:
+    config, like = codec.config, codec.quantizer.semantic_codebook.embedding_sum
+    conv_state, kv_window = [], []
+    for conv in convolutions(codec):
+        channels = config.latent_dim if conv is codec.decoder_blocks[0] else config.dim
+        conv_state.append(like.new_zeros(2, batch, conv.padding, channels))
+    for block in codec.decoder_blocks:
+        if isinstance(block, CodecTransformer):
+            shape = (2, 2, batch, block.window, config.n_heads * config.head_dim)
+            kv_window += [like.new_zeros(shape) for _ in block.layers]
+    past_frames = like.new_zeros(batch, dtype=torch.int64)
+    return FusedCodecState(past_frames, like.new_zeros(1, dtype=torch.int32), conv_state, kv_window)
+
+
+def _new_buffers(codec: AudioTokenizer, batch: int) -> CodecBuffers:
+    config, like = codec.config, codec.quantizer.semantic_codebook.embedding_sum
+    rows, streams = batch * MAX_CHUNK_FRAMES, []
+    first = rows
+    for block in codec.decoder_blocks:
+        rows *= block.stride if isinstance(block, CausalConvTranspose1d) else 1
+        if not isinstance(block, CodecTransformer):
+            streams.append(like.new_zeros(rows, config.dim))
+    width = config.n_heads * config.head_dim
+    return CodecBuffers(
+        latents=like.new_zeros(first, config.latent_dim),
+        streams=streams,
+        qkv=like.new_zeros(rows, 3 * width),
+        attended=like.new_zeros(rows, width),
+        gated=like.new_zeros(rows, config.hidden_dim),
+        sound=upcast(like.new_zeros(rows, config.pretransform_patch_size)),
+    )

@@ -1,0 +1,189 @@
+"""The fused transformer head: a frame in 13 launches a step (16 for more than one request), on the head's own weights.
+
+Beside fusing, it does not compute what is known: the time tokens and their first layer's queries, keys and values are a
+table; those of the hidden state are made once a frame; without the condition they are exactly zero; before the first
+layer the x token has no branch; and in the last layer only the x tokens go on past keys and values.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.linear import launch_linear, launch_norm_swiglu
+from ..kernels.qkv import launch_norm_qkv
+from ..kernels.token_attention import launch_token_attention, launch_token_attention_linear
+from ..kernels.transformer_solver import launch_flow_finish, launch_flow_start, launch_flow_step
+from ..reference.attention import TransformerBlock
+from ..reference.transformer_head import FlowMatchingAudioTransformer
+from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
+
+MAX_FUSED_ROWS = 8  # up to here wo attends for itself; from 16 rows on a stage of it holds too little of the weights
+
+
+@dataclass(frozen=True)
+class TransformerHeadBuffers(HeadBuffers):
+    """Memory of a frame; rows are token-major, row = token * 2B + branch * B + request.
+
+    Attributes:
+        tokens: [6B, dim], what enters the first layer. The last B rows, no condition, are zero and stay so.
+        stream: [6B, dim], what the layers make of it.
+        x_qkv: [B, W], q | k | v of the x tokens in the first layer.
+        h_qkv: [2B, W], of the hidden states there; the second half is zero and stays so.
+        qkv: [6B, W], of all tokens in later layers.
+        attended: [6B, H * D].
+        gated: [6B, hidden].
+    """
+
+    tokens: Tensor
+    stream: Tensor
+    x_qkv: Tensor
+    h_qkv: Tensor
+    qkv: Tensor
+    attended: Tensor
+    gated: Tensor
+
+
+@dataclass(frozen=True)
+class TransformerHeadTables(StepTables):
+    """Tables of the times.
+
+    Attributes:
+        tokens: [steps, dim], the t tokens.
+        qkv: [steps, W], their first layer's q | k | v.
+    """
+
+    tokens: Tensor
+    qkv: Tensor
+
+
+class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHeadBuffers, TransformerHeadTables]):
+    """Of the public model's head."""
+
+    def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> TransformerHeadBuffers:
+        config = self.module.config
+        width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        return TransformerHeadBuffers(
+            **common,
+            tokens=zeros(6 * B, config.dim),
+            stream=zeros(6 * B, config.dim),
+            x_qkv=zeros(B, width),
+            h_qkv=zeros(2 * B, width),
+            qkv=zeros(6 * B, width),
+            attended=zeros(6 * B, config.n_heads * config.head_dim),
+            gated=zeros(6 * B, config.hidden_dim),
+        )
+
+    def _step_table_weights(self) -> list[Tensor]:
+        attention, norm = self._blocks[0].attention, self._blocks[0].attention_norm.weight
+        return [self.module.time_projection.weight, norm, attention.wq.weight, attention.wk.weight, attention.wv.weight]
+
+    def _make_step_tables(self, tables: StepTables, projected: Tensor) -> TransformerHeadTables:
+        _, norm, wq, wk, wv = self._step_table_weights()
+        steps = len(projected)
+        qkv = projected.new_empty(steps, len(wq) + len(wk) + len(wv))
+        launch_norm_qkv(qkv, projected, norm, wq, wk, wv, self._eps, steps, self._max_rows)
+        return TransformerHeadTables(**vars(tables), tokens=projected, qkv=qkv)
+
+    @property
+    def _hidden_projection(self) -> nn.Linear:
+        return self.module.llm_projection
+
+    @property
+    def _blocks(self) -> list[TransformerBlock]:
+        return cast(list[TransformerBlock], list(self.module.layers))
+
+    @property
+    def _eps(self) -> float:
+        return self.module.config.norm_eps
+
+    @property
+    def _max_rows(self) -> int:
+        return 6 * self.max_batch
+
+    def _flow(
+        self,
+        b: TransformerHeadBuffers,
+        tables: TransformerHeadTables,
+        h: Tensor,
+        cfg_alpha: Tensor,
+        noise_source: NoiseSource,
+    ) -> None:
+        self._start(b, tables, h, noise_source)
+        for step in range(len(tables.dt)):
+            self._run_layers(b, tables.qkv[step : step + 1])
+            self._step(b, tables, cfg_alpha, step)
+
+    def _start(
+        self, b: TransformerHeadBuffers, tables: TransformerHeadTables, h: Tensor, noise_source: NoiseSource
+    ) -> None:
+        """The hidden states' tokens, and the first x and t tokens: 3 launches."""
+        module, B = self.module, len(h)
+        hidden = b.tokens[4 * B : 5 * B]
+        launch_linear(hidden, h, module.llm_projection.weight, None, None, self._max_rows)
+        self._qkv(b.h_qkv[:B], hidden, self._blocks[0], B)
+        w_in, quantiles = module.input_projection.weight, self._quantiles_on(h.device)
+        launch_flow_start(*noise_source, quantiles, w_in, tables.tokens[0], b.x, b.tokens, self.max_batch)
+
+    def _qkv(self, out: Tensor, x: Tensor, layer: TransformerBlock, q_rows: int) -> None:
+        attention = layer.attention
+        launch_norm_qkv(
+            out, x, layer.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight,
+            self._eps, q_rows, self._max_rows,
+        )  # fmt: skip
+
+    def _run_layers(self, b: TransformerHeadBuffers, t_qkv: Tensor | None) -> None:
+        """All layers of one evaluation: 4 launches each, 5 when prepared for more than one request.
+
+        `t_qkv` is the table's row; without one nothing is known of the tokens, and they stand in the stream.
+        """
+        B, layers = len(b.x), self._blocks
+        for i, layer in enumerate(layers):
+            rows = 2 * B if i == len(layers) - 1 else 6 * B  # in the last layer only the x tokens ask
+            if i == 0 and t_qkv is not None:
+                self._qkv(b.x_qkv, b.tokens[:B], layer, B)
+                self._attend(b, b.tokens[:rows], b.x_qkv, t_qkv, b.h_qkv, layer)
+            else:
+                self._qkv(b.qkv, b.stream, layer, rows)
+                x_qkv, t_qkv, h_qkv = b.qkv[: 2 * B], b.qkv[2 * B : 4 * B], b.qkv[4 * B :]
+                self._attend(b, b.stream[:rows], x_qkv, t_qkv, h_qkv, layer)
+            feed, stream, gated = layer.feed_forward, b.stream[:rows], b.gated[:rows]
+            norm = layer.ffn_norm.weight
+            launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, self._max_rows)
+            launch_linear(stream, gated, feed.w2.weight, None, stream, self._max_rows)
+
+    def _attend(
+        self,
+        b: TransformerHeadBuffers,
+        residual: Tensor,
+        x_qkv: Tensor,
+        t_qkv: Tensor,
+        h_qkv: Tensor,
+        layer: TransformerBlock,
+    ) -> None:
+        """``stream = residual + wo(attention)`` on the residual's rows."""
+        config, wo, rows = self.module.config, layer.attention.wo.weight, len(residual)
+        heads = (config.n_heads, config.n_kv_heads)
+        if self._max_rows <= MAX_FUSED_ROWS and wo.dtype != torch.float32:
+            launch_token_attention_linear(b.stream[:rows], x_qkv, t_qkv, h_qkv, wo, residual, *heads, self.max_batch)
+            return
+        attended = b.attended[:rows]
+        launch_token_attention(attended, x_qkv, t_qkv, h_qkv, *heads, rows // len(h_qkv), self.max_batch)
+        launch_linear(b.stream[:rows], attended, wo, None, residual, self._max_rows)
+
+    def _step(self, b: TransformerHeadBuffers, tables: TransformerHeadTables, cfg_alpha: Tensor, step: int) -> None:
+        """The solver's step and the next tokens, or the codes."""
+        module, dt, ratio = self.module, tables.dt[step], tables.ab2_ratio[step]
+        norm, w_out = module.norm.weight, module.acoustic_codebook_output.weight
+        if step + 1 < len(tables.dt):
+            launch_flow_step(
+                b.stream, norm, w_out, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last, module.input_projection.weight,
+                tables.tokens[step + 1], b.tokens, self.max_batch,
+            )  # fmt: skip
+            return
+        launch_flow_finish(
+            (b.codes, b.next_embedding), b.stream, norm, w_out, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last,
+            b.semantic, *self._codebooks, self.max_batch,
+        )  # fmt: skip

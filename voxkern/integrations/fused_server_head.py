@@ -1,0 +1,189 @@
+"""A public server's flow head on kernels: its own calls, with their arguments and results.
+
+Servers hand in what they have, in the weights' dtype, for any number of requests, and take one frame's codes. What is
+theirs to decide stays theirs: their noise, their guidance, their graphs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fused.flow_head import NoiseSource
+from ..fused.transformer_head import FusedTransformerHead
+from ..kernels.linear import launch_linear, launch_norm_linear
+from ..kernels.operator import on_device
+from ..reference.config import END_AUDIO
+from ..reference.transformer_head import FlowMatchingAudioTransformer
+
+
+class FusedServerHead(FusedTransformerHead):
+    """Of a server's head; batches above `max_batch` run in groups.
+
+    Attributes:
+        server: the module itself; `module` is a view of it, see :func:`voxkern.integrations.server_heads.as_reference`.
+    """
+
+    def __init__(self, module: FlowMatchingAudioTransformer, server: nn.Module, max_batch: int) -> None:
+        """`module` is made of `server`'s own layers."""
+        super().__init__(module, max_batch)
+        self.server: Any = server
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the tables from the weights as they are now, and compile what there is to compile.
+
+        Raises:
+            RuntimeError: weights are where no kernel runs.
+        """
+        self.refresh()
+        weight = self._hidden_projection.weight
+        h, tokens = weight.new_zeros(1, self.module.config.input_dim), weight.new_zeros(2, self.module.config.dim)
+        x = weight.new_zeros(2, self.module.audio.n_acoustic_codebook)
+        self.generate_codes(h, h.new_ones(1, dtype=torch.float32), noise=x[:1].float())
+        self.velocity_of_projected(x, tokens, tokens)
+
+    def forward(
+        self,
+        llm_hidden: Tensor,
+        cfg_alpha: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
+        frame: Tensor | None = None,
+    ) -> Tensor:
+        """One frame of codes, as the server's own call gives them.
+
+        Args:
+            llm_hidden: [B, input_dim] in the weights' dtype.
+            cfg_alpha: [B], each request's guidance; None takes the server's own number, where it has one.
+            noise: [B, K] to begin with; None draws it as the server does, unless there are `seed` and `frame`.
+            seed: int64 [B], see :func:`voxkern.reference.noise.seed_tensor`: a request's codes then depend on nothing
+                but its own arguments.
+            frame: int64 [B], counted from 0 in each request.
+
+        Returns:
+            int64 [B, 1 + K].
+
+        Raises:
+            RuntimeError: gradients are asked for.
+            TypeError: the server's head has no guidance of its own, and none is given; or a dtype is wrong.
+            ValueError: a shape is wrong.
+        """
+        B = len(llm_hidden)
+        if cfg_alpha is None:
+            if not hasattr(self.server, "_cfg_alpha"):
+                raise TypeError("cfg_alpha is missing: this head has none of its own")
+            cfg_alpha = llm_hidden.new_full((B,), self.server._cfg_alpha, dtype=torch.float32)
+        if noise is None and seed is None:
+            noise = self._draw(llm_hidden)
+        if noise is not None:
+            noise = noise.float().contiguous()
+        alpha = cfg_alpha.to(llm_hidden.device, torch.float32).contiguous()
+        codes = llm_hidden.new_empty((B, 1 + self.module.audio.n_acoustic_codebook), dtype=torch.int64)
+        self.run(codes, llm_hidden.contiguous(), alpha, self.module.config.n_decoding_steps, (seed, frame, noise))
+        return codes
+
+    def run(self, out: Tensor, h: Tensor, cfg_alpha: Tensor, steps: int, noise_source: NoiseSource) -> None:
+        """Fill `out`, int64 [B, 1 + K], in groups of at most `max_batch`; the others as in :meth:`generate_codes`."""
+        for first in range(0, len(h), self.max_batch):
+            rows = slice(first, first + self.max_batch)
+            seed, frame, noise = (None if tensor is None else tensor[rows] for tensor in noise_source)
+            codes, _ = self.generate_codes(h[rows], cfg_alpha[rows], steps=steps, seed=seed, frame=frame, noise=noise)
+            out[rows].copy_(codes)
+
+    def velocity_of_projected(self, x_t: Tensor, llm_proj: Tensor, t_proj: Tensor) -> Tensor:
+        """The velocity of R rows that know nothing of each other: vLLM-Omni's ``_predict_velocity``.
+
+        Args:
+            x_t: [R, K], the flow's state.
+            llm_proj: [R, dim], the projected hidden state.
+            t_proj: [R, dim], the projected time.
+
+        Returns:
+            [R, K] in the weights' dtype.
+        """
+        self._check_gradients(x_t, llm_proj, t_proj)
+        velocity = llm_proj.new_empty(x_t.shape)
+        with on_device("the accelerated flow head", llm_proj):
+            for first in range(0, len(x_t), 2 * self.max_batch):
+                rows = slice(first, first + 2 * self.max_batch)
+                self._velocity(velocity[rows], x_t[rows].to(llm_proj.dtype), t_proj[rows], llm_proj[rows])
+        return velocity
+
+    def velocity_of_embedded(self, x_t: Tensor, llm_output: Tensor, t_emb: Tensor) -> Tensor:
+        """The same from the hidden state [R, input_dim] and the time's sinusoids [R, dim]: SGLang-Omni's."""
+        return self.velocity_of_projected(
+            x_t, self.module.llm_projection(llm_output), self.module.time_projection(t_emb)
+        )
+
+    def _velocity(self, out: Tensor, x: Tensor, time: Tensor, hidden: Tensor) -> None:
+        """Fill `out`, [R, K]. Layers take rows in pairs: an odd one's other half is left as it was."""
+        module, R = self.module, len(x)
+        b = self.buffers((R + 1) // 2, hidden.dtype, hidden.device)
+        x_tokens, t_tokens, h_tokens = (part[:R] for part in b.stream.chunk(3))
+        launch_linear(x_tokens, x.contiguous(), module.input_projection.weight, None, None, self._max_rows)
+        t_tokens.copy_(time)
+        h_tokens.copy_(hidden)
+        self._run_layers(b, None)
+        w_out = module.acoustic_codebook_output.weight
+        launch_norm_linear(out, b.stream[:R], module.norm.weight, w_out, self._eps, self._max_rows)
+
+    def _draw(self, h: Tensor) -> Tensor:
+        """Noise [B, K] from torch's generator where the server draws it: on the CPU where it has one guidance."""
+        shape = len(h), self.module.audio.n_acoustic_codebook
+        if hasattr(self.server, "_cfg_alpha"):
+            noise = torch.randn(shape, device="cpu").to(h.device, h.dtype)
+        else:
+            noise = torch.randn(shape, dtype=h.dtype, device=h.device)
+        return noise * getattr(self.server, "_noise_scale", 1.0)
+
+
+class CapturableFrame:
+    """Stands in for what vLLM-Omni captures in its graphs, ``_forward_cudagraph_compatible``.
+
+    It allocates nothing for the batch sizes that it was made for: results lie in memory that the next call of as many
+    requests writes again, as a graph's do.
+    """
+
+    def __init__(self, head: FusedServerHead, steps: int, sizes: list[int]) -> None:
+        """`steps` evaluations, for batches of `sizes`."""
+        self.head, self.steps = head, steps
+        self._memory: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        weight, most = head.module.llm_projection.weight, head.max_batch
+        for B in sizes:
+            self._of(B, weight)
+            for group in {min(B, most), B % most} - {0}:
+                head.buffers(group, weight.dtype, weight.device)
+        head.step_tables("euler", steps)
+
+    def __call__(self, hidden_states: Tensor, cfg_alpha: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """One frame.
+
+        Args:
+            hidden_states: [B, input_dim].
+            cfg_alpha: [B, 1].
+            noise: [B, K].
+
+        Returns:
+            [B] in the hidden states' dtype, 1 where a request has ended and 0 elsewhere; its codes, int64 [B, 1 + K].
+        """
+        alpha, x, ended, codes = self._of(len(hidden_states), hidden_states)
+        alpha.copy_(cfg_alpha[:, 0])
+        x.copy_(noise)
+        self.head.run(codes, hidden_states, alpha, self.steps, (None, None, x))
+        torch.eq(codes[:, 0], END_AUDIO, out=ended)
+        return ended, codes
+
+    def _of(self, B: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """fp32 [B] and [B, K], what comes in; [B] and int64 [B, 1 + K], what goes out."""
+        if B not in self._memory:
+            K = self.head.module.audio.n_acoustic_codebook
+            with torch.inference_mode(False):  # written in any mode
+                self._memory[B] = (
+                    like.new_zeros(B, dtype=torch.float32),
+                    like.new_zeros((B, K), dtype=torch.float32),
+                    like.new_zeros(B),
+                    like.new_zeros((B, 1 + K), dtype=torch.int64),
+                )
+        return self._memory[B]

@@ -1,0 +1,185 @@
+"""Flow heads of public servers, recognised by what they are made of; no server is imported.
+
+vLLM-Omni's and SGLang-Omni's heads have the checkpoint's names for their layers, and more in common: the numbers in
+``model_args`` and ``acoustic_transformer_args``, the flow's times in ``_timesteps``. vLLM-Omni captures one in graphs
+through a wrapper that is no module and repeats the head's computation in ``_forward_cudagraph_compatible``.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..reference.config import AcousticTransformerConfig, AudioModelConfig
+from ..reference.flow_head import FlowHead
+from ..reference.solver import time_grid
+from ..reference.transformer_head import FlowMatchingAudioTransformer
+
+if TYPE_CHECKING:
+    from .fused_server_head import FusedServerHead
+
+CAPTURED_METHOD, VELOCITY_METHOD = "_forward_cudagraph_compatible", "_predict_velocity"
+REPLACED_METHODS = "_voxkern_replaced"  # names of the methods that were replaced on an object
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class UnsupportedHead(ValueError):
+    """A flow head by its names, but not one that kernels can stand in for; it says why."""
+
+
+def is_server_head(module: nn.Module) -> bool:
+    """Whether it has the two outputs by which a flow head is known, and is none of ours."""
+    outputs = {"semantic_codebook_output", "acoustic_codebook_output"}
+    return outputs <= dict(module.named_children()).keys() and not isinstance(module, FlowHead)
+
+
+def is_graph_wrapper(thing: object) -> bool:
+    """Whether it captures a flow head as vLLM-Omni's wrapper does."""
+    return hasattr(thing, CAPTURED_METHOD) and isinstance(getattr(thing, "acoustic_transformer", None), nn.Module)
+
+
+def as_reference(module: nn.Module) -> FlowMatchingAudioTransformer:
+    """A server's head as one of ours, made of its own layers: nothing is copied, and weights that change are seen.
+
+    Raises:
+        UnsupportedHead: a name, a number, a shape or a dtype is not as in the public model's head.
+    """
+    config, audio = _configs(module)
+    with torch.device("meta"):
+        head = FlowMatchingAudioTransformer(config, audio)
+    mine, theirs = ({name: list(p.shape) for name, p in one.named_parameters()} for one in (head, module))
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise UnsupportedHead(f"{name} is {theirs.get(name, 'missing')} but must be {mine.get(name, 'missing')}")
+    dtypes = {p.dtype for p in module.parameters()}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise UnsupportedHead(
+            f"its weights are {', '.join(sorted(map(str, dtypes)))} but must be one of fp32, bf16, fp16"
+        )
+    for name, layer in list(head.named_modules()):
+        if next(layer.children(), None) is None:
+            (owner, _, child), own = name.rpartition("."), module.get_submodule(name)
+            if getattr(own, "eps", None) not in (None, config.norm_eps):
+                raise UnsupportedHead(f"{name}.eps is {own.eps} but must be {config.norm_eps}, as the config says")
+            setattr(head.get_submodule(owner), child, own)
+    return head
+
+
+def accelerate_servers(model: object, max_batch: int) -> tuple[list[str], dict[str, str]]:
+    """Rebind the methods of every server's head in `model`, and of every wrapper that captures one.
+
+    Returns:
+        Names of what was replaced; names of what was left as it is, with the reason.
+    """
+    replaced: list[str] = []
+    left: dict[str, str] = {}
+    for name, thing in _find_servers(model):
+        try:
+            done, undone = (_accelerate_wrapper if is_graph_wrapper(thing) else _accelerate_head)(thing, max_batch)
+        except UnsupportedHead as why:
+            left[name] = str(why)
+            continue
+        replaced += [f"{name}.{method}".removesuffix(".forward") for method in done]
+        left |= {f"{name}.{method}": why for method, why in undone.items()}
+    return replaced, left
+
+
+def restore_servers(model: object) -> list[str]:
+    """Undo :func:`accelerate_servers`; names of what was put back."""
+    restored = []
+    for name, thing in _find_servers(model):
+        for method in vars(thing).get(REPLACED_METHODS, ()):
+            delattr(thing, method)
+            restored.append(f"{name}.{method}".removesuffix(".forward"))
+        vars(thing).pop(REPLACED_METHODS, None)
+    return restored
+
+
+def _find_servers(model: object) -> Iterator[tuple[str, Any]]:
+    """Servers' heads and wrappers in `model`, which may be one itself, with their names."""
+    if is_graph_wrapper(model):
+        yield "acoustic_transformer", model.acoustic_transformer  # type: ignore[attr-defined]
+        yield type(model).__name__, model
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    for name, module in modules.items():
+        if is_server_head(module):
+            yield name or type(module).__name__, module
+    for name, module in modules.items():
+        for attribute, thing in vars(module).items():
+            if is_graph_wrapper(thing):
+                yield f"{name}.{attribute}".lstrip("."), thing
+
+
+def _configs(module: Any) -> tuple[AcousticTransformerConfig, AudioModelConfig]:
+    try:
+        times, args, audio = module._timesteps, module.acoustic_transformer_args, module.model_args
+        numbers = {f.name: getattr(args, f.name) for f in fields(AcousticTransformerConfig) if hasattr(args, f.name)}
+        config = AcousticTransformerConfig(**numbers | {"n_decoding_steps": len(times) - 1})
+        sizes = audio.semantic_codebook_size, audio.acoustic_codebook_size, audio.n_acoustic_codebook
+        grid = time_grid("euler", config.n_decoding_steps)
+    except (AttributeError, TypeError, ValueError) as why:
+        raise UnsupportedHead(str(why)) from None
+    even = torch.tensor(grid, dtype=torch.float64, device=times.device)
+    if not torch.allclose(times.double(), even, rtol=0, atol=4e-3):  # they may have been rounded to bf16
+        raise UnsupportedHead(f"its _timesteps are {times.tolist()} but must be even steps from 0 to 1")
+    return config, AudioModelConfig(*sizes)
+
+
+def _accelerate_head(module: Any, max_batch: int) -> tuple[list[str], dict[str, str]]:
+    from .fused_server_head import FusedServerHead
+
+    fused = _fused_head_of(module)
+    if fused is None and "forward" in vars(module):
+        raise UnsupportedHead("its forward has been replaced already, by something else")
+    forward = _parameters(type(module).forward)
+    if forward not in (["llm_hidden", "cfg_alpha"], ["llm_hidden"]):
+        raise UnsupportedHead(f"its call takes ({', '.join(forward)}) but must take (llm_hidden, cfg_alpha)")
+    if fused is None or fused.max_batch != max_batch:
+        fused = FusedServerHead(as_reference(module), module, max_batch)
+    fused.prepare()
+    methods: dict[str, Callable[..., Any]] = {"forward": fused.forward}
+    left = {}
+    if hasattr(module, VELOCITY_METHOD):
+        ways = {tuple(_parameters(way)): way for way in (fused.velocity_of_projected, fused.velocity_of_embedded)}
+        taken = _parameters(getattr(type(module), VELOCITY_METHOD))
+        if tuple(taken) in ways:
+            methods[VELOCITY_METHOD] = ways[tuple(taken)]
+        else:
+            left[VELOCITY_METHOD] = f"it takes ({', '.join(taken)})"
+    return _bind(module, methods), left
+
+
+def _accelerate_wrapper(wrapper: Any, max_batch: int) -> tuple[list[str], dict[str, str]]:
+    from .fused_server_head import CapturableFrame
+
+    fused = _fused_head_of(wrapper.acoustic_transformer)
+    taken = _parameters(getattr(type(wrapper), CAPTURED_METHOD))
+    if fused is None or taken != ["hidden_states", "cfg_alpha", "noise"]:
+        raise UnsupportedHead(
+            f"what it captures takes ({', '.join(taken)}), of a head that is {'known' if fused else 'not'}"
+        )
+    if wrapper.graphs:
+        if REPLACED_METHODS not in vars(wrapper):
+            raise UnsupportedHead("it has captured its graphs already, and they stay as they are")
+        return list(vars(wrapper)[REPLACED_METHODS]), {}
+    return _bind(wrapper, {CAPTURED_METHOD: CapturableFrame(fused, wrapper.n_steps, wrapper.capture_sizes)}), {}
+
+
+def _bind(thing: object, methods: dict[str, Callable[..., Any]]) -> list[str]:
+    for name, method in methods.items():
+        setattr(thing, name, method)
+    setattr(thing, REPLACED_METHODS, tuple(methods))
+    return list(methods)
+
+
+def _fused_head_of(module: nn.Module) -> "FusedServerHead | None":
+    return vars(module)["forward"].__self__ if REPLACED_METHODS in vars(module) else None
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """Names of what a caller gives; of ours, what the servers' own have beside is left out."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.name != "self" and p.kind is not p.KEYWORD_ONLY]
