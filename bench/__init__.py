@@ -1,1 +1,1 @@
-"""Operator registry, microbenchmarks, the machine-code ledger and the roofline."""
+"""The benchmarks: operator registry, microbenchmarks, machine-code ledger, roofline and report."""

@@ -1,4 +1,4 @@
-"""``python -m bench COMMAND``, from the repository's root."""
+"""Run one of the benchmark commands: ``python -m bench COMMAND``, from the repository's root."""
 
 import argparse
 import sys
@@ -6,24 +6,24 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 
-# command -> what it does; but for the ledger, a module of that name in this folder has a ``main(arguments)``
+# command -> help text. Every command but `ledger` is a module of that name in this folder, with a `main(arguments)`.
 COMMANDS = {
     "ledger": "compile every kernel for every architecture and write bench/ledger.csv; --check compares instead",
     "run": "time operators, whole frames and single modules",
-    "report": "measure what this machine can, and write the page, the pictures and the README's tables",
-    "tune": "search launch configs for the GPU at hand",
+    "report": "measure what this machine can, then write the page, the pictures and the README's tables",
+    "tune": "search launch configs for this machine's GPU",
 }
 
 
 def main() -> int:
-    """Do what the command line asks; 1 where a check fails."""
+    """Run the command that the command line names. The exit status is 1 if a check fails."""
     lines = "\n".join(f"  {name:10s} {what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, epilog=f"commands:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; --help says which")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's; COMMAND --help lists them")
     options = parser.parse_args()
     if options.command == "ledger":
         return _ledger(options.arguments)

@@ -1,4 +1,4 @@
-"""When a kernel is right: no further from the fp64 truth than plain PyTorch in the same dtype would be, times two."""
+"""The accuracy rule for kernels: an error of at most twice plain PyTorch's in the same dtype, against fp64."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,14 @@ CEILINGS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far an output is from the truth, and how far it may be.
+    """The error of an output against the fp64 result ("truth"), and the limits of that error.
 
     Attributes:
-        error: the largest absolute error; infinite where the output is not finite and the truth is.
-        limit: 2 x that of plain PyTorch + 1e-6 x RMS(truth).
+        error: the largest absolute error. It is infinite where the output has a NaN, and fp64's largest number where
+            it is infinite.
+        limit: the most that `error` may be, 2 x plain PyTorch's largest error + 1e-6 x RMS(truth).
         ratio: RMS of the error / RMS of the truth.
-        ceiling: of that ratio, by dtype.
+        ceiling: the limit of `ratio`, by dtype: 5e-3 (bf16), 1e-3 (fp16), 1e-5 (fp32).
     """
 
     error: float
@@ -26,19 +27,28 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Within both."""
+        """Whether `error` is at most `limit` and `ratio` is below `ceiling`."""
         return self.error <= self.limit and self.ratio < self.ceiling
 
     def __str__(self) -> str:
-        """One line for a failing test."""
         return f"error {self.error:.3g} (limit {self.limit:.3g}), RMS ratio {self.ratio:.3g} (below {self.ceiling:.3g})"
 
 
 def judge(out: Tensor, plain: Tensor, truth: Tensor) -> Verdict:
-    """Hold `out` against the fp64 `truth`, given what plain PyTorch made of it in the same dtype."""
+    """Compare `out` with the fp64 result of the same computation.
+
+    Args:
+        out: the output to judge, in bf16, fp16 or fp32.
+        plain: plain PyTorch's output, in the dtype and shape of `out`.
+        truth: fp64, the result in the shape of `out`.
+
+    Raises:
+        ValueError: the shapes differ, `truth` is not fp64, or the dtypes of `out` and `plain` differ.
+    """
     if truth.dtype != torch.float64 or out.dtype != plain.dtype or not out.shape == plain.shape == truth.shape:
-        raise ValueError(f"cannot compare {out.dtype} {list(out.shape)} with {plain.dtype} {list(plain.shape)} "
-                         f"and {truth.dtype} {list(truth.shape)}")  # fmt: skip
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}, plain is {plain.dtype} {list(plain.shape)} and truth "
+                         f"is {truth.dtype} {list(truth.shape)}: the shapes must be equal, out and plain of one dtype, "
+                         "truth of fp64")  # fmt: skip
     rms = truth.square().mean().sqrt().item()
     error = (out.double() - truth).abs().nan_to_num(nan=float("inf"))
     ratio = error.square().mean().sqrt().item() / max(rms, 1e-30)

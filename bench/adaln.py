@@ -1,4 +1,7 @@
-"""Linear layers under adaptive layer norm, at the width of MAR-H (arXiv 2406.11838) and of VibeVoice-1.5B's head."""
+"""Registry entries of the linear layers with adaptive layer norm.
+
+The public shapes have the width of MAR-H (arXiv 2406.11838) and of VibeVoice-1.5B's head.
+"""
 
 from typing import Any
 
@@ -15,13 +18,13 @@ from voxkern.reference.solver import MAX_STEPS
 def adaln_modulation_reference(
     times: Tensor, states: Tensor, weights: list[Tensor], biases: list[Tensor], max_rows: int
 ) -> Tensor:
-    """Sum, SiLU and product, each rounded, layer by layer."""
+    """Compute sum, SiLU and product layer by layer, rounding after each operation."""
     c = F.silu(times[:, None] + states)
     return torch.cat([F.linear(c, *layer) for layer in zip(weights, biases, strict=True)], dim=-1)
 
 
 def adaln_modulation_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """`s.blocks` blocks of shift, scale and gate, and a final layer of shift and scale."""
+    """Return arguments for `s.blocks` blocks with shift, scale and gate, and a final layer with shift and scale."""
     sizes = [s.N] * s.blocks + [2 * s.K]
     return {
         "times": make(s.S, s.K),
@@ -33,7 +36,10 @@ def adaln_modulation_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def own_rows(modulation: Tensor, M: int) -> Tensor:
-    """A row of modulation for each of M rows: the first is for those that have none of their own."""
+    """Return the modulation of each of M rows.
+
+    Row 1 + i of `modulation` belongs to row i; row 0 is for all rows without a modulation of their own.
+    """
     i = torch.arange(M, device=modulation.device) + 1
     return modulation[i.where(i < len(modulation), 0)]
 
@@ -41,13 +47,13 @@ def own_rows(modulation: Tensor, M: int) -> Tensor:
 def adaln_linear_silu_reference(
     x: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor, eps: float, max_rows: int
 ) -> Tensor:
-    """Norm and modulation rounded once, then the product, then SiLU."""
+    """Compute norm and modulation, rounded once, then the product, then SiLU."""
     shift, scale = own_rows(modulation, len(x))[:, : 2 * x.shape[1]].chunk(2, dim=1)
     return F.silu(F.linear(modulated_norm(x, shift, scale, eps), weight, bias))
 
 
 def adaln_linear_silu_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Half of the rows have a modulation of their own; x has a mean as large as what it varies by."""
+    """Return arguments in which half of the rows have their own modulation, and x has mean 1 and deviation 1."""
     return {
         "x": make(s.M, s.K, mean=1.0),
         "modulation": make(1 + s.M // 2, 3 * s.K, std=0.5),
@@ -61,14 +67,14 @@ def adaln_linear_silu_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def gated_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None, max_rows: int
 ) -> Tensor:
-    """Product, gate and sum, each rounded."""
+    """Compute product, gate and sum, rounding after each operation."""
     y = F.linear(x, weight, bias)
     y = y if gate is None else own_rows(gate, len(x)) * y
     return y if residual is None else residual + y
 
 
 def gated_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """`s.gated`: with gate and residual."""
+    """Return arguments, with gate and residual if `s.gated` is not 0; half of the rows have their own gate."""
     return {
         "x": make(s.M, s.K),
         "weight": make(s.N, s.K, std=s.K**-0.5),
@@ -80,7 +86,7 @@ def gated_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def split_stage(c: Any) -> int:
-    """Elements of the weights that a stage holds, over all chains."""
+    """Return the weight elements that one stage of the pipeline loads, for all SPLIT chains of sums."""
     return c["SPLIT"] * c["BLOCK_N"] * c["BLOCK_K"]  # type: ignore[no-any-return]
 
 
@@ -99,7 +105,7 @@ ENTRIES = [
             Case("mar-b32", {**ALL, "R": 32, "max_rows": 32 * MAX_STEPS}, public=True, dtypes=("bf16",)),
         ),
         rows="R",
-        read_once=(),  # lists of weights: in tests/test_adaln.py
+        read_once=(),  # the weights are lists, which tests/test_adaln.py counts
     ),
     Entry(
         op=adaln_linear_silu,

@@ -1,7 +1,8 @@
-"""Seconds that loading a checkpoint takes, with and without the scan for values that are not finite.
+"""Time to load a checkpoint, with and without the scan for values that are not finite.
 
-``python -m bench.checkpoint DIR``. Without the scan every page is touched instead, for a mapped file that nobody reads
-is not loaded. From disk, the file is dropped from the page cache first. The two alternate; medians are printed.
+``python -m bench.checkpoint DIR`` prints medians of 3 rounds, in seconds, for a file in the page cache and on disk.
+Without the scan one byte of every page is read instead, because a mapped file is loaded only where it is read. To load
+from disk, the file is dropped from the page cache first. Loads with and without the scan alternate.
 """
 
 import os
@@ -20,7 +21,7 @@ ROUNDS = 3
 
 
 def main() -> None:
-    """Print one row a way."""
+    """Print one line for each place that the file is loaded from."""
     folder = Path(sys.argv[1])
     for place in ("page cache", "disk"):
         seconds: dict[str, list[float]] = {"scanned": [], "touched": []}
@@ -37,7 +38,7 @@ def main() -> None:
 
 
 def touch(x: Tensor) -> bool:
-    """Read one element of each page of 4096 bytes."""
+    """Read one byte of each page of 4096 bytes, and return True, as the scan does for finite values."""
     bytes_ = x.reshape(-1).view(torch.uint8) if x.numel() else x
     bytes_[::4096].sum()
     return True

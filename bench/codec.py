@@ -1,4 +1,4 @@
-"""The codec's decoder on chunks of frames at the shapes of the public model."""
+"""Registry entries of the codec decoder's kernels, on chunks of frames at the shapes of the public model."""
 
 from typing import Any
 
@@ -13,7 +13,10 @@ from voxkern.reference.layers import upcast
 
 
 def chunk_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Requests at their start, soon after it and long after, with no frames to all `s.T` of the chunk."""
+    """Return the frame counts and the parity of a chunk.
+
+    Requests have decoded 0, 1 or 32 frames so far, in turn, and have `s.T` down to 0 frames in the chunk.
+    """
     i = torch.arange(s.B)
     made = {
         "past_frames": (i % 3) ** 5,
@@ -26,7 +29,7 @@ def chunk_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def codec_dequantise_reference(
     codes: Tensor, new_frames: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
 ) -> Tensor:
-    """As the reference's quantiser does it."""
+    """Dequantise codes as the reference's quantiser does; codes after a request's own frames count as 0."""
     is_valid = torch.arange(codes.shape[2], device=codes.device) < new_frames.unsqueeze(1)
     codes = codes.where(is_valid.unsqueeze(1), 0)
     semantic = upcast(embedding_sum)[codes[:, 0]] / upcast(cluster_usage)[codes[:, 0]].clamp(min=1e-5).unsqueeze(-1)
@@ -35,7 +38,7 @@ def codec_dequantise_reference(
 
 
 def codec_dequantise_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Codes that there are, but for those that are not to be read; one vector was never used."""
+    """Return valid codes, with invalid ones after each request's own frames; one codebook vector has usage 0."""
     new_frames = chunk_inputs(s, make)["new_frames"]
     b, k, t = torch.meshgrid(torch.arange(s.B), torch.arange(1 + s.K), torch.arange(s.T), indexing="ij")
     codes = (7 * b + 3 * k + 5 * t) % min(s.size, 21)
@@ -61,7 +64,7 @@ def codec_conv_reference(
     rate: int,
     pad_mode: str,
 ) -> None:
-    """The rows before the chunk and its own, side by side, and a product on windows of them."""
+    """Concatenate the rows before the chunk and its own rows, and multiply windows of n + 1 rows by the weight."""
     B, n, K = conv_state.shape[1:]
     now, x = int(parity), x.view(B, -1, K)
     missing = {
@@ -79,7 +82,11 @@ def codec_conv_reference(
 
 
 def codec_conv_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """`s.n` rows before each row, and a pad_mode by its number; `s.narrow`, where there is one: rows in bf16 alone."""
+    """Return arguments for a convolution over a row and the `s.n` rows before it.
+
+    `s.pad_mode` is an index into PAD_MODES. With `s.narrow` other than 0, the rows are bf16 whatever the weight's dtype
+    is.
+    """
     M, narrow = s.B * s.T * s.rate, getattr(s, "narrow", 0)
     x, conv_state = make(M, s.K), make(2, s.B, s.n, s.K)
     return {
@@ -94,7 +101,7 @@ def codec_conv_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def codec_update_state_reference(new_frames: Tensor, past_frames: Tensor, parity: Tensor) -> None:
-    """A sum and a difference."""
+    """Add the chunk's frames to `past_frames` and flip the parity, in place."""
     past_frames += new_frames
     parity.copy_(1 - parity)
 

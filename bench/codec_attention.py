@@ -1,4 +1,4 @@
-"""The codec's windowed attention at the shapes of the public model."""
+"""Registry entry of the codec's windowed attention, at the shapes of the public model."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def codec_attention_reference(
     eps: float,
     n_heads: int,
 ) -> None:
-    """Both norms, each rounded, and the reference's attention over a chunk."""
+    """Compute the norms of queries and keys, each rounded, and the reference's attention over a chunk."""
     B, now = len(past_frames), int(parity)
     q, k, v = qkv.view(B, -1, qkv.shape[1]).chunk(3, dim=2)
     parts = (rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v)
@@ -36,7 +36,7 @@ def codec_attention_reference(
 
 
 def codec_attention_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Scores with a deviation of 1."""
+    """Return arguments with scores of standard deviation 1."""
     W = s.H * s.D
     return {
         "out": make(s.B * s.T * s.rate, W),

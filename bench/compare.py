@@ -1,8 +1,8 @@
-"""Two states of the code beside each other: this tree and a git revision, measured in turn on one machine.
+"""Timings of this tree beside those of a git revision, on one machine.
 
-The revision is checked out into a temporary worktree, and its operators are timed there by this tree's timer: old,
-new, new, old, a fresh process each. Of each side's two medians the lower one counts: other work only adds to it.
-Nothing is measured while tests of the operators are red: a fast wrong kernel is no gain.
+The revision is checked out into a temporary worktree. Its own operators are timed there by this tree's timer. The order
+is old, new, new, old, each in a new process. Of a tree's two medians the lower one counts, because other work on the
+machine only adds time. Nothing is measured while tests of the operators fail: a fast wrong kernel is no gain.
 """
 
 import os
@@ -19,15 +19,16 @@ from pathlib import Path
 from bench.registry import ROOT
 from bench.results import ResultRow, append, read
 
-# what of bench/ measures; what says which operators there are, and how they are called, is the revision's own
+# The modules of bench/ that measure: they are copied over the revision's. The registry and its entries are not, because
+# the revision's operators have their own names and arguments.
 TIMER = ("__init__", "__main__", "run", "compare", "timing", "providers", "modules", "traffic", "results", "accuracy")
 PYTEST = Path(sys.executable).with_name("pytest")
-# modules that are timed -> the tests that hold them; an operator's name is in its tests' names
+# timed module -> pytest's -k expression for its tests; an operator needs none, since its tests' names contain its name
 OF_MODULES = {
     "frame": "test_frame or test_generate", "flow_head": "test_flow", "backbone": "test_backbone",
     "codec_chunk": "test_codec", "moe_block": "test_moe",
 }  # fmt: skip
-# operators by the names that they had in revisions without kernels/launch_config.py
+# operator -> its name in revisions without kernels/launch_config.py
 OLD_NAMES = {
     "update_decode_state": "advance", "codec_update_state": "codec_advance", "adaln_modulation": "modulations",
     "adaln_linear_silu": "modulated_silu", "moe_route": "route", "moe_experts_up": "experts_up",
@@ -37,13 +38,16 @@ Measure = Callable[[Path, Sequence[str]], list[ResultRow]]
 
 
 def compare(rev: str, subjects: Sequence[str], arguments: Sequence[str], file: Path | None) -> int:
-    """Print old, new and new / old for each timing, and append the new rows to `file`; 1 where that is refused.
+    """Print old, new and new / old for each timing, and append the new rows to `file`.
 
     Args:
-        rev: a git revision.
-        subjects: the operators and modules that `arguments` name; none = all.
-        arguments: of ``python -m bench run``.
-        file: of the table of results, or None.
+        rev: the git revision to compare with.
+        subjects: the operators and modules that `arguments` name; empty means all.
+        arguments: the command line of ``python -m bench run``.
+        file: the table of results; None writes nothing.
+
+    Returns:
+        The exit status: 1 if tests of the subjects fail, so that nothing was measured.
     """
     asked = without(arguments, "--compare", "--csv")
     complaint = failing_tests(subjects)
@@ -60,10 +64,13 @@ def compare(rev: str, subjects: Sequence[str], arguments: Sequence[str], file: P
 
 
 def failing_tests(names: Sequence[str]) -> str:
-    """Why nothing is to be measured: the tests that name one of these operators, or all tests, do not pass."""
+    """Run the tests of these operators and modules, or all tests, and return a message if they do not pass.
+
+    The message is empty if they pass.
+    """
     chosen = ["-k", " or ".join(OF_MODULES.get(name, name) for name in names)] if names else []
     command = [str(PYTEST), "-q", "-x", "tests", *chosen]
-    # the tests run kernels in the interpreter, and find the bench by themselves
+    # not passed on: tests/conftest.py chooses the interpreter and imports bench itself
     hidden = {"PYTHONPATH", "TRITON_INTERPRET"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
@@ -77,12 +84,12 @@ def failing_tests(names: Sequence[str]) -> str:
 
 @contextmanager
 def worktree(rev: str) -> Iterator[Path]:
-    """A checkout of `rev` with this tree's timer in it; removed afterwards.
+    """Check `rev` out into a temporary folder, copy this tree's timer into it, and remove the folder afterwards.
 
-    A revision in which operators have their old names keeps its own timer, which calls them so.
+    A revision in which operators have their old names keeps its own timer, because that one knows the old names.
 
     Raises:
-        SystemExit: git knows no such revision.
+        SystemExit: git has no revision `rev`.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "tree"
@@ -99,14 +106,23 @@ def worktree(rev: str) -> Iterator[Path]:
 
 
 def has_old_names(tree: Path) -> bool:
-    """Whether operators have the names of :data:`OLD_NAMES` in a checkout."""
+    """Return whether the operators of the checkout `tree` have their names of :data:`OLD_NAMES`."""
     return not (tree / "kernels" / "launch_config.py").exists()
 
 
 def measure_interleaved(
     trees: Mapping[str, Path], asked: Sequence[str], measure: Measure
 ) -> dict[str, list[ResultRow]]:
-    """Rows of each tree: the lower one of two medians."""
+    """Measure two trees in the order first, second, second, first, and keep each figure's better value.
+
+    Args:
+        trees: name -> folder of the two trees.
+        asked: the command line of ``python -m bench run``.
+        measure: takes a tree's folder and `asked`, returns rows.
+
+    Returns:
+        Name of the tree -> its rows.
+    """
     first, second = trees
     found: dict[str, list[list[ResultRow]]] = {first: [], second: []}
     for name in (first, second, second, first):
@@ -115,24 +131,28 @@ def measure_interleaved(
 
 
 def faster(one: ResultRow, other: ResultRow) -> ResultRow:
-    """The better one of two measurements of the same figure: the lower, of bandwidths the higher."""
+    """Return the better one of two measurements of a figure: of times the lower, of bandwidths the higher.
+
+    Raises:
+        ValueError: the rows are of different figures.
+    """
     if one.key != other.key:
-        raise ValueError(f"{one.key} was measured, and then {other.key}")
+        raise ValueError(f"two runs of one tree differ in their figures: {one.key} was measured, and then {other.key}")
     return min(one, other, key=lambda row: row.value if row.unit == "us" else -row.value)
 
 
 def measure(tree: Path, asked: Sequence[str]) -> list[ResultRow]:
-    """Run the timer in `tree`; rows have the operators' present names.
+    """Run the timer in `tree`, and return its rows with the operators' present names.
 
     Raises:
-        SystemExit: it failed, or a provider was wrong.
+        SystemExit: the timer failed, or a provider's results were wrong.
     """
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "rows.csv"
         old_names = OLD_NAMES if has_old_names(tree) else {}
         words = [old_names.get(word, word) for word in asked]
         command = [sys.executable, "-m", "bench", "run", *words, "--csv", str(file)]
-        # the tree before anything installed: its voxkern, kernels and reference
+        # the tree precedes installed packages, so that its own voxkern, kernels and reference are imported
         environment = os.environ | {"PYTHONPATH": str(tree)}
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, env=environment)
         if done.returncode or not file.exists():
@@ -149,7 +169,7 @@ def measure(tree: Path, asked: Sequence[str]) -> list[ResultRow]:
 
 
 def table(rev: str, rows: Mapping[str, Sequence[ResultRow]]) -> list[str]:
-    """A line for each time that both have."""
+    """Return the printed lines: a head, and one line for each time that both trees have."""
     old = {row.key: row for row in rows["old"] if row.unit == "us"}
     lines = [f"{'us':52s} {rev[:12]:>12s} {'this tree':>12s}  new / old"]
     for row in rows["new"]:
@@ -162,7 +182,7 @@ def table(rev: str, rows: Mapping[str, Sequence[ResultRow]]) -> list[str]:
 
 
 def without(arguments: Sequence[str], *options: str) -> list[str]:
-    """A command line without some options and their values."""
+    """Return a command line without the given options and their values."""
     kept, skip = [], False
     for word in arguments:
         if skip or word.partition("=")[0] in options:

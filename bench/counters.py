@@ -1,8 +1,8 @@
-"""What a launch costs, counted in the interpreter: bytes from DRAM, bytes read again, launches.
+"""Counts of launches, of their bytes from DRAM and of bytes read again, made in Triton's interpreter.
 
-DRAM bytes are distinct addresses. A block's addresses at the true N and K are known after running that block alone, and
-all blocks of a regular grid are alike, so a launch of thousands of blocks is counted by running its first, second and
-last along each axis. Needs ``TRITON_INTERPRET=1``.
+DRAM bytes are those at distinct addresses. One block alone shows its addresses at the true N and K, and blocks of a
+regular grid differ only in their addresses. So a launch of thousands of blocks is counted by running the first, second
+and last block along each axis. Needs ``TRITON_INTERPRET=1``.
 """
 
 import bisect
@@ -25,30 +25,30 @@ Grid = tuple[int, int, int]
 
 @dataclass
 class Block:
-    """What one block touched: per argument the addresses of each of its loads and stores."""
+    """The memory accesses of one block: per argument, the addresses of each load and store."""
 
     touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
     def touch(self, name: str, addresses: np.ndarray) -> None:
-        """One load or store; lanes that share an address are served together."""
+        """Record one load or store of the argument `name`. Lanes that share an address count as one access."""
         self.touched[name].append(np.unique(addresses))
 
     def n_accesses(self, name: str) -> int:
-        """Elements of an argument that instructions asked for."""
+        """Return how many elements of an argument were accessed, once for each load or store."""
         return sum(map(len, self.touched[name]))
 
     def distinct(self, name: str) -> np.ndarray:
-        """Addresses of the elements of an argument that were touched."""
+        """Return the distinct addresses of an argument that were accessed."""
         return np.unique(np.concatenate([np.empty(0, np.uint64), *self.touched[name]]))
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one argument over a launch.
+    """Bytes of one argument that a launch loads and stores.
 
     Attributes:
-        dram: distinct bytes, the least that any cache can bring this down to.
-        again: bytes asked for beyond those, which are L2 traffic.
+        dram: bytes at distinct addresses: the DRAM traffic with a perfect cache.
+        again: bytes accessed beyond the first access to their address: L2 traffic.
     """
 
     dram: int
@@ -57,7 +57,16 @@ class Traffic:
 
 @dataclass
 class CountedLaunch:
-    """One launch of one kernel: its grid, its constants by name, and its blocks that were run and watched."""
+    """One launch of one kernel, with the accesses of the blocks that were run.
+
+    Attributes:
+        kernel: name of the Triton function.
+        grid: blocks along x, y and z.
+        constants: the kernel's constexprs by name.
+        blocks: place in the grid -> the block's accesses, of the blocks that were run.
+        item_sizes: argument -> bytes of an element.
+        pointers: argument -> address of its first element.
+    """
 
     kernel: str
     grid: Grid
@@ -67,11 +76,11 @@ class CountedLaunch:
     pointers: dict[str, int] = field(default_factory=dict)
 
     def of(self, tensor: Tensor) -> Traffic:
-        """Of the argument that `tensor` was passed as."""
+        """Return the traffic of the argument that `tensor` was passed as."""
         return self._traffic(next(name for name, pointer in self.pointers.items() if pointer == tensor.data_ptr()))
 
     def traffic(self) -> dict[str, Traffic]:
-        """Per argument, of the whole launch."""
+        """Return the whole launch's traffic by argument."""
         names = {name for block in self.blocks.values() for name in block.touched}
         return {name: self._traffic(name) for name in sorted(names)}
 
@@ -84,10 +93,11 @@ class CountedLaunch:
         return self._bytes(name, dram, n_accesses)
 
     def _scaled(self, name: str) -> Traffic:
-        # along each axis blocks either touch the same addresses or others; the last block may be ragged
+        # Along each axis all blocks access the same addresses, or each block accesses its own. The last block may be
+        # smaller, because its tile may end past the tensor.
         first, n_accesses_first = self.blocks[0, 0, 0].distinct(name), self.blocks[0, 0, 0].n_accesses(name)
         if not n_accesses_first:
-            raise ValueError(f"{self.kernel}: the first block does not touch {name}; count the whole grid")
+            raise ValueError(f"{self.kernel}: the first block does not access {name}; count with whole=True")
         dram, n_accesses = float(len(first)), float(n_accesses_first)
         for axis, n in enumerate(self.grid):
             if n == 1:
@@ -96,7 +106,7 @@ class CountedLaunch:
             n_accesses *= n - 1 + last.n_accesses(name) / n_accesses_first
             overlap = len(np.intersect1d(first, second.distinct(name), assume_unique=True))
             if 0 < overlap < len(first):
-                raise ValueError(f"{self.kernel}: blocks share a part of {name} along {axis}; count the whole grid")
+                raise ValueError(f"{self.kernel}: blocks share a part of {name} along axis {axis}; use whole=True")
             if not overlap:
                 dram *= n - 1 + len(last.distinct(name)) / len(first)
         return self._bytes(name, round(dram), round(n_accesses))
@@ -107,13 +117,13 @@ class CountedLaunch:
 
 @contextmanager
 def counting(whole: bool = False, indirect: Sequence[Tensor] = ()) -> Iterator[list[CountedLaunch]]:
-    """Watch every launch within the block.
+    """Count every launch within the ``with`` block, and yield the list of counted launches.
 
     Args:
-        whole: run all blocks. Otherwise only the first, second and last along each axis, so that results are NOT
-            computed: a launch must not depend on what an earlier one wrote.
-        indirect: tensors that are no arguments, but whose addresses stand in a table that is one; each is counted like
-            an argument, ``CountedLaunch.of`` finds it.
+        whole: run all blocks of a launch. Otherwise only the first, second and last along each axis run, and results
+            are NOT computed: no launch may then depend on what an earlier one wrote.
+        indirect: tensors that are no arguments themselves; a table that is an argument holds their addresses.
+            Each is counted like an argument, and ``CountedLaunch.of`` returns its traffic.
     """
     launches: list[CountedLaunch] = []
     call = interpreter.GridExecutor.__call__
@@ -149,7 +159,7 @@ def counting(whole: bool = False, indirect: Sequence[Tensor] = ()) -> Iterator[l
 
 
 class _Watch:
-    """Sorts the addresses of loads and stores by the argument they fall into."""
+    """Assigns the addresses of loads and stores to the arguments that contain them."""
 
     def __init__(self, args: Mapping[str, Any], launch: CountedLaunch, indirect: Sequence[Tensor]) -> None:
         self.block = Block()
@@ -182,11 +192,11 @@ class _Watch:
             self.block.touch(name, addresses[inside])
             addresses = addresses[~inside]
         if len(addresses):
-            raise IndexError(f"{len(addresses)} lanes read or write outside of every argument")
+            raise IndexError(f"{len(addresses)} lanes load or store outside of every argument")
 
     @contextmanager
     def installed(self, builder: Any) -> Iterator[None]:
-        # unmasked and descriptor accesses go through the masked two inside the interpreter
+        # inside the interpreter, unmasked loads and stores and those of descriptors call the masked ones
         masks: dict[str, Callable[..., Any]] = {
             "create_masked_load": lambda ptrs, mask, *_, **__: self.touch(ptrs, mask),
             "create_masked_store": lambda ptrs, value, mask, *_, **__: self.touch(ptrs, mask),
@@ -203,7 +213,7 @@ class _Watch:
 
 
 class _NoWork(TorchDispatchMode):
-    """Aten operators except views raise: they would start a kernel, allocate or wait for the host."""
+    """Raises at every aten operator but views: it would start a kernel, allocate, or make the CPU wait."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view:
@@ -212,7 +222,7 @@ class _NoWork(TorchDispatchMode):
 
 
 class _NoCopies(TorchFunctionMode):
-    """Copies between tensors and the host raise that reach no dispatcher when the tensor is on the CPU."""
+    """Raises at copies between tensors and Python or NumPy: of a CPU tensor they reach no dispatcher."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ in ("tolist", "numpy", "__array__", "tensor", "as_tensor", "from_numpy"):
@@ -222,16 +232,19 @@ class _NoCopies(TorchFunctionMode):
 
 @contextmanager
 def launches_only(whole: bool = True, indirect: Sequence[Tensor] = ()) -> Iterator[list[CountedLaunch]]:
-    """:func:`counting`, and whatever is neither a launch nor a view raises: an operator, an allocation, a host read.
+    """Count launches as :func:`counting` does, and raise at anything that is neither a launch nor a view.
 
-    What a frame does must be launches and nothing else, for it to live in one CUDA graph.
+    A frame must be launches only, so that one CUDA graph holds all of it.
+
+    Raises:
+        RuntimeError: an operator, an allocation or a read by the CPU within the ``with`` block.
     """
     with counting(whole, indirect) as launches, _NoCopies(), _NoWork():
         yield launches
 
 
 def _not_in_a_frame(what: str) -> RuntimeError:
-    return RuntimeError(f"{what} inside a frame: only views and launches may stand there")
+    return RuntimeError(f"{what} is called inside a frame: only views and launches are allowed there")
 
 
 def _along(axis: int, i: int) -> Grid:

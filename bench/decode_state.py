@@ -1,4 +1,4 @@
-"""The decode state's update after a frame, at the shapes of the public model."""
+"""Registry entry of the decode state's update after a frame, at the shapes of the public model."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from voxkern.reference.config import END_AUDIO
 def update_decode_state_reference(
     codes: Tensor, max_frames: Tensor, lengths: Tensor, n_frames: Tensor, last_codes: Tensor, valid: Tensor
 ) -> None:
-    """Request by request."""
+    """Update the decode state request by request, in place."""
     for b, frame in enumerate(codes):
         valid[b] = lengths[b] != 0 and frame[0] != END_AUDIO
         if not valid[b]:
@@ -25,7 +25,7 @@ def update_decode_state_reference(
 
 
 def update_decode_state_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Requests that go on, that are not there, that end, and that are at their limit, in turn."""
+    """Return arguments in which requests in turn continue, are absent, end with END, and end at their limit."""
     i = torch.arange(s.B)
     codes = (i[:, None] + torch.arange(s.K)) % 20 + 2
     codes[i % 4 == 2, 0] = END_AUDIO

@@ -1,4 +1,4 @@
-"""The demo voice as a checkpoint folder, of what training left: ``python -m bench.demo_voice WORK FOLDER``."""
+"""Make the demo voice's checkpoint from trained weights: ``python -m bench.demo_voice WORK FOLDER``."""
 
 import argparse
 import base64
@@ -15,13 +15,17 @@ from voxkern.reference.train.data import VOICES, WORDS, make_bank
 from voxkern.reference.train.params import PARAMS, spellings, word_id
 from voxkern.voice import voice_prefix
 
-CLIP = tuple(range(3))  # words of a voice's clip
+CLIP = tuple(range(3))  # numbers of the words in a voice's clip
 CLIP_FRAMES = 16
-WORD_PATTERN = r"\s?\p{L}+|(?s:.)"  # a word with the space before it, or one character
+WORD_PATTERN = r"\s?\p{L}+|(?s:.)"  # matches a word with the space before it, or one character
 
 
 def tokenizer(voices: dict[str, int]) -> dict[str, Any]:
-    """The byte tokenizer with a token for every spelling of every word."""
+    """Return ``tekken.json``: the byte tokenizer with one more token for every spelling of every word.
+
+    Args:
+        voices: name -> number of rows of the voice's prefix.
+    """
     tekken = byte_tokenizer(voices)
     for word in WORDS:
         for text in spellings(word):
@@ -35,11 +39,11 @@ def tokenizer(voices: dict[str, int]) -> dict[str, Any]:
 
 @torch.no_grad()
 def write(work: Path, folder: Path) -> None:
-    """Read ``speech.pt`` of the training folder and write the checkpoint, in bf16."""
+    """Read ``speech.pt`` in the training folder `work`, and write the checkpoint to `folder`, in bf16."""
     model = VoxtralTTS(Config.from_params(PARAMS), encoder=True)
     model.load_state_dict(torch.load(work / "speech.pt"))
     rows = model.mm_audio_embeddings.tok_embeddings.weight
-    for i in range(len(WORDS)):  # only the first spelling was trained
+    for i in range(len(WORDS)):  # training used only the first spelling: the others get its embedding
         first, n = word_id(i), len(spellings(""))
         rows[first + 1 : first + n] = rows[first]
     model.bfloat16()

@@ -1,16 +1,17 @@
-"""The claim of the architecture: a few evaluations of a flow instead of 36 codes, one after another.
+"""The flow head's cost against a depth transformer's: a few evaluations, or 36 codes one after another.
 
-Other speech models let a small causal transformer say the codes of a frame one by one (a depth transformer, as in
-RQ-Transformer, arXiv 2203.01941, and Moshi, arXiv 2410.00037). Here one of the flow head's own width and layers makes
-the same 36 acoustic codes from the same hidden state and semantic code. The semantic code itself, which both need, is
-left out on both sides. It is the architecture at equal size that is compared, not published models, whose depth
-transformers are often narrower; nor what the two would sound like.
+Other speech models generate the codes of a frame one by one with a small causal transformer, a depth transformer. See
+RQ-Transformer (arXiv 2203.01941) and Moshi (arXiv 2410.00037). Here a depth transformer of the flow head's width and
+layers generates the same 36 acoustic codes from the same hidden state and semantic code. Both need the semantic code,
+so it is left out on both sides. Only the architectures are compared, at equal size. Published depth transformers are
+often narrower, and how the two would sound is not compared.
 
-``python -m bench.depth`` prints, for one request: the weights that a frame streams, launches, the time that
-bench/roofline.py predicts, and the time in plain PyTorch on this machine, the candidates in turn. Launches are counted
-by one rule: the kernels of our fused modules. The flow head's are its fused head's; the depth transformer has none, and
-gets the 5 a layer and the norm that our fused backbone takes for a token, 2 for a codebook's output and its argmax as
-the semantic code takes, 1 to gather the next input, and 1 a frame for the hidden state.
+``python -m bench.depth`` prints figures for one request: the bytes of weights that a frame streams, launches, the time
+that bench/roofline.py predicts, and the time in plain PyTorch on this machine, measured in turn.
+
+Launches are the kernels of our fused modules. The flow head has a fused head. The depth transformer has none, and is
+counted as follows: 5 launches a layer and 1 norm for each code, as in our fused backbone; 2 for a codebook's output and
+its argmax, as for the semantic code; 1 to gather the next input; and 1 a frame for the hidden state.
 """
 
 import statistics
@@ -40,14 +41,14 @@ DEPTH = "depth transformer"
 
 
 class DepthTransformer(nn.Module):
-    """Says the acoustic codes of a frame one after another, each given the hidden state and those before it."""
+    """A depth transformer: it generates a frame's acoustic codes in order, from the hidden state and earlier codes."""
 
     cos: Tensor
     sin: Tensor
     offsets: Tensor
 
     def __init__(self, config: AcousticTransformerConfig, audio: AudioModelConfig) -> None:
-        """The flow head's layers, an embedding and an output head a codebook."""
+        """Make the flow head's layers, and for each codebook an embedding and an output head."""
         super().__init__()
         self.config, self.audio = config, audio
         self.llm_projection = nn.Linear(config.input_dim, config.dim, bias=False)
@@ -69,14 +70,14 @@ class DepthTransformer(nn.Module):
         self.register_buffer("offsets", offsets, persistent=False)
 
     def forward(self, h: Tensor, codes: Tensor) -> Tensor:
-        """Logits of every code given those before it, all at once.
+        """Return the logits of every acoustic code given the codes before it, in one causal pass.
 
         Args:
-            h: [B, input_dim].
-            codes: int64 [B, 1 + K] with the +2 offset, semantic first; the last is not looked at.
+            h: [B, input_dim], hidden states.
+            codes: int64 [B, 1 + K] with the +2 offset, semantic code first; the last column is not read.
 
         Returns:
-            [B, K, levels].
+            Logits [B, K, levels].
         """
         K = self.audio.n_acoustic_codebook
         x = self.llm_projection(h).unsqueeze(1) + self.embeddings(codes[:, :K] + self.offsets[:K])
@@ -89,14 +90,14 @@ class DepthTransformer(nn.Module):
         return torch.stack([output(x[:, i]) for i, output in enumerate(self.outputs)], dim=1)
 
     def decode(self, h: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
-        """Say a frame, greedily, over a cache of keys and values.
+        """Generate a frame's codes greedily, with a cache of keys and values.
 
         Args:
-            h: [B, input_dim].
+            h: [B, input_dim], hidden states.
             semantic: int64 [B] with the +2 offset.
 
         Returns:
-            int64 [B, 1 + K] with the +2 offset, and the logits, [B, K, levels].
+            Codes int64 [B, 1 + K] with the +2 offset, and the logits [B, K, levels].
         """
         config, B, K = self.config, len(h), self.audio.n_acoustic_codebook
         cache = h.new_empty(config.n_layers, 2, B, K, config.n_kv_heads, config.head_dim)
@@ -110,7 +111,7 @@ class DepthTransformer(nn.Module):
         return torch.stack(codes, dim=1), torch.stack(logits, dim=1)
 
     def _attend(self, memory: Tensor, i: int) -> Attend:
-        """Attention of token `i`, whose keys and values are put into `memory`, [2, B, K, Hkv, D]."""
+        """Return the attention of token `i`; it writes the token's keys and values to `memory` [2, B, K, Hkv, D]."""
         cos, sin = self.cos[i : i + 1], self.sin[i : i + 1]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class DepthTransformer(nn.Module):
 
 
 def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: int) -> list[Work]:
-    """A frame's launches: 19 a code with three layers, and one."""
+    """Return a frame's launches of the depth transformer for `B` requests: with three layers 19 a code, and 1."""
     K, levels, dim = audio.n_acoustic_codebook, audio.acoustic_codebook_size, config.dim
     first, last = semantic_head(dim, levels, K, B)
     return [
@@ -131,18 +132,19 @@ def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: in
         ),
         Work(operator="depth input", times=K, rows=B, prepared=B, moved=3 * BF16 * B * dim),
         *decoder(config, K, B, (K + 1) / 2),
-        replace(first, operator="depth output"),  # of a tile or two, where the ledger's has 129
+        # its own name, which the ledger does not have: it is one tile or two, the ledger's semantic_argmax is 129
+        replace(first, operator="depth output"),
         last,
     ]  # fmt: skip
 
 
 def flow_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: int, steps: int) -> list[Work]:
-    """A frame's launches without the semantic code's."""
+    """Return a frame's launches of the flow head for `B` requests, without those of the semantic code."""
     return [one for one in flow_head(config, audio, B, steps) if one.operator != "semantic_argmax"]
 
 
 def candidates(B: int = 1) -> dict[tuple[str, str], list[Work]]:
-    """Each candidate's launches at the public shapes, by its name and its steps."""
+    """Return (name, steps) -> a frame's launches for `B` requests, at the public shapes."""
     config, audio = public().acoustic_transformer, public().audio
     assert isinstance(config, AcousticTransformerConfig)
     found = {(DEPTH, f"codes:{audio.n_acoustic_codebook}"): depth_work(config, audio, B)}
@@ -150,7 +152,7 @@ def candidates(B: int = 1) -> dict[tuple[str, str], list[Work]]:
 
 
 def reduced() -> AcousticTransformerConfig:
-    """A quarter of the public width, and as many layers."""
+    """Return a config with a quarter of the public head's width, and as many layers."""
     config = public().acoustic_transformer
     assert isinstance(config, AcousticTransformerConfig)
     return replace(config, input_dim=768, dim=768, hidden_dim=2304, n_heads=8, n_kv_heads=2)
@@ -159,7 +161,10 @@ def reduced() -> AcousticTransformerConfig:
 def calls(
     config: AcousticTransformerConfig, audio: AudioModelConfig, dtype: torch.dtype
 ) -> dict[tuple[str, str], Callable[[], object]]:
-    """A frame for one request by each candidate, on random weights; the two share their layers."""
+    """Return (name, steps) -> a call that computes one request's frame, on random weights.
+
+    The depth transformer and the flow head share the weights of their layers.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         shapes = [
@@ -184,7 +189,7 @@ def calls(
 
 @torch.inference_mode()
 def alternate(calls: dict[tuple[str, str], Callable[[], object]], rounds: int) -> dict[tuple[str, str], list[float]]:
-    """Milliseconds of each call, in turn, after one of each to warm up."""
+    """Time the calls in turn, and return the milliseconds of each round by name. A first round warms up."""
     times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
@@ -196,7 +201,7 @@ def alternate(calls: dict[tuple[str, str], Callable[[], object]], rounds: int) -
 
 
 def arithmetic_rows() -> list[ResultRow]:
-    """What is counted and predicted, at the public shapes for one request."""
+    """Return the counted and predicted figures, at the public shapes for one request."""
     found = []
     for (subject, steps), work in candidates().items():
         counts = {"bytes of weights": (weight_bytes(work), "B"), "bytes": (dram_bytes(work), "B")}
@@ -209,7 +214,7 @@ def arithmetic_rows() -> list[ResultRow]:
 
 
 def measured_rows(width: str) -> list[ResultRow]:
-    """Times on this machine at the ``reduced`` width in fp32, or at the ``public`` one in bf16."""
+    """Measure on this machine, and return times at the ``reduced`` width in fp32 or the ``public`` one in bf16."""
     config = reduced() if width == "reduced" else public().acoustic_transformer
     assert isinstance(config, AcousticTransformerConfig)
     dtype, name = (torch.float32, "fp32") if width == "reduced" else (torch.bfloat16, "bf16")
@@ -222,21 +227,21 @@ def measured_rows(width: str) -> list[ResultRow]:
 
 
 def rows() -> list[ResultRow]:
-    """All figures; measures for about a minute."""
+    """Return all figures. Measuring takes about a minute."""
     return arithmetic_rows() + measured_rows("reduced") + measured_rows("public")
 
 
 def _row(
     subject: str, steps: str, metric: str, value: float, unit: str, how: str, shape: str = "frame-b1"
 ) -> ResultRow:
-    provider = "" if subject == DEPTH else "voxkern"  # which has no kernels of the other
+    provider = "" if subject == DEPTH else "voxkern"  # voxkern has no kernels of a depth transformer
     return ResultRow(
         "depth", subject, metric, value, unit, how, COMMAND, provider=provider, shape=shape, dtype="bf16", steps=steps
     )
 
 
 def main() -> None:
-    """Print a row a candidate, and a table of times a width."""
+    """Print the counts and predictions of each candidate, then the measured times at each width."""
     print("One request, public shapes, bf16. Bytes and launches are counted; times on GPUs are PREDICTED, ms.")
     print(f"{'':30s}GB of weights  launches" + "".join(f"{name:>12s}" for name in GPUS))
     for (subject, steps), work in candidates().items():

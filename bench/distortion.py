@@ -1,8 +1,9 @@
-"""What fewer evaluations of the velocity cost the demo voice: distance to a fine solution, and what is heard of it.
+"""The demo voice's quality with fewer evaluations of the velocity: distance to a fine solution, and words recognised.
 
-``python -m bench.distortion``: its flow head is solved with 2 to 16 evaluations on generate()'s grids, from the states
-that its own backbone has behind its own frames, and held against 256 of the two-step method. Then a recogniser listens
-to the sentences that the voice says with each solver, and with those 256. All in plain PyTorch, fp32, on a CPU.
+``python -m bench.distortion`` solves the demo voice's flow head with 2 to 16 evaluations on generate()'s time grids. It
+starts from the backbone's states after the voice's own frames, and compares with 256 evaluations of the two-step
+method. Then a speech recogniser transcribes sentences generated with each solver, and with those 256 evaluations.
+Everything runs in plain PyTorch, fp32, on a CPU.
 """
 
 import argparse
@@ -40,9 +41,9 @@ RMSE = f"RMSE from {FINE} steps"
 
 
 def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[ResultRow]:
-    """RMSE of x before it is quantised and the share of codes that differ, by solver and evaluations."""
+    """Return rows of the RMSE of x before quantisation and of the codes that differ, by solver and evaluations."""
     h, x = spoken(tts)
-    head = cast(FlowMatchingAudioTransformer, tts.model.acoustic_transformer)  # any kind of head would do
+    head = cast(FlowMatchingAudioTransformer, tts.model.acoustic_transformer)  # for the type only: any head works
     levels = tts.model.config.audio.acoustic_codebook_size
     exact = solve(head, h, x, "ab2", [1 - (1 - k / FINE) ** 1.5 for k in range(FINE + 1)])
     found = []
@@ -75,19 +76,19 @@ def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[Resu
 
 
 def spoken(tts: TTS) -> tuple[Tensor, Tensor]:
-    """States [N, dim] that the voice says a frame after, not its end, and the frames' noise [N, K]."""
+    """Return the backbone states [N, dim] after which a frame follows, not END, and the frames' noise [N, K]."""
     h, x = conditions(tts, generate_histories(tts, list(TEXTS)))
     goes_on = lowest_argmax(tts.model.acoustic_transformer.semantic_logits(h)) != END_AUDIO
     return h[goes_on], x[goes_on]
 
 
 def recognition_rows(tts: TTS, n_sentences: int, seeds: int) -> list[ResultRow]:
-    """Words and sentences that are heard right, by solver and evaluations, and of flite's own sound."""
+    """Return rows of the words and sentences recognised, by solver and evaluations, and of flite's own sound."""
     recogniser, texts = Recogniser(WORDS), sentences(n_sentences)
     found = []
     if shutil.which("flite"):
         found += score_rows(listen(flite_whole, texts, [0], recogniser), "flite", "flite", n_sentences, 1)
-    # 256 are more than generate() takes
+    # generate() refuses more than MAX_STEPS evaluations, and 256 are more
     with mock.patch.object(solver_module, "MAX_STEPS", FINE), mock.patch.object(voxkern.tts, "MAX_STEPS", FINE):
         for solver, steps in RECOGNISED:
             score = listen(Speaker(tts, solver, steps), texts, list(range(seeds)), recogniser)
@@ -98,7 +99,7 @@ def recognition_rows(tts: TTS, n_sentences: int, seeds: int) -> list[ResultRow]:
 def score_rows(
     score: Score, subject: str, provider: str, n_sentences: int, seeds: int, steps: str = ""
 ) -> list[ResultRow]:
-    """A score's rows."""
+    """Return the rows of a score; `steps` is empty for flite's own sound."""
     shape = f"{n_sentences} sentences, {seeds} seeds, {len(VOICES)} voices"
     command = f"{COMMAND} --sentences {n_sentences} --seeds {seeds}"
     dtype = "fp32" if steps else ""
@@ -109,24 +110,24 @@ def score_rows(
 
 
 def missing() -> list[str]:
-    """What is left out on this machine, and why."""
+    """Return one line for each part that is left out on this machine, with the reason."""
     lines = []
     if not importlib.util.find_spec("pocketsphinx"):
-        lines.append("nothing is listened to: pocketsphinx is not installed (pip install 'voxkern[test]')")
+        lines.append("no words are recognised: pocketsphinx is not installed (pip install 'voxkern[test]')")
     elif not shutil.which("flite"):
-        lines.append("flite's own sound is not listened to: flite is not installed")
+        lines.append("flite's own sound is left out: flite is not installed")
     return lines
 
 
 def rows(n_sentences: int = SENTENCES, seeds: int = SEEDS, folder: Path = DEMO) -> list[ResultRow]:
-    """All figures that this machine can make."""
+    """Return all figures that this machine can measure: without pocketsphinx, the distances only."""
     tts = TTS(read_checkpoint(folder, torch.float32), MAX_BATCH)
     found = distances(tts)
     return found + (recognition_rows(tts, n_sentences, seeds) if importlib.util.find_spec("pocketsphinx") else [])
 
 
 def table(rows: list[ResultRow]) -> str:
-    """A line for each solver and number of evaluations; a figure that was not made is a dash."""
+    """Return the printed table, a line for each solver and number of evaluations. A missing figure is a dash."""
     by_solver: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         by_solver.setdefault((row.subject, row.steps), {})[row.metric] = row.value
@@ -142,16 +143,16 @@ def table(rows: list[ResultRow]) -> str:
 
 
 def share(of: dict[str, float], metric: str, whole: str) -> str:
-    """A percentage with its denominator."""
+    """Return a percentage with its denominator, such as "2.5 % of 80", or a dash if it is missing."""
     return f"{of[metric]:.1f} % of {of[whole]:.0f}" if metric in of else "-"
 
 
 def main() -> None:
-    """Print the table; write rows only where it is said to."""
+    """Print the table, and write the rows if ``--csv`` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sentences", type=int, default=SENTENCES, help="that are listened to, in each voice")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="of each sentence in each voice")
-    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"append the rows, to {FILE.name} or another")
+    parser.add_argument("--sentences", type=int, default=SENTENCES, help="sentences to recognise, in each voice")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds for each sentence and voice")
+    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"append the rows to {FILE.name}, or to CSV")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = rows(args.sentences, args.seeds)

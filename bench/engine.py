@@ -1,7 +1,8 @@
-"""Requests side by side on this machine: frames a second, time to the first sound under load, memory.
+"""The engine with many requests on this machine: frames a second, time to the first sound under load, and memory.
 
-``python -m bench.engine`` runs the torch backend, in one thread, on the demo voice and on a random checkpoint of
-mid_size_params size. Random models seldom say END, and the demo voice not before all is measured.
+``python -m bench.engine`` runs the torch backend in one thread, on the demo voice and on a random checkpoint of
+the sizes of `mid_size_params`. No request ends too early: random models seldom generate END, and the demo voice
+does not generate it before everything is measured.
 """
 
 import copy
@@ -24,11 +25,11 @@ from voxkern.tts import DEMO
 
 BATCHES = (1, 8, 32)
 FRAMES, STEPS = 25, 7
-TEXT = "seven three one nine five two"  # some sixty frames of the demo voice
+TEXT = "seven three one nine five two"  # about sixty frames in the demo voice
 
 
 def mid_size_params() -> dict[str, Any]:
-    """What is other than in the tiny model: 8 layers of 768, and a head of 3."""
+    """Return the entries of ``params.json`` that differ from the tiny model's: 8 layers 768 wide, and a head of 3."""
     dims = {"dim": 768, "head_dim": 64, "hidden_dim": 2304, "n_heads": 12, "n_kv_heads": 4}
     multimodal = copy.deepcopy(tiny_params()["multimodal"])
     multimodal["audio_model_args"]["acoustic_transformer_args"] |= {"input_dim": 768, "n_layers": 3, **dims}
@@ -36,7 +37,7 @@ def mid_size_params() -> dict[str, Any]:
 
 
 def frames_a_second(folder: Path, batch: int) -> float:
-    """Of all requests together, prompts left out."""
+    """Return the frames per second of `batch` requests together, without the time of their prompts."""
     tts = voxkern.load(folder, backend="torch", max_batch=batch)
     times: list[float] = []
     tts.generate(
@@ -47,7 +48,7 @@ def frames_a_second(folder: Path, batch: int) -> float:
 
 
 def first_sound(folder: Path, batch: int, others: int) -> float:
-    """Median seconds from the call of a stream to its first chunk, while `others` are being spoken."""
+    """Return the median seconds from the call of ``stream()`` to its first chunk, while `others` requests run."""
     tts = voxkern.load(folder, backend="torch", max_batch=batch)
     tts.generate(TEXT, steps=STEPS, max_frames=1)
     load = [tts.stream(TEXT, seed=i, steps=STEPS, max_frames=400, chunk=400, first_chunk=400) for i in range(others)]
@@ -71,15 +72,15 @@ def first_sound(folder: Path, batch: int, others: int) -> float:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had at most; ``getrusage`` would begin with those of the process that started it."""
+    """Return this process's peak memory in bytes. ``getrusage`` would include the peak of its parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def rows() -> list[ResultRow]:
-    """Figures of the demo voice and of a random model of middling size, each as it comes.
+    """Measure the demo voice and a random model of medium size, print each figure when it is measured, and return rows.
 
-    A batch has a process of its own, so that its peak of memory is its own.
+    Each batch size runs in its own process, so that its peak memory does not include another's.
     """
     with (
         tempfile.TemporaryDirectory() as name,
@@ -96,7 +97,13 @@ def rows() -> list[ResultRow]:
 
 
 def rows_of(model: str, folder: Path, batch: int) -> list[ResultRow]:
-    """Figures of one model at one batch size."""
+    """Measure one model at one batch size, print its figures, and return their rows.
+
+    Args:
+        model: the model's name in the rows.
+        folder: its checkpoint.
+        batch: requests that run at once.
+    """
     torch.set_num_threads(1)
     config = voxkern.load(folder, backend="torch").model.config.backbone
     before = peak_memory()
@@ -119,7 +126,7 @@ def rows_of(model: str, folder: Path, batch: int) -> list[ResultRow]:
         )
         for metric, (value, unit) in figures.items()
     ]  # fmt: skip
-    here = provenance()  # of this process, which has one thread
+    here = provenance()  # taken in this process because it records the number of threads, which is 1 here only
     return [with_provenance(row, here) for row in found]
 
 

@@ -1,10 +1,12 @@
-"""What a dtype costs in the model's own currency: codes flipped and noise in the sound, against fp64.
+"""The error of each dtype against fp64, in the model's own units: codes flipped, and noise in the sound.
 
-``python -m bench.errors``: the demo voice says a few strings in fp32. Under teacher forcing, each model is then given
-these frames as its past and asked for the next one after each. The truth is the same checkpoint in fp64; fp16 also
-pays for weights that it cannot hold. ``torch`` is the reference, ``voxkern`` the kernels in Triton's interpreter, on a
-CPU, with the backbone's states made in one pass, as a prompt's are. A sound's noise is the codec's alone: every codec
-decodes the same codes.
+``python -m bench.errors`` first generates a few strings with the demo voice in fp32. Under teacher forcing, each model
+then receives these frames as its past, and generates the next frame after each of them. The truth is the same
+checkpoint in fp64. fp16 also has the error of weights that it cannot represent.
+
+``torch`` is plain PyTorch. ``voxkern`` is the kernels in Triton's interpreter, on a CPU; the backbone computes all
+states in one pass, as it does for a prompt. The sound's noise comes from the codec alone, because every codec decodes
+the same codes.
 """
 
 import argparse
@@ -29,11 +31,12 @@ from voxkern.reference.noise import noise, seed_tensor
 from voxkern.tts import CFG_ALPHA, DEMO, TTS
 
 TEXTS = ("seven three", "zero nine", "five two", "eight one", "four six")
-N_TEXTS = 2  # each takes 80 s of a core
+N_TEXTS = 2  # a text takes 80 s on one core
 STEPS, MAX_FRAMES = 7, 15
-ROWS = 64  # states a call of the flow head: 16 of each of 4 histories, of two texts
-# The interpreter's time goes by operations, not by their size: with these tiles 32 states take 2 steps in 3.3 s of a
-# core, many times less than with the small ones of tests. Sums are made in another order, as on any architecture.
+ROWS = 64  # states in one call of the flow head: 16 of each of 4 histories (2 texts in 2 voices)
+# The interpreter's time depends on the number of operations, not on their size. With these tiles 2 steps of 32 states
+# take 3.3 s on one core, many times less than with the tests' small tiles. Their order of summation is a different one,
+# as it is on each architecture.
 TILES = {
     "norm_linear": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
     "norm_swiglu": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
@@ -50,10 +53,13 @@ TILES = {
 
 @dataclass(frozen=True)
 class History:
-    """What was said once, and is everybody's past.
+    """The frames of one request, generated once and given to every model as its past.
 
     Attributes:
-        codes: int64 [T, 37] with the +2 offset.
+        text: of the request.
+        voice: of the request.
+        seed: of the request.
+        codes: int64 [T, 37], the frames' codes with the +2 offset.
     """
 
     text: str
@@ -64,13 +70,13 @@ class History:
 
 @dataclass(frozen=True)
 class Flips:
-    """Codes that are not the truth's.
+    """Counts of the codes that differ from the truth's.
 
     Attributes:
-        acoustic: how many were compared: of frames that neither side ends at.
-        by: how many are off by 1 level, by 2, by more.
-        semantic: how many were compared, END among them.
-        semantic_flipped: how many of these differ.
+        acoustic: acoustic codes compared, those of frames that are END on neither side.
+        by: acoustic codes that differ by 1 level, by 2, and by more.
+        semantic: semantic codes compared, END included.
+        semantic_flipped: semantic codes that differ.
     """
 
     acoustic: int
@@ -80,7 +86,7 @@ class Flips:
 
     @classmethod
     def of(cls, codes: Tensor, truth: Tensor) -> "Flips":
-        """Compare frames of codes, int64 [N, 37] with the offset."""
+        """Compare frames of codes with the truth's, both int64 [N, 37] with the +2 offset."""
         spoken = (codes[:, 0] != END_AUDIO) & (truth[:, 0] != END_AUDIO)
         off = (codes - truth)[spoken, 1:].abs()
         by = (int((off == 1).sum()), int((off == 2).sum()), int((off > 2).sum()))
@@ -88,7 +94,7 @@ class Flips:
 
 
 def generate_histories(tts: TTS, texts: list[str], max_frames: int = MAX_FRAMES) -> list[History]:
-    """Every text in every voice."""
+    """Generate every text in every voice, with seeds 0, 1, 2, and return the histories."""
     asked = [(text, voice) for text in texts for voice in tts.voices]
     said, voices = zip(*asked, strict=True)
     seeds = list(range(len(asked)))
@@ -101,7 +107,10 @@ def generate_histories(tts: TTS, texts: list[str], max_frames: int = MAX_FRAMES)
 
 @torch.inference_mode()
 def conditions(tts: TTS, histories: list[History]) -> tuple[Tensor, Tensor]:
-    """Backbone states [N, dim], after each history's prompt and after each of its frames, and their noise [N, K]."""
+    """Return the backbone's states [N, dim] and the next frames' noise [N, K].
+
+    The states are those after each history's prompt, and after each of its frames.
+    """
     model, states, draws = tts.model, [], []
     for history in histories:
         prompt = tts._embed_prompt(tts._prompt.encode(history.text, history.voice), tts.voices[history.voice])
@@ -115,14 +124,14 @@ def conditions(tts: TTS, histories: list[History]) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def next_frames(tts: TTS, histories: list[History]) -> Tensor:
-    """The frame that the model says after each of :func:`conditions`, int64 [N, 37] with the offset."""
+    """Generate the frame after each state of :func:`conditions`: int64 [N, 37] with the +2 offset."""
     parts = zip(*(torch.split(rows, ROWS) for rows in conditions(tts, histories)), strict=True)
     head = tts.model.acoustic_transformer
     return torch.cat([head(h, torch.full((len(h),), CFG_ALPHA), x, STEPS) for h, x in parts])
 
 
 def sound(tts: TTS, histories: list[History]) -> Tensor:
-    """The histories' own codes as sound, one after another, fp64 [n]."""
+    """Decode the histories' codes with the model's codec: fp64 [n], the histories one after another."""
     chunks = []
     for history in histories:
         stream = tts.model.audio_tokenizer.stream()
@@ -134,7 +143,7 @@ def sound(tts: TTS, histories: list[History]) -> Tensor:
 
 
 def snr(found: Tensor, truth: Tensor) -> float:
-    """Energy of the truth over that of what was added to it, in dB; infinite where nothing was."""
+    """Return the signal-to-noise ratio in dB: the energy of `truth` over that of the error; infinite without error."""
     added = float((found.double() - truth).square().sum())
     return 10 * math.log10(float(truth.square().sum()) / added) if added else math.inf
 
@@ -142,7 +151,14 @@ def snr(found: Tensor, truth: Tensor) -> float:
 def measured(
     folder: Path, n_texts: int, dtypes: tuple[str, ...] = tuple(DTYPES), max_frames: int = MAX_FRAMES
 ) -> list[ResultRow]:
-    """Rows of each dtype and provider, in a process that interprets kernels."""
+    """Measure each dtype and provider, and return their rows. Needs a process that interprets kernels.
+
+    Args:
+        folder: the checkpoint.
+        n_texts: how many of :data:`TEXTS` to generate.
+        dtypes: bf16, fp16 or fp32.
+        max_frames: the most frames of a history.
+    """
     from bench.interpreter import patch_once_per_launch  # needs Triton
 
     patch_once_per_launch()
@@ -160,7 +176,7 @@ def measured(
 
 
 def rows_of(flips: Flips, decibels: float, provider: str, dtype: str, n_texts: int) -> list[ResultRow]:
-    """A model's figures: shares, and how many codes they are of."""
+    """Return the rows of one provider and dtype: shares of codes flipped, the codes compared, and the SNR."""
     share = 100 / max(flips.acoustic, 1)
     figures = {
         "acoustic codes compared": (flips.acoustic, "codes"),
@@ -184,7 +200,7 @@ def rows_of(flips: Flips, decibels: float, provider: str, dtype: str, n_texts: i
 
 @contextmanager
 def large_tiles() -> Iterator[None]:
-    """Within the block, kernels are launched with :data:`TILES`."""
+    """Launch kernels with :data:`TILES` within the ``with`` block."""
     from voxkern.kernels import launch_config  # needs Triton
 
     with ExitStack() as stack:
@@ -194,7 +210,10 @@ def large_tiles() -> Iterator[None]:
 
 
 def rows(n_texts: int = N_TEXTS) -> list[ResultRow]:
-    """All figures, from a process of its own: whether kernels are interpreted is settled when Triton is imported."""
+    """Measure all figures in a new process, and return their rows.
+
+    The new process interprets kernels, which is decided when Triton is imported.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.csv"
         command = [sys.executable, "-m", "bench.errors", "--texts", str(n_texts), "--csv", str(file)]
@@ -204,7 +223,7 @@ def rows(n_texts: int = N_TEXTS) -> list[ResultRow]:
 
 
 def table(rows: list[ResultRow]) -> str:
-    """A line for each dtype and provider; counts, so that shares have their denominators."""
+    """Return the printed table: for each dtype and provider a line of counts and shares."""
     lines = ["dtype  provider  acoustic codes flipped     by 1    2  more   semantic codes flipped   waveform SNR"]
     by_model: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
@@ -224,10 +243,10 @@ def table(rows: list[ResultRow]) -> str:
 
 
 def main() -> None:
-    """Print the table; write rows only where it is said to."""
+    """Print the table, and write the rows if ``--csv`` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--texts", type=int, default=N_TEXTS, choices=range(1, len(TEXTS) + 1), help="digit strings")
-    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"append the rows, to {FILE.name} or another")
+    parser.add_argument("--texts", type=int, default=N_TEXTS, choices=range(1, len(TEXTS) + 1), help="how many strings")
+    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"append the rows to {FILE.name}, or to CSV")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") != "1":
         found = rows(args.texts)

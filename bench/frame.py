@@ -1,9 +1,9 @@
-"""What a frame costs at the public shapes: launches, multiply-adds, bytes; of the flow heads, and of the backbone.
+"""Launches, multiply-adds and bytes of a frame at the public shapes, counted on the flow heads and the backbone.
 
-``python -m bench.frame`` runs the fused modules' own code in the interpreter with the tiles of sm_90, and counts: on a
-head and a layer of the public shapes, and on a head whose velocity network is the MLP, 1536 wide. Launches of regular
-grids are counted by their first, second and last blocks: nothing is computed. The fewest bytes are: every weight a
-launch uses once, every activation it is given or fills once.
+``python -m bench.frame`` runs the fused modules' own code in the interpreter, with the tiles of sm_90. It counts on a
+head and a backbone layer of the public shapes, and on a head with the MLP as its velocity network, 1536 wide. Launches
+of regular grids are counted by their first, second and last blocks, so no results are computed. The fewest bytes of a
+launch are each weight that it uses once, and each activation that it reads or writes once.
 """
 
 import itertools
@@ -42,7 +42,7 @@ from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 STEPS = 7
 LAYERS = 26
 MAX_SEQ_LEN, PAGE = 4096, 64
-# launchers whose blocks are alike along each axis; of the others all blocks are counted
+# launchers with blocks that differ only in their addresses along each axis; of other launchers all blocks are counted
 REGULAR_GRID = {
     "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_argmax", "rms_norm", "adaln_modulation",
     "adaln_linear_silu", "gated_linear",
@@ -54,14 +54,21 @@ ONCE_A_FRAME = {
     "mlp_start",
     "mlp_finish",
     "adaln_modulation",
-}  # in a frame
-SEMANTIC = {"flow_finish": 10, "mlp_finish": 11}  # the place of the semantic codes among the arguments
-BEFORE_STEPS = {"norm_qkv": 1, "linear": 1, "gated_linear": 1}  # calls for the hidden states, before the steps
+}
+SEMANTIC = {"flow_finish": 10, "mlp_finish": 11}  # index of the semantic codes among the launcher's arguments
+BEFORE_STEPS = {"norm_qkv": 1, "linear": 1, "gated_linear": 1}  # calls before the steps, on the hidden states
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call of a launcher: kernels launched, multiply-adds of products, DRAM bytes, and the fewest possible."""
+    """The cost of one call of a launcher, or of a frame.
+
+    Attributes:
+        launches: kernels launched.
+        multiply_adds: of the matrix products.
+        dram: DRAM bytes.
+        fewest: the fewest DRAM bytes possible.
+    """
 
     launches: int
     multiply_adds: int
@@ -75,7 +82,16 @@ def frame_cost(
     embeddings: torch.nn.Embedding,
     count_bytes: bool = True,
 ) -> Cost:
-    """A frame of `B` requests, prepared for as many: a frame of two steps is counted, and its middle repeated."""
+    """Return the cost of a head's frame of 7 steps for `B` requests, with `B` as max_batch.
+
+    A frame of two steps is run and counted. What repeats in each step is then multiplied.
+
+    Args:
+        head: the flow head, of either kind.
+        B: requests.
+        embeddings: the table of codes, for the backbone's next input.
+        count_bytes: count DRAM bytes too. Without it the head may be on the meta device.
+    """
     calls: dict[str, list[Cost]] = defaultdict(list)
     fused: fused_flow_head.FusedHead[Any, Any, Any]
     if isinstance(head, FlowMatchingAudioMLP):
@@ -90,7 +106,7 @@ def frame_cost(
     with torch.inference_mode(), launch_config.target_arch("sm_90"), recorded(calls, modules, count_bytes):
         tables = (fused_transformer_head, "launch_norm_qkv"), (fused_mlp_head, "launch_adaln_modulation")
         with mock.patch.object(*tables[0]), mock.patch.object(*tables[1]):
-            fused.step_tables("euler", 2)  # made once, not in a frame
+            fused.step_tables("euler", 2)  # made once and not in each frame, so its launches are not counted
         fused.generate_codes(h, alpha, seed=seed, frame=frame, steps=2)
     total = [0, 0, 0, 0]
     for name, costs in calls.items():
@@ -104,7 +120,13 @@ def frame_cost(
 
 
 def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
-    """A token of `B` requests through 26 layers like the backbone's one, without the attention's bytes."""
+    """Return the cost of one token of `B` requests through 26 layers, without the bytes of attention.
+
+    Args:
+        backbone: a backbone with one layer; 26 of it are counted.
+        B: requests, and max_batch.
+        count_bytes: count DRAM bytes too. Without it the backbone may be on the meta device.
+    """
     calls: dict[str, list[Cost]] = defaultdict(list)
     fused, weight = fused_backbone.FusedBackbone(backbone, B, MAX_SEQ_LEN), backbone.norm.weight
     config, device = backbone.backbone_config, weight.device
@@ -124,13 +146,13 @@ def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
 
 @dataclass(frozen=True)
 class CacheTraffic:
-    """Of one layer's attention over one request.
+    """Bytes of one layer's attention over the cache of one request.
 
     Attributes:
         kv: DRAM bytes of keys and values.
-        again: bytes of them that blocks ask for beyond those: a block per query head would read each key four times.
-        fewest: the least that keys and values can be.
-        parts: DRAM bytes of spans' parts.
+        again: bytes of keys and values that blocks read again: one block per query head would read each key four times.
+        fewest: the fewest bytes that keys and values can take.
+        parts: DRAM bytes of the partial results that spans of the context write.
     """
 
     kv: int
@@ -140,7 +162,10 @@ class CacheTraffic:
 
 
 def cache_traffic(context: int, dtype: torch.dtype = torch.bfloat16) -> CacheTraffic:
-    """A request of `context` tokens at the public shapes; one of B costs as much B times."""
+    """Count one layer's attention over one request of `context` tokens at the public shapes.
+
+    B requests cost B times as much.
+    """
     H, HKV, D, pages = 32, 8, 128, -(-context // PAGE)
     q, out = torch.zeros(1, H * D, dtype=dtype), torch.empty(1, H * D, dtype=dtype)
     kv_cache = torch.zeros(pages, 2, HKV, PAGE, D, dtype=dtype)
@@ -157,7 +182,13 @@ def cache_traffic(context: int, dtype: torch.dtype = torch.bfloat16) -> CacheTra
 
 @contextmanager
 def recorded(calls: dict[str, list[Cost]], modules: Sequence[ModuleType], count_bytes: bool) -> Iterator[None]:
-    """Within the block, launchers are counted into `calls` by name; `modules` are the files of the fused modules."""
+    """Count the launchers that `modules` call within the ``with`` block, and append each call's cost to `calls`.
+
+    Args:
+        calls: launcher's name without ``launch_`` -> costs, in the order of the calls.
+        modules: the Python modules of fused modules that import the launchers.
+        count_bytes: count DRAM bytes too.
+    """
     found = [(module, name) for module in modules for name in vars(module) if name.startswith("launch_")]
     with ExitStack() as stack:
         for module, name in found:
@@ -175,7 +206,8 @@ def _recorder(
         launches = 2 if name == "semantic_argmax" else 1
         dram = fewest = 0
         if name in SEMANTIC and count_bytes:
-            args[SEMANTIC[name]].zero_()  # they become addresses, and the launches that make them were not run whole
+            # the semantic codes are row numbers of the embeddings, and their launch wrote none: few of its blocks ran
+            args[SEMANTIC[name]].zero_()
         if count_bytes and name != "paged_attention":  # see cache_traffic
             dram = sum(_dram(one, *some) for one, some in parts(name, launch, args))
             fewest = _fewest(name, args)
@@ -185,22 +217,35 @@ def _recorder(
 
 
 def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> tuple[Any, ...]:
-    """Modulations are made once a frame, for all its steps: not for the two that are run here."""
+    """Return the arguments for all steps of a frame: modulations are made in one launch, but here 2 steps are run."""
     modulations = out.new_zeros(STEPS, *out.shape[1:])
     return modulations, times.new_zeros(STEPS, times.shape[1]), states, *weights
 
 
 def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
-    """q | k | v in one grid is three grids, each of which is regular, and so are a modulation's layers (test_frame)."""
+    """Split a launch on an irregular grid into launches of regular grids with the same bytes.
+
+    q | k | v in one grid become three launches, and the layers of a modulation one each; tests/test_frame.py checks
+    that the bytes are the same.
+
+    Args:
+        name: of the launcher, without ``launch_``.
+        launch: the launcher.
+        args: its arguments.
+
+    Returns:
+        (name, (launcher, *arguments)) of each launch.
+    """
     found: list[tuple[str, tuple[Any, ...]]] = []
     if name == "adaln_modulation":
         out, times, states, weights, biases, max_rows = args
         for weight, bias in zip(weights, biases, strict=True):
             result = out.new_empty(*out.shape[:2], len(weight))
-            alone = result, times, states, [weight, weight[:0]], [bias, bias[:0]], max_rows  # the kernel wants two
+            # the second weight is empty: the kernel takes at least two
+            alone = result, times, states, [weight, weight[:0]], [bias, bias[:0]], max_rows
             found.append((name, (launch, *alone)))
         return found
-    if name == "norm_qkv_append":  # the cache takes what would be k and v
+    if name == "norm_qkv_append":  # it writes k and v to the cache, not to a result
         x, norm, wq, wk, wv, *_, q, _, eps, max_rows = args
         out, q_rows = q, len(x)
     elif name == "norm_qkv":
@@ -224,19 +269,19 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
     tensors: list[Tensor] = []
     for arg in args:
         tensors += [t for t in (arg if isinstance(arg, tuple | list) else (arg,)) if isinstance(t, Tensor)]
-    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # in place is one tensor
-    if name == "norm_qkv_append":  # a row of keys and of values each, and of rotations: kilobytes
+    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # a tensor updated in place counts once
+    if name == "norm_qkv_append":  # one token of the cache for each request; the tables are kilobytes, left out
         x, _, _, wk, *_, rope, block_table, lengths, _, kv_cache, _, _ = args
         for tensor in (rope, block_table, lengths):
             sizes.pop(tensor.data_ptr())
         sizes[kv_cache.data_ptr()] = 2 * len(x) * len(wk) * kv_cache.element_size()
-    if name == "norm_qkv":  # x and the norm are read by each of three grids in our count, but once would do
+    if name == "norm_qkv":  # q of the first q_rows rows only; `_dram` counts x and the norm in each of three launches
         out, _, _, wq, *_, q_rows, _ = args
         sizes[out.data_ptr()] -= (len(out) - q_rows) * len(wq) * out.element_size()
-    if name == "semantic_argmax":  # padding rows of the block_table are not needed, and partial results are
+    if name == "semantic_argmax":  # not the weight's padding rows past n_codes, but the partial results (scratch)
         _, _, weight, n_codes, *_ = args
         sizes[weight.data_ptr()] = n_codes * weight.shape[1] * weight.element_size()
-    if name == "flow_finish":  # 37 rows a request of the embeddings, and of y the x tokens
+    if name == "flow_finish":  # 37 rows of the embeddings for each request, and the x tokens of y
         _, y, _, w_out, *_, embeddings, _, _ = args
         B = len(args[8])
         sizes[embeddings.data_ptr()] = (1 + len(w_out)) * B * embeddings.shape[1] * embeddings.element_size()
@@ -245,20 +290,25 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
         _, _, _, w_out, *_, embeddings, _, _ = args
         each = (1 + len(w_out)) * embeddings.shape[1] * embeddings.element_size()
         sizes[embeddings.data_ptr()] = len(args[9]) * each
-    if name == "adaln_linear_silu":  # it leaves the gates to the next
+    if name == "adaln_linear_silu":  # it reads shift and scale, two thirds of the modulation; the next one reads gates
         sizes[args[2].data_ptr()] = args[2].numel() * args[2].element_size() * 2 // 3
-    if name in ("flow_start", "flow_step"):  # the hidden state's tokens are left alone
+    if name in ("flow_start", "flow_step"):  # the x and t tokens, 4B of 6B rows; those of the hidden state stay
         tokens = args[-2]
         sizes[tokens.data_ptr()] = tokens.numel() * tokens.element_size() * 4 // 6
     if name == "flow_step":
         sizes[args[0].data_ptr()] = 2 * len(args[7]) * args[0].shape[1] * args[0].element_size()
     if name in ("flow_start", "mlp_start"):
-        sizes.pop(args[3].data_ptr())  # a few quantiles of a block_table
+        sizes.pop(args[3].data_ptr())  # only a few entries of the table of quantiles are read
     return sum(sizes.values())
 
 
 def multiply_adds(name: str, args: tuple[Any, ...]) -> int:
-    """Multiply-adds that a call asks of its matrices: rows x N x K."""
+    """Return the multiply-adds of a launcher's matrix products, rows x N x K each.
+
+    Args:
+        name: of the launcher, without ``launch_``.
+        args: its arguments.
+    """
     if name == "norm_qkv_append":
         return len(args[0]) * sum(weight.numel() for weight in args[2:5])
     if name == "norm_qkv":
@@ -291,7 +341,10 @@ def multiply_adds(name: str, args: tuple[Any, ...]) -> int:
 
 
 def plain_multiply_adds(head: FlowHead, B: int) -> int:
-    """Multiply-adds of the head as it is usually written: 6B rows (the MLP: 2B) through everything, every step."""
+    """Return the multiply-adds of a head's frame as it is usually written.
+
+    In every step 6B rows (2B in the MLP) then pass through the whole velocity network.
+    """
     if isinstance(head, FlowMatchingAudioMLP):
         step = sum(p.numel() for name, p in head.named_parameters() if name.startswith(("input", "res_", "final")))
         hidden = head.cond_embed.weight.numel()
@@ -305,7 +358,12 @@ def plain_multiply_adds(head: FlowHead, B: int) -> int:
 
 
 def public_head(device: str = "cpu", velocity_mlp: bool = False) -> tuple[Any, torch.nn.Embedding]:
-    """A head of either kind and the embeddings, in the public shapes, bf16, zeros."""
+    """Return a flow head and the embeddings of codes at the public shapes, in bf16, all zeros.
+
+    Args:
+        device: "meta" leaves them without memory.
+        velocity_mlp: whether the head's velocity network is the MLP.
+    """
     config = Config.from_params(public_params(velocity_mlp))
     with torch.device("meta"):
         head = make_head(config.acoustic_transformer, config.audio).bfloat16()
@@ -320,7 +378,10 @@ def public_head(device: str = "cpu", velocity_mlp: bool = False) -> tuple[Any, t
 
 
 def public_backbone(device: str = "cpu") -> Backbone:
-    """The public shapes in bf16, zeros, but one layer and a small vocabulary."""
+    """Return a backbone of the public shapes with one layer and a vocabulary of 64, in bf16, all zeros.
+
+    On the device "meta" it has no memory.
+    """
     params = public_params() | {"n_layers": 1, "vocab_size": 64}
     config = Config.from_params(params)
     with torch.device("meta"):
@@ -333,7 +394,7 @@ def public_backbone(device: str = "cpu") -> Backbone:
 
 
 def rows() -> list[ResultRow]:
-    """Figures for the block_table, each as it comes; three minutes."""
+    """Count all figures, print each when it is counted, and return the rows. It takes three minutes."""
     patch_once_per_launch()
     found = []
     for velocity_mlp, B in itertools.product((False, True), (1, 32)):

@@ -1,8 +1,8 @@
-"""The ledger: what the compiler makes of every kernel, for every GPU it may meet, without one.
+"""The ledger: registers, shared memory and instructions of every kernel, compiled for eight GPUs without having one.
 
-Each operator's own launcher runs at its public shapes on a stub driver (``voxkern/compile_only.py``), and one row is
-written for each launch and architecture. The committed ``bench/ledger.csv`` is compared with a fresh one by ``python -m
-bench ledger --check``: a change of machine code then stands in the diff of the commit that made it.
+Each operator's own launcher runs at its public shapes on a stub driver (``voxkern/compile_only.py``). The ledger has a
+row for each launch and architecture. ``python -m bench ledger --check`` computes it again and compares it with the
+committed ``bench/ledger.csv``. A change of machine code is therefore in the diff of the commit that causes it.
 """
 
 import csv
@@ -28,28 +28,28 @@ MATRIX = r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w?MMA)[\w.]*|v_s?mfma_\w+|v_wmma_\w+"
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """One launch of one operator on one architecture.
+    """One launch of one operator, compiled for one architecture.
 
     Attributes:
-        operator: its name.
-        case: of its shapes in the registry.
+        operator: name of the operator.
+        case: name of its case (its shapes) in the registry.
         dtype: bf16, fp16 or fp32.
-        arch: what it was compiled for.
-        launch: its place among the launches of one call, and the kernel's name.
-        binaries: compiled for this launch over calls of 1 row to as many as the case has.
+        arch: the architecture that it is compiled for, such as ``sm_90``.
+        launch: "i:kernel", the launch's index among those of one call, and the kernel's name.
+        binaries: different binaries compiled for this launch, over calls with 1 row to as many as the case has.
         grid: blocks along x, y and z.
-        warps: of a block.
-        stages: of the software pipeline.
-        registers: of a thread; 32-bit.
+        warps: warps of a block.
+        stages: stages of the software pipeline.
+        registers: 32-bit registers of a thread.
         spill: bytes of registers that a thread keeps in memory.
         shared: bytes of shared memory of a block.
-        limit: what a block may have.
+        limit: bytes of shared memory that a block may have.
         resident: blocks that a multiprocessor holds at once.
-        in_flight: bytes of weights under way per multiprocessor, min(resident, grid / multiprocessors) x (stages - 1) x
+        in_flight: bytes of weights in flight per multiprocessor, min(resident, grid / multiprocessors) x (stages - 1) x
             bytes a stage.
-        loads: kinds of loads from memory and their widths in bits, those that carry most bytes first. LDGSTS is the
-            asynchronous copy; a narrow LDG among them stalls the loop it stands in.
-        matrix: the matrix instruction, or ``-``.
+        loads: kinds of loads from memory with their widths in bits, those that load most bytes first. LDGSTS is the
+            asynchronous copy; a narrow LDG beside it stalls the loop that contains it.
+        matrix: the matrix instructions, or ``-``.
         code: bytes of machine code.
     """
 
@@ -74,11 +74,15 @@ class LedgerRow:
 
     @property
     def key(self) -> str:
-        """What names the row."""
+        """The columns that identify the row: operator, case, dtype, architecture and launch, with spaces between."""
         return " ".join((self.operator, self.case, self.dtype, self.arch, self.launch))
 
     def faults(self, uses_matrix_unit: bool = True) -> list[str]:
-        """What no kernel may do, whatever was committed."""
+        """Return a message for each rule of all kernels that this launch breaks.
+
+        Args:
+            uses_matrix_unit: whether the operator's first launch must use matrix instructions in bf16 and fp16.
+        """
         found = []
         if self.spill:
             found.append(f"spills {self.spill} bytes of registers")
@@ -97,7 +101,10 @@ class LedgerRow:
 
 
 def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[LedgerRow]:
-    """Compile every launch of one call, and of calls with fewer rows."""
+    """Compile the launches of one call of an operator, and of calls with fewer rows, and return a row for each launch.
+
+    The rows are those of the largest call; their column `binaries` covers all calls.
+    """
     most = case.sizes[entry.rows]
     with compiling_for(arch) as launches:
         made: dict[int, set[str]] = {}
@@ -115,7 +122,12 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[LedgerRow]:
 
 
 def compute(archs: Iterable[str] = MACHINES, processes: int = 2) -> list[LedgerRow]:
-    """The whole ledger: operators, cases and dtypes in the order of the registry, each for all `archs`."""
+    """Compute the whole ledger: the registry's operators, cases and dtypes in its order, each for all `archs`.
+
+    Args:
+        archs: architectures to compile for.
+        processes: the most processes that compile at once.
+    """
     archs = list(archs)
     with ProcessPoolExecutor(min(processes, len(archs)), mp_context=get_context("spawn")) as pool:
         rows = [row for part in pool.map(_of_arch, archs) for row in part]
@@ -124,13 +136,13 @@ def compute(archs: Iterable[str] = MACHINES, processes: int = 2) -> list[LedgerR
 
 
 def faults(rows: Iterable[LedgerRow]) -> list[str]:
-    """What is wrong with these rows by themselves."""
+    """Return a message for each rule that one of the rows breaks, see :meth:`LedgerRow.faults`."""
     uses_matrix_unit = {entry.name: entry.uses_matrix_unit for entry in entries()}
     return [f"{row.key}: {fault}" for row in rows for fault in row.faults(uses_matrix_unit.get(row.operator, True))]
 
 
 def changes(committed: Iterable[LedgerRow], rows: Iterable[LedgerRow]) -> list[str]:
-    """What differs between two ledgers."""
+    """Return a message for each row that differs between the committed ledger and `rows`."""
     old, new = ({row.key: row for row in part} for part in (committed, rows))
     found = [f"{key}: no longer there" for key in old if key not in new]
     for key, row in new.items():
@@ -145,7 +157,7 @@ def changes(committed: Iterable[LedgerRow], rows: Iterable[LedgerRow]) -> list[s
 
 
 def write(rows: Iterable[LedgerRow]) -> str:
-    """The ledger as text: the version of Triton that made it, then one row a line."""
+    """Return the ledger as text: a line with Triton's version, then a CSV table."""
     text = io.StringIO()
     text.write(f"# triton {triton.__version__}; compiled, not run: python -m bench ledger\n")
     table = csv.DictWriter(text, [field.name for field in fields(LedgerRow)], lineterminator="\n")
@@ -155,7 +167,7 @@ def write(rows: Iterable[LedgerRow]) -> str:
 
 
 def read(text: str) -> tuple[str, list[LedgerRow]]:
-    """The version of Triton and the rows of a written ledger."""
+    """Return the version of Triton and the rows of a ledger's text."""
     head, _, table = text.partition("\n")
     numbers = {field.name for field in fields(LedgerRow) if field.type is int}
     rows = [
@@ -166,13 +178,16 @@ def read(text: str) -> tuple[str, list[LedgerRow]]:
 
 
 def check(file: Path = FILE) -> list[str]:
-    """Compute the ledger again; what is wrong with it, or differs from the committed one."""
+    """Compute the ledger again, and return a message for each broken rule and each difference from `file`.
+
+    Differences are left out if another version of Triton made the file.
+    """
     version, committed = read(file.read_text())
     rows = compute()
     found = faults(rows)
     if version != triton.__version__:
         print(
-            f"The committed ledger is triton {version}'s and this is {triton.__version__}: "
+            f"The committed ledger was made by triton {version} and this is {triton.__version__}: "
             "spills, limits, binaries and TF32 were checked, changes of machine code were not."
         )
         return found
@@ -191,7 +206,10 @@ def _of_arch(arch: str) -> list[LedgerRow]:
 
 
 def _second_request(arg: Any, n: int) -> Any:
-    """Numbers of `n` requests as they lie in memory that has one more before them: not at a multiple of 16 bytes."""
+    """Return a tensor of `n` requests' numbers that is not aligned to 16 bytes; any other argument unchanged.
+
+    So are the numbers of a second request in memory, and they must not need another binary.
+    """
     if isinstance(arg, Tensor) and arg.ndim == 1 and len(arg) in (n, n + 1):
         return arg.new_empty(len(arg) + 1)[1:]
     return arg
@@ -215,7 +233,7 @@ def _row(
 
 
 def _resources(binary: Binary) -> tuple[int, int, int]:
-    """Registers, bytes of spill, bytes of code."""
+    """Return a binary's registers of a thread, bytes of spill and bytes of code."""
     text = binary.listing
     if binary.arch.startswith("sm_"):
         used = re.search(r"REG:(\d+) STACK:(\d+)", text)
@@ -230,7 +248,7 @@ def _resources(binary: Binary) -> tuple[int, int, int]:
 
 
 def _loads(listing: str) -> str:
-    """Every kind of load with its width in bits, those that carry most bytes first."""
+    """Return every kind of load with its width in bits, those that load most bytes first, such as "LDGSTS.128"."""
     carried: dict[str, int] = {}
     for name in re.findall(r"\bLDG(?:STS)?\.[\w.]+|\b(?:global|buffer)_load_\w+", listing):
         words = re.search(r"dword(?:x([234]))?", name)

@@ -1,4 +1,4 @@
-"""The skinny linear family at the shapes of the public model."""
+"""Registry entries of the linear layers for few rows, at the shapes of the public model."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ from voxkern.reference.layers import rms_norm
 
 
 def phase_of(s: Any) -> str:
-    """`s.prefill`, where there is one, says that many rows come."""
+    """Return the phase of a case: "prefill" if its sizes have a `prefill` other than 0, else "decode"."""
     return "prefill" if getattr(s, "prefill", 0) else "decode"
 
 
 def norm_linear_reference(
     x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode"
 ) -> Tensor:
-    """RMSNorm, rounded, then the product: what the public servers run as two kernels."""
+    """Compute RMSNorm, round, then multiply, as the public servers do in two kernels."""
     return F.linear(rms_norm(x, norm, eps), weight)
 
 
 def norm_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Weights as a trained layer has them: a norm near 1, and outputs of RMS 1."""
+    """Return arguments with weights like those of a trained layer: `norm` near 1, and outputs of RMS 1."""
     return {
         "x": make(s.M, s.K),
         "norm": make(s.K, mean=1.0, std=0.1),
@@ -37,13 +37,13 @@ def norm_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def norm_swiglu_reference(
     x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
 ) -> Tensor:
-    """As the reference's feed-forward does it, each part rounded."""
+    """Compute the gated half of the reference's feed-forward, rounding after each operation."""
     n = rms_norm(x, norm, eps)
     return F.silu(F.linear(n, w1)) * F.linear(n, w3)
 
 
 def norm_swiglu_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """As above."""
+    """Return arguments like those of :func:`norm_linear_inputs`, with the weights `w1` and `w3`."""
     return {
         "x": make(s.M, s.K),
         "norm": make(s.K, mean=1.0, std=0.1),
@@ -63,14 +63,14 @@ def linear_reference(
     max_rows: int,
     phase: str = "decode",
 ) -> Tensor:
-    """Product, scale and sum, each rounded."""
+    """Compute product, scale and sum, rounding after each operation."""
     y = F.linear(x, weight)
     y = y if scale is None else scale * y
     return y if residual is None else residual + y
 
 
 def linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """`s.scale` and `s.residual` say whether there is one."""
+    """Return arguments with a scale if `s.scale` is not 0, and with a residual if `s.residual` is not 0."""
     return {
         "x": make(s.M, s.K),
         "weight": make(s.N, s.K, std=s.K**-0.5),
@@ -89,7 +89,7 @@ CODEC = {
     "scale": 1,
     "residual": 1,
     "max_rows": 32,
-}  # one frame is up to 8 rows; the fused codec prepares for 32
+}  # one frame has up to 8 rows; the fused codec's linear layers have max_rows = 32
 
 ENTRIES = [
     Entry(
@@ -100,7 +100,7 @@ ENTRIES = [
             Case("odd", {"M": 19, "N": 75, "K": 150, "max_rows": 19}),
             Case("odd-many", {"M": 70, "N": 97, "K": 129, "max_rows": 100}),
             Case("odd-deep", {"M": 17, "N": 40, "K": 3001, "max_rows": 17}),
-            # the flow head carries six rows a request: three tokens, with and without condition
+            # the flow head has six rows per request: three tokens, with and without the condition
             Case("q-b1", {"M": 6, "N": 4096, "K": 3072, "max_rows": 6}, public=True),
             Case("q-b32", {"M": 192, "N": 4096, "K": 3072, "max_rows": 192}, public=True, dtypes=("bf16",)),
         ),

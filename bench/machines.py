@@ -1,7 +1,7 @@
-"""The machines that the ledger compiles for, as far as occupancy needs them known. None of them is here.
+"""The limits of the GPUs that the ledger compiles for, as far as occupancy depends on them.
 
-Figures are the makers' own: the compute-capability tables of NVIDIA's CUDA C++ programming guide, and AMD's CDNA 3 and
-CDNA 4 architecture papers.
+The figures are the makers': the compute-capability tables of NVIDIA's CUDA C++ programming guide, and AMD's CDNA 3 and
+CDNA 4 architecture papers. None was measured, because none of these GPUs was available.
 """
 
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU and its multiprocessors.
+    """One GPU and the limits of its multiprocessors.
 
     Attributes:
-        product: whose number of multiprocessors this is.
-        multiprocessors: SMs, or AMD's compute units.
-        block_shared: shared memory that one block may have, bytes.
-        shared: shared memory that the blocks of one multiprocessor share, bytes.
+        product: the product that has this number of multiprocessors.
+        multiprocessors: number of SMs, or of AMD's compute units.
+        block_shared: bytes of shared memory that one block may have.
+        shared: bytes of shared memory of a multiprocessor, for all its blocks.
         warps: most resident warps of a multiprocessor.
         blocks: most resident blocks of a multiprocessor.
         warp_size: threads of a warp.
         registers: 32-bit registers of a multiprocessor.
-        register_unit: registers are given to a warp in multiples of this many.
-        block_reserve: shared memory that the system takes for each block, bytes.
+        register_unit: registers are allocated to a warp in multiples of this number.
+        block_reserve: bytes of shared memory that the system takes for each block.
     """
 
     product: str
@@ -36,12 +36,12 @@ class Machine:
     block_reserve: int = 1024
 
     def resident_blocks(self, warps: int, registers: int, shared: int) -> int:
-        """Blocks that one multiprocessor holds at once.
+        """Return how many blocks one multiprocessor holds at once.
 
         Args:
-            warps: of a block.
-            registers: of a thread.
-            shared: bytes of a block.
+            warps: warps of a block.
+            registers: 32-bit registers of a thread.
+            shared: bytes of shared memory of a block.
         """
         of_warp = -(-max(registers, 1) * self.warp_size // self.register_unit) * self.register_unit
         by_registers = self.registers // of_warp // warps
@@ -50,7 +50,7 @@ class Machine:
 
 
 def _amd(product: str, units: int, lds: int) -> Machine:
-    # four SIMDs a compute unit, each with 512 vector registers a lane and at most 8 waves
+    # a compute unit has four SIMDs, each with 512 vector registers a lane and at most 8 waves
     return Machine(
         product, units, lds, lds, warps=32, blocks=16, warp_size=64,
         registers=4 * 512 * 64, register_unit=8 * 64, block_reserve=0,

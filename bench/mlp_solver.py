@@ -1,4 +1,7 @@
-"""What surrounds the velocity MLP's blocks, in the public model at the width of MAR-H (arXiv 2406.11838)."""
+"""Registry entries of the velocity MLP's kernels around its blocks.
+
+The public shapes have the width of MAR-H (arXiv 2406.11838) and the public model's codes.
+"""
 
 from typing import Any
 
@@ -21,7 +24,11 @@ def solver_step(
     stream: Tensor, modulation: Tensor, w_out: Tensor, b_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float,
     ab2_ratio: float, x: Tensor, v_last: Tensor,
 ) -> None:  # fmt: skip
-    """The step in place. The kernels round nothing on the way and neither does this, so they are held to more."""
+    """Run one solver step on `x` and `v_last`, in place.
+
+    Like the kernels, this reference rounds no intermediate result. The bound on the kernels' error is therefore
+    tighter than with a reference that rounds after every operation.
+    """
     shift, scale = own_rows(modulation, 2 * len(x)).chunk(2, dim=1)
     y = modulated_norm(upcast(stream), shift, scale, eps)
     v = guide(F.linear(y, upcast(w_out), upcast(b_out)), cfg_alpha)
@@ -33,7 +40,7 @@ def mlp_start_reference(
     seed: Tensor, frame: Tensor, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, b_in: Tensor,
     x: Tensor, stream: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Noise, or what is handed in for it, and its projection for both branches."""
+    """Start a frame: set `x` to `noise`, or to drawn noise if it is None, and write both branches' rows of `stream`."""
     x.copy_(draw(seed, frame, x.shape[1]) if noise is None else noise)
     stream.copy_(F.linear(x.to(w_in.dtype), w_in, b_in).repeat(2, 1))
 
@@ -42,7 +49,7 @@ def mlp_step_reference(
     stream: Tensor, modulation: Tensor, w_out: Tensor, b_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float,
     ab2_ratio: float, x: Tensor, v_last: Tensor, w_in: Tensor, b_in: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """The step, then the stream of the next."""
+    """Run one step, then write `stream` for the next evaluation."""
     solver_step(stream, modulation, w_out, b_out, eps, cfg_alpha, dt, ab2_ratio, x, v_last)
     stream.copy_(F.linear(x.to(w_in.dtype), w_in, b_in).repeat(2, 1))
 
@@ -52,13 +59,13 @@ def mlp_finish_reference(
     ab2_ratio: float, x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int,
     max_batch: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The step, its codes, and the sum of their embeddings."""
+    """Run the last step, and return the codes and the sum of their embeddings."""
     solver_step(stream, modulation, w_out, b_out, eps, cfg_alpha, dt, ab2_ratio, x, v_last)
     return codes_of(x, semantic, levels, embeddings, semantic_size)
 
 
 def mlp_start_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """`s.given`: whether the noise is handed in (and, in a step, whether it has a last one)."""
+    """Return the arguments at the start of a frame, with noise if `s.given` is not 0, else with noise to be drawn."""
     return {
         "seed": integers(make, s.B, -3 << 40, 0x5DEECE66D1234),
         "frame": integers(make, s.B, 2047, 3),
@@ -73,7 +80,11 @@ def mlp_start_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def final_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """What a step begins with; guidance from none (1) to the usual 1.2 to only."""
+    """Return the arguments that every step needs.
+
+    The guidance is 1.2, 1.0 (none), 0.8 and so on down to 0 in turn. With `s.given` other than 0, the step uses the
+    previous velocity.
+    """
     return {
         "stream": make(2 * s.B, s.N, mean=1.0, std=4.0),
         "modulation": make(1 + s.B, 2 * s.N, std=0.5),
@@ -89,7 +100,7 @@ def final_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def mlp_step_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """A step in the middle of the flow."""
+    """Return the arguments of a step that is not the last."""
     return final_inputs(s, make) | {
         "w_in": make(s.N, s.K, std=s.K**-0.5),
         "b_in": make(s.N, std=0.1),
@@ -98,7 +109,7 @@ def mlp_step_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def mlp_finish_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Semantic codes, of which the second request's is END."""
+    """Return the arguments of the last step."""
     return final_inputs(s, make) | {
         "semantic": semantic_of(s, make),
         "levels": s.levels,
@@ -128,7 +139,7 @@ def _entry(op: Any, reference: Any, inputs: Any, once: tuple[str, ...]) -> Entry
         rows="B",
         stage=lambda c: c.get("BLOCK_K", 0) * c["N"],
         read_once=once,
-        uses_matrix_unit=False,  # with a state of one row a request, these are sums over bytes that stream by
+        uses_matrix_unit=False,  # one row of state per request: sums over weights, not matrix products
     )
 
 

@@ -1,8 +1,8 @@
-"""Whole frames and single modules to time: of the demo voice, and of the public sizes with random weights.
+"""Whole frames and single modules to time: those of the demo voice, and of the public sizes with random weights.
 
-Weights lie where they lie: those of the public head and layer are larger than any cache, the demo's are not. There is
-no figure of bytes per second: a head reads its weights once a step, and what a frame moves is counted elsewhere
-(``bench/frame.py``).
+Calls run on one copy of the weights. Those of the public head and layer are larger than any cache, those of the demo
+voice are not. Bytes per second are not given, because a head reads its weights once a step; ``bench/frame.py`` counts
+the bytes of a frame.
 """
 
 import copy
@@ -31,12 +31,13 @@ from voxkern.reference.model import make_head
 from voxkern.reference.moe import MoEBlock
 
 DEMO = ROOT / "voxkern" / "demo"
-PUBLIC_MODEL_BYTES = 60e9  # bytes: the public model, and its fp64 copy that results are held against
-STEPS, CONTEXT, PAGE = 7, 400, 64  # evaluations of the velocity; tokens in the cache, some 30 s of speech; of a page
+PUBLIC_MODEL_BYTES = 60e9  # bytes of the public model and of its fp64 copy, which checks the results
+# evaluations of the velocity; tokens in the cache, about 30 s of speech; tokens of a page
+STEPS, CONTEXT, PAGE = 7, 400, 64
 
 
 class BenchPoint(NamedTuple):
-    """Which trial to make: of what, at which shape, in which dtype, on which device."""
+    """Identifies a trial: the module's name, the name of its shape, the dtype and the device."""
 
     subject: str
     shape: str
@@ -45,20 +46,20 @@ class BenchPoint(NamedTuple):
 
     @property
     def on_gpu(self) -> bool:
-        """Where kernels run."""
+        """Whether the device is a GPU, where kernels run."""
         return self.device.startswith("cuda")
 
 
 @dataclass(frozen=True)
 class ModuleBench:
-    """What makes trials of one module.
+    """A module to time at one shape.
 
     Attributes:
-        name: of the module.
-        shape: of the case.
-        build: makes the trial.
-        dtypes: that it is timed in.
-        large: whether it is of the public sizes, and takes gigabytes and seconds to make.
+        name: name of the module.
+        shape: name of the shape.
+        build: makes the trial of a point.
+        dtypes: dtypes that the module is timed in.
+        large: whether the module has the public sizes, so that making it takes gigabytes and seconds.
     """
 
     name: str
@@ -78,7 +79,18 @@ def trial_of(
     peers: Mapping[str, Callable[..., Any]] | None = None,
     steps: str = "",
 ) -> Trial:
-    """A trial of ``run(module, **args)``; `ours` makes the same call on kernels, `peers` are the others' calls."""
+    """Return a trial of ``run(module, **args)``.
+
+    Args:
+        point: subject, shape, dtype and device of the trial.
+        module: the reference module.
+        run: computes the results from the module and the arguments.
+        args: the arguments by name.
+        complaint: checks the results, see :class:`bench.providers.Trial`.
+        ours: makes the call on kernels, which has the same arguments and results.
+        peers: provider -> its call, with the same arguments and results.
+        steps: solver and evaluations, such as ``euler:7``.
+    """
 
     def exact() -> list[Tensor]:
         fp64_args = {key: arg.double() if arg.is_floating_point() else arg.clone() for key, arg in args.items()}
@@ -103,45 +115,45 @@ def trial_of(
 
 
 def use_kernels(run: Callable[..., Any], module: nn.Module, max_batch: int) -> Callable[..., Any]:
-    """The call on an accelerated copy of the module."""
+    """Return the call of `run` on an accelerated copy of the module."""
     accelerated = copy.deepcopy(module)
     voxkern.accelerate(accelerated, max_batch)
     return partial(run, accelerated)
 
 
 def demo(dtype: str, device: str) -> VoxtralTTS:
-    """The demo voice."""
+    """Return the demo voice's model."""
     return read_checkpoint(DEMO, DTYPES[dtype], device).model.requires_grad_(False)
 
 
 def demo_head(dtype: str, device: str) -> FlowHead:
-    """Its flow head."""
+    """Return the demo voice's flow head."""
     return demo(dtype, device).acoustic_transformer
 
 
 def public_head(dtype: str, device: str) -> FlowHead:
-    """The public flow head with random weights."""
+    """Return a flow head of the public sizes with random weights."""
     config = Config.from_params(public_params())
     head: FlowHead = filled(lambda: make_head(config.acoustic_transformer, config.audio), dtype, device)
     return head
 
 
 def public_model(dtype: str, device: str) -> VoxtralTTS:
-    """The whole public model with random weights."""
+    """Return a whole model of the public sizes with random weights."""
     config = Config.from_params(public_params())
     model: VoxtralTTS = filled(lambda: VoxtralTTS(config), dtype, device)
     return model
 
 
 def public_layer(dtype: str, device: str) -> Backbone:
-    """The public backbone with one layer, a small vocabulary and random weights."""
+    """Return a backbone of the public sizes with one layer, a vocabulary of 64 and random weights."""
     config = Config.from_params(public_params() | {"n_layers": 1, "vocab_size": 64})
     backbone: Backbone = filled(lambda: Backbone(config.backbone, config.audio), dtype, device)
     return backbone
 
 
 def filled(make: Callable[[], nn.Module], dtype: str, device: str) -> Any:
-    """A module of random weights under which activations keep their size."""
+    """Return the module of `make` with random weights, under which activations keep their magnitude."""
     with torch.device("meta"):
         module = make()
     generator = torch.Generator().manual_seed(0)
@@ -154,12 +166,12 @@ def filled(make: Callable[[], nn.Module], dtype: str, device: str) -> Any:
 
 
 def numbers(*shape: int, seed: int = 1) -> Tensor:
-    """Normal ones, the same every time."""
+    """Return fp32 normal numbers of this shape, the same at every call with one seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def head_args(head: FlowHead, B: int) -> dict[str, Tensor]:
-    """Hidden states of RMS 1, the usual guidance, and noise."""
+    """Return a flow head's arguments for `B` requests: hidden states of RMS 1, guidance of 1.2, and noise."""
     weight = head.semantic_codebook_output.weight
     return {
         "h": numbers(B, head.config.input_dim).to(weight),
@@ -171,7 +183,14 @@ def head_args(head: FlowHead, B: int) -> dict[str, Tensor]:
 def head_trial(
     point: BenchPoint, make: Callable[[str, str], FlowHead], B: int, params: Callable[[], dict[str, Any]]
 ) -> Trial:
-    """A frame of codes from hidden states; `params` gives those that the public server builds the same head from."""
+    """Return a trial of a flow head, which turns hidden states into a frame of codes.
+
+    Args:
+        point: subject, shape, dtype and device of the trial.
+        make: makes the head in a dtype on a device.
+        B: requests.
+        params: gives the ``params.json`` from which the public server builds the same head.
+    """
     head = make(point.dtype, point.device)
     peers = {} if "vllm-omni" in missing(point.device) else {"vllm-omni": LazyCall(lambda: server_head(head, params()))}
 
@@ -180,18 +199,19 @@ def head_trial(
 
     ours = partial(use_kernels, run, head, B)
     trial = trial_of(point, head, run, head_args(head, B), by_codes, ours, peers, f"euler:{STEPS}")
-    # it keeps the flow's state in bf16: three codes of a frame's 36 are off on the demo voice, other weights' by levels
+    # vLLM-Omni keeps the flow's state in bf16: of the demo voice's 36 codes a frame three differ, with other weights
+    # some differ by several levels
     return replace(trial, of_peers={"vllm-omni": partial(by_codes, slack=0.1)})
 
 
 def server_head(head: FlowHead, params: dict[str, Any]) -> Callable[..., Tensor]:
-    """vLLM-Omni's own module on the same weights; it draws its noise, and is handed ours."""
+    """Return the call of vLLM-Omni's own module on the same weights. Its draw of noise is replaced by our noise."""
     server = import_module("vllm_omni.model_executor.models.voxtral_tts.voxtral_tts_audio_generation")
     args = copy.deepcopy(params["multimodal"]["audio_model_args"])
     args["acoustic_transformer_args"]["n_decoding_steps"] = STEPS
     theirs = server.FlowMatchingAudioTransformer(args).eval()
     theirs.load_state_dict(head.state_dict(), assign=True, strict=False)
-    theirs.to(head.semantic_codebook_output.weight.device)  # its table of times
+    theirs.to(head.semantic_codebook_output.weight.device)  # for its table of times: the weights are there already
 
     def run(h: Tensor, cfg_alpha: Tensor, noise: Tensor) -> Tensor:
         with mock.patch.object(torch, "randn", return_value=noise.to(h.dtype)):
@@ -201,7 +221,11 @@ def server_head(head: FlowHead, params: dict[str, Any]) -> Callable[..., Tensor]
 
 
 def cache_args(backbone: Backbone, B: int) -> dict[str, Tensor]:
-    """A cache of as many tokens a request, the last of which the step appends."""
+    """Return a KV cache of :data:`CONTEXT` tokens for each request; a step writes the last one of them.
+
+    Its entries are `kv` [layers, pages, 2, n_kv_heads, PAGE, head_dim], `block_table` int32 [B, pages of a request] and
+    `lengths` int32 [B].
+    """
     config, weight = backbone.backbone_config, backbone.norm.weight
     pages = -(-CONTEXT // PAGE)
     return {
@@ -212,26 +236,28 @@ def cache_args(backbone: Backbone, B: int) -> dict[str, Tensor]:
 
 
 def step(backbone: Backbone, u: Tensor, kv: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
-    """One token a request through all layers."""
+    """Run one token of each request, u [B, dim], through all layers, and return the hidden states [B, dim]."""
     return backbone.hidden_states(u.unsqueeze(1), PagedCache(kv, block_table, lengths))[:, 0]
 
 
 def backbone_trial(point: BenchPoint, make: Callable[[str, str], Backbone], B: int) -> Trial:
-    """A token of every request."""
+    """Return a trial of a backbone's step: one token of each of `B` requests."""
     backbone = make(point.dtype, point.device)
     args = {"u": numbers(B, backbone.backbone_config.dim).to(backbone.norm.weight)} | cache_args(backbone, B)
     return trial_of(point, backbone, step, args, by_distance, partial(use_kernels, step, backbone, B))
 
 
 class CodecFrame:
-    """A frame of codes to sound: the first of a stream, again and again, so that every call gives the same."""
+    """Decodes a frame of codes of `B` requests to sound, as the first of a stream: every call gives the same result."""
 
     def __init__(self, B: int) -> None:
-        """For as many requests."""
         self.B, self.streams = B, dict[int, Any]()
 
     def __call__(self, codec: AudioTokenizer, codes: Tensor) -> Tensor:
-        """int64 [B, 37] without the offset -> [B, 1, 1920]. A stream is made once for each codec: it folds weights."""
+        """Decode codes, int64 [B, 37] without the offset, to samples [B, 1, 1920].
+
+        A stream is made once for each codec, because making it folds weights.
+        """
         if id(codec) not in self.streams:
             self.streams[id(codec)] = codec.stream(self.B)
         stream = self.streams[id(codec)]
@@ -240,17 +266,17 @@ class CodecFrame:
 
 
 def codec_trial(point: BenchPoint, B: int) -> Trial:
-    """The sound of a frame."""
+    """Return a trial of the demo voice's codec: a frame of codes of `B` requests to sound."""
     codec, sound = demo(point.dtype, point.device).audio_tokenizer, CodecFrame(B)
     codes = random_codes(B).to(point.device)
     return trial_of(point, codec, sound, {"codes": codes}, by_distance, partial(use_kernels, sound, codec, B))
 
 
 def frame_trial(point: BenchPoint, make: Callable[[str, str], VoxtralTTS], B: int) -> Trial:
-    """A whole frame: codes of the hidden states, the sound of codes, and the hidden states behind them.
+    """Return a trial of a whole frame of `B` requests: codes, their sound, and the next hidden states.
 
-    Sound and states are of codes that are given: where rounding flips one of the frame's own, they could not be held
-    against fp64's.
+    Sound and hidden states are computed from given codes. If rounding flipped one of the frame's own codes, they could
+    not be compared with fp64's.
     """
     model, sound = make(point.dtype, point.device), CodecFrame(B)
     args = head_args(model.acoustic_transformer, B) | cache_args(model, B)
@@ -268,17 +294,25 @@ def frame_trial(point: BenchPoint, make: Callable[[str, str], VoxtralTTS], B: in
 
 
 def random_codes(B: int) -> Tensor:
-    """Without the offset, of the acoustic codebooks' size: int64 [B, 37]."""
+    """Return random codes in 0..20 without the offset, int64 [B, 37]."""
     return torch.randint(21, (B, 37), generator=torch.Generator().manual_seed(3))
 
 
-# Mistral Small 4's layer: 4 of 128 experts of 2048 and a shared one, 4096 wide. An eighth of the experts fits a desktop
-# GPU; a processor's is a quarter as wide besides.
+# (dim, hidden_dim, experts). Mistral Small 4's layer is 4096 wide and uses 4 of 128 experts of 2048 and a shared one.
+# Here it has 16 experts, which fit a desktop GPU; on a CPU it is also a quarter as wide.
 SMALL_4, SMALL_4_CPU = (4096, 2048, 16), (1024, 512, 16)
 
 
 def moe_trial(point: BenchPoint, sizes: tuple[int, int, int], B: int) -> Trial:
-    """A mixture of experts with its norm and residual; of transformers' block, with ours around it."""
+    """Return a trial of a mixture of experts with its norm and residual.
+
+    transformers' block has neither; it is called with our norm before it and our residual after it.
+
+    Args:
+        point: subject, shape, dtype and device of the trial.
+        sizes: dim, hidden_dim of an expert, number of experts.
+        B: rows.
+    """
     dim, hidden, n_experts = sizes
     moe = MoEConfig(n_experts, 4, hidden, 1)
     layer = filled(lambda: MoEBlock(dim, moe, 2, 1, 8, 1e-5), point.dtype, point.device)
@@ -293,7 +327,10 @@ def moe_trial(point: BenchPoint, sizes: tuple[int, int, int], B: int) -> Trial:
 
 
 def fused_moe(layer: Any, B: int) -> Callable[..., Tensor]:
-    """The layer on kernels, which are not put in place by accelerate() but by the fused backbone."""
+    """Return the call of the layer on kernels.
+
+    :class:`FusedMoE` is used directly: ``accelerate()`` installs it only inside a fused backbone.
+    """
     from voxkern.fused.moe import FusedMoE
 
     fused = FusedMoE(layer, B)
@@ -306,7 +343,10 @@ def fused_moe(layer: Any, B: int) -> Callable[..., Tensor]:
 
 
 def transformers_block(layer: Any, moe: MoEConfig, dim: int) -> Callable[..., Tensor]:
-    """Hugging Face's Mistral 4 mixture on the same weights, laid as it wants them, with our norm before it."""
+    """Return the call of Hugging Face's Mistral 4 mixture, with our norm before it and our residual after it.
+
+    The weights are the layer's, in the layout of Hugging Face's module.
+    """
     models = import_module("transformers.models.mistral4.modeling_mistral4")
     weight = layer.gate.weight
     config = models.Mistral4Config(
@@ -330,7 +370,10 @@ def transformers_block(layer: Any, moe: MoEConfig, dim: int) -> Callable[..., Te
 
 
 def modules(device: str) -> list[ModuleBench]:
-    """All of them; on a CPU some are smaller."""
+    """Return all modules to time on `device`. On a CPU the mixture of experts is smaller.
+
+    Whole frames of the public model are included on a GPU of more than 60 GB.
+    """
     small_4 = SMALL_4 if device.startswith("cuda") else SMALL_4_CPU
     mixture, found = "x".join(map(str, small_4)), list[ModuleBench]()
     for B in (1, 8):
@@ -342,7 +385,7 @@ def modules(device: str) -> list[ModuleBench]:
             ModuleBench("moe_block", f"{mixture}-b{B}", partial(moe_trial, sizes=small_4, B=B), ("bf16",)),
         ]
     if device.startswith("cuda") and torch.cuda.get_device_properties(device).total_memory > PUBLIC_MODEL_BYTES:
-        found += [  # named as bench/roofline.py wants what it lays over its predictions
+        found += [  # bench/roofline.py finds measured frames by these names, and compares them with its predictions
             ModuleBench("frame", f"frame-b{B}", partial(frame_trial, make=public_model, B=B), ("bf16",), large=True)
             for B in (1, 8, 32)
         ]
@@ -357,5 +400,5 @@ def modules(device: str) -> list[ModuleBench]:
 
 
 def demo_params() -> dict[str, Any]:
-    """The demo voice's ``params.json``."""
+    """Return the demo voice's ``params.json``."""
     return read_params(DEMO)

@@ -1,6 +1,7 @@
-"""The experts' kernels at the shapes of Mistral Small 4: 4096 wide, experts of 2048, 4 of 128 and a shared one a token.
+"""Registry entries of the experts' kernels, at the shapes of Mistral Small 4.
 
-The public cases have no more experts than their tokens can hit, all of which are hit: bytes a second then tell.
+That model is 4096 wide; its experts have 2048 hidden columns, and a token uses 4 of 128 experts and a shared one. The
+public cases have only as many experts as their tokens use, so that the bytes of a launch are known.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from voxkern.reference.layers import rms_norm, upcast
 
 
 def _routing(s: Any, make: TensorMaker) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, pairs and tiles of random tokens; of their shapes only on the meta device."""
+    """Return weights, pairs and tiles of random tokens; on the meta device they have shapes only."""
     s.tile_rows = choose_tile_rows(s.E, s.top_k, make.dtype, s.max_rows, "decode" if s.decode else "prefill")
     for name, value in PLAIN.items():
         setattr(s, name, value)
@@ -28,7 +29,7 @@ def _routing(s: Any, make: TensorMaker) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rows(pairs: Tensor, tiles: Tensor) -> list[tuple[int, Tensor]]:
-    """(expert, its pairs) of every tile."""
+    """Return (expert, pairs) of every tile in use."""
     return [(expert, pairs[first:end].long()) for expert, first, end in tiles.tolist() if expert >= 0]
 
 
@@ -42,7 +43,7 @@ def moe_experts_up_reference(
     eps: float,
     tile_rows: int,
 ) -> Tensor:
-    """A gather and a feed-forward a tile, each part rounded."""
+    """Compute the gated half of each expert's feed-forward tile by tile, rounding after each operation."""
     n, P = rms_norm(x, norm, eps), len(pairs) // len(x)
     y = x.new_zeros(len(pairs), len(w1[0]))
     for expert, rows in _rows(pairs, tiles):
@@ -51,7 +52,7 @@ def moe_experts_up_reference(
 
 
 def moe_experts_up_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Experts as trained ones are, with outputs of RMS 1 before the gate."""
+    """Return arguments with weights like those of trained experts: their products have RMS 1."""
     _, pairs, tiles = _routing(s, make)
     n = s.E + s.n_shared
     return {
@@ -69,7 +70,7 @@ def moe_experts_up_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def moe_experts_down_reference(
     x: Tensor, w2: list[Tensor], weights: Tensor, pairs: Tensor, tiles: Tensor, tile_rows: int
 ) -> Tensor:
-    """A product a tile, rounded, and its weight."""
+    """Compute each expert's down projection tile by tile, round it, and multiply by the routing weights in fp32."""
     y = torch.zeros(len(x), len(w2[0]), dtype=weights.dtype, device=x.device)
     for expert, rows in _rows(pairs, tiles):
         y[rows] = upcast(F.linear(x[rows], w2[expert])) * weights.flatten()[rows, None]
@@ -77,7 +78,10 @@ def moe_experts_down_reference(
 
 
 def moe_experts_down_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """As above; rows of the shared experts' weights lie apart, as several stand side by side in one tensor."""
+    """Return arguments with weights like those of trained experts.
+
+    The shared experts are slices of one tensor, as in a checkpoint, so the rows of their weights are not contiguous.
+    """
     weights, pairs, tiles = _routing(s, make)
     w2 = [make(s.N, s.K, std=s.K**-0.5) for _ in range(s.E)]
     shared = make(s.N, max(s.n_shared, 1) * s.K, std=s.K**-0.5)
@@ -92,7 +96,7 @@ def moe_experts_down_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def moe_combine_reference(stream: Tensor, parts: Tensor) -> None:
-    """One after the other, wide, and rounded once."""
+    """Add the parts one after the other in fp32, or fp64 for fp64 parts, then the stream, and round once."""
     y = torch.zeros_like(parts[: len(stream)])
     for part in parts.view(len(stream), -1, stream.shape[1]).unbind(1):
         y = y + part
@@ -100,7 +104,7 @@ def moe_combine_reference(stream: Tensor, parts: Tensor) -> None:
 
 
 def moe_combine_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Parts as moe_experts_down leaves them."""
+    """Return a random stream and random parts, fp32 like those of ``moe_experts_down``."""
     return {"stream": make(s.M, s.N), "parts": make(s.M * s.P, s.N).float()}
 
 
@@ -115,7 +119,7 @@ PREFILL = {
     "n_shared": 1,
     "max_rows": 64,
     "decode": 0,
-}  # tiles of 64 rows, as 1024 of 128 have
+}  # 64 rows per tile, as for 1024 tokens and 128 experts
 UP, DOWN = {"N": 2048, "K": 4096}, {"N": 4096, "K": 2048}
 
 ENTRIES = [
@@ -131,7 +135,7 @@ ENTRIES = [
             Case("small-4-prefill-b1", PREFILL | UP, public=True, dtypes=("bf16",)),
         ),
         stage=lambda c: 2 * c["BLOCK_N"] * c["BLOCK_K"],
-        read_once=(),  # which are hit is in the data: tests/test_moe_experts.py
+        read_once=(),  # the data decides which experts are read: tests/test_moe_experts.py counts them
         regular_grid=False,
     ),
     Entry(

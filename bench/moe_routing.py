@@ -1,4 +1,4 @@
-"""Routing at the shapes of Mistral Small 4: 128 experts, 4 of them and a shared one a token."""
+"""Registry entry of expert routing, at the shapes of Mistral Small 4: 4 of 128 experts and a shared one per token."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def moe_route_reference(
     tile_rows: int,
     max_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The reference's routing, then a stable sort; of tiles that are not needed, all is -1."""
+    """Route with the reference model's function, and sort the pairs by expert; unused tiles are -1 throughout."""
     M, E = logits.shape
     ids, weights = plain_route(logits, Routing(top_k, scoring, n_groups, n_groups_per_tok, renormalise, scale), bias)
     shared = torch.arange(E, E + n_shared, device=ids.device).expand(M, n_shared)
@@ -40,7 +40,11 @@ def moe_route_reference(
 
 
 def moe_route_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Logits of RMS 2; `s.bias`, `s.sigmoid` and `s.plain` (not renormalised) say whether."""
+    """Return arguments with logits of RMS 2.
+
+    `s.bias` adds a bias, `s.sigmoid` selects sigmoid scores, and `s.plain` leaves the weights without renormalisation
+    and scales them by 2.5.
+    """
     return {
         "logits": make(s.M, s.E, std=2.0).float(),
         "bias": make(s.E, std=0.1).float() if s.bias else None,

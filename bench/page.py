@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else."""
+"""The report as one HTML file, with its style and pictures inside."""
 
 import base64
 import html as escape
@@ -42,7 +42,14 @@ SECTIONS = (
 
 
 def html(tables: Mapping[str, ReportTable], pictures: Mapping[str, bytes], figures: Figures, triton: str) -> str:
-    """The page."""
+    """Return the page as HTML.
+
+    Args:
+        tables: the report's tables by name; missing ones are left out.
+        pictures: PNG files by the names in :data:`SECTIONS`.
+        figures: all rows, for the devices and the list of sources.
+        triton: version of Triton that made the ledger.
+    """
     gpus = [row.device for row in figures.on_each_device(how="measured") if not on_cpu(row)]
     parts = [INTRODUCTION, RUN.format(escape.escape(", ".join(dict.fromkeys(gpus)))) if gpus else NOT_RUN]
     for title, names, picture in SECTIONS:
@@ -73,7 +80,7 @@ def _table(table: ReportTable) -> str:
 
 
 def _places(figures: Figures, triton: str) -> str:
-    """Where the figures come from."""
+    """Return the last section: benchmark, device, versions, commit and date of the figures."""
     rows = (*figures.all(), *figures.on_each_device(bench="micro"))
     found = dict.fromkeys((row.bench, row.device, row.versions, row.commit, row.date[:10]) for row in rows if row.date)
     lines = "".join("<tr>" + "".join(f"<td>{escape.escape(cell)}</td>" for cell in line) + "</tr>" for line in found)

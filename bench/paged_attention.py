@@ -1,4 +1,4 @@
-"""Attention over the paged cache at the shapes of the public model's backbone."""
+"""Registry entries of the attention over the paged KV cache, at the shapes of the public model's backbone."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from voxkern.reference import attention as reference
 
 
 def poisoned(kv_cache: Tensor, block_table: Tensor, lengths: list[int]) -> Tensor:
-    """`kv_cache` with NaN in every slot that no request's token lies in."""
+    """Return `kv_cache` with NaN wherever no token of a request is stored."""
     if kv_cache.device.type == "meta":
         return kv_cache
     PAGE, kept = kv_cache.shape[3], torch.full_like(kv_cache, torch.nan)
@@ -26,13 +26,13 @@ def poisoned(kv_cache: Tensor, block_table: Tensor, lengths: list[int]) -> Tenso
 def paged_attention_reference(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int, max_seq_len: int
 ) -> Tensor:
-    """One request after the other."""
+    """Compute paged attention of one new token per request with the reference model's function."""
     heads = q.unflatten(1, (1, -1, kv_cache.shape[4]))  # [B, 1, H, D]
     return reference.paged_attention(heads, kv_cache, block_table, lengths, window).flatten(1)
 
 
 def paged_attention_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Scores with a deviation of 1; requests of falling lengths, the third one empty."""
+    """Return arguments with scores of standard deviation 1 and falling lengths; the third request is empty."""
     wanted = lengths_of(s, s.B)
     lengths, table = pages_of(wanted, s.PAGE, make.device)
     pages = 2 * sum(-(-length // s.PAGE) for length in wanted) + 1
@@ -50,7 +50,7 @@ def prefill_attention_reference(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, lengths: Tensor, window: int, max_new: int,
     n_heads: int,
 ) -> Tensor:  # fmt: skip
-    """One request after the other; rows that are no request's are zero."""
+    """Compute attention request by request with the reference model's function; rows without a request are zero."""
     D, out = kv_cache.shape[4], q.new_zeros(len(q), n_heads * kv_cache.shape[4])
     for b, (start, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
         if end > start:
@@ -61,7 +61,7 @@ def prefill_attention_reference(
 
 
 def prefill_attention_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """R rows dealt to three requests, the first of which has `s.past` tokens already; q | k | v side by side."""
+    """Return arguments with R rows q | k | v of three requests; the first request also has `s.past` older tokens."""
     new = [s.R - s.R // 3 - s.R // 2, s.R // 3, s.R // 2]
     lengths = [n + (s.past if i == 0 else 0) for i, n in enumerate(new)]
     on_device, table = pages_of(lengths, s.PAGE, make.device)

@@ -1,11 +1,11 @@
-"""The pictures of the report and of the README, from the committed rows and the ledger."""
+"""The pictures of the report and of the README, drawn from the committed rows and the ledger."""
 
 import io
 from collections.abc import Sequence
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # no screen is asked for
+mpl.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ NAMES = {"euler": "Euler, even times", "ab2": "ab2, warped times"}
 
 
 def frame_times(figures: Figures) -> Figure:
-    """Predicted milliseconds of a frame by part, on each GPU, over the floor; measured ones where there are any."""
+    """Draw the predicted milliseconds of a frame by part on each GPU, with its floor, and measured times if any."""
     gpus, stars = figures.values("subject", bench="roofline", metric="floor"), compare_with_measured(figures.rows)
     plot, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axis, shape in zip(axes, ("frame-b1", "frame-b32"), strict=True):
@@ -48,14 +48,14 @@ def frame_times(figures: Figures) -> Figure:
 
 
 def error_by_steps(figures: Figures) -> Figure:
-    """Distance from a fine solution, and words recognised, against evaluations."""
+    """Draw the distance from a fine solution and the words recognised against the number of evaluations."""
     plot, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     metrics = ("RMSE from 256 steps", "codes that differ", "words recognised")
     labels = ("RMSE of x", "% of codes that differ", "% of words recognised right")
     for axis, metric, label in zip(axes, metrics, labels, strict=True):
         axis.set_title(label, fontsize=10)
         wanted = {"bench": "distortion", "metric": metric, "subject": "demo voice"}
-        last = figures.one(**wanted)  # older runs may have heard other texts, and other solvers
+        last = figures.one(**wanted)  # only the last run's shape: older runs may have other texts and solvers
         rows = figures.by("steps", **wanted, shape=last.shape) if last else []
         for solver, colour in COLOURS.items():
             points = {int(row.steps.partition(":")[2]): row.value for row in rows if row.steps.startswith(solver)}
@@ -67,7 +67,7 @@ def error_by_steps(figures: Figures) -> Figure:
         axis.set_xlabel("evaluations of the velocity")
         axis.set_xticks((2, 4, 7, 10, 16))
         axis.grid(alpha=0.3)
-        if axis is axes[0] and len(x):  # there may be no rows yet
+        if axis is axes[0] and len(x):  # x is empty before the first run, and a logarithmic axis needs a point
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
@@ -78,7 +78,7 @@ def error_by_steps(figures: Figures) -> Figure:
 
 
 def resources(ledger: Sequence[LedgerRow]) -> Figure:
-    """Registers and shared memory of every compiled launch, by architecture."""
+    """Draw the registers and the shared memory of every compiled launch, by architecture."""
     archs = list(dict.fromkeys(row.arch for row in ledger))
     plot, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     jitter = np.random.default_rng(0)
@@ -100,7 +100,7 @@ def resources(ledger: Sequence[LedgerRow]) -> Figure:
 
 
 def claim(figures: Figures) -> Figure:
-    """Weights, launches and measured time of a depth transformer and of the flow head."""
+    """Draw the weights, launches and measured time of a depth transformer and of the flow head."""
     rows = figures.by("subject", "steps", bench="depth", metric="launches")
     names = [f"{row.subject}\n{row.steps.replace(':', ' ')}" for row in rows]
     shapes = figures.values("shape", bench="depth", metric="time")[-1:]
@@ -125,7 +125,7 @@ def claim(figures: Figures) -> Figure:
 
 
 def spoken(samples: np.ndarray, rate: int, text: str) -> Figure:
-    """The waveform and the spectrogram of a sound."""
+    """Draw the waveform and the spectrogram of a sound, fp32 [n] at `rate` Hz, under the title `text`."""
     plot, (wave, spectrum) = plt.subplots(
         2, 1, figsize=(11, 3.6), layout="constrained", sharex=True, height_ratios=(1, 2)
     )
@@ -140,7 +140,7 @@ def spoken(samples: np.ndarray, rate: int, text: str) -> Figure:
 
 
 def png(plot: Figure) -> bytes:
-    """A picture's file."""
+    """Return a picture as a PNG file's bytes, and close the picture."""
     file = io.BytesIO()
     plot.savefig(file, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(plot)

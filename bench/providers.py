@@ -1,7 +1,8 @@
-"""Who computes an operator: voxkern's kernels, plain PyTorch, torch.compile, and public peers where importable.
+"""The providers to time: voxkern's kernels, plain PyTorch, torch.compile, and installed public implementations.
 
-A :class:`Trial` is one thing to time, at one shape in one dtype, with all its providers. Each one's results are held
-against fp64 before it is timed; a wrong one is told, and never timed. Those that need a GPU have not been run on one.
+A :class:`Trial` is one operator or module, at one shape in one dtype, with the calls of all its providers. A provider's
+results are compared with fp64 before it is timed. A wrong provider is reported and not timed. The providers that need a
+GPU have not been run on one.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from bench.accuracy import CEILINGS, judge
 from bench.registry import DTYPES, Case, Entry, TensorMaker, each_tensor, listed, to_dtype
 from bench.traffic import fewest_bytes
 
-# provider -> the packages that it needs, and whether it needs a GPU
+# provider -> (packages that it needs, whether it needs a GPU)
 PROVIDERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "voxkern": (("triton",), True),
     "torch": ((), False),
@@ -32,7 +33,7 @@ Check = Callable[[Results, Results, Results], str]
 
 
 def missing(device: str) -> dict[str, str]:
-    """Providers that cannot run on `device` here, and what they lack."""
+    """Return provider -> what it lacks, of the providers that cannot run on `device` here."""
     found = {}
     for name, (packages, gpu) in PROVIDERS.items():
         lacks = [f"no {package}" for package in packages if importlib.util.find_spec(package) is None]
@@ -43,10 +44,9 @@ def missing(device: str) -> dict[str, str]:
 
 
 class LazyCall:
-    """A provider's call that is made when it is first called, so that what goes wrong in making it is its own fault."""
+    """A provider's call, built by `make` at its first use, so that an error in building it is the provider's fault."""
 
     def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
-        """`make` gives the call."""
         self._make = make
 
     @cached_property
@@ -54,28 +54,28 @@ class LazyCall:
         return self._make()
 
     def __call__(self, **args: Any) -> Any:
-        """Call it."""
+        """Run the provider's call, which is built first if it does not exist yet."""
         return self._call(**args)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One thing to time.
+    """An operator or module to time, at one shape in one dtype, with the calls of its providers.
 
     Attributes:
-        subject: the operator, or the module.
+        subject: name of the operator or module.
         shape: name of the case.
         dtype: bf16, fp16 or fp32.
-        args: by name; those that are written to are written to in place.
-        variants: what each provider runs on them.
-        reference: plain PyTorch, whether it is timed or not.
-        exact: makes the fp64 results.
-        complaint: (results, plain torch's, exact ones) -> what is wrong with them, or nothing.
-        of_peers: the same of providers that compute more coarsely, by name.
-        nbytes: the fewest that a call moves; 0 where nobody counted.
-        mutates: arguments that are results as well.
-        rotates: whether copies of `args` are copies of all that is read, weights too.
-        steps: evaluations of the velocity with their solver.
+        args: the arguments by name. A call may write to them in place.
+        variants: provider -> its call, which takes `args` as keywords.
+        reference: plain PyTorch's call, whether it is timed or not.
+        exact: computes the fp64 results.
+        complaint: (results, plain PyTorch's results, fp64 results) -> a message if the results are wrong, else "".
+        nbytes: the fewest bytes that a call moves; 0 if they were not counted.
+        mutates: names of the arguments that a call writes to, which are results too.
+        rotates: whether `args` hold all that a call reads, weights included, so that copies of them use other memory.
+        steps: solver and evaluations of the velocity, such as ``euler:7``.
+        of_peers: provider -> its own `complaint`, for providers that compute more coarsely.
     """
 
     subject: str
@@ -94,52 +94,52 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Subject, shape, dtype and steps, for messages."""
         return " ".join(filter(None, (self.subject, self.shape, self.dtype, self.steps)))
 
     def only(self, providers: Sequence[str]) -> "Trial":
-        """The same with these providers, as far as it has them."""
+        """Return this trial with only those of its providers that are in `providers`."""
         return replace(self, variants={name: call for name, call in self.variants.items() if name in providers})
 
     def results(self, call: Callable[..., Any]) -> Results:
-        """What a call returns and what it writes to, from fresh copies of the arguments."""
+        """Return what a call returns and then what it writes to, on a new copy of the arguments."""
         return results_of(call, self.copies(1)[0], self.mutates)
 
     def copies(self, n: int) -> list[dict[str, Any]]:
-        """Of the arguments, `n` times."""
+        """Return `n` copies of the arguments."""
         return [each_tensor(Tensor.clone, self.args) for _ in range(n)]
 
     @property
     def held(self) -> int:
-        """Bytes of the arguments."""
+        """Bytes of all tensors among the arguments."""
         tensors = [arg for arg in (*self.args.values(), *listed(self.args)) if isinstance(arg, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @cached_property
     def truth(self) -> tuple[Results, Results]:
-        """What every provider is held against: plain PyTorch's results, and exact ones."""
+        """Plain PyTorch's results and the fp64 results, with which every provider's are compared."""
         return self.results(self.reference), self.exact()
 
     def fault(self, provider: str) -> str:
-        """What is wrong with a provider's results, or with getting any, or nothing."""
+        """Run a provider, and return a message if it raises or its results are wrong, else an empty string."""
         plain, exact = self.truth
         try:
             found = plain if provider == "torch" else self.results(self.variants[provider])
-        except Exception as error:  # a peer's own, whatever it is: the other providers are timed
+        except Exception as error:  # whatever a provider raises, the others must still be timed
             return f"{provider} fails at {self.name}: {type(error).__name__}: {error}"
         what = self.of_peers.get(provider, self.complaint)(found, plain, exact)
         return f"{provider} is wrong at {self.name}: {what}" if what else ""
 
 
 def results_of(call: Callable[..., Any], args: Mapping[str, Any], mutates: Sequence[str] = ()) -> Results:
-    """What a call returns, in order, then what it writes to."""
+    """Call `call` with `args`, and return the tensors that it returns, then the arguments that it writes to."""
     returned = call(**args)
     returned = [returned] if isinstance(returned, Tensor) else list(returned or ())
     return [*returned, *(args[name] for name in mutates)]
 
 
 def operator_trial(entry: Entry, case: Case, dtype: str, device: str) -> Trial:
-    """An operator at one of its shapes."""
+    """Return the trial of an operator at one of its shapes."""
     args = entry.args(case, TensorMaker(DTYPES[dtype], device))
     variants = {"torch": entry.reference, "torch.compile": torch.compile(entry.reference, dynamic=False)}
     if device.startswith("cuda"):
@@ -155,10 +155,13 @@ def operator_trial(entry: Entry, case: Case, dtype: str, device: str) -> Trial:
 
 
 def by_verdict(ceiling: float, found: Results, plain: Results, exact: Results) -> str:
-    """The rule that kernels are held to (``bench/accuracy.py``); integers must be plain PyTorch's.
+    """Check results by the accuracy rule of kernels (``bench/accuracy.py``). Integers must equal plain PyTorch's.
 
-    The ceiling of the RMS ratio is that of the arguments' dtype: kernels hand some results on in fp32 that they have
-    not rounded, which is tested, and plain PyTorch has rounded them.
+    The ceiling of the RMS ratio is that of the arguments' dtype. Kernels return some results unrounded in fp32, where
+    plain PyTorch has rounded them; the tests hold kernels to the fp32 ceiling there.
+
+    Returns:
+        A message if a result is wrong, else an empty string.
     """
     for i, (out, same_dtype, truth) in enumerate(zip(found, plain, exact, strict=True)):
         if not out.dtype.is_floating_point:
@@ -172,7 +175,10 @@ def by_verdict(ceiling: float, found: Results, plain: Results, exact: Results) -
 
 
 def by_distance(found: Results, plain: Results, exact: Results) -> str:
-    """For whole modules: an RMS error of twice plain PyTorch's at most, and that under 5 % of the truth's RMS."""
+    """Check the results of a whole module, and return a message if one is wrong, else an empty string.
+
+    The RMS error may be at most twice plain PyTorch's, which must be below 5 % of the truth's RMS.
+    """
     for i, (out, same_dtype, truth) in enumerate(zip(found, plain, exact, strict=True)):
         rms = _rms(truth)
         ours, torchs = (_rms(one.double() - truth) / max(rms, 1e-30) for one in (out, same_dtype))
@@ -182,9 +188,10 @@ def by_distance(found: Results, plain: Results, exact: Results) -> str:
 
 
 def by_codes(found: Results, plain: Results, exact: Results, slack: float = 0.02) -> str:
-    """For frames: codes are off by twice as many levels as plain PyTorch's at most, and `slack` in the mean.
+    """Check codes [B, 37], and return a message if they are wrong, else an empty string.
 
-    Semantic codes are fp64's or plain PyTorch's.
+    The mean distance of acoustic codes from fp64's, in levels, may be at most twice plain PyTorch's + `slack`. Plain
+    PyTorch's must be below 0.5. A semantic code must be fp64's or plain PyTorch's.
     """
     (codes, *_), (same_dtype, *_), (truth, *_) = found, plain, exact
     semantic = (codes[:, 0] == truth[:, 0]) | (codes[:, 0] == same_dtype[:, 0])
@@ -199,7 +206,7 @@ def by_codes(found: Results, plain: Results, exact: Results, slack: float = 0.02
 
 
 def by_frame(found: Results, plain: Results, exact: Results) -> str:
-    """For whole frames: codes as :func:`by_codes`, and what follows from given codes as :func:`by_distance`."""
+    """Check a whole frame: its codes by :func:`by_codes`, and the results of given codes by :func:`by_distance`."""
     codes = by_codes(found[:1], plain[:1], exact[:1])
     return codes or by_distance(found[1:], plain[1:], exact[1:])
 
@@ -209,7 +216,10 @@ def _rms(x: Tensor) -> float:
 
 
 def flashinfer_attention(args: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """FlashInfer's paged decode on the same cache, whose layout is the one that it calls HND; planned outside."""
+    """Return the call of FlashInfer's paged decode on the same cache, in the layout that FlashInfer calls HND.
+
+    The plan is made here, so that it is not timed.
+    """
     flashinfer = importlib.import_module("flashinfer")
     q, kv_cache, block_table, lengths = (args[name] for name in ("q", "kv_cache", "block_table", "lengths"))
     HKV, PAGE, D = kv_cache.shape[2:]

@@ -1,4 +1,4 @@
-"""Queries, keys and values at the shapes of the public model's backbone and flow head."""
+"""Registry entries of the projections to queries, keys and values, at the public model's shapes."""
 
 from typing import Any
 
@@ -14,14 +14,17 @@ from voxkern.reference.layers import rms_norm, upcast
 
 
 def rope_of(positions: int, D: int, device: str) -> Tensor:
-    """A kernel's table of rotations, fp32 [positions, 2, D / 2]."""
+    """Return the kernels' table of RoPE's cosines and sines, fp32 [positions, 2, D / 2]."""
     if device == "meta":
         return torch.empty(positions, 2, D // 2, device="meta")
     return torch.stack(rope_table(torch.arange(positions), D, 1e4), dim=1).float()
 
 
 def pages_of(lengths: list[int], PAGE: int, device: str) -> tuple[Tensor, Tensor]:
-    """int32 lengths [B], and a block table [B, max_pages] of shuffled pages with gaps between; unused entries are 0."""
+    """Return int32 `lengths` [B] and an int32 block table [B, max_pages].
+
+    The table uses half of the pages, in random order; its unused entries are 0.
+    """
     counts = [-(-length // PAGE) for length in lengths]
     order = torch.randperm(2 * sum(counts) + 1, generator=torch.Generator().manual_seed(7)).int().tolist()
     table = torch.zeros(len(lengths), max(*counts, 1), dtype=torch.int32)
@@ -31,12 +34,12 @@ def pages_of(lengths: list[int], PAGE: int, device: str) -> tuple[Tensor, Tensor
 
 
 def lengths_of(s: Any, B: int) -> list[int]:
-    """From `s.length` down, one of them 0: a padded row."""
+    """Return B lengths that fall from `s.length` in steps of 17, but not below 1, with 0 (no request) at index 2."""
     return [0 if i == 2 else max(s.length - 17 * i, 1) for i in range(B)]
 
 
 def cache_of(s: Any, B: int, make: TensorMaker) -> dict[str, Any]:
-    """A kv_cache whose slots are all random, and whose pages are B requests'."""
+    """Return a random kv_cache, with the block table and the lengths of B requests."""
     lengths, table = pages_of(lengths_of(s, B), s.PAGE, make.device)
     pages = 2 * sum(-(-length // s.PAGE) for length in lengths_of(s, B)) + 1
     return {"kv_cache": make(pages, 2, s.HKV, s.PAGE, s.D), "block_table": table, "lengths": lengths}
@@ -46,7 +49,7 @@ def norm_qkv_reference(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float, q_rows: int, max_rows: int,
     phase: str = "decode",
 ) -> Tensor:  # fmt: skip
-    """One norm, three products, side by side."""
+    """Compute RMSNorm and three products, and concatenate them; queries from row `q_rows` on are 0."""
     n = rms_norm(x, norm, eps)
     q = F.linear(n, wq)
     is_query_row = torch.arange(len(x), device=x.device).unsqueeze(1) < q_rows
@@ -54,7 +57,7 @@ def norm_qkv_reference(
 
 
 def norm_qkv_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """As above; `s.query_thirds` is the part of the rows that ask, in thirds."""
+    """Return arguments like those of a trained layer; `s.query_thirds` thirds of the rows have queries."""
     return {
         "x": make(s.M, s.K),
         "norm": make(s.K, mean=1.0, std=0.1),
@@ -72,7 +75,7 @@ def norm_qkv_append_reference(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, rope: Tensor, block_table: Tensor, lengths: Tensor,
     q: Tensor, kv_cache: Tensor, eps: float, max_rows: int,
 ) -> None:  # fmt: skip
-    """As the reference's layer does it: each part rounded."""
+    """Compute what the reference's layer does before attention, in place, rounding after each operation."""
     n, D = rms_norm(x, norm, eps), kv_cache.shape[4]
     live = lengths > 0
     cos, sin = upcast(
@@ -84,7 +87,7 @@ def norm_qkv_append_reference(
 
 
 def norm_qkv_append_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Weights as a trained layer has them, and a cache."""
+    """Return arguments with weights like those of a trained layer, and a random cache."""
     inputs = {
         "x": make(s.M, s.K),
         "norm": make(s.K, mean=1.0, std=0.1),
@@ -102,7 +105,7 @@ def norm_qkv_append_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def rope_append_reference(
     rope: Tensor, request_ids: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, kv_cache: Tensor
 ) -> None:
-    """Row by row."""
+    """Rotate queries and append keys and values to the cache, row by row, in place."""
     _, _, HKV, PAGE, D = kv_cache.shape
     heads = qkv.unflatten(1, (-1, D))
     for i, (request, position) in enumerate(zip(request_ids.tolist(), positions.tolist(), strict=True)):
@@ -116,7 +119,7 @@ def rope_append_reference(
 
 
 def rope_append_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """R rows that lie anywhere in three requests, one row that holds nothing among them."""
+    """Return arguments with R rows of three requests in turn; the row at index 2 has no request."""
     _, table = pages_of([s.length] * 3, s.PAGE, make.device)
     rows = torch.arange(s.R)
     positions = (rows // 3).where(rows != 2, -1).int()
@@ -132,7 +135,7 @@ def rope_append_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 QKV = {"N": 4096, "N_KV": 1024, "K": 3072}
 ODD_QKV = {"N": 75, "N_KV": 40, "K": 150}
-CODEC = {"N": 1024, "N_KV": 1024, "K": 1024}  # one frame is up to 8 rows; the fused codec prepares for 32
+CODEC = {"N": 1024, "N_KV": 1024, "K": 1024}  # one frame has up to 8 rows; the codec's max_rows is 32
 BACKBONE = {"N": 4096, "K": 3072, "HKV": 8, "D": 128, "PAGE": 64, "length": 400}
 HEADS = {"H": 32, "HKV": 8, "D": 128, "PAGE": 64}
 

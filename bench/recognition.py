@@ -1,4 +1,7 @@
-"""What a recogniser hears of a voice: ``python -m bench.recognition FOLDER``, beside flite's own sound."""
+"""Word recognition and speed of a voice: ``python -m bench.recognition FOLDER``.
+
+A speech recogniser transcribes the voice's sound, and that of flite, the synthesiser that made its training data.
+"""
 
 import argparse
 import functools
@@ -32,12 +35,19 @@ from voxkern.tts import DEMO
 MAX_FRAMES = 150
 COMMAND = "python -m bench.recognition"
 Request = tuple[str, str, int]  # text, voice, seed
-Say = Callable[[list[Request]], list[NDArray[np.float32]]]  # fp32 [n] each, at RATE
+Say = Callable[[list[Request]], list[NDArray[np.float32]]]  # requests -> the sound of each, fp32 [n] at RATE
 
 
 @dataclass
 class Score:
-    """How much of what was said was heard."""
+    """Counts of words and strings, and of those that were recognised right.
+
+    Attributes:
+        words: words in all texts.
+        words_right: words recognised right, see :func:`voxkern.reference.train.recogniser.words_right`.
+        strings: texts.
+        strings_right: texts recognised without an error.
+    """
 
     words: int = 0
     words_right: int = 0
@@ -45,20 +55,19 @@ class Score:
     strings_right: int = 0
 
     def add(self, said: list[str], heard: list[str]) -> None:
-        """Count one string."""
+        """Count one text: its words `said`, and the words `heard` by the recogniser."""
         self.words, self.words_right = self.words + len(said), self.words_right + words_right(said, heard)
         self.strings, self.strings_right = self.strings + 1, self.strings_right + (said == heard)
 
     @property
     def figures(self) -> dict[str, tuple[float, str]]:
-        """Counts, and shares of what was heard right, with their units."""
+        """Metric -> (value, unit): the counts, and the shares recognised right."""
         return {
             "words": (self.words, "words"), "words recognised": (100 * self.words_right / self.words, "%"),
             "strings": (self.strings, "strings"), "strings recognised": (100 * self.strings_right / self.strings, "%"),
         }  # fmt: skip
 
     def __str__(self) -> str:
-        """Shares of words and of strings."""
         return (
             f"words {self.words_right}/{self.words} = {self.words_right / self.words:.1%}, "
             f"strings {self.strings_right}/{self.strings} = {self.strings_right / self.strings:.1%}"
@@ -66,13 +75,13 @@ class Score:
 
 
 def digit_strings(n: int, seed: int = 20250101) -> list[str]:
-    """Random strings of 1 to 6 digits."""
+    """Return `n` random texts of 1 to 6 digits, spelled out."""
     generator = np.random.default_rng(seed)
     return [" ".join(generator.choice(DIGITS, generator.integers(1, 7))) for _ in range(n)]
 
 
 def sentences(n: int, seed: int = 20250102) -> list[str]:
-    """Of the wider vocabulary: greetings, days, months and numbers to ninety-nine, 2 to 7 words each."""
+    """Return `n` random texts of 2 to 7 words: greetings, days, months and numbers to ninety-nine."""
     generator = np.random.default_rng(seed)
 
     def one(words: tuple[str, ...]) -> str:
@@ -95,32 +104,39 @@ def sentences(n: int, seed: int = 20250102) -> list[str]:
 
 
 def listen(say: Say, texts: list[str], seeds: list[int], recogniser: Recogniser, show: int = 0) -> Score:
-    """Every text in every voice with every seed; the first `show` misheard ones are printed."""
+    """Recognise every text in every voice with every seed, and return the score.
+
+    Args:
+        say: makes the sound of requests.
+        texts: words with spaces between.
+        seeds: of each text in each voice.
+        recogniser: transcribes the sounds.
+        show: print this many texts that were not recognised right.
+    """
     score = Score()
     requests = [(text, voice, seed) for text in texts for voice in VOICES for seed in seeds]
     for (text, voice, _), sound in zip(requests, say(requests), strict=True):
         said, heard = text.split(), recogniser.recognise(sound, RATE)
         score.add(said, heard)
         if said != heard and (show := show - 1) >= 0:
-            print(f"    {voice}: {text!r} was heard as {' '.join(heard)!r}")
+            print(f"    {voice}: {text!r} was recognised as {' '.join(heard)!r}")
     return score
 
 
 class Speaker:
-    """The voice with a solver.
+    """Generates requests with one solver, and records how they ended.
 
     Attributes:
-        ended: of each request that it said, whether it ended by itself.
+        ended: for each request so far, whether it ended with END rather than at the limit of frames.
     """
 
     def __init__(self, tts: voxkern.TTS, solver: str, steps: int) -> None:
-        """Nothing is said yet."""
         self._tts, self._solver, self._steps = tts, solver, steps
         self.ended: list[bool] = []
         self._said: list[tuple[str, str, int]] = []  # text, voice, frames
 
     def __call__(self, requests: list[Request]) -> list[NDArray[np.float32]]:
-        """Say them."""
+        """Generate the requests, and return their sounds, fp32 [n] each at :data:`RATE`."""
         texts, voices, seeds = (list(column) for column in zip(*requests, strict=True))
         audios = self._tts.generate(
             texts, voice=voices, seed=seeds, steps=self._steps, solver=self._solver, max_frames=MAX_FRAMES
@@ -132,7 +148,7 @@ class Speaker:
 
     @property
     def lengths(self) -> list[float]:
-        """Of each request, its frames by those of the words that it learnt from, for which flite is asked."""
+        """Each request's frames / the frames of its words as flite speaks them, which the voice was trained on."""
         return [
             n / sum(len(whole_frames(word_of_flite(word, voice))) // FRAME for word in text.split())
             for text, voice, n in self._said
@@ -143,12 +159,12 @@ word_of_flite = functools.cache(flite)
 
 
 def flite_whole(requests: list[Request]) -> list[NDArray[np.float32]]:
-    """flite's own sound of whole texts."""
+    """Return flite's sound of each whole text."""
     return [flite(text, voice) for text, voice, _ in requests]
 
 
 def flite_word_by_word(requests: list[Request]) -> list[NDArray[np.float32]]:
-    """flite's words one after another, which is what the voice learns."""
+    """Return flite's sounds of each text's single words one after another, which is what the voice was trained on."""
     return [np.concatenate([word_of_flite(word, voice) for word in text.split()]) for text, voice, _ in requests]
 
 
@@ -159,7 +175,15 @@ def rows(
     solvers: tuple[str, ...] = ("euler:7", "ab2:4"),
     show: int = 0,
 ) -> list[ResultRow]:
-    """What is heard of digits and of sentences, flite's own sound first, and how fast the voice is."""
+    """Measure recognition of digits and of sentences, flite's sound first, and the voice's speed; return the rows.
+
+    Args:
+        folder: the voice's checkpoint.
+        strings: texts of digits; there are two sentences for five of them.
+        seeds: of each text of digits; a sentence has one.
+        solvers: solver and evaluations, such as ``euler:7``.
+        show: print this many texts that were not recognised right, for each solver and kind of text.
+    """
     torch.set_num_threads(1)
     command = f"{COMMAND} --strings {strings} --seeds {seeds}"
     sets = {
@@ -179,7 +203,7 @@ def rows(
 
 
 def score_rows(subject: str, provider: str, shape: str, steps: str, score: Score, command: str) -> list[ResultRow]:
-    """A score's rows, which are printed too."""
+    """Print a score, and return its rows; `steps` is empty for flite's sound."""
     print(f"{subject}, {shape} {steps}: {score}", flush=True)
     return [
         ResultRow(
@@ -200,7 +224,7 @@ def score_rows(subject: str, provider: str, shape: str, steps: str, score: Score
 
 
 def ends(speaker: Speaker, shape: str, steps: str, command: str) -> list[ResultRow]:
-    """How a voice's requests ended."""
+    """Print how a speaker's requests ended, and return the rows."""
     figures = {"ended by itself": (100 * float(np.mean(speaker.ended)), "%"), "longest": (max(speaker.lengths), "1")}
     print(f"  ended by themselves: {figures['ended by itself'][0]:.1f} %, longest of the natural length: "
           f"{figures['longest'][0]:.2f}", flush=True)  # fmt: skip
@@ -211,7 +235,7 @@ def ends(speaker: Speaker, shape: str, steps: str, command: str) -> list[ResultR
 
 
 def speed(folder: str) -> list[ResultRow]:
-    """Real-time factor, and time to the first sound, of one request at a time."""
+    """Measure the real-time factor and the time to the first sound, one request at a time, and return the rows."""
     alone, texts = voxkern.load(folder, backend="torch"), digit_strings(9)
     alone.generate(texts[0], seed=0, max_frames=3)
     whole = [alone.generate(text, seed=0, max_frames=MAX_FRAMES) for text in texts]
@@ -236,13 +260,13 @@ def speed(folder: str) -> list[ResultRow]:
 
 
 def main() -> None:
-    """Print scores, ends and speed; append rows where it is asked."""
+    """Print scores, ends and speed, and append the rows if ``--csv`` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", default=str(DEMO))
-    parser.add_argument("--strings", type=int, default=100, help="of digits; 2 sentences for 5 of them")
+    parser.add_argument("--strings", type=int, default=100, help="texts of digits; 2 sentences for each 5 of them")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--solver", nargs="*", default=["euler:7"], help="such as euler:4 euler:16 ab2:4")
-    parser.add_argument("--show", type=int, default=10, help="print so many misheard strings")
+    parser.add_argument("--solver", nargs="*", default=["euler:7"], help="solvers, such as euler:4 euler:16 ab2:4")
+    parser.add_argument("--show", type=int, default=10, help="print this many texts that were recognised wrong")
     parser.add_argument("--csv", action="store_true", help="append the rows to bench/results.csv")
     args = parser.parse_args()
     found = rows(args.folder, args.strings, args.seeds, tuple(args.solver), args.show)

@@ -1,7 +1,7 @@
-"""What there is to test, count and time: every operator with its reference and its named shapes.
+"""The registry of operators: each with its reference and the named shapes at which it is tested, counted and timed.
 
-An operator is entered by the file in ``bench/`` named after its kernels' file, as a list called ``ENTRIES``. Tests, the
-ledger, the counters and the benchmarks all read this list and have none of their own.
+The operators of ``kernels/NAME.py`` are registered in ``bench/NAME.py``, in a list called ``ENTRIES``. Tests, the
+ledger, the counters and the benchmarks all read these lists.
 """
 
 import importlib
@@ -23,7 +23,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """A named shape of an operator: a public one (the model's own), or an odd one, made to catch kernels out."""
+    """A named shape of an operator.
+
+    Attributes:
+        name: the shape's name, unique for the operator.
+        sizes: the sizes by name, which :attr:`Entry.inputs` reads as attributes.
+        public: whether the sizes are a model's own. Other shapes are odd, to expose errors at the
+            edges of tiles.
+        dtypes: the dtypes at which the operator runs with this shape, keys of :data:`DTYPES`.
+    """
 
     name: str
     sizes: Mapping[str, int]
@@ -33,20 +41,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Entry:
-    """An operator, and all that is needed to prove and to time it.
+    """An operator, with everything that is needed to test and to time it.
 
     Attributes:
         op: the operator, a ``voxkern.kernels.operator.Operator``.
-        reference: the same in plain PyTorch. It takes the operator's arguments, in any dtype including fp64.
-        inputs: (sizes, make) -> the operator's arguments by name; ``make`` is a :class:`TensorMaker`.
-        cases: two odd shapes at least, and the public ones at batch 1 and 32.
-        rows: the size that varies from call to call, for which there may be one binary only.
-        stage: launch constants -> elements of the weights that one stage of the pipeline loads.
-        read_once: arguments of which no byte may be loaded twice by one row tile: the weights.
-        regular_grid: blocks differ only in their addresses, so bytes can be extrapolated from three blocks per axis;
-            otherwise all blocks are counted, and only at the odd shapes.
-        uses_matrix_unit: whether its first launch multiplies matrices, so that bf16 and fp16 must reach the matrix
-            units.
+        reference: the same computation in plain PyTorch. It takes the operator's arguments in any dtype, fp64 included.
+        inputs: function of (sizes, make) that returns the operator's arguments by name. ``make`` is a
+            :class:`TensorMaker`.
+        cases: at least two odd shapes, and the public shapes at batch 1 and 32.
+        rows: name of the size that varies from call to call. One binary must serve all its values.
+        stage: function of the launch constants that returns the weight elements loaded by one stage of the pipeline.
+        read_once: arguments, usually the weights, of which one row tile may load no byte twice.
+        regular_grid: whether blocks differ only in their addresses, so that bytes can be extrapolated from three blocks
+            per axis. Otherwise all blocks are counted, and only at the odd shapes.
+        uses_matrix_unit: whether the first launch multiplies matrices, so that bf16 and fp16 must use the matrix units.
     """
 
     op: Any
@@ -61,17 +69,17 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of the operator, in ``torch.ops.voxkern``."""
+        """Name of the operator in ``torch.ops.voxkern``."""
         return str(self.op.name)
 
     def args(self, case: Case, make: "TensorMaker", **sizes: int) -> dict[str, Any]:
-        """The operator's arguments for `case`, some of whose sizes may be others."""
+        """Return the operator's arguments for `case`; `sizes` replace sizes of the case."""
         return self.inputs(SimpleNamespace(**{**case.sizes, **sizes}), make)
 
 
 @dataclass
 class TensorMaker:
-    """Makes tensors of one dtype on one device: ``make(4, 5, std=0.1)``, the same ones from the same seed."""
+    """Makes random tensors of one dtype on one device: ``make(4, 5, std=0.1)``. A seed fixes the tensors."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -79,18 +87,17 @@ class TensorMaker:
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
-        """Seed the generator."""
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        """Normal numbers, rounded to the maker's dtype; uninitialised on the meta device."""
+        """Return normal random numbers, rounded to the maker's dtype; on the meta device, an empty tensor."""
         if self.device == "meta":
             return torch.empty(shape, dtype=self.dtype, device="meta")
         return (mean + std * torch.randn(shape, generator=self.generator)).to(self.device, self.dtype)
 
 
 def entries() -> list[Entry]:
-    """Every operator, file by file."""
+    """Return the entries of all operators, in the alphabetical order of their files."""
     modules = sorted(info.name for info in pkgutil.iter_modules(bench.__path__))
     found: list[Entry] = []
     for module in modules:
@@ -100,12 +107,12 @@ def entries() -> list[Entry]:
 
 
 def to_dtype(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Copies of the arguments, every floating tensor in another dtype: fp64 for the truth."""
+    """Return copies of the arguments, with every floating-point tensor converted to `dtype`."""
     return each_tensor(lambda arg: arg.to(dtype if arg.is_floating_point() else arg.dtype, copy=True), args)
 
 
 def each_tensor(change: Callable[[Tensor], Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments with every tensor changed, those in lists too."""
+    """Return the arguments with `change` applied to every tensor, in lists too."""
 
     def changed(arg: Any) -> Any:
         if isinstance(arg, list):
@@ -116,5 +123,5 @@ def each_tensor(change: Callable[[Tensor], Tensor], args: Mapping[str, Any]) -> 
 
 
 def listed(args: Mapping[str, Any]) -> list[Tensor]:
-    """Tensors that stand in lists: kernels reach them by a table of addresses."""
+    """Return the tensors in lists of tensors, which kernels read through a table of addresses."""
     return [one for arg in args.values() if isinstance(arg, list) for one in arg]

@@ -1,7 +1,7 @@
-"""One page of all figures: ``python -m bench report`` measures what this machine can, and writes the page and pictures.
+"""The report of all figures: ``python -m bench report`` measures what this machine can, and writes page and pictures.
 
-Every part runs in a process of its own and appends its rows to ``bench/results.csv``; then ``bench/report.html``,
-``bench/plots/*.png`` and the tables between the README's markers are made of the newest rows and of the ledger. With
+Every part runs in its own process and appends its rows to ``bench/results.csv``. Then ``bench/report.html``,
+``bench/plots/*.png`` and the tables between the README's markers are made from the newest rows and the ledger. With
 ``--no-measure`` nothing is measured.
 """
 
@@ -23,20 +23,20 @@ from bench.tables import Figures, ReportTable, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PLOTS, README = ROOT / "bench" / "report.html", ROOT / "bench" / "plots", ROOT / "README.md"
-COUNTED = ("distortion", "frame", "errors", "server_cost", "roofline")  # no clock is read: two at a time
-TIMED = ("depth", "recognition", "engine", "run")  # one after another, on a machine that does nothing else
-PARTS = (*COUNTED, *TIMED)  # but for run, modules with rows()
-SAID = "seven three one"  # by the demo voice, for the README's first picture
+COUNTED = ("distortion", "frame", "errors", "server_cost", "roofline")  # two run at once, because none measures time
+TIMED = ("depth", "recognition", "engine", "run")  # one runs at a time, because another would slow it down
+PARTS = (*COUNTED, *TIMED)  # modules of bench/ with a function `rows()`, except `run`
+SAID = "seven three one"  # text that the demo voice speaks, for the README's first picture
 INTERPRETED = ("frame",)  # counted in Triton's interpreter, which is chosen when Triton is imported
 MARKED = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line asks."""
+    """Measure the parts and write the report. The exit status is 1 if a part failed."""
     parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
-    parser.add_argument("--no-measure", action="store_true", help="make the page of the rows that are there")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="measure these parts alone")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of a process of its own
+    parser.add_argument("--no-measure", action="store_true", help="write the page from the existing rows")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="measure only these parts")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what the process of one part is started with
     options = parser.parse_args(arguments)
     if options.part:
         results.append(rows_of(options.part))
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def failures(parts: Sequence[str]) -> list[str]:
-    """Run parts; which of them did not go well."""
+    """Run the parts, and return those that failed."""
     counted, timed = ([part for part in group if part in parts] for group in (COUNTED, TIMED))
     with ThreadPoolExecutor(2) as two:
         well = [*two.map(measured, counted)]
@@ -62,24 +62,24 @@ def failures(parts: Sequence[str]) -> list[str]:
 
 
 def rows_of(part: str) -> list[results.ResultRow]:
-    """A part's rows, with their place."""
+    """Measure a part in this process, and return its rows with their provenance."""
     rows = import_module(f"bench.{part}").rows()
     here = results.provenance()
     return [row if row.date else results.with_provenance(row, here) for row in rows]
 
 
 def of_all(seconds: float) -> ResultRow:
-    """What the report itself takes."""
+    """Return the row of the time that the whole report took."""
     row = ResultRow("report", "all parts", "time", round(seconds), "s", "measured", "python -m bench report")
     return results.with_provenance(row, results.provenance())
 
 
 def measured(part: str) -> bool:
-    """Run a part; whether it went well."""
+    """Run a part in a new process, print its time or its output, and return whether it succeeded."""
     command = ["run", "--quick"] if part == "run" else ["report", "--part", part]
     start = time.perf_counter()
     env = {**os.environ, "TRITON_INTERPRET": str(int(part in INTERPRETED))}
-    if part in COUNTED:  # beside each other, two threads each wait for cores most of the time
+    if part in COUNTED:  # two parts run at once: with two threads each they would wait for cores most of the time
         env["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([sys.executable, "-m", "bench", *command], cwd=ROOT, env=env, capture_output=True, text=True)
     said = done.stdout[-2000:] + done.stderr[-2000:]
@@ -89,7 +89,7 @@ def measured(part: str) -> bool:
 
 
 def write() -> None:
-    """Page, pictures and README from what is committed."""
+    """Write the page, the pictures and the README's tables from the committed rows and ledger."""
     figures = Figures(results.read(results.FILE.read_text()))
     version, compiled = ledger.read(ledger.FILE.read_text())
     pictures = {
@@ -108,10 +108,14 @@ def write() -> None:
 
 
 def with_tables(text: str, made: dict[str, ReportTable]) -> str:
-    """The text with each marked table as the rows say it.
+    """Return a text with each table between markers replaced by the new one.
+
+    Args:
+        text: the README.
+        made: the new tables by name.
 
     Raises:
-        ValueError: it marks a table that has no rows.
+        ValueError: the text marks a table that `made` does not have.
     """
 
     def replace(found: re.Match[str]) -> str:

@@ -1,6 +1,6 @@
-"""Figures as rows of one table, ``bench/results.csv``: what was found, how, where, by which command.
+"""The table of all figures, ``bench/results.csv``: each row has a value, how it was found, where, and by which command.
 
-Rows are only ever appended; a figure's current value is its newest row. A cell that does not apply is empty.
+Rows are only appended. A figure's current value is its newest row. A cell that does not apply is empty.
 """
 
 import csv
@@ -19,13 +19,13 @@ HOW = ("measured", "counted", "predicted")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where and when figures come from.
+    """Where and when figures were made.
 
     Attributes:
-        date: UTC, to the second.
-        commit: of the working tree, ``+`` behind it where code or the demo voice had been changed.
-        device: the GPU's name, or the processor's with the number of threads.
-        versions: of Python, torch and triton.
+        date: UTC date and time in ISO format, to the second.
+        commit: short hash of the working tree's commit, with ``+`` if code or the demo voice had uncommitted changes.
+        device: the GPU's name, or the processor's name with the number of threads.
+        versions: versions of Python, torch and triton.
     """
 
     date: str
@@ -39,17 +39,20 @@ class ResultRow:
     """One figure.
 
     Attributes:
-        bench: which benchmark it comes from, such as ``micro`` or ``roofline``.
-        subject: what it is of: an operator, a module, a GPU.
-        provider: who computed it: ``voxkern``, ``torch``, ``torch.compile``, a public peer.
+        bench: the benchmark that made the figure, such as ``micro`` or ``roofline``.
+        subject: what the figure describes: an operator, a module, a GPU.
+        metric: what the value is, such as ``time``, ``bytes`` or ``launches``.
+        value: the value; the median if `low` and `high` are given.
+        unit: the unit of `value`, `low` and `high`.
+        how: measured, counted (in the interpreter, or by arithmetic on shapes), or predicted (by the stated model).
+        command: the command that makes the row again.
+        provider: the implementation: ``voxkern``, ``torch``, ``torch.compile``, or a public peer.
         shape: the case, such as ``frame-b32``.
         dtype: bf16, fp16 or fp32.
-        steps: evaluations of the velocity with their solver, such as ``euler:7``.
-        metric: what the value is: ``time``, ``bytes``, ``codes flipped``.
-        value: the median where `low` and `high` are given, the 20th and the 80th percentile.
-        unit: of all three.
-        how: measured, counted (in the interpreter, or by arithmetic on shapes), or predicted (by the stated model).
-        command: that makes the row again.
+        steps: solver and evaluations of the velocity, such as ``euler:7``.
+        low: the 20th percentile.
+        high: the 80th percentile.
+        date: see :class:`Provenance`, also for `commit`, `device` and `versions`.
     """
 
     bench: str
@@ -71,19 +74,18 @@ class ResultRow:
     versions: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse a row that does not say how it was found."""
         if self.how not in HOW:
             raise ValueError(f"how must be one of {', '.join(HOW)}, not {self.how!r}")
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What names the figure; two rows of one key are the same figure at two times."""
+        """The columns that identify the figure; rows with the same key are the same figure at different times."""
         what = (self.bench, self.subject, self.provider, self.shape, self.dtype, self.steps, self.metric, self.how)
         return (*what, self.device)
 
 
 def provenance(device: str = "cpu") -> Provenance:
-    """This machine, now."""
+    """Return the provenance of figures made now, on this machine's `device`, ``cpu`` or ``cuda``."""
     import torch
     import triton
 
@@ -97,15 +99,15 @@ def provenance(device: str = "cpu") -> Provenance:
 
 
 def with_provenance(row: ResultRow, where: Provenance) -> ResultRow:
-    """The row with its place."""
+    """Return the row with its provenance."""
     return ResultRow(**{**asdict(row), **asdict(where)})
 
 
 def append(rows: Iterable[ResultRow], file: Path = FILE) -> None:
-    """Write rows behind those that are there.
+    """Append rows to `file`, which is created if it does not exist.
 
     Raises:
-        ValueError: the file's columns are others.
+        ValueError: the file does not have the columns of :class:`ResultRow`.
     """
     names = [field.name for field in fields(ResultRow)]
     if not file.exists():
@@ -115,17 +117,17 @@ def append(rows: Iterable[ResultRow], file: Path = FILE) -> None:
             raise ValueError(f"{file} has the columns {found}, must have {names}")
     lines = io.StringIO()
     csv.DictWriter(lines, names, lineterminator="\n").writerows(asdict(row) for row in rows)
-    with file.open("a", newline="") as text:  # in one piece: another process may append as well
+    with file.open("a", newline="") as text:  # one write, because another process may append at the same time
         text.write(lines.getvalue())
 
 
 def read(text: str) -> list[ResultRow]:
-    """Rows of a written table, oldest first."""
+    """Return the rows of a table's text, oldest first."""
     return [_row(line) for line in csv.DictReader(io.StringIO(text))]
 
 
 def newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Each figure's last row, in the order in which the figures first came."""
+    """Return the last row of each figure, in the order in which the figures first occur."""
     found: dict[tuple[str, ...], ResultRow] = {}
     for row in rows:
         found[row.key] = row

@@ -1,4 +1,4 @@
-"""RMSNorm by itself, at the shapes of the public model."""
+"""Registry entry of RMSNorm, at the shapes of the public model."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from voxkern.reference.layers import rms_norm as rms_norm_reference
 
 
 def rms_norm_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """A weight near 1."""
+    """Return the arguments of ``rms_norm``, with weights near 1."""
     return {"x": make(s.M, s.K), "weight": make(s.K, mean=1.0, std=0.1), "eps": 1e-5}
 
 

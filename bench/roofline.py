@@ -1,19 +1,22 @@
-"""What a frame should take on GPUs that were not at hand: bytes, multiply-adds, the floor, and a predicted time.
+"""A frame's bytes and multiply-adds, the floor of its time, and a predicted time, on GPUs that were not available.
 
-``python -m bench.roofline`` prints them for the public shapes in bf16, batch 1 to 64; nothing in it was run on a GPU.
+``python -m bench.roofline`` prints them for the public shapes in bf16, batch 1 to 64. Nothing in it was run on a GPU.
 
-The work is a list of launches by arithmetic on the config's shapes (bench/work.py). **The floor** is what no
-implementation that reads every weight once an evaluation can beat: weights, keys and values at the data sheet's
-bandwidth, or multiply-adds at its dense bf16 rate, whichever is longer. **The prediction** adds up the launches one
-after another. A launch costs its start, one latency to fill the pipeline, and then its blocks in waves of as many as
-fit at once (the ledger's occupancy). A wave takes the longest of
+The work is a list of launches, by arithmetic on the config's shapes (bench/work.py). **The floor** is a time that no
+implementation can beat if it reads every weight once an evaluation. It is the longer one of two: weights, keys and
+values at the data sheet's bandwidth, or multiply-adds at its dense bf16 rate. **The prediction** is the sum over the
+launches. A launch takes its start, one latency to fill the pipeline, and the time of its waves. A wave is as many
+blocks as fit at once, by the ledger's occupancy. It takes the longest of
 
 - its bytes at the share of the bandwidth that streaming reaches,
-- a block's bytes, at what it has in flight a latency (Little's law; the ledger's bytes in flight),
-- its products at the share of the dense rate that thin tiles reach.
+- the bytes of one block, of which the ledger's bytes in flight arrive in each latency (Little's law),
+- its multiply-adds at the share of the dense rate that thin tiles reach.
 
-Left out: activations that blocks read again from L2, weights that L2 keeps from one evaluation to the next, rows that
-tiles pad, clocks that fall under load, and overlap of one launch's end with the next one's start.
+The prediction leaves out
+
+- activations that blocks read again from L2, and weights that stay in L2 from one evaluation to the next,
+- rows that tiles pad, and clocks that fall under load,
+- overlap of one launch's end with the next one's start.
 """
 
 import functools
@@ -41,12 +44,12 @@ class GPU:
     """One GPU, by its maker's data sheet.
 
     Attributes:
-        bandwidth: of its memory, bytes/s.
-        flops: dense bf16 with fp32 sums, 1/s; makers print twice that, with sparsity.
-        multiprocessors: SMs, or AMD's compute units.
-        l2: bytes, or those of AMD's last-level cache.
-        arch: the ledger's.
-        device: torch's name of it.
+        bandwidth: bandwidth of its memory, bytes/s.
+        flops: dense bf16 operations with fp32 sums, 1/s. Makers print twice that number, with sparsity.
+        multiprocessors: number of SMs, or of AMD's compute units.
+        l2: bytes of the L2 cache, or of AMD's last-level cache.
+        arch: its architecture in the ledger, such as ``sm_90``.
+        device: its name in torch.
     """
 
     bandwidth: float
@@ -64,7 +67,7 @@ GPUS = {
     "A100 80GB": GPU(2.039e12, 312e12, 108, 40 << 20, "sm_80", "NVIDIA A100-SXM4-80GB"),
     # NVIDIA H100 data sheet, SXM: 3.35 TB/s, 1,979 TFLOPS with sparsity; Hopper whitepaper: 132 SMs, 50 MB
     "H100 SXM": GPU(3.35e12, 989.5e12, 132, 50 << 20, "sm_90", "NVIDIA H100 80GB HBM3"),
-    # NVIDIA H200 data sheet, SXM: 4.8 TB/s, and else the H100's
+    # NVIDIA H200 data sheet, SXM: 4.8 TB/s; the other figures are the H100's
     "H200": GPU(4.8e12, 989.5e12, 132, 50 << 20, "sm_90", "NVIDIA H200"),
     # NVIDIA Ada whitepaper, table of the RTX 4090: 1,008 GB/s, 165.2 TFLOPS bf16, 128 SMs, 72 MB
     "RTX 4090": GPU(1.008e12, 165.2e12, 128, 72 << 20, "sm_89", "NVIDIA GeForce RTX 4090"),
@@ -79,13 +82,13 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no data sheet says. Round figures of what streaming kernels are known to do, not fitted to anything.
+    """Figures that no data sheet has: round numbers known from streaming kernels, not fitted to measurements.
 
     Attributes:
-        latency: of a load from memory that is busy, s: some 0.7 us on data-centre parts.
+        latency: seconds of a load from busy memory; about 0.7 us on data-centre GPUs.
         streaming: share of the bandwidth that long copies reach.
         dense: share of the dense rate that tiles of 8 to 64 rows reach.
-        launch: from a kernel's end to the next one's start inside a CUDA graph, s.
+        launch: seconds from a kernel's end to the next one's start inside a CUDA graph.
     """
 
     latency: float = 0.7e-6
@@ -99,13 +102,16 @@ OPTIMISTIC, PESSIMISTIC = Assumptions(0.5e-6, 0.95, 0.7, 1e-6), Assumptions(1e-6
 
 
 def floor(work: Sequence[Work], gpu: GPU) -> float:
-    """Seconds that nothing can be faster than: activations stay in L2 as far as they fit, weights and cache do not."""
+    """Return the least seconds of the launches.
+
+    Weights, keys and values come from memory. Activations come from L2 as far as they fit into it.
+    """
     streamed = sum(one.times * (one.weights + one.cache + max(0, one.moved - gpu.l2)) for one in work)
     return max(streamed / gpu.bandwidth, 2 * total_multiply_adds(work) / gpu.flops)
 
 
 def predict(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL) -> float:
-    """Seconds of the launches one after another."""
+    """Return the predicted seconds of the launches, one after another."""
     return sum(one.times * (assume.launch + assume.latency + _running(one, gpu, assume)) for one in work)
 
 
@@ -135,14 +141,17 @@ def _blocks(one: Work, row: LedgerRow) -> int:
 
 
 def _in_flight(row: LedgerRow) -> float:
-    """Bytes that one block has asked for at a time: stages of weights, and at least 16 bytes a thread."""
+    """Return the bytes that one block has in flight: those of its stages of weights, but at least 16 a thread."""
     machine, (x, y, z) = MACHINES[row.arch], map(int, row.grid.split("x"))
     staged = row.in_flight / min(row.resident, x * y * z / machine.multiprocessors)
     return max(staged, 16 * row.warps * machine.warp_size)
 
 
 def _binary(one: Work, arch: str) -> LedgerRow | None:
-    """The ledger's row with this launch config: they change at 8, 16 and 32 rows, the flow head's 6 a request."""
+    """Return the ledger's row with the launch config of `one`, or None if the ledger does not have the operator.
+
+    Launch configs change at 8, 16 and 32 rows; the flow head has 6 rows a request.
+    """
     n = one.prepared
     names = ("b1",) if n <= 8 else ("b2", "b1") if n <= 16 else ("b4", "b32") if n <= 32 else ()
     found = (_ledger().get((one.operator, one.case + name, arch, one.launch)) for name in (*names, "b32"))
@@ -156,7 +165,7 @@ def _ledger() -> dict[tuple[str, str, str, int], LedgerRow]:
 
 
 def rows() -> list[ResultRow]:
-    """Figures for the table: counts of the frame, and floor and predicted time on each GPU."""
+    """Return rows of the counts of a frame, and of its floor and predicted time on each GPU."""
     found = []
     for steps, evaluations in SOLVERS.items():
         for B in BATCHES:
@@ -186,10 +195,10 @@ def _row(subject: str, metric: str, value: float, unit: str, how: str, B: int, s
 
 
 def compare_with_measured(measured: Iterable[ResultRow]) -> list[tuple[ResultRow, float, float]]:
-    """Our frames measured on one of these GPUs, each with the floor and the predicted time, ms.
+    """Find our frames measured on one of :data:`GPUS`, and return each with its floor and predicted time, in ms.
 
-    They are rows of voxkern, the subject ``frame`` and the metric ``time`` in bf16, shape ``frame-bN``; the newest of
-    each.
+    These are the newest rows of the provider ``voxkern``, the subject ``frame``, the metric ``time``, bf16 and a shape
+    ``frame-bN``.
     """
     found = []
     for row in newest(row for row in measured if _is_a_frame(row)):
@@ -208,7 +217,7 @@ def _is_a_frame(row: ResultRow) -> bool:
 
 
 def main() -> None:
-    """Print the work, the predictions, and what was measured."""
+    """Print the work, the predictions and the measured frames."""
     print(f"Public shapes, bf16, {CONTEXT} tokens of context, codec in chunks of {CHUNK} frames.")
     print("PREDICTED, not measured: no figure here comes from a run on a GPU.")
     for steps, evaluations in SOLVERS.items():
@@ -231,7 +240,7 @@ def _print_solver(steps: str, evaluations: int) -> None:
     print(f"{'multiply-adds, G':24s}" + "".join(f"{total_multiply_adds(w) / 1e9:10.1f}" for w in work.values()))
     for name, gpu in GPUS.items():
         print(f"{name + ': floor, ms':24s}" + "".join(f"{1e3 * floor(w, gpu):10.2f}" for w in work.values()))
-        for label, assume in (("predicted, ms", USUAL), ("kind", OPTIMISTIC), ("unkind", PESSIMISTIC)):
+        for label, assume in (("predicted, ms", USUAL), ("optimistic", OPTIMISTIC), ("pessimistic", PESSIMISTIC)):
             print(f"{'  ' + label:24s}" + "".join(f"{1e3 * predict(w, gpu, assume):10.2f}" for w in work.values()))
 
 

@@ -1,8 +1,8 @@
-"""Microbenchmarks: operators at the public shapes, whole frames and single modules, by everybody who can compute them.
+"""Microbenchmarks: operators at the public shapes, whole frames and single modules, by every provider that has them.
 
-``python -m bench run`` prints a line a timing and appends rows to ``bench/results.csv``. On a CPU the torch providers
-are timed, which says nothing about the kernels. The GPU's path has been run with a made-up clock only: there has been
-no GPU to run it on.
+``python -m bench run`` prints a line for each timing, and appends rows to ``bench/results.csv``. On a CPU the providers
+that need no GPU are timed, and their times do not apply to the kernels. The GPU's path has been run with a simulated
+clock only, because no GPU was available.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from bench.timing import Call, Clock, Copy, Measured, clock_of, copies_for, meas
 from voxkern.kernels import launch_config
 
 ROOF = "copy"  # the variant that moves bytes and computes nothing
-# On a CPU torch.compile takes some ten seconds of a C++ compiler a shape: there it is timed where it is asked for.
+# On a CPU torch.compile runs a C++ compiler for about ten seconds a shape, so it is timed only if --provider names it.
 ON_CPU = tuple(name for name in PROVIDERS if name != "torch.compile")
-# bytes of arguments: of the 2 GB of 64 experts, copies and an fp64 truth would be 15 GB
+# The most bytes of arguments on a CPU. 64 experts are 2 GB; with copies and an fp64 truth they would take 15 GB.
 MOST_ON_CPU = 512 << 20
 
 
@@ -35,12 +35,12 @@ class Selection:
     """What to time.
 
     Attributes:
-        subjects: operators and modules; none = all.
-        shape: part of the shape's name.
-        dtypes: none = all that a case has.
-        providers: none = all that are here, but torch.compile on a CPU.
+        subjects: names of operators and modules; empty means all.
+        shape: text that a shape's name must contain.
+        dtypes: names of dtypes; empty means all that a case has.
+        providers: names of providers; empty means all that are available, without torch.compile on a CPU.
         device: ``cpu``, which leaves out shapes of more than 512 MiB, or ``cuda``.
-        quick: the first public case of an operator, no module of gigabytes, and no fp16.
+        quick: time only the first public case of each operator, no module of gigabytes, and no fp16.
     """
 
     subjects: tuple[str, ...] = ()
@@ -52,18 +52,18 @@ class Selection:
 
     @property
     def on_gpu(self) -> bool:
-        """Where kernels run."""
+        """Whether the device is a GPU, where kernels run."""
         return self.device.startswith("cuda")
 
     @property
     def timed(self) -> list[str]:
-        """Providers that are asked for and here."""
+        """The selected providers that are available."""
         asked = self.providers or (tuple(PROVIDERS) if self.on_gpu else ON_CPU)
         absent = missing(self.device)
         return [name for name in asked if name not in absent]
 
     def takes(self, subject: str, shape: str, dtype: str) -> bool:
-        """Whether a case is asked for."""
+        """Return whether this subject, shape and dtype is selected."""
         return (
             (not self.subjects or subject in self.subjects)
             and self.shape in shape
@@ -71,7 +71,7 @@ class Selection:
         )
 
     def command(self, trial: Trial, provider: str) -> str:
-        """That times this one again."""
+        """Return the command that times this trial and provider again."""
         parts = ["--op", trial.subject, "--shape", trial.shape, "--dtype", trial.dtype, "--device", self.device]
         if provider != ROOF:
             parts += ["--provider", provider]
@@ -79,12 +79,12 @@ class Selection:
 
 
 def subjects(device: str) -> list[str]:
-    """Names of all operators and modules."""
+    """Return the names of all operators and modules."""
     return list(dict.fromkeys([entry.name for entry in entries()] + [module.name for module in modules(device)]))
 
 
 def trials(selection: Selection) -> Iterator[Trial]:
-    """All that is asked for, operators first; each is made when it is its turn, and can be forgotten after it."""
+    """Yield the selected trials, operators first. A trial is made when it is reached, so one at a time needs memory."""
     for entry in entries():
         for case in _public(entry, selection.quick):
             for dtype in case.dtypes:
@@ -110,15 +110,20 @@ def _public(entry: Entry, quick: bool) -> list[Case]:
 
 
 def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str, Measured], list[str]]:
-    """Time the providers of a trial that are right, and beside them a copy.
+    """Time those providers of a trial that give right results, and between them a large copy of memory.
+
+    Args:
+        trial: its providers are all run once, and timed if their results are right.
+        clock: measures the time.
+        roof: the large copy; None times none.
 
     Returns:
-        What was measured by provider, and what is wrong with the others.
+        Provider -> its timing, and a message for each provider that was not timed.
     """
     faults = {name: trial.fault(name) for name in trial.variants}
     right = [name for name, fault in faults.items() if not fault]
     n = copies_for(clock, trial.nbytes, trial.held) if trial.rotates else 1
-    copies = trial.copies(n)  # the same for all: between two calls on one of them lie the others
+    copies = trial.copies(n)  # one set for all providers: between two calls on one copy all other copies are used
     variants: dict[str, list[Call]] = {
         name: [partial(trial.variants[name], **args) for args in copies] for name in right
     }
@@ -130,7 +135,15 @@ def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str,
 def rows_of(
     trial: Trial, found: Mapping[str, Measured], roof: Copy | None, selection: Selection, where: Provenance
 ) -> list[ResultRow]:
-    """A row for the time of each provider; where there is a roof, its bytes per second and what part of it that is."""
+    """Return rows of the time of each provider; with a roof also of bytes per second, and their share of the roof's.
+
+    Args:
+        trial: the trial that was timed.
+        found: provider -> its timing.
+        roof: the large copy that was timed too, or None.
+        selection: gives the command in the rows.
+        where: the provenance of the rows.
+    """
     rows = []
     for provider, measured in found.items():
         t = measured.timing
@@ -154,17 +167,23 @@ def rows_of(
 
 @torch.inference_mode()
 def run(selection: Selection, clock: Clock, file: Path | None, where: Provenance) -> tuple[list[ResultRow], list[str]]:
-    """Time all that is asked for: lines and rows for each as it comes.
+    """Time the selection. Each trial's rows are printed, and appended to `file`, when it has been timed.
+
+    Args:
+        selection: what to time.
+        clock: measures the time.
+        file: the table of results; None writes nothing.
+        where: the provenance of the rows.
 
     Returns:
-        The rows, and what is wrong with the providers that were not timed.
+        The rows, and a message for each provider that was not timed.
     """
     rows, wrong, roof = list[ResultRow](), list[str](), clock.copy()
     for trial in trials(selection):
-        torch._dynamo.reset()  # it compiles a function for 8 shapes, and runs it as it is for more
+        torch._dynamo.reset()  # torch.compile takes 8 shapes of a function, and runs it uncompiled at any other
         found, faults = time_trial(trial.only(selection.timed), clock, roof)
         made = rows_of(trial, found, roof, selection, where)
-        del trial  # before the next is made: a public model and its fp64 copy are 48 GB
+        del trial  # frees its memory before the next trial is made: a public model and its fp64 copy are 48 GB
         for line in [*map(line_of, made), *(f"WRONG, not timed: {fault}" for fault in faults)]:
             print(line, flush=True)
         if file is not None:
@@ -174,30 +193,33 @@ def run(selection: Selection, clock: Clock, file: Path | None, where: Provenance
 
 
 def line_of(row: ResultRow) -> str:
-    """A figure for people."""
+    """Return a row as a line to print."""
     name = f"{row.subject} {row.shape} {row.dtype} {row.steps}"
     spread = f"({row.low:.6g} to {row.high:.6g})"
     return f"{name:42s} {row.provider:13s} {row.metric:17s} {row.value:9.6g} {row.unit:5s} {spread}"
 
 
 def selection_of(arguments: Sequence[str]) -> tuple[Selection, argparse.Namespace]:
-    """What a command line asks for, and the rest of it.
+    """Parse the command line of ``python -m bench run``.
+
+    Returns:
+        What to time, and all parsed options.
 
     Raises:
-        SystemExit: it names a subject, a provider or a dtype that is not known.
+        SystemExit: a subject, provider or dtype is not known, or the device is not available.
     """
     parser = argparse.ArgumentParser(prog="python -m bench run", description=__doc__)
-    parser.add_argument("--op", nargs="+", default=(), metavar="NAME", help="operators and modules; without it, all")
-    parser.add_argument("--shape", default="", metavar="PART", help="only shapes whose name has this in it")
-    parser.add_argument("--dtype", nargs="+", default=(), choices=DTYPES, help="without it, all that a shape has")
-    parser.add_argument("--provider", nargs="+", default=(), choices=PROVIDERS, help="without it, all that are here")
+    parser.add_argument("--op", nargs="+", default=(), metavar="NAME", help="operators and modules (default: all)")
+    parser.add_argument("--shape", default="", metavar="PART", help="only shapes with PART in their name")
+    parser.add_argument("--dtype", nargs="+", default=(), choices=DTYPES, help="default: all that a shape has")
+    parser.add_argument("--provider", nargs="+", default=(), choices=PROVIDERS, help="default: all that are available")
     devices = ("cpu", "cuda")
-    parser.add_argument("--device", default="cpu", choices=devices, help="cpu: the torch providers; cuda: kernels too")
+    parser.add_argument("--device", default="cpu", choices=devices, help="cpu: torch providers; cuda: kernels too")
     parser.add_argument("--quick", action="store_true", help="one shape an operator, none of gigabytes, no fp16")
-    parser.add_argument("--csv", default=str(FILE), metavar="FILE", help="where rows are appended; - for nowhere")
-    parser.add_argument("--compare", metavar="REV", help="measure the git revision REV as well: old, new, ratio")
+    parser.add_argument("--csv", default=str(FILE), metavar="FILE", help="append the rows to FILE; - writes none")
+    parser.add_argument("--compare", metavar="REV", help="also time the git revision REV: old, new, ratio")
     options = parser.parse_args(arguments)
-    clock_of(options.device)  # ends here where there is no such device
+    clock_of(options.device)  # exits if the device is not available
     known = subjects(options.device)
     if unknown := sorted(set(options.op) - set(known)):
         parser.error(f"--op: there is no {', '.join(unknown)}; there are {', '.join(known)}")
@@ -208,17 +230,17 @@ def selection_of(arguments: Sequence[str]) -> tuple[Selection, argparse.Namespac
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line asks; 1 where a provider is wrong, or the operators' tests are red."""
+    """Run the microbenchmarks. The exit status is 1 if a provider is wrong, or with ``--compare`` if tests fail."""
     selection, options = selection_of(arguments)
     clock, absent = clock_of(selection.device), missing(selection.device)
     if absent:
-        print("not here: " + "; ".join(f"{name} ({what})" for name, what in absent.items()), flush=True)
+        print("not available: " + "; ".join(f"{name} ({what})" for name, what in absent.items()), flush=True)
     if not selection.timed:
-        raise SystemExit(f"none of the providers {', '.join(selection.providers)} is here")
+        raise SystemExit(f"none of the providers {', '.join(selection.providers)} is available here")
     file = None if options.csv == "-" else Path(options.csv)
     if options.compare:
         return compare(options.compare, selection.subjects, arguments, file)
-    # operators whose tiles are among their inputs ask for the architecture, and a processor has none
+    # some operators' inputs depend on the tiles, which depend on the architecture, and a CPU has none
     with nullcontext() if selection.on_gpu else launch_config.target_arch("sm_90"):
         rows, wrong = run(selection, clock, file, provenance(selection.device))
     print(f"{len(rows)} rows" + (f" appended to {file}" if file else ", written nowhere"))

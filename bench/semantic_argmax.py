@@ -1,4 +1,4 @@
-"""The semantic head at the shapes of the public model."""
+"""Registry entry of the semantic head, at the shapes of the public model."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from voxkern.reference.layers import upcast
 
 
 def semantic_argmax_reference(h: Tensor, weight: Tensor, n_codes: int, max_batch: int) -> Tensor:
-    """Wide logits, as the kernel has them, then the masks."""
+    """Compute fp32 (or fp64) logits, as the kernel does, mask EMPTY and the padding, and return the lowest argmax."""
     logits = F.linear(upcast(h), upcast(weight))
     index = torch.arange(len(weight), device=h.device)
     return lowest_argmax(logits.masked_fill((index == 0) | (index >= n_codes), -torch.inf))
 
 
 def semantic_argmax_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Logits of RMS 1; the last `s.rows - s.N` rows of the weight are padding."""
+    """Return arguments with logits of RMS 1; the last `s.rows - s.N` rows of the weight are padding."""
     weight = make(s.rows, s.K, std=s.K**-0.5)
     return {"h": make(s.B, s.K), "weight": weight, "n_codes": s.N, "max_batch": s.max_batch}
 
@@ -38,6 +38,6 @@ ENTRIES = [
         ),
         rows="B",
         stage=lambda c: c.get("BLOCK_N", 0) * c.get("BLOCK_K", 0),
-        read_once=(),  # weight, but for its padding, which is not read at all: in tests/test_flow_head_kernels.py
+        read_once=(),  # the weight's padding is never read: tests/test_flow_head_kernels.py counts the other rows
     ),
 ]

@@ -1,13 +1,14 @@
-"""A frame of the public server's flow head beside ours, at the public shapes: launches, and bytes from DRAM.
+"""Launches and DRAM bytes of a frame of the public server's flow head, beside ours, at the public shapes.
 
-``python -m bench.server_cost`` needs vLLM-Omni for the server's (README, "Against the public server"). Without it, it
-says what is missing and prints ours: the kernels', and the plain PyTorch module's.
+``python -m bench.server_cost`` needs vLLM-Omni to count the server's head (README, "Against the public server").
+Without it, the command prints what is missing, and the counts of our kernels and of our plain PyTorch module.
 
-Kernels are counted by arithmetic on shapes (bench/work.py). Of modules in PyTorch every operator is counted that would
-start a kernel, neither views nor allocations, as it runs on zeros on the CPU: one may start more than one, so these are
-lower bounds. One and two requests are run, and more follow from these by arithmetic. Bytes are an operator's distinct
-tensors, in and out, each read or written once, which is the kernels' rule, too; small ones may stay in a GPU's L2, on
-both sides.
+Kernels are counted by arithmetic on shapes (bench/work.py). PyTorch modules run on zeros on the CPU, and every operator
+counts as one launch, except views and allocations. These are lower bounds, because one operator may start several
+kernels. One and two requests are run, and the cost of more follows by arithmetic.
+
+An operator's bytes are those of its distinct tensors, in and out, each read or written once. The kernels are counted by
+the same rule. On both sides small tensors may stay in a GPU's L2.
 """
 
 import copy
@@ -38,7 +39,13 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a frame: kernels started, bytes from DRAM, and those of them that are weights."""
+    """The cost of a frame.
+
+    Attributes:
+        launches: kernels launched.
+        dram: bytes from and to DRAM, weights included.
+        weights: bytes of weights.
+    """
 
     launches: int
     dram: int
@@ -46,20 +53,22 @@ class Cost:
 
 
 class Counter(TorchDispatchMode):
-    """Adds up what the operators within the block cost; `weights` are told apart."""
+    """Adds up the launches and bytes of the operators within the ``with`` block, and separately the bytes of weights.
+
+    Its argument `weights` is the set of the addresses of the weights' storages.
+    """
 
     def __init__(self, weights: set[int]) -> None:
-        """`weights`: addresses of storages."""
         super().__init__()
         self.storages, self.launches, self.dram, self.weights = weights, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and run."""
         out = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in str(func):
             self.launches += 1
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-            for tensor in {(t.data_ptr(), t.shape, t.stride()): t for t in tensors}.values():  # in place is one
+            # keyed by its address, so that a tensor updated in place counts once
+            for tensor in {(t.data_ptr(), t.shape, t.stride()): t for t in tensors}.values():
                 self.dram += distinct_bytes(tensor)
                 if tensor.untyped_storage().data_ptr() in self.storages:
                     self.weights += distinct_bytes(tensor)
@@ -67,7 +76,7 @@ class Counter(TorchDispatchMode):
 
 
 def distinct_bytes(tensor: Tensor) -> int:
-    """Of its elements that lie at places of their own: expanded dimensions count once."""
+    """Return the bytes of a tensor's elements at distinct addresses: an expanded dimension counts once."""
     n = tensor.element_size()
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         n *= size if stride else min(size, 1)
@@ -76,9 +85,14 @@ def distinct_bytes(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def counted(call: Callable[[], object], module: nn.Module) -> Cost:
-    """Of a call, after one that fills whatever is kept.
+    """Count the cost of a call, after one call that fills the module's caches.
 
-    Not in inference mode: there a cast arrives as ``aten.to``, which calls itself a view whether it copies or not.
+    It does not run in inference mode: a cast would be dispatched as ``aten.to``, which is marked as a view even if it
+    copies.
+
+    Args:
+        call: the call to count.
+        module: the module that holds the weights.
     """
     call()
     storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -88,10 +102,12 @@ def counted(call: Callable[[], object], module: nn.Module) -> Cost:
 
 
 def of_batch(B: int, one: Cost, two: Cost) -> Cost:
-    """Of `B` requests, from what one and two cost: weights stay, each further request adds the same activations.
+    """Return the cost of `B` requests, extrapolated from the costs of one and of two.
+
+    Bytes of weights stay the same, and each further request adds the same bytes of activations.
 
     Raises:
-        ValueError: one and two are not launched alike, so that more cannot be told from them.
+        ValueError: one and two requests differ in launches or weights, so that `B` cannot be extrapolated from them.
     """
     if (one.launches, one.weights) != (two.launches, two.weights):
         raise ValueError(f"one request costs {one} and two cost {two}: they take different paths")
@@ -99,7 +115,7 @@ def of_batch(B: int, one: Cost, two: Cost) -> Cost:
 
 
 def kernels(B: int) -> Cost:
-    """Ours, through the kernels."""
+    """Return the cost of our flow head's frame of `B` requests on kernels."""
     config = public().acoustic_transformer
     assert isinstance(config, AcousticTransformerConfig)
     work = flow_head(config, public().audio, B, STEPS)
@@ -107,16 +123,19 @@ def kernels(B: int) -> Cost:
 
 
 def plain(module: FlowMatchingAudioTransformer, B: int) -> Cost:
-    """Ours in plain PyTorch: a head in bf16."""
+    """Count our flow head's frame of `B` requests in plain PyTorch; `module` must be in bf16."""
     h, alpha, noise = _inputs(module.config.input_dim, module.audio.n_acoustic_codebook, B)
     return counted(lambda: module(h, alpha, noise, STEPS), module)
 
 
 def server(B: int) -> dict[str, Cost]:
-    """vLLM-Omni's, called eagerly and as it is captured in graphs.
+    """Count a frame of `B` requests of vLLM-Omni's flow head, called eagerly and as it is captured in CUDA graphs.
+
+    Returns:
+        "eager" and "captured" -> cost.
 
     Raises:
-        ImportError: it or one of its requirements is missing.
+        ImportError: vLLM-Omni or one of its requirements is missing.
     """
     generation = import_module(f"{SERVER_PACKAGE}.voxtral_tts_audio_generation")
     wrapper_class = import_module(f"{SERVER_PACKAGE}.voxtral_tts").CUDAGraphAcousticTransformerWrapper
@@ -125,7 +144,7 @@ def server(B: int) -> dict[str, Cost]:
     head = zeroed(generation.FlowMatchingAudioTransformer(args).bfloat16())
     wrapper = wrapper_class(SimpleNamespace(acoustic_transformer=head), [B])
     dim = args["acoustic_transformer_args"]["input_dim"]
-    # it warms up on the CPU as it does on a GPU, but there are no graphs here
+    # the wrapper warms up on the CPU as on a GPU, but a CPU cannot capture graphs
     with (
         mock.patch.object(torch.accelerator, "synchronize"),
         mock.patch.object(wrapper_class, "_capture_graph_for_size"),
@@ -139,7 +158,7 @@ def server(B: int) -> dict[str, Cost]:
 
 
 def missing() -> str | None:
-    """What keeps the server's module from being imported; None if nothing does."""
+    """Return why the server's module cannot be imported, or None if it can."""
     try:
         for name in ("voxtral_tts_audio_generation", "voxtral_tts"):
             import_module(f"{SERVER_PACKAGE}.{name}")
@@ -149,7 +168,7 @@ def missing() -> str | None:
 
 
 def costs() -> Iterator[tuple[int, str, str, Cost]]:
-    """Batch, provider, path and cost, as many as can be had here."""
+    """Yield (batch, provider, path, cost) of all heads that can run here."""
     config, audio = public().acoustic_transformer, public().audio
     assert isinstance(config, AcousticTransformerConfig)
     with torch.device("meta"):
@@ -167,7 +186,7 @@ def costs() -> Iterator[tuple[int, str, str, Cost]]:
 
 
 def rows() -> list[ResultRow]:
-    """Figures for the table; runs the heads on the CPU for half a minute."""
+    """Count all costs, and return their rows. The heads run on the CPU for half a minute."""
     found = []
     for B, provider, path, cost in costs():
         counts = {"launches": (cost.launches, "1"), "bytes": (cost.dram, "B"), "bytes of weights": (cost.weights, "B")}
@@ -181,7 +200,7 @@ def rows() -> list[ResultRow]:
 
 
 def zeroed(module: ModuleT) -> ModuleT:
-    """The same module, its parameters zero and its gradients off."""
+    """Set a module's parameters to zero, turn its gradients off, and return the module in eval mode."""
     for parameter in module.requires_grad_(False).parameters():
         nn.init.zeros_(parameter)
     return module.eval()
@@ -192,11 +211,11 @@ def _inputs(dim: int, K: int, B: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def main() -> None:
-    """Print a row a batch and path."""
+    """Print one line for each batch, provider and path."""
     why = missing()
     print(f"The flow head's frame, public shapes, bf16, {STEPS} evaluations; counted, nothing was run on a GPU.")
     if why is not None:
-        print(f"The public server's is not here: {why} (vllm-omni is needed, see the README)")
+        print(f"The public server's head is not counted: {why} (it needs vllm-omni, see the README)")
     print("batch  provider   path           launches  GB from DRAM  of them weights")
     for B, provider, path, cost in costs():
         print(

@@ -1,7 +1,7 @@
-"""The flow head at the public size beside the public server's module, on this machine, in one run.
+"""Times of our plain PyTorch flow head and of the public server's module, at the public size, on this machine.
 
-``python -m bench.server_head`` needs vLLM-Omni (README, "Against the public server"). Random bf16 weights shared by
-both, 7 evaluations; the two alternate, and the medians and their ratio are printed.
+``python -m bench.server_head`` needs vLLM-Omni (README, "Against the public server"). Both heads have the same random
+bf16 weights and make 7 evaluations. Their calls alternate; medians and their ratio are printed.
 """
 
 import copy
@@ -19,7 +19,7 @@ ROUNDS = 7
 
 
 def main() -> None:
-    """Print one row a batch size."""
+    """Time both heads, and print one line for each batch size."""
     from vllm_omni.model_executor.models.voxtral_tts import voxtral_tts_audio_generation as server
 
     params = public_params()
@@ -44,7 +44,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def alternate(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
-    """Median seconds of each, called in turn after one call of each to warm up."""
+    """Time two calls in turn, after one call of each to warm up, and return the median seconds of each."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for i in range(ROUNDS + 1):
         for call, times in zip((first, second), seconds, strict=True):

@@ -1,4 +1,4 @@
-"""The figures of the report and of the README as tables, made of the committed rows and the ledger alone."""
+"""The tables of the report and of the README, made from the committed rows and the ledger only."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,20 +9,20 @@ from bench.results import ResultRow, newest
 from bench.roofline import SOLVERS
 
 PREDICTED = "PREDICTED by the model of bench/roofline.py, not measured."
-SHAPES = ("frame-b1", "frame-b8", "frame-b32")  # of the README's roofline
-LEVELS = ("1 level", "2 levels", "more")  # that an acoustic code is off by
+SHAPES = ("frame-b1", "frame-b8", "frame-b32")  # columns of the README's roofline table
+LEVELS = ("1 level", "2 levels", "more")  # distances of acoustic codes, as the metrics name them
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table and how to make its figures again.
+    """A table and the command that makes its figures again.
 
     Attributes:
-        title: of it.
-        note: what a reader must know.
-        command: that makes the rows.
-        head: of its columns.
-        lines: of cells.
+        title: title of the table.
+        note: conditions of the figures, which a reader must know.
+        command: command that makes the rows.
+        head: titles of the columns.
+        lines: the cells of each line.
     """
 
     title: str
@@ -32,20 +32,22 @@ class ReportTable:
     lines: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """For the README."""
+        """Return the table in Markdown, for the README."""
         lines = [self.head, ["---"] * len(self.head), *self.lines]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 class Figures:
-    """Rows to be found by what they say; of several of the same, the newest."""
+    """All rows, to be found by the values of their columns; of rows of the same figure the newest counts.
+
+    Its argument `rows` is ordered from the oldest row to the newest. In the methods, ``wanted`` is column -> value.
+    """
 
     def __init__(self, rows: Iterable[ResultRow]) -> None:
-        """Rows, oldest first."""
         self.rows = list(rows)
 
     def all(self, **wanted: str) -> list[ResultRow]:
-        """The newest row of every figure that fits, whatever it was measured on."""
+        """Return the newest row of every figure that fits, on whichever device it was made."""
         found: dict[tuple[str, ...], ResultRow] = {}
         for row in self.rows:
             if fits(row, wanted):
@@ -53,34 +55,34 @@ class Figures:
         return list(found.values())
 
     def by(self, *names: str, **wanted: str) -> list[ResultRow]:
-        """The newest row of everything that these columns hold, among those that fit."""
+        """Return the newest row for each combination of values in the columns `names`, among the rows that fit."""
         return list({tuple(getattr(row, n) for n in names): row for row in self.rows if fits(row, wanted)}.values())
 
     def on_each_device(self, **wanted: str) -> list[ResultRow]:
-        """The newest row of every figure that fits, on each device that it was measured on."""
+        """Return the newest row of every figure that fits, for each device on which it was made."""
         return newest(row for row in self.rows if fits(row, wanted))
 
     def one(self, **wanted: str) -> ResultRow | None:
-        """The newest row that fits."""
+        """Return the newest row that fits, or None."""
         return next((row for row in reversed(self.rows) if fits(row, wanted)), None)
 
     def value(self, form: str, scale: float = 1.0, **wanted: str) -> str:
-        """It as a cell; a dash where there is none."""
+        """Return the value of the newest row that fits, times `scale`, as a cell in the format `form`, or a dash."""
         row = self.one(**wanted)
         return "-" if row is None else format(row.value * scale, form)
 
     def values(self, name: str, **wanted: str) -> list[str]:
-        """What a column holds in the rows that fit, in their order."""
+        """Return the distinct values of the column `name` in the rows that fit, in the rows' order."""
         return list(dict.fromkeys(getattr(row, name) for row in self.all(**wanted)))
 
 
 def fits(row: ResultRow, wanted: Mapping[str, str]) -> bool:
-    """Whether a row says all that is wanted."""
+    """Return whether a row has all wanted values, `wanted` being column -> value."""
     return all(getattr(row, name) == value for name, value in wanted.items())
 
 
 def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTable]:
-    """Every table by its name, those without rows left out."""
+    """Return all tables by name, without those that have no lines."""
     made = {
         "frame": frame(figures), "launches": launches(figures), "cache": cache(figures), "server": server(figures),
         "claim": claim(figures), "roofline": roofline(figures), "batches": batches(figures), "work": work(figures),
@@ -92,7 +94,7 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
 
 
 def frame(figures: Figures) -> ReportTable:
-    """Launches and bytes of a frame's parts."""
+    """Make the table of the launches, bytes and multiply-adds of a frame's parts."""
     lines = []
     for subject in figures.values("subject", bench="frame", metric="launches"):
         for shape in figures.values("shape", bench="frame", metric="launches", subject=subject):
@@ -110,7 +112,7 @@ def frame(figures: Figures) -> ReportTable:
 
 
 def launches(figures: Figures) -> ReportTable:
-    """Of a whole frame's two graphs."""
+    """Make the table of the launches of a whole frame's two graphs, by part."""
     lines = []
     for shape in ("frame-b1", "frame-b32"):
         parts = [
@@ -128,7 +130,7 @@ def launches(figures: Figures) -> ReportTable:
 
 
 def cache(figures: Figures) -> ReportTable:
-    """Keys and values of a request."""
+    """Make the table of the bytes of one request's keys and values, by length of the context."""
     lines = [
         [
             shape.removeprefix("context "), figures.value(".1f", 1e-6, bench="frame", metric="bytes", shape=shape),
@@ -143,7 +145,7 @@ def cache(figures: Figures) -> ReportTable:
 
 
 def server(figures: Figures) -> ReportTable:
-    """The public server's head beside ours."""
+    """Make the table of the cost of the public server's flow head and of ours."""
     lines = []
     for shape in figures.values("shape", bench="server_cost"):
         for row in figures.all(bench="server_cost", metric="launches", shape=shape):
@@ -153,7 +155,7 @@ def server(figures: Figures) -> ReportTable:
                 f"{row.value:.0f}", figures.value(".3f", 1e-9, **wanted, metric="bytes"),
                 figures.value(".3f", 1e-9, **wanted, metric="bytes of weights"),
             ])  # fmt: skip
-    head = ("batch", "whose", "path", "launches", "GB from DRAM", "of them weights")
+    head = ("batch", "provider", "path", "launches", "GB from DRAM", "of them weights")
     note = (
         "The flow head's frame, public shapes, bf16, 7 evaluations; counted, an operator of plain torch as one launch."
     )
@@ -161,7 +163,7 @@ def server(figures: Figures) -> ReportTable:
 
 
 def claim(figures: Figures) -> ReportTable:
-    """A flow head instead of a depth transformer."""
+    """Make the table that compares the flow head with a depth transformer."""
     lines = []
     for row in figures.by("subject", "steps", bench="depth", metric="launches"):
         wanted = {"bench": "depth", "subject": row.subject, "steps": row.steps}
@@ -186,7 +188,7 @@ def claim(figures: Figures) -> ReportTable:
 
 
 def roofline(figures: Figures) -> ReportTable:
-    """Floors and predictions, at a few batches."""
+    """Make the table of a frame's floor and predicted time on each GPU, at a few batch sizes."""
     columns = [(shape, steps) for shape in SHAPES for steps in SOLVERS]
     lines = [
         [name, *(_floor_and_time(figures, name, *column) for column in columns)]
@@ -201,7 +203,7 @@ def roofline(figures: Figures) -> ReportTable:
 
 
 def batches(figures: Figures) -> ReportTable:
-    """Floors and predictions at every batch."""
+    """Make the table of a frame's floor and predicted time on each GPU, at every batch size."""
     shapes = figures.values("shape", bench="roofline", metric="floor")
     lines = [
         [name, steps.replace(":", " "), *(_floor_and_time(figures, name, shape, steps) for shape in shapes)]
@@ -214,7 +216,7 @@ def batches(figures: Figures) -> ReportTable:
 
 
 def work(figures: Figures) -> ReportTable:
-    """What a whole frame is made of."""
+    """Make the table of a whole frame's launches, bytes and multiply-adds."""
     wanted = {"bench": "roofline", "subject": "frame"}
     lines = [
         [
@@ -241,7 +243,7 @@ def _floor_and_time(figures: Figures, gpu: str, shape: str, steps: str) -> str:
 
 
 def errors(figures: Figures) -> ReportTable:
-    """Rounding, in codes and decibels."""
+    """Make the table of the errors of each dtype: codes flipped, and signal-to-noise ratio in dB."""
     lines = []
     for row in figures.by("dtype", "provider", bench="errors", metric="acoustic codes flipped"):
         wanted = {"bench": "errors", "provider": row.provider, "dtype": row.dtype}
@@ -252,7 +254,7 @@ def errors(figures: Figures) -> ReportTable:
             found, n = figures.one(**wanted, metric=metric), of[metric.partition(" ")[0]]
             counts.append("-" if found is None or n is None else f"{found.value * n.value / 100:.0f} of {n.value:.0f}")
         lines.append([row.dtype, row.provider, *counts, figures.value(".1f", **wanted, metric="waveform SNR")])
-    head = ("dtype", "whose", "acoustic codes flipped", "by 1 level", "by 2", "by more", "semantic", "SNR, dB")
+    head = ("dtype", "provider", "acoustic codes flipped", "by 1 level", "by 2", "by more", "semantic", "SNR, dB")
     note = (
         "The demo voice against fp64, histories given; kernels in the interpreter, with tiles larger than a GPU's. "
         "SNR is of the codec's sound from the same codes."
@@ -261,7 +263,7 @@ def errors(figures: Figures) -> ReportTable:
 
 
 def distortion(figures: Figures) -> ReportTable:
-    """Fewer evaluations, in codes."""
+    """Make the table of the errors with fewer evaluations: RMSE, codes that differ, words recognised."""
     steps = [row.steps for row in figures.all(bench="distortion", metric="codes that differ")]
     counts = sorted({int(one.partition(":")[2]) for one in steps})
     lines = []
@@ -282,8 +284,8 @@ def distortion(figures: Figures) -> ReportTable:
 
 
 def recognition(figures: Figures) -> ReportTable:
-    """What a recogniser hears."""
-    most: dict[tuple[str, ...], ResultRow] = {}  # of several runs the one with most words
+    """Make the table of the words and strings that a recogniser recognises."""
+    most: dict[tuple[str, ...], ResultRow] = {}  # of several runs, the one with the most words
     for row in figures.all(bench="recognition", metric="words"):
         of = (row.subject, row.steps, "digits" if "digits" in row.shape else "sentences")
         most[of] = max(most.get(of, row), row, key=lambda one: one.value)
@@ -299,7 +301,7 @@ def recognition(figures: Figures) -> ReportTable:
             figures.value(".1f", **wanted, metric="ended by itself"), figures.value(".2f", **wanted, metric="longest"),
         ])  # fmt: skip
     head = (
-        "whose sound",
+        "source of the sound",
         "solver",
         "what was said",
         "words right",
@@ -315,7 +317,7 @@ def recognition(figures: Figures) -> ReportTable:
 
 
 def voice(figures: Figures) -> ReportTable:
-    """Speed of the demo voice here."""
+    """Make the table of the demo voice's speed on a CPU."""
     lines = [
         [row.subject, row.metric, f"{row.value:.3g} {row.unit}".removesuffix(" 1"), row.device]
         for row in figures.all(bench="voice")
@@ -327,7 +329,7 @@ def voice(figures: Figures) -> ReportTable:
 
 
 def engine(figures: Figures) -> ReportTable:
-    """Many requests side by side."""
+    """Make the table of the engine's speed and memory with many requests at once."""
     lines = []
     for row in figures.all(bench="engine", metric="frames a second"):
         wanted = {"bench": "engine", "subject": row.subject, "shape": row.shape}
@@ -346,7 +348,7 @@ def engine(figures: Figures) -> ReportTable:
 
 
 def micro(figures: Figures) -> ReportTable:
-    """Single operators and modules, on a processor."""
+    """Make the table of single operators and modules timed on a CPU."""
     rows = [row for row in figures.on_each_device(bench="micro", metric="time") if on_cpu(row)]
     lines = [[row.subject, row.shape, row.dtype, row.provider, *_spread(row), row.device] for row in rows]
     head = ("operator or module", "shape", "dtype", "provider", "median, us", "20 % to 80 %", "on")
@@ -355,7 +357,7 @@ def micro(figures: Figures) -> ReportTable:
 
 
 def gpu(figures: Figures) -> ReportTable:
-    """Single operators, modules and whole frames, on GPUs."""
+    """Make the table of single operators, modules and whole frames timed on GPUs."""
     lines = []
     for metric in ("time", "time, no graph"):
         for row in figures.on_each_device(bench="micro", metric=metric):
@@ -375,7 +377,7 @@ def gpu(figures: Figures) -> ReportTable:
 
 
 def on_cpu(row: ResultRow) -> bool:
-    """Whether a row's device is a processor: it is named with its threads."""
+    """Return whether a row's device is a CPU, which is named with its number of threads."""
     return "threads" in row.device
 
 
@@ -384,7 +386,7 @@ def _spread(row: ResultRow) -> tuple[str, str]:
 
 
 def resources(ledger: Sequence[LedgerRow]) -> ReportTable:
-    """What the compiler makes of the kernels, by architecture."""
+    """Make the table of the compiled kernels' registers, spills and shared memory, by architecture."""
     by_arch: dict[str, list[LedgerRow]] = defaultdict(list)
     for row in ledger:
         by_arch[row.arch].append(row)

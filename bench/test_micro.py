@@ -1,8 +1,8 @@
-"""The same trials under pytest-benchmark: ``pytest bench --benchmark-only``.
+"""Operators timed by pytest-benchmark: ``pytest bench --benchmark-only``.
 
-On a CPU a few of plain PyTorch's; on a GPU every operator at its first public shape, by all who are there. It times
-calls one after another, gaps and all: what a frame in a CUDA graph costs is what ``python -m bench run`` says. The
-GPU's part has not been run on a GPU.
+On a CPU it times six operators in plain PyTorch. On a GPU it times every operator at its first public shape, by each
+available provider; this has not been run on a GPU. Calls run one after another, and the gaps between them are included.
+``python -m bench run`` times calls as in a frame's CUDA graph, without gaps.
 """
 
 from contextlib import nullcontext
@@ -18,12 +18,12 @@ from voxkern.kernels import launch_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = [name for name in ("voxkern", "torch", "torch.compile", "flashinfer") if name not in missing(DEVICE)]
-FEW = ("flow_step", "linear", "norm_linear", "paged_attention", "rms_norm", "token_attention")  # on a CPU
-ON_CPU = ("torch",)  # torch.compile takes a C++ compiler ten seconds a shape
+FEW = ("flow_step", "linear", "norm_linear", "paged_attention", "rms_norm", "token_attention")  # operators on a CPU
+ON_CPU = ("torch",)  # without torch.compile, which runs a C++ compiler for ten seconds a shape
 
 
 def cases() -> list[Any]:
-    """(operator, its first public shape, provider)."""
+    """Return the test's parameters: (operator, its first public shape, provider) for each provider."""
     found = []
     for entry in entries():
         if DEVICE == "cuda" or entry.name in FEW:
@@ -35,7 +35,7 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("entry", "case", "provider"), cases())
 def test_operator(benchmark: Any, entry: Entry, case: Case, provider: str) -> None:
-    """One provider of one operator, right before it is timed."""
+    """Check the results of one provider of one operator, then time it."""
     dtype = case.dtypes[0]
     with torch.inference_mode(), nullcontext() if DEVICE == "cuda" else launch_config.target_arch("sm_90"):
         trial = operator_trial(entry, case, dtype, DEVICE)

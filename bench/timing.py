@@ -1,8 +1,8 @@
-"""The timer: how long one call of each variant takes, variants interleaved round by round.
+"""The timer: it measures the time of one call of each variant, with the variants interleaved round by round.
 
-A variant is a list of calls that do the same work on copies of their inputs of their own. What starts them, and what a
-second is, stands in a :class:`Clock`: a CPU's, a GPU's, or a made-up one in tests. The GPU's has not been run on a GPU:
-all that only a GPU can run is in :class:`GPUClock`, and what stands around it is tested with a made-up clock.
+A variant is a list of calls that do the same work, each on its own copy of the inputs. A :class:`Clock` runs the calls
+and measures seconds: on a CPU, on a GPU, or simulated in tests. :class:`GPUClock` has all code that needs a GPU, and
+has not been run on one. The rest is tested with a simulated clock.
 """
 
 import statistics
@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-COLD = 256 << 20  # bytes of copies to go round, so that weights come from memory: five times the L2 cache of an H100
-# copies at most: of a few kilobytes of activations 256 MiB would be 50,000 launches a round. What is so small comes
-# from the cache in a frame as well, where the launch before has just written it.
+# Bytes that the calls on all copies must move together, so that weights come from memory: 5 times an H100's L2 cache.
+COLD = 256 << 20
+# The most copies: with a few kilobytes of activations, 256 MiB would be 50,000 launches a round. Inputs as small as
+# these come from the cache in a frame too, because the launch before has just written them.
 MOST_COPIES = 1024
-MOST_BYTES = 8 << 30  # of all copies: some operators use a few rows of tables of 50 MB
+MOST_BYTES = 8 << 30  # the most bytes of all copies: some operators use a few rows of tables of 50 MB
 ROUNDS, FEWEST_ROUNDS = 20, 5
-PATIENCE = 0.3  # seconds a variant after which the fewest rounds are enough
+PATIENCE = 0.3  # after this many seconds for each variant, FEWEST_ROUNDS are enough
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median of the rounds, and their 20th and 80th percentile."""
+    """Seconds of one call: the median of the rounds, and their 20th (`low`) and 80th (`high`) percentile."""
 
     median: float
     low: float
@@ -36,18 +37,18 @@ class Timing:
 
     @classmethod
     def of(cls, rounds: Sequence[float]) -> "Timing":
-        """Of two rounds or more."""
+        """Return the timing of `rounds`, the seconds of a call in each of two rounds or more."""
         low, *_, high = statistics.quantiles(rounds, n=5, method="inclusive")
         return cls(statistics.median(rounds), low, high)
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One large copy from device memory to device memory: what bandwidth there is.
+    """One large copy within device memory. Its bandwidth is the highest that other calls can reach.
 
     Attributes:
-        call: does it.
-        nbytes: that it moves, read and written.
+        call: makes the copy.
+        nbytes: bytes that the copy reads and writes together.
     """
 
     call: Call
@@ -55,10 +56,10 @@ class Copy:
 
 
 class Clock(Protocol):
-    """A machine that runs calls and says how long they took.
+    """Runs calls on one device and measures their time.
 
     Attributes:
-        rotates: whether inputs must be rotated past a cache.
+        rotates: whether calls must rotate through many copies of their inputs, so that no cache holds them.
     """
 
     rotates: bool
@@ -67,11 +68,12 @@ class Clock(Protocol):
         """Warm the calls up.
 
         Returns:
-            What runs one round of them and gives the seconds of a call, and how rounds are run, for the record.
+            A function that runs one round of the calls and returns the seconds of one call, and how rounds are run
+            ("calls", "graph" or "no graph").
         """
 
     def copy(self) -> Copy | None:
-        """What the roof is measured with; None where bandwidth means nothing."""
+        """Return the large copy that measures the highest bandwidth, or None where bandwidth has no meaning."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Measured:
     """One variant's timing.
 
     Attributes:
-        timing: seconds a call.
-        rounds: how they were run, see :meth:`Clock.prepare`.
+        timing: seconds of one call.
+        rounds: how the rounds were run, see :meth:`Clock.prepare`.
     """
 
     timing: Timing
@@ -88,12 +90,12 @@ class Measured:
 
 
 def copies_for(clock: Clock, moved: int, held: int) -> int:
-    """Copies of the inputs to rotate through.
+    """Return how many copies of the inputs the calls must rotate through.
 
     Args:
-        clock: whose cache they are to pass.
-        moved: bytes of them that a call moves.
-        held: bytes that they take.
+        clock: the clock of the device; without a need to rotate, two copies are enough.
+        moved: bytes of the inputs that one call moves.
+        held: bytes of the inputs.
     """
     if not clock.rotates:
         return 2
@@ -101,10 +103,14 @@ def copies_for(clock: Clock, moved: int, held: int) -> int:
 
 
 def measure(clock: Clock, variants: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Measured]:
-    """Time variants in turn, round by round: what slows the machine down for a while slows all of them.
+    """Time variants in turn, round by round, so that a slow phase of the machine affects all of them.
 
-    The first one of a round is another one each time, so that none always follows the same neighbour. Slow variants
-    have fewer rounds.
+    Each round begins with the next variant. Slow variants have fewer rounds, but at least 5.
+
+    Args:
+        clock: runs the calls.
+        variants: name -> calls, which do the same work on different copies of the inputs.
+        rounds: the most rounds.
     """
     ready = {name: clock.prepare(calls) for name, calls in variants.items()}
     names, found = list(ready), {name: list[float]() for name in ready}
@@ -121,12 +127,12 @@ def measure(clock: Clock, variants: Mapping[str, Sequence[Call]], rounds: int = 
 
 
 class CPUClock:
-    """The processor at hand. A round is one pass over a variant's copies."""
+    """Times calls on this machine's CPU. A round is one call on each of a variant's copies."""
 
     rotates = False
 
     def prepare(self, calls: Sequence[Call]) -> tuple[Callable[[], float], str]:
-        """One call each to warm up."""
+        """Run each call once to warm up; see :meth:`Clock.prepare`."""
         for call in calls:
             call()
 
@@ -139,19 +145,23 @@ class CPUClock:
         return run, "calls"
 
     def copy(self) -> None:
-        """None: weights of one operator may lie in a processor's cache, and bytes per second would say nothing."""
+        """Return None: a CPU's cache may hold one operator's weights, so bytes per second have no meaning."""
 
 
 class GPUClock:
-    """The GPU at hand. A round is one replay of a CUDA graph over a variant's copies. It has not been run on a GPU.
+    """Times calls on this machine's GPU. A round is one replay of a CUDA graph of the calls on all copies.
 
-    Event pairs around single short launches would time the gaps between them, which a frame in one graph does not have.
+    Pairs of events around single short launches would time the gaps between them. A frame in one graph has no such
+    gaps. This class has not been run on a GPU.
     """
 
     rotates = True
 
     def prepare(self, calls: Sequence[Call]) -> tuple[Callable[[], float], str]:
-        """Capture the calls; those that wait for the device cannot be captured, and are run as they are."""
+        """Capture the calls in a CUDA graph; see :meth:`Clock.prepare`.
+
+        Calls that wait for the device cannot be captured. They run one after another, which is "no graph".
+        """
         for call in calls:
             call()
         if _waits(calls[0]):
@@ -163,17 +173,17 @@ class GPUClock:
         return lambda: _between_events(graph.replay) / len(calls), "graph"
 
     def copy(self) -> Copy:
-        """Of twice the bytes that make the cache cold."""
+        """Return a copy of twice :data:`COLD` bytes."""
         source = torch.empty(2 * COLD, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         return Copy(lambda: target.copy_(source), 2 * source.numel())
 
 
 def _expect_written(graph: torch.cuda.CUDAGraph, results: list[object]) -> None:
-    """A graph that caught nothing is fast: of floating results a replay must leave nothing as it was before.
+    """Check that a replay writes every floating-point result: a graph that captured nothing would seem fast.
 
     Raises:
-        RuntimeError: it does.
+        RuntimeError: a replay leaves a result unwritten.
     """
     tensors = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     tensors = [tensor for tensor in tensors if tensor.numel()]
@@ -185,7 +195,7 @@ def _expect_written(graph: torch.cuda.CUDAGraph, results: list[object]) -> None:
 
 
 def _waits(call: Call) -> bool:
-    # asked before a capture: one that fails halfway leaves the stream in a state that is hard to leave
+    # checked before the capture, because a capture that fails leaves the stream in a state that is hard to recover
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -210,10 +220,10 @@ def _between_events(run: Call) -> float:
 
 
 def clock_of(device: str) -> Clock:
-    """The clock of ``cpu`` or ``cuda``.
+    """Return the clock of the device ``cpu`` or ``cuda``.
 
     Raises:
-        SystemExit: there is no such device here.
+        SystemExit: `device` is ``cuda``, but torch finds no GPU.
     """
     if not device.startswith("cuda"):
         return CPUClock()

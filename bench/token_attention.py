@@ -1,4 +1,4 @@
-"""Attention over the flow head's three tokens at the shapes of the public model."""
+"""Registry entries of the attention over the flow head's three tokens, at the shapes of the public model."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from voxkern.reference.attention import attention
 def token_attention_reference(
     x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, n_heads: int, n_kv_heads: int, n_tokens: int, max_batch: int
 ) -> Tensor:
-    """The pairs' tokens side by side, then plain attention."""
+    """Collect the three tokens of each pair of branch and request, and compute plain attention over them."""
     i = torch.arange(len(h_qkv), device=h_qkv.device)
     qkv = torch.stack((x_qkv[i % len(x_qkv)], t_qkv[i % len(t_qkv)], h_qkv), dim=1)  # [2B, 3, W]
     heads = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
@@ -23,7 +23,11 @@ def token_attention_reference(
 
 
 def token_attention_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Queries and keys whose scores have a deviation of 1; `s.n_x` and `s.n_t` say which rows are shared."""
+    """Return arguments with scores of standard deviation 1.
+
+    `s.n_x` = 1 shares the x tokens' rows between the branches; `s.n_t` = 0 shares one row of the t tokens between all
+    pairs.
+    """
     W = (s.H + 2 * s.HKV) * s.D
     return {
         "x_qkv": make(s.B * s.n_x, W),
@@ -46,14 +50,14 @@ def token_attention_linear_reference(
     n_kv_heads: int,
     max_batch: int,
 ) -> Tensor:
-    """Attention, product and sum, each rounded."""
+    """Compute attention, product and sum, rounding after each operation."""
     n_tokens = len(residual) // len(h_qkv)
     o = token_attention_reference(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, n_tokens, max_batch)
     return residual + F.linear(o, wo)
 
 
 def token_attention_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """As above, but for the number of tokens, which the residual tells."""
+    """Return arguments like :func:`token_attention_inputs`; the residual has 2B * `s.n_tokens` rows."""
     inputs = token_attention_inputs(s, make)
     K = s.H * s.D
     inputs["wo"], inputs["residual"] = make(s.N, K, std=K**-0.5), make(inputs.pop("n_tokens") * 2 * s.B, s.N)

@@ -1,6 +1,6 @@
-"""The fewest bytes that a call of an operator can move: arguments and results once, but what it leaves alone.
+"""The fewest bytes that a call of an operator can move: arguments and results once, without the parts it does not use.
 
-Bytes per second are of these. What a kernel moves beyond them is counted in the interpreter (``bench/counters.py``).
+Bytes per second are computed from these. ``bench/counters.py`` counts in the interpreter what a kernel really moves.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ Args = Mapping[str, Any]
 
 
 def fewest_bytes(entry: Entry, args: Args) -> int:
-    """Of one call with these arguments."""
+    """Return the fewest bytes that one call of the operator `entry` with these arguments can move."""
     made = entry.op.declare(**args)
     results = [made] if isinstance(made, Tensor) else list(made or ())
     parts = {name: arg for name, arg in args.items() if isinstance(arg, Tensor)}
@@ -28,18 +28,18 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _read_cache(args: Args) -> int:
-    """Keys and values of the tokens that are there; the caches of the registry have other pages among them."""
+    """Return the elements of the requests' keys and values; the registry's caches have unused pages too."""
     _, _, HKV, _, D = args["kv_cache"].shape
     return int(args["lengths"].sum() * 2 * HKV * D)
 
 
 def _written_cache(rows: str) -> Callable[[Args], int]:
-    """Keys and values of a token a row."""
+    """Return a function that counts the elements of one token's keys and values for each row of the argument `rows`."""
     return lambda args: len(args[rows]) * 2 * args["kv_cache"].shape[2] * args["kv_cache"].shape[4]
 
 
 def _embedded(args: Args) -> int:
-    """A row of embeddings a codebook."""
+    """Return the elements of one row of the embeddings for each request and codebook."""
     return len(args["semantic"]) * (1 + len(args["w_out"])) * int(args["embeddings"].shape[1])
 
 
@@ -47,7 +47,7 @@ def _codes(args: Args) -> int:
     return int(args["codes"].shape[0] * args["codes"].shape[2])
 
 
-# operators that read or write a part of an argument: elements of it that they cannot do without
+# operator -> argument of which it uses a part -> a function that returns how many of its elements it must use
 PARTLY: dict[str, dict[str, Callable[[Args], int]]] = {
     "paged_attention": {"kv_cache": _read_cache},
     "prefill_attention": {"kv_cache": _read_cache},

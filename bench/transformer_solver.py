@@ -1,4 +1,4 @@
-"""What surrounds the flow head's layers, at the shapes of the public model."""
+"""Registry entries of the flow head's kernels around its layers, at the shapes of the public model."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from voxkern.reference.solver import euler_step
 
 
 def project_in(x: Tensor, w_in: Tensor, time: Tensor, tokens: Tensor) -> None:
-    """The x and t tokens of both branches."""
+    """Write the x and t tokens of both branches to the first 4B rows of `tokens`."""
     projected = F.linear(x.to(w_in.dtype), w_in)
     tokens[: 4 * len(x)] = torch.cat((projected, projected, time.expand(2 * len(x), -1)))
 
@@ -25,7 +25,11 @@ def solver_step(
     y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ab2_ratio: float,
     x: Tensor, v_last: Tensor,
 ) -> None:  # fmt: skip
-    """The step in place. The kernels round nothing on the way and neither does this, so they are held to more."""
+    """Run one solver step on `x` and `v_last`, in place.
+
+    Like the kernels, this reference rounds no intermediate result. The bound on the kernels' error is therefore
+    tighter than with a reference that rounds after every operation.
+    """
     v = guide(F.linear(rms_norm(upcast(y[: 2 * len(x)]), upcast(norm), eps), upcast(w_out)), cfg_alpha)
     x.copy_(euler_step(x, v + ab2_ratio * (v - v_last) if ab2_ratio else v, dt))
     v_last.copy_(v)
@@ -35,7 +39,7 @@ def flow_start_reference(
     seed: Tensor, frame: Tensor, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, time: Tensor,
     x: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Noise, or what is handed in for it, and its tokens."""
+    """Start a frame: set `x` to `noise`, or to drawn noise if it is None, and write the x and t tokens."""
     x.copy_(draw(seed, frame, x.shape[1]) if noise is None else noise)
     project_in(x, w_in, time, tokens)
 
@@ -44,7 +48,7 @@ def flow_step_reference(
     y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ab2_ratio: float,
     x: Tensor, v_last: Tensor, w_in: Tensor, time: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """The step, then the tokens of the next."""
+    """Run one step, then write the x and t tokens of the next evaluation."""
     solver_step(y, norm, w_out, eps, cfg_alpha, dt, ab2_ratio, x, v_last)
     project_in(x, w_in, time, tokens)
 
@@ -53,13 +57,13 @@ def flow_finish_reference(
     y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ab2_ratio: float,
     x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int, max_batch: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The step, its codes, and the sum of their embeddings."""
+    """Run the last step, and return the codes and the sum of their embeddings."""
     solver_step(y, norm, w_out, eps, cfg_alpha, dt, ab2_ratio, x, v_last)
     return codes_of(x, semantic, levels, embeddings, semantic_size)
 
 
 def codes_of(x: Tensor, semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int) -> tuple[Tensor, Tensor]:
-    """A frame's codes, and the sum of their embeddings."""
+    """Return a frame's codes, int64 [B, 1 + K] with the +2 offset, and the sum of their embeddings, [B, E]."""
     acoustic = quantise(x, levels) + 2
     codes = torch.cat((semantic[:, None], acoustic.where(semantic[:, None] != 1, 2)), dim=1)
     offset = torch.arange(x.shape[1], device=x.device) * (levels + 2) + semantic_size + 2
@@ -68,17 +72,17 @@ def codes_of(x: Tensor, semantic: Tensor, levels: int, embeddings: Tensor, seman
 
 
 def integers(make: TensorMaker, n: int, first: int, every: int) -> Tensor:
-    """int64 [n]: `first`, and one in `every` more than the last."""
+    """Return int64 [n]: `first`, `first + every`, `first + 2 * every` and so on."""
     return torch.arange(n, dtype=torch.int64, device=make.device) * every + first
 
 
 def state(s: Any, make: TensorMaker) -> Tensor:
-    """x as it stands late in the flow: most of it within -1..1, some not."""
+    """Return a random flow state x, fp32 [B, K], like one late in the flow: mostly, but not only, within -1..1."""
     return make(s.B, s.K, std=0.7).float()
 
 
 def semantic_of(s: Any, make: TensorMaker) -> Tensor:
-    """Semantic codes, of which the second request's is END."""
+    """Return random semantic codes with the +2 offset, int64 [B]; the second request's code is END."""
     semantic = integers(make, s.B, 7, 1) % s.semantic_size + 2
     if s.B > 1:
         semantic[1] = 1
@@ -86,7 +90,7 @@ def semantic_of(s: Any, make: TensorMaker) -> Tensor:
 
 
 def flow_start_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """`s.given`: whether the noise is handed in (and, in a step, whether it has a last one)."""
+    """Return the arguments at the start of a frame, with noise if `s.given` is not 0, else with noise to be drawn."""
     return {
         "seed": integers(make, s.B, -3 << 40, 0x5DEECE66D1234),
         "frame": integers(make, s.B, 2047, 3),
@@ -101,7 +105,11 @@ def flow_start_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def head_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """What a step begins with: `s.rows` rows of y a request, guidance from none (1) to the usual 1.2 to only."""
+    """Return the arguments that every step needs.
+
+    `y` has `s.rows` rows per request. The guidance is 1.2, 1.0 (none), 0.8 and so on down to 0 in turn. With `s.given`
+    other than 0, the step uses the previous velocity.
+    """
     return {
         "y": make(s.rows * s.B, s.N, std=4.0),
         "norm": make(s.N, mean=1.0, std=0.1),
@@ -116,7 +124,7 @@ def head_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def flow_step_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """A step in the middle of the flow."""
+    """Return the arguments of a step that is not the last."""
     return head_inputs(s, make) | {
         "w_in": make(s.N, s.K, std=s.K**-0.5),
         "time": make(s.N),
@@ -126,7 +134,7 @@ def flow_step_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def flow_finish_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Semantic codes, of which the second request's is END."""
+    """Return the arguments of the last step."""
     return head_inputs(s, make) | {
         "semantic": semantic_of(s, make),
         "levels": s.levels,
@@ -156,7 +164,7 @@ def _entry(op: Any, reference: Any, inputs: Any, once: tuple[str, ...]) -> Entry
         rows="B",
         stage=lambda c: c.get("BLOCK_K", 0) * c["N"],
         read_once=once,
-        uses_matrix_unit=False,  # with a state of one row a request, these are sums over bytes that stream by
+        uses_matrix_unit=False,  # one row of state per request: sums over weights, not matrix products
     )
 
 

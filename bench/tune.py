@@ -1,10 +1,11 @@
-"""Search launch configs for the GPU at hand, and write them into the tables that stand beside the kernels.
+"""Search launch configs for this machine's GPU, and write them into the tables in the kernels' files.
 
-``python -m bench tune --op norm_linear`` prints a diff of ``kernels/linear.py``, ``--write`` writes it. From what the
-table has, one column after the other is halved and doubled (stages: one more, one less) for as long as that gains 2
-%. A candidate that spills, does not fit or computes something else is dropped before it is timed. Operators that use
-another one's table, as norm_qkv does norm_linear's, are not timed: look at them after. **It has not been run on a
-GPU**, only with a made-up clock; ``--arch sm_90`` shows without one which candidates fit that architecture.
+``python -m bench tune --op norm_linear`` prints a diff of ``kernels/linear.py``, and ``--write`` writes it. The search
+starts from the table. It halves and doubles one column after the other (stages: one more, one less) while that gains at
+least 2 %. A candidate that spills, does not fit or gives wrong results is dropped before it is timed. An operator that
+uses another one's table, as norm_qkv uses norm_linear's, is not timed: time it afterwards. **The search has not been
+run on a GPU**, only with a simulated clock. ``--arch sm_90`` needs no GPU: it shows which candidates fit that
+architecture.
 """
 
 import argparse
@@ -30,30 +31,30 @@ from bench.timing import Clock, clock_of, copies_for, measure
 from voxkern.compile_only import ARCHITECTURES
 from voxkern.kernels.launch_config import LaunchConfigs, architecture, override, target_arch
 
-GAIN = 0.98  # of the time: less than 2 % may be noise, and a table's lines are worth keeping few
+GAIN = 0.98  # the most time / old time of a change: a gain below 2 % may be noise, and is not worth a line of the table
 LaunchConfig = dict[str, int]
 Fits = Callable[[LaunchConfig], str]
 
 
 def configs_of(entry: Entry) -> LaunchConfigs | None:
-    """The operator's own table, if it has one that can tell architectures apart."""
+    """Return the operator's own table of launch configs, or None without one that has a column `arch`."""
     module = vars(sys.modules[entry.op.__module__])
     found = [value for value in module.values() if isinstance(value, LaunchConfigs) and value.kernel == entry.name]
     return next((configs for configs in found if "arch" in configs.conditions), None)
 
 
 def file_of(entry: Entry) -> Path:
-    """Where the operator's kernels and their tables stand."""
+    """Return the file with the operator's kernels and their tables."""
     return ROOT / "kernels" / f"{entry.op.__module__.rpartition('.')[2]}.py"
 
 
 def config_of(configs: LaunchConfigs, line: int) -> LaunchConfig:
-    """What a line of the table says."""
+    """Return the launch config in a line of the table."""
     return {name: int(configs.lines[line][name]) for name in configs.names}
 
 
 def lines_of(entry: Entry, configs: LaunchConfigs) -> dict[int, list[tuple[Case, str]]]:
-    """Lines of the table that public shapes take on the current architecture, and which shapes those are."""
+    """Return line of the table -> public shapes that use it on the current architecture, as (case, dtype)."""
     found: dict[int, list[tuple[Case, str]]] = {}
     for case in entry.cases:
         for dtype in case.dtypes if case.public else ():
@@ -65,7 +66,10 @@ def lines_of(entry: Entry, configs: LaunchConfigs) -> dict[int, list[tuple[Case,
 
 @contextmanager
 def record_lookups(configs: LaunchConfigs) -> Iterator[list[dict[str, Any]]]:
-    """Within the block, nothing is launched that asks this table; what it was asked is in the list."""
+    """Record the first lookup of this table within the ``with`` block, and leave the block before the launch.
+
+    The yielded list then holds the arguments of the lookup.
+    """
     found: list[dict[str, Any]] = []
 
     class LookupRecorded(Exception):
@@ -86,7 +90,11 @@ def record_lookups(configs: LaunchConfigs) -> Iterator[list[dict[str, Any]]]:
 
 
 def line_of(configs: LaunchConfigs, sizes: Mapping[str, Any]) -> int:
-    """The first line that these sizes match."""
+    """Return the first line of the table that these sizes match, as a number from 0.
+
+    Raises:
+        ValueError: no line matches.
+    """
     for i in range(len(configs.lines)):
         upper = copy.copy(configs)
         upper.lines = configs.lines[: i + 1]
@@ -99,7 +107,7 @@ def line_of(configs: LaunchConfigs, sizes: Mapping[str, Any]) -> int:
 
 
 def neighbours(config: LaunchConfig, name: str) -> list[LaunchConfig]:
-    """The config with one value a step up and a step down."""
+    """Return the configs with the value `name` one step lower and one step higher, if that is in range."""
     value = config[name]
     steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
     most = {"num_warps": 16, "num_stages": 10}.get(name, 1024)
@@ -107,14 +115,14 @@ def neighbours(config: LaunchConfig, name: str) -> list[LaunchConfig]:
 
 
 def search(start: LaunchConfig, seconds: Callable[[Sequence[LaunchConfig]], list[float]]) -> tuple[LaunchConfig, float]:
-    """Descend along one column after the other.
+    """Search for a faster launch config by coordinate descent, one column after the other.
 
     Args:
-        start: where to begin.
-        seconds: times of several settings, measured beside each other; infinite for those that may not be.
+        start: the config to start from.
+        seconds: returns the times of several configs, measured in turn; infinite for invalid ones.
 
     Returns:
-        The best config, and its time over that of `start`.
+        The best config, and its time / the time of `start`.
     """
     best, moved = start, True
     while moved:
@@ -133,14 +141,14 @@ def search(start: LaunchConfig, seconds: Callable[[Sequence[LaunchConfig]], list
 
 @dataclass
 class Tuner:
-    """Times settings of one line of a table over all the shapes that take it.
+    """Times candidates for one line of a table, over all the shapes that use the line.
 
     Attributes:
         kernel: name of the table.
-        trials: the shapes.
-        clock: the GPU's.
-        fits: what the compiler has against a config, or nothing.
-        known: complaints about the settings seen so far.
+        trials: one trial for each shape.
+        clock: the GPU's clock.
+        fits: returns why the compiler refuses a config, or an empty string.
+        known: config as text -> why it may not be timed, or an empty string, for the configs seen so far.
     """
 
     kernel: str
@@ -150,7 +158,7 @@ class Tuner:
     known: dict[str, str] = field(default_factory=dict)
 
     def seconds(self, candidates: Sequence[LaunchConfig]) -> list[float]:
-        """Geometric means over the shapes; infinite where a config does not fit or a result is wrong."""
+        """Return each candidate's seconds as the geometric mean over the shapes; infinite if it may not be timed."""
         valid = {i: config for i, config in enumerate(candidates) if not self.complaint(config)}
         logs = [0.0 if i in valid else math.inf for i in range(len(candidates))]
         for trial in self.trials:
@@ -161,7 +169,7 @@ class Tuner:
         return [math.exp(log) for log in logs]
 
     def complaint(self, config: LaunchConfig) -> str:
-        """Why a config may not be timed."""
+        """Return why a config may not be timed (it does not fit, or a result is wrong), or an empty string."""
         key = str(config)
         if key not in self.known:
             self.known[key] = self.fits(config)
@@ -179,7 +187,10 @@ class Tuner:
 
 
 def faults_of(operator: str, case: str, dtype: str, arch: str, config: LaunchConfig) -> str:
-    """What the ledger has against a config: compiled, not run. For a process of its own, see :func:`compiler`."""
+    """Compile an operator with a config, and return the ledger's faults, joined by "; ", or an empty string.
+
+    It must run in another process than launches on the GPU, see :func:`compiler`.
+    """
     from bench.ledger import rows_of
 
     entry = next(entry for entry in entries() if entry.name == operator)
@@ -187,14 +198,18 @@ def faults_of(operator: str, case: str, dtype: str, arch: str, config: LaunchCon
     try:
         with override(operator, **config):
             rows = rows_of(entry, shape, dtype, arch)
-    except Exception as error:  # whatever the compiler says of tiles that it cannot do
+    except Exception as error:  # the compiler raises various errors for tiles that it does not support
         return f"does not compile: {type(error).__name__}"
     return "; ".join(fault for row in rows for fault in row.faults(entry.uses_matrix_unit))
 
 
 @contextmanager
 def compiler(operator: str, arch: str) -> Iterator[Callable[[Sequence[tuple[Case, str]]], Fits]]:
-    """Asks :func:`faults_of` in another process: where a stub compiles, Triton would launch its binaries for real."""
+    """Start a process that compiles, and yield a function of shapes (case, dtype) that returns a :data:`Fits`.
+
+    :func:`faults_of` runs in that process, because it replaces Triton's driver by a stub. In this process Triton would
+    then launch the stub's binaries on the GPU.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
 
         def fits_all(shapes: Sequence[tuple[Case, str]]) -> Fits:
@@ -208,7 +223,20 @@ def compiler(operator: str, arch: str) -> Iterator[Callable[[Sequence[tuple[Case
 
 
 def with_line(source: str, configs: LaunchConfigs, line: int, arch: str, config: LaunchConfig) -> str:
-    """A kernels' file whose table has this config: in that line, or above it where it is for other GPUs as well."""
+    """Return the source of a kernels' file with this config in its table.
+
+    The config replaces the line if that is for `arch` only; otherwise a new line for `arch` is put above it.
+
+    Args:
+        source: the source of the file.
+        configs: the table.
+        line: number of the line, from 0.
+        arch: the architecture that the config is for.
+        config: the launch config.
+
+    Raises:
+        ValueError: the source does not contain the table.
+    """
     found = re.search(rf'LaunchConfigs\(\s*"{configs.kernel}",\s*"""\n(.*?)"""', source, re.DOTALL)
     if found is None:
         raise ValueError(f"no table {configs.kernel} in the source")
@@ -224,15 +252,19 @@ def with_line(source: str, configs: LaunchConfigs, line: int, arch: str, config:
 
 
 def tune(entry: Entry, configs: LaunchConfigs, clock: Clock) -> tuple[str, str]:
-    """The kernels' file before and after."""
+    """Tune all lines of an operator's table on this GPU, and return the kernels' file before and after.
+
+    Raises:
+        SystemExit: the GPU's architecture is not one that launch configs are compiled for.
+    """
     before = after = file_of(entry).read_text()
     arch = architecture()
     if arch not in ARCHITECTURES:
         raise SystemExit(
-            f"this GPU is {arch}, and launch configs are compiled ahead for {', '.join(ARCHITECTURES)} only"
+            f"this GPU is {arch}, but only {', '.join(ARCHITECTURES)} can be tuned: candidates are compiled ahead"
         )
     with compiler(entry.name, arch) as fits:
-        # from the last line up: a line that is put in moves those below it
+        # from the last line up, because a new line moves those below it
         for line, shapes in sorted(lines_of(entry, configs).items(), reverse=True):
             trials = [operator_trial(entry, case, dtype, "cuda") for case, dtype in shapes]
             start = config_of(configs, line)
@@ -244,7 +276,7 @@ def tune(entry: Entry, configs: LaunchConfigs, clock: Clock) -> tuple[str, str]:
 
 
 def show(entry: Entry, configs: LaunchConfigs, arch: str) -> None:
-    """Which candidates a step from the table's settings the compiler takes for `arch`; nothing is timed."""
+    """Print which configs of the table, and which one step from them, the compiler accepts for `arch`."""
     with compiler(entry.name, arch) as fits, target_arch(arch):
         for line, shapes in lines_of(entry, configs).items():
             start, fault = config_of(configs, line), fits(shapes)
@@ -255,12 +287,12 @@ def show(entry: Entry, configs: LaunchConfigs, arch: str) -> None:
 
 @torch.inference_mode()
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line asks."""
+    """Tune the operators that the command line names, or with ``--arch`` show what fits."""
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
     known = {entry.name: (entry, configs) for entry in entries() if (configs := configs_of(entry)) is not None}
-    parser.add_argument("--op", nargs="+", default=list(known), choices=known, metavar="NAME", help="without it, all")
-    parser.add_argument("--arch", choices=ARCHITECTURES, help="only show what fits it, without a GPU")
-    parser.add_argument("--write", action="store_true", help="write the tables instead of printing a diff only")
+    parser.add_argument("--op", nargs="+", default=list(known), choices=known, metavar="NAME", help="default: all")
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="only show what fits ARCH; needs no GPU")
+    parser.add_argument("--write", action="store_true", help="also write the tables, not only print a diff")
     options = parser.parse_args(arguments)
     if options.arch:
         for name in options.op:

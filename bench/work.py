@@ -1,6 +1,6 @@
-"""The launches of a frame by arithmetic on the config's shapes: what each streams, moves and multiplies.
+"""The launches of a frame with their bytes and multiply-adds, by arithmetic on the config's shapes.
 
-tests/test_roofline.py holds these formulas to what bench/frame.py counts in the interpreter.
+tests/test_roofline.py checks that these formulas give what bench/frame.py counts in the interpreter.
 """
 
 import functools
@@ -17,28 +17,29 @@ from voxkern.reference.config import (
     CodecConfig,
 )
 
-CONTEXT = 400  # tokens before the frame: a voice of 150, a sentence, and some ten seconds of speech
-CHUNK = 1  # frames the codec decodes at once: the engine says each as soon as it is made
-BF16 = 2
+CONTEXT = 400  # tokens before the frame: a voice of 150, a sentence, and about ten seconds of speech
+CHUNK = 1  # frames that the codec decodes at once: the engine decodes each frame as soon as it is generated
+BF16 = 2  # bytes of an element
 Layered = BackboneConfig | AcousticTransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Launches of one kind.
+    """Launches of one kind in a frame.
 
     Attributes:
-        operator: the ledger's name; one that it does not hold is taken to have enough bytes in flight.
-        case: of the ledger, up to the batch.
-        launch: its place among the launches of one call.
-        times: how often it is launched.
-        rows: of activations, or requests where they are not tiled.
-        prepared: the most rows, by which launch configs are chosen.
-        tiled: whether tiles of rows share the weights; otherwise each request reads them for itself.
+        operator: the operator's name in the ledger. An operator that the ledger does not have is assumed to have enough
+            bytes in flight.
+        case: the case's name in the ledger, without its last part ``bN``.
+        launch: index of the launch among those of one call.
+        times: number of launches.
+        rows: rows of activations; requests, if `tiled` is false.
+        prepared: the most rows that the launch is prepared for, which select its launch config.
+        tiled: whether tiles of rows share the weights. Otherwise each request reads all weights.
         weights: bytes of weights that one launch reads.
-        cache: bytes of keys and values that it reads.
-        moved: bytes of activations, in and out.
-        multiply_adds: of its products.
+        cache: bytes of keys and values that one launch reads.
+        moved: bytes of activations that one launch reads and writes.
+        multiply_adds: multiply-adds of one launch's products.
     """
 
     operator: str
@@ -55,37 +56,41 @@ class Work:
 
     @property
     def dram(self) -> int:
-        """Distinct bytes of one launch, as the counters count them."""
+        """Distinct bytes of one launch, by the rule of bench/counters.py."""
         return self.weights + self.cache + self.moved
 
 
 def launches(work: Iterable[Work]) -> float:
-    """Kernels started."""
+    """Return the number of launches; of a chunk's share it may be a fraction."""
     return sum(one.times for one in work)
 
 
 def dram_bytes(work: Iterable[Work]) -> int:
-    """Distinct bytes of every launch."""
+    """Return the distinct bytes of each launch, summed over all launches."""
     return round(sum(one.times * one.dram for one in work))
 
 
 def weight_bytes(work: Iterable[Work]) -> int:
-    """Weights of every launch."""
+    """Return the bytes of weights, summed over all launches."""
     return round(sum(one.times * one.weights for one in work))
 
 
 def total_multiply_adds(work: Iterable[Work]) -> int:
-    """Of matrices, and of attention over the cache."""
+    """Return the multiply-adds of all launches: of matrix products, and of attention over the cache."""
     return round(sum(one.times * one.multiply_adds for one in work))
 
 
 def decoder(c: Layered, tokens: int, B: int, context: float) -> list[Work]:
-    """`tokens` times a token each of B requests through all layers: 5 launches a layer, and a norm.
+    """Return the launches of a decoder: one token of each request at a time, with 5 launches a layer and a norm.
 
-    `context` is the mean number of tokens that one attends to.
+    Args:
+        c: the config of the layers.
+        tokens: tokens of each request, one after another.
+        B: requests.
+        context: the mean number of tokens that a token attends to.
     """
     n, (q, kv) = tokens * c.n_layers, _widths(c)
-    project, attended = (q + kv) * c.dim, B * context  # context may be halves, widths are even
+    project, attended = (q + kv) * c.dim, B * context  # context may be n + 1/2: widths are even, so bytes are whole
     return [
         Work(
             operator="norm_qkv_append", times=n, rows=B, prepared=B, weights=BF16 * project,
@@ -104,20 +109,23 @@ def decoder(c: Layered, tokens: int, B: int, context: float) -> list[Work]:
 
 
 def flow_head(c: AcousticTransformerConfig, audio: AudioModelConfig, B: int, steps: int) -> list[Work]:
-    """A frame: 13 launches a step (16 for more than one request) and 5 once; see voxkern/fused/transformer_head.py."""
+    """Return the launches of a flow head's frame for `B` requests; see voxkern/fused/transformer_head.py.
+
+    These are 13 launches a step (16 for more than one request), and 5 once.
+    """
     K, codes = audio.n_acoustic_codebook, audio.semantic_codebook_size + N_SPECIAL_CODES
     work = [*semantic_head(c.dim, codes, 1, B), _linear(1, B, 6 * B, c.dim, c.input_dim), _qkv(c, 1, B, B, B)]
     for i in range(c.n_layers):
         first = i == 0
-        rows = 2 * B if i == c.n_layers - 1 else 6 * B  # in the last layer only the x tokens ask
+        rows = 2 * B if i == c.n_layers - 1 else 6 * B  # in the last layer only the x tokens have queries
         work.append(_qkv(c, steps, B, B, B) if first else _qkv(c, steps, B, 6 * B, rows))
         work += _token_attention(c, steps, B, rows, first) + _feed_forward(c, steps, rows, 6 * B)
     token, state = BF16 * c.dim, 4 * 2 * K * B  # x and the last velocity are fp32
-    known, end, started = token * (1 + 2 * B), token * K, token * (1 + 4 * B)  # a projection of the state is K tokens
-    next_embedding = token * (K + 2) * B + 8 * (K + 1) * B  # its embeddings and their sum, and the codes
+    known, end, started = token * (1 + 2 * B), token * K, token * (1 + 4 * B)  # `end`: the weight of one projection
+    next_embedding = token * (K + 2) * B + 8 * (K + 1) * B  # K + 1 embeddings read, their sum and the codes written
     for name, times, ends, moved, products in (
         ("flow_start", 1, 1, started, 1),
-        ("flow_step", steps - 1, 2, known + started, 3),  # out for both branches, and in
+        ("flow_step", steps - 1, 2, known + started, 3),  # products: out for each of two branches, and in
         ("flow_finish", 1, 1, known + next_embedding, 2),
     ):
         work.append(
@@ -130,7 +138,14 @@ def flow_head(c: AcousticTransformerConfig, audio: AudioModelConfig, B: int, ste
 
 
 def semantic_head(dim: int, codes: int, times: int, B: int) -> list[Work]:
-    """Logits and the greatest of each tile in one launch, the greatest of all in another."""
+    """Return the launches of an output head with argmax: one for the greatest logit of each tile, one for that of all.
+
+    Args:
+        dim: width of the hidden state.
+        codes: number of codes.
+        times: number of calls.
+        B: requests.
+    """
     return [
         Work(
             operator="semantic_argmax", case="frame-", times=times, rows=B, prepared=B, weights=BF16 * codes * dim,
@@ -144,16 +159,22 @@ def semantic_head(dim: int, codes: int, times: int, B: int) -> list[Work]:
 
 
 def codec_chunk(c: CodecConfig, B: int, frames: int) -> list[Work]:
-    """One frame's share of the codec's decoder over a chunk: 5 launches a layer, one a convolution, and two."""
+    """Return one frame's share of the launches that decode a chunk: 5 a layer, one a convolution, and two.
+
+    Args:
+        c: the codec's config.
+        B: requests.
+        frames: frames of the chunk.
+    """
     D, q, rate = c.dim, c.n_heads * c.head_dim, 1
     n_layer = 4 * q * D + 3 * D * c.hidden_dim
-    n_moved = 4 * D + 8 * q + 2 * c.hidden_dim  # columns in and out of the five
+    n_moved = 4 * D + 8 * q + 2 * c.hidden_dim  # columns read and written by a layer's five launches
     work = []
     for i, (n_layers, kernel, stride) in enumerate(c.decoder_stages):
         work.append(_convolution(B * frames * rate, kernel, D if i else c.latent_dim, D, stride * BF16 * D))
         rate *= stride
         rows = B * frames * rate
-        work.append(  # the five of a layer as five alike
+        work.append(  # a layer's five launches, each with a fifth of the layer's bytes and products
             Work(
                 operator="codec layer", times=5 * n_layers, rows=rows, prepared=rows, weights=BF16 * n_layer // 5,
                 moved=BF16 * rows * n_moved // 5, multiply_adds=rows * n_layer // 5,
@@ -170,12 +191,19 @@ def codec_chunk(c: CodecConfig, B: int, frames: int) -> list[Work]:
 
 @functools.cache
 def public() -> Config:
-    """The public shapes."""
+    """Return the public model's config."""
     return Config.from_params(public_params())
 
 
 def frame(B: int, steps: int, context: int = CONTEXT, config: Config | None = None) -> dict[str, list[Work]]:
-    """A whole frame of `B` requests by its parts."""
+    """Return part -> launches of a whole frame, the parts being backbone, flow head, bookkeeping and codec.
+
+    Args:
+        B: requests.
+        steps: evaluations of the velocity.
+        context: tokens of each request before the frame.
+        config: the model's config; None is the public model's.
+    """
     config = config or public()
     assert isinstance(config.acoustic_transformer, AcousticTransformerConfig)
     said = B * (2 * 8 * config.audio.n_codebooks + 28)  # codes in and out, and four counters
@@ -188,12 +216,16 @@ def frame(B: int, steps: int, context: int = CONTEXT, config: Config | None = No
 
 
 def _widths(c: Layered) -> tuple[int, int]:
-    """Columns of q, and of k and v together."""
+    """Return the columns of q, and those of k and v together."""
     return c.n_heads * c.head_dim, 2 * c.n_kv_heads * c.head_dim
 
 
 def _linear(times: int, rows: int, prepared: int, N: int, K: int, residual: int = 0) -> Work:
-    """``x w + residual``: written in place, or with `residual` columns elsewhere. N is that of the ledger's case."""
+    """Return the launches of ``x w + residual``, a product [rows, K] x [K, N].
+
+    `residual` is the number of columns of the residual if it is not updated in place, else 0. N must be that of the
+    ledger's case ``down-``, which gives the grid.
+    """
     return Work(
         operator="linear", case="down-", times=times, rows=rows, prepared=prepared, weights=BF16 * N * K,
         moved=BF16 * rows * (N + K + residual), multiply_adds=rows * N * K,
@@ -201,7 +233,7 @@ def _linear(times: int, rows: int, prepared: int, N: int, K: int, residual: int 
 
 
 def _feed_forward(c: Layered, times: int, rows: int, prepared: int) -> list[Work]:
-    """Norm, gate and up in one launch, down in another."""
+    """Return the launches of a feed-forward layer: norm, gate and up in one launch, down in another."""
     up = 2 * c.hidden_dim * c.dim
     gated = Work(
         operator="norm_swiglu", times=times, rows=rows, prepared=prepared, weights=BF16 * up,
@@ -211,7 +243,7 @@ def _feed_forward(c: Layered, times: int, rows: int, prepared: int) -> list[Work
 
 
 def _qkv(c: Layered, times: int, B: int, rows: int, n_queries: int) -> Work:
-    """Keys and values of `rows`, queries of the first `n_queries` of them."""
+    """Return the launches of q | k | v: keys and values of all `rows`, and queries of the first `n_queries` rows."""
     q, kv = _widths(c)
     return Work(
         operator="norm_qkv", times=times, rows=rows, prepared=6 * B, weights=BF16 * (q + kv) * c.dim,
@@ -220,9 +252,10 @@ def _qkv(c: Layered, times: int, B: int, rows: int, n_queries: int) -> Work:
 
 
 def _token_attention(c: Layered, times: int, B: int, rows: int, first: bool) -> list[Work]:
-    """Attention over three tokens, and wo: one launch for one request, two for more."""
+    """Return the launches of the attention over three tokens and of wo: one for one request, two for more."""
     q, kv = _widths(c)
-    # in the first layer x has no branch and t is the same for all; later ones ask for some queries only
+    # In the first layer both branches share the x token, and all requests share the t token. In later layers only
+    # `rows` of the 6B tokens have queries.
     n_columns = (3 * B + 1) * (q + kv) if first else rows * q + 6 * B * kv
     residual = c.dim if first else 0
     if B == 1:
@@ -239,7 +272,10 @@ def _token_attention(c: Layered, times: int, B: int, rows: int, first: bool) -> 
 
 
 def _convolution(rows: int, kernel: int, n_in: int, n_out: int, written: int) -> Work:
-    """`rows` in, `written` bytes out for each; a stride of 2 has half of the kernel in each of its rows."""
+    """Return the launch of a convolution that reads `rows` rows, and writes `written` bytes for each of them.
+
+    With a stride of 2, each of the two output rows of an input row uses half of the kernel.
+    """
     return Work(
         operator="codec convolution", times=1, rows=rows, prepared=rows, weights=BF16 * kernel * n_in * n_out,
         moved=rows * (BF16 * n_in + written), multiply_adds=rows * kernel * n_in * n_out,

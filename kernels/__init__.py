@@ -1,7 +1,8 @@
-"""Hand-written Triton kernels, one family of fused operators a file. They know no model.
+"""Hand-written Triton kernels: each file holds one family of fused operators.
 
-The public names of each file are its ``__all__``: the operators, and what a caller needs beside them. Importing this
-package imports none of the files, and needs no Triton.
+The operators take tensors and numbers, and depend on no model. The public names of a file are in its ``__all__``: the
+operators, and the functions and classes that a caller needs besides them. Importing this package imports none of its
+files, so it works without Triton.
 """
 
 __all__ = [

@@ -1,13 +1,23 @@
-"""Linear layers under adaptive layer norm (DiT, arXiv 2212.09748), on few rows, with what stands around them fused.
+"""Linear layers under adaptive layer norm (DiT, arXiv 2212.09748) for few rows, fused with the operations around them.
 
-A condition c gives every layer its shift, scale and gate as ``silu(c) @ weight.T + bias``. The time's part of c is
-known ahead and the hidden state's part is a frame's, so these products are made once a frame, for all steps and all
-layers in one launch: their weights, most of such a network, are read once and not once a step. ``adaln_modulation``
-makes them, ``adaln_linear_silu`` is the way into a block and ``gated_linear`` the way back. Tiles have the weight's
-rows first, see ``linear.py``.
+A residual block with hidden width N, in S steps of R requests; each operator has its own weight and bias::
 
-A branch without hidden state is the same for all requests: its modulation is one row, the first, and stands for every
-row of activations that has none of its own.
+    adaln_modulation  = silu(c) @ weight.T + bias               [S, R, W], with c = time[s] + state[r] [S, R, K]
+        columns of a layer: shift | scale | gate                K each; the final layer has no gate
+    n                 = (x - mean) / sqrt(variance + eps) * (1 + scale) + shift     [M, K], never stored
+    adaln_linear_silu = silu(n @ weight.T + bias)               [M, N], the first half of a block
+    gated_linear      = residual + gate * (y @ weight.T + bias) [M, K], the second half, of y [M, N]
+
+    a block:  y^T [BLOCK_N, BLOCK_M]  =  sum over K of  weight [BLOCK_N, BLOCK_K] @ n^T [BLOCK_K, BLOCK_M]
+
+All times are known when a frame begins, and the hidden state is the same in all steps of a frame. One launch therefore
+computes the modulation of all steps and layers. It reads the modulation's weights, most of such a network, once a frame
+and not once a step.
+
+The branch without a hidden state has the same modulation for all requests: row 0. Row 1 + i of a modulation belongs to
+row i of the activations. Row 0 belongs to all activations that have no row of their own.
+
+As in ``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
 """
 
 import triton
@@ -21,9 +31,9 @@ from .operator import expect, operator
 
 __all__ = ["adaln_linear_silu", "adaln_modulation", "gated_linear"]
 
-# As norm_linear's: a tile of weights has 16 KB, and a network of three blocks of 1536 has 264 of them. A head is
-# prepared for 64 steps a request and mostly runs a few: tiles of rows are as large as those few want them, and where
-# there are more tiles, which are neighbours in launch order, they find the weights in the L2 cache.
+# As in norm_linear, a tile of weights has 16 KB. A network of three blocks of 1536 has 264 tiles of 64 rows of weights.
+# A head is prepared for 64 steps of each request but mostly runs a few, so BLOCK_M suits a few steps. More steps need
+# more tiles of rows. These are neighbours in launch order, and find the weights in the L2 cache.
 ADALN_MODULATION = LaunchConfigs(
     "adaln_modulation",
     """
@@ -40,9 +50,11 @@ ADALN_MODULATION = LaunchConfigs(
     """,
 )
 
-# N = 1536 has 96 tiles of 16 rows for 132 multiprocessors, so a block must keep much under way; but beside 8 KB of
-# weights a stage holds 12 KB of x, shift and scale, so that seven stages take 143 KB, and elsewhere four must do. A
-# chain of sums is one warp's: a product of three dimensions gives every warp a slice of the first.
+# N = 1536 has 96 tiles of 16 rows for 132 multiprocessors, so each block must keep many bytes in flight. But a stage
+# holds 12 KB of x, shift and scale beside 8 KB of weights: the seven stages that num_stages = 8 keeps in flight take
+# 143 KB. The other GPUs keep four in flight.
+# One warp computes one chain of sums, so the product is split along K: it has three dimensions, and each warp takes one
+# slice of the first, SPLIT.
 ADALN_LINEAR_SILU = LaunchConfigs(
     "adaln_linear_silu",
     """
@@ -85,7 +97,7 @@ def _adaln_modulation_kernel(
 ):  # fmt: skip
     i_m, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    i_w = tl.minimum(i_n // TILES, len(p_ws) - 1)  # a tile lies in one of the weights
+    i_w = tl.minimum(i_n // TILES, len(p_ws) - 1)  # each tile belongs to one of the weights
     p_w, p_bias, n = p_ws[0], p_biases[0], tl.where(i_w == len(p_ws) - 1, N_LAST, N)
     for j in tl.static_range(1, len(p_ws)):
         p_w = tl.where(i_w == j, p_ws[j], p_w)
@@ -94,7 +106,7 @@ def _adaln_modulation_kernel(
     o_n = (i_n - i_w * TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < M, o_n < n
-    o_step, o_row = (o_m // R).to(tl.int64), (o_m % R).to(tl.int64)  # divided as int32: int64 takes a subroutine
+    o_step, o_row = (o_m // R).to(tl.int64), (o_m % R).to(tl.int64)  # int32 division: int64 calls a subroutine
 
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -112,7 +124,7 @@ def _adaln_modulation_kernel(
 def launch_adaln_modulation(
     out: Tensor, times: Tensor, states: Tensor, weights: list[Tensor], biases: list[Tensor], max_rows: int
 ) -> None:
-    """Fill `out`, [S, R, W] whose rows may lie apart; the other arguments are those of :func:`adaln_modulation`."""
+    """Run :func:`adaln_modulation` into `out`, [S, R, W] with any strides of S and R, without checking arguments."""
     (S, K), R, (N, *_, N_LAST) = times.shape, len(states), [len(weight) for weight in weights]
     constants = ADALN_MODULATION(N=N, K=K, dtype=times.dtype, rows=max_rows)
     constants["N_LAST"] = N_LAST
@@ -126,21 +138,22 @@ def launch_adaln_modulation(
 def adaln_modulation(
     times: Tensor, states: Tensor, weights: list[Tensor], biases: list[Tensor], max_rows: int
 ) -> Tensor:
-    """``silu(time + state) @ weight.T + bias`` for every time, every state and every weight.
+    """Compute ``silu(time + state) @ weight.T + bias`` for each step, request and layer.
 
     Args:
         times: [S, K] fp32, bf16 or fp16, the time's part of the condition at each step.
-        states: [R, K], the hidden state's part, of each request.
-        weights: of each layer [N, K], but the last may have another number of rows; two or more.
-        biases: of each layer, as long as its weight has rows.
-        max_rows: the most rows S * R this is prepared for, 1..4096; a row's result does not depend on the others.
+        states: [R, K], the hidden state's part of the condition of each request.
+        weights: the weight [N, K] of each of two or more layers; only the last layer may have another N.
+        biases: the bias [N] of each layer.
+        max_rows: the most rows S * R that the operator is prepared for, 1..4096. It decides the launch config, so a
+            row's result depends neither on S * R nor on the other rows.
 
     Returns:
-        [S, R, W], the layers side by side.
+        [S, R, W], the layers side by side: W is the sum of their N. Summed in fp32 and rounded once.
 
     Raises:
-        TypeError: a dtype is wrong or differs from that of `times`.
-        ValueError: a shape, stride or device is wrong, or S * R is not in 1..max_rows.
+        ValueError: S * R is not in 1..max_rows, `max_rows` not in 1..4096, or `weights` and `biases` are not equally
+            many, two or more.
     """
     S, K = expect("times", times, ("S", "K"))
     R, _ = expect("states", states, ("R", K), like=times)
@@ -162,7 +175,10 @@ def _moments(
     p_x, o_m, m_m, stride_x, eps,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Mean and ``1 / sqrt(variance + eps)`` of each row, [M]: two passes, since squares of a large mean cancel."""
+    """Return the mean and ``1 / sqrt(variance + eps)`` of each row, fp32 [BLOCK_M] each.
+
+    The variance takes a second pass over x, because a sum of squares minus a large squared mean would cancel.
+    """
     o_s = tl.arange(0, BLOCK_S)
     b_sum = tl.zeros([BLOCK_M, BLOCK_S], dtype=tl.float32)
     for k in range(0, K, BLOCK_S):
@@ -190,7 +206,7 @@ def _adaln_linear_silu_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [SPLIT, K]
     m_m, m_n = o_m < M, o_n < N
-    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
+    eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
     b_mean, b_rstd = _moments(p_x, o_m, m_m, stride_x, eps, K, BLOCK_M, BLOCK_S)
     o_x = (o_m * stride_x)[None, :, None]
     o_mod = (tl.where(o_m < R, o_m + 1, 0) * stride_mod)[None, :, None]
@@ -216,10 +232,10 @@ def _adaln_linear_silu_kernel(
 def launch_adaln_linear_silu(
     out: Tensor, x: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor, eps: float, max_rows: int
 ) -> None:
-    """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`adaln_linear_silu`, unchecked."""
+    """Run :func:`adaln_linear_silu` into `out`, contiguous [M, N], without checking the arguments."""
     (M, K), N, R = x.shape, len(weight), len(modulation) - 1
     constants = ADALN_LINEAR_SILU(N=N, K=K, dtype=x.dtype, rows=max_rows)
-    stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
+    stride_x = x.stride(0) if M > 1 else K  # one row may have any stride; stride 1 would compile another binary
     _adaln_linear_silu_kernel[(triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))](
         x, modulation, weight, bias, out, M, R, stride_x, modulation.stride(0), eps, **constants
     )
@@ -227,23 +243,23 @@ def launch_adaln_linear_silu(
 
 @operator(launch_adaln_linear_silu)
 def adaln_linear_silu(x: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor, eps: float, max_rows: int) -> Tensor:
-    """``silu(n @ weight.T + bias)`` with ``n = (x - mean) / sqrt(variance + eps) * (1 + scale) + shift``.
+    """Compute ``silu(n @ weight.T + bias)`` with ``n = (x - mean) / sqrt(variance + eps) * (1 + scale) + shift``.
 
     Args:
-        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
-        modulation: [1 + R, 2K or more], shift and scale side by side; rows may lie apart. Row 1 + i is for row i of
-            x, and the first row for all those from R on.
+        x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
+        modulation: [1 + R, 2K or more], shift | scale, with R in 0..M; only its last dimension must be contiguous.
+            Row 1 + i belongs to row i of x, and row 0 to the rows of x from R on.
         weight: [N, K], as a checkpoint stores it.
         bias: [N].
         eps: added to the variance.
-        max_rows: the most rows this is prepared for, 1..512.
+        max_rows: the most rows that the layer is prepared for, 1..512. It decides the launch config, so a row's result
+            depends neither on M nor on the other rows.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
 
     Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, or M is not in 1..max_rows.
+        ValueError: M is not in 1..max_rows, or `max_rows` not in 1..512.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     N, _ = expect("weight", weight, ("N", K), like=x)
@@ -282,7 +298,7 @@ def _gated_linear_kernel(
 def launch_gated_linear(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None, max_rows: int
 ) -> None:
-    """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`gated_linear`, unchecked."""
+    """Run :func:`gated_linear` into `out`, contiguous [M, N], without checking the arguments."""
     (M, K), N = x.shape, len(weight)
     R, stride_gate = (0, 0) if gate is None else (len(gate) - 1, gate.stride(0))
     constants = GATED_LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows)
@@ -296,23 +312,19 @@ def launch_gated_linear(
 def gated_linear(
     x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None, max_rows: int
 ) -> Tensor:
-    """``residual + gate * (x @ weight.T + bias)``: a modulated block's way back into the residual stream.
+    """Compute ``residual + gate * (x @ weight.T + bias)``: a gated product, added to the residual stream.
 
     Args:
-        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
+        x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
         weight: [N, K], as a checkpoint stores it.
         bias: [N].
-        gate: [1 + R, N], whose rows may lie apart, or None for 1. Row 1 + i is for row i of x, and the first row for
-            all those from R on.
+        gate: [1 + R, N or more], with R in 0..M, or None for 1; only its last dimension must be contiguous. Row 1 + i
+            belongs to row i of x, and row 0 to the rows of x from R on.
         residual: [M, N], contiguous, or None for 0.
-        max_rows: the most rows this is prepared for, 1..512.
+        max_rows: the most rows that the layer is prepared for, see :func:`adaln_linear_silu`, also for errors.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
-
-    Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, or M is not in 1..max_rows.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     N, _ = expect("weight", weight, ("N", K), like=x)
@@ -326,7 +338,7 @@ def gated_linear(
 
 
 def _expect_modulation(name: str, modulation: Tensor, columns: int, x: Tensor) -> None:
-    """Check rows of modulation, of which the first is for rows of `x` that have none of their own."""
+    """Check that `modulation` has 1 + R rows of at least `columns` columns, with R in 0..M, the rows of `x`."""
     rows, found = expect(name, modulation, ("1 + R", "columns"), like=x, contiguous=False)
     if found < columns or not 1 <= rows <= 1 + len(x):
         raise ValueError(f"{name} is [{rows}, {found}] but must have 1..{1 + len(x)} rows of {columns} columns or more")

@@ -1,10 +1,24 @@
-"""The codec's decoder as codes come: dequantisation, causal convolutions as products, and their memory.
+"""The codec's streaming decoder: dequantisation and causal convolutions on chunks of frames, and their state.
 
-What a chunk needs of the past lies twice, as ``state[parity]`` and ``state[1 - parity]``: a launch reads the one and
-writes the other, so that no block can read what another has overwritten; ``codec_update_state`` then flips the parity.
+For B requests with T rows each, row = request * T + t::
 
-Rows are request-major, row = request * T + t. A row's bits depend on no other row of the chunk, and not on where in the
-chunk it stands: a sound is the same however its frames come.
+    codec_dequantise   z = embedding_sum[c] / max(cluster_usage[c], 1e-5) | 2 c_k / (levels - 1) - 1    [B T, dim + K]
+    codec_conv         y[t] = sum over i = 0..n of W_i @ x[t - n + i]     [B T, N], x [B T, K], W_i [N, K]
+                       x[-n..-1] of a request = conv_state[parity]        the n rows before the chunk
+                       conv_state[1 - parity] = its last n rows           for the next chunk
+    codec_update_state past_frames += new_frames, parity = 1 - parity
+
+where c is the semantic code and c_k the acoustic codes of a row.
+
+A convolution of n + 1 taps is one matrix product over (n + 1) K columns. A block computes BLOCK_M rows by BLOCK_N
+columns of y; the weight's rows are the first axis of its tile, see ``linear.py``. One more column of blocks writes the
+state.
+
+The state is double-buffered. A launch reads one half and writes the other, so that no block reads a value that another
+block has overwritten. ``codec_update_state`` flips the parity at the end of a chunk.
+
+A row's bits do not depend on where in a chunk the row is: audio is the same to the bit however its frames are split
+into chunks.
 """
 
 from typing import Any
@@ -20,10 +34,11 @@ from .operator import expect, expect_batch, operator
 
 __all__ = ["codec_conv", "codec_dequantise", "codec_update_state"]
 
-PAD_MODES = ("zero", "replicate", "reflect")  # what stands before a request's first row
+PAD_MODES = ("zero", "replicate", "reflect")  # how the rows before a request's first row are filled
 
-# A frame is 1 to 8 rows and a chunk of 25 up to 200: tiles of 32 waste little of either. What makes sound is fp32. On
-# four warps the first convolution, 292 wide, spills on sm_120.
+# A frame has 1 to 8 rows, and a chunk of 25 frames up to 200: tiles of 32 rows waste little of either. The fp32 rows of
+# the table are for the last convolution, which computes samples. On four warps the first convolution, with 292 input
+# channels, spills on sm_120.
 CODEC_CONV = LaunchConfigs(
     "codec_conv",
     """
@@ -44,7 +59,7 @@ def _codec_dequantise_kernel(
     DIM: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PAD_K: tl.constexpr,
 ):  # fmt: skip
     i_t, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    there = i_t < tl.load(p_new_frames + i_b)  # later codes may be anything: code 0 stands for them
+    there = i_t < tl.load(p_new_frames + i_b)  # codes of later frames may be anything: code 0 replaces them
     p_code, p_row = p_codes + i_b * (1 + K) * T + i_t, p_z + (i_b * T + i_t) * (DIM + K)
     scale = tl.full([], scale, tl.float32)
     o_d, o_k = tl.arange(0, COLUMNS), tl.arange(0, PAD_K)
@@ -59,7 +74,7 @@ def _codec_dequantise_kernel(
 def launch_codec_dequantise(
     out: Tensor, codes: Tensor, new_frames: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
 ) -> None:
-    """Fill `out`, contiguous [B T, dim + K]; the other arguments are those of :func:`codec_dequantise`, unchecked."""
+    """Run :func:`codec_dequantise` into `out`, contiguous [B T, dim + K], without checking the arguments."""
     (B, K, T), dim = codes.shape, embedding_sum.shape[1]
     constants: dict[str, Any] = {"DIM": dim, "K": K - 1, "num_warps": 4, "enable_fp_fusion": FP_FUSION}
     constants |= {"COLUMNS": triton.next_power_of_2(dim), "PAD_K": triton.next_power_of_2(K - 1)}
@@ -72,21 +87,18 @@ def launch_codec_dequantise(
 def codec_dequantise(
     codes: Tensor, new_frames: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
 ) -> Tensor:
-    """Latents of codes: ``embedding_sum / max(cluster_usage, 1e-5)``, and each acoustic code on -1..1.
+    """Turn codes into latents: ``embedding_sum / max(cluster_usage, 1e-5)`` and the acoustic codes mapped to -1..1.
 
     Args:
-        codes: int64 [B, 1 + K, T] without the offset, semantic first, each of a code that there is.
-        new_frames: int64 [B], how many of the T frames each request has; what codes hold after them is not read.
-        embedding_sum: [size, dim] fp32, bf16 or fp16.
-        cluster_usage: [size].
-        levels: of an acoustic code.
+        codes: int64 [B, 1 + K, T] without the offset of 2, the semantic code first. The codes of a request's own frames
+            must be in range, which is not checked.
+        new_frames: int64 [B], how many of the T frames each request has. The codes of later frames are ignored.
+        embedding_sum: [size, dim] fp32, bf16 or fp16, the running sum behind the vector of each semantic code.
+        cluster_usage: [size], the running count that divides the sum.
+        levels: levels of an acoustic code.
 
     Returns:
-        [B T, dim + K] in the codebook's dtype.
-
-    Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong.
+        [B T, dim + K] in the dtype of `embedding_sum`, row = request * T + t.
     """
     B, K, T = expect("codes", codes, ("B", "1 + K", "T"), dtype=torch.int64)
     expect("new_frames", new_frames, (B,), like=codes)
@@ -97,18 +109,18 @@ def codec_dequantise(
 
 @triton.jit
 def _row_pointers(p_x, p_old, i_b, b_t, b_fresh, T, C: tl.constexpr, N_PAST: tl.constexpr, PAD_MODE: tl.constexpr):
-    """Where rows lie, and whether they are anywhere: [R] pointers and mask.
+    """Return pointers to rows of requests, [R], and a mask of the rows that are not zero padding, bool [R].
 
     Args:
         p_x: the chunk, [B T, C].
-        p_old: the rows before it, [B, N_PAST, C].
+        p_old: the rows before the chunk, [B, N_PAST, C].
         i_b: int64 [R] or scalar, requests.
-        b_t: int [R], rows of the chunk; negative before it.
-        b_fresh: bool [R], whether nothing was before the chunk.
-        T: rows of a request.
+        b_t: int [R], row numbers within the chunk; rows before the chunk are negative.
+        b_fresh: bool [R], whether the chunk is its request's first.
+        T: rows of a request in the chunk.
         C: columns.
-        N_PAST: rows that are kept.
-        PAD_MODE: see PAD_MODES.
+        N_PAST: rows that are kept between chunks.
+        PAD_MODE: index in PAD_MODES.
     """
     b_padded = b_t * 0
     if PAD_MODE == 2:
@@ -135,7 +147,7 @@ def _codec_conv_kernel(
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     parity = tl.load(p_parity)
     p_old, p_new = p_state + parity * B * N_PAST * K, p_state + (1 - parity) * B * N_PAST * K
-    if i_n == tl.num_programs(1) - 1:  # the last column of blocks keeps the rows that the next chunk needs
+    if i_n == tl.num_programs(1) - 1:  # the last column of blocks writes the rows that the next chunk needs
         o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
         for i in range(i_m, B, tl.num_programs(0)):
             i_b = tl.full([], i, tl.int64)
@@ -172,7 +184,7 @@ def launch_codec_conv(
     y: Tensor, x: Tensor, weight: Tensor, conv_state: Tensor, past_frames: Tensor, new_frames: Tensor, parity: Tensor,
     rate: int, pad_mode: str,
 ) -> None:  # fmt: skip
-    """The arguments are those of :func:`codec_conv`, unchecked."""
+    """Run :func:`codec_conv` without checking the arguments."""
     (M, K), N, B, n_past = x.shape, weight.shape[0], conv_state.shape[1], conv_state.shape[2]
     constants = CODEC_CONV(N=N, K=K, dtype=weight.dtype, rows=1)
     constants |= {"N_PAST": n_past, "ROWS": triton.next_power_of_2(n_past), "PAD_MODE": PAD_MODES.index(pad_mode)}
@@ -186,25 +198,26 @@ def codec_conv(
     y: Tensor, x: Tensor, weight: Tensor, conv_state: Tensor, past_frames: Tensor, new_frames: Tensor, parity: Tensor,
     rate: int, pad_mode: str,
 ) -> None:  # fmt: skip
-    """A causal convolution over a chunk and the rows before it: each row and its n predecessors times a weight.
+    """Compute a causal convolution of a chunk: the product of a weight with each row and its n predecessors.
 
-    A transposed convolution of stride s is one whose N is s times its channels: row t gives s rows, side by side.
+    A transposed convolution of stride s is such a convolution with N = s * channels: row t of y holds s output rows,
+    side by side.
 
     Args:
         y: [B T, N], written; zeros after a request's own rows.
         x: [B T, K] fp32, bf16 or fp16.
-        weight: [N, (n + 1) K], taps side by side, the oldest first; in x's dtype, or in fp32, as y then is.
-        conv_state: [2, B, n, K], the n rows before the chunk at index `parity`; the next chunk's are written to the
-            other.
-        past_frames: int64 [B], decoded before the chunk; 0: nothing was, and `pad_mode` says what stands there.
+        weight: [N, (n + 1) K], the taps side by side, the oldest first; in x's dtype or in fp32, and y in the same.
+        conv_state: [2, B, n, K]. Index `parity` holds the n rows before the chunk; the last n rows are written to the
+            other index, for the next chunk.
+        past_frames: int64 [B], frames decoded before the chunk. If 0, `pad_mode` decides the rows before the chunk.
         new_frames: int64 [B], frames of the chunk, 0..T / rate.
         parity: int32 [1], 0 or 1.
-        rate: rows a frame.
-        pad_mode: "zero", "replicate" the first row, or "reflect" about it, where a frame must have more than n rows.
+        rate: rows per frame.
+        pad_mode: "zero", "replicate" (the first row), or "reflect" (about the first row; needs a rate above n).
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong, or a number out of range.
+        ValueError: B is not in 1..64, T is not a multiple of `rate`, `pad_mode` is unknown, or `rate` is too small to
+            reflect.
     """
     M, K = expect("x", x, ("B T", "K"))
     _, B, n, _ = expect("conv_state", conv_state, (2, "B", "n", K), like=x)
@@ -215,7 +228,7 @@ def codec_conv(
     if pad_mode not in PAD_MODES:
         raise ValueError(f"pad_mode must be one of {', '.join(PAD_MODES)}, got {pad_mode!r}")
     if pad_mode == "reflect" and rate <= n:
-        raise ValueError(f"rate is {rate} but must be more than {n}, the rows that are reflected about the first")
+        raise ValueError(f"rate is {rate} but must be more than {n}, the number of rows reflected about the first row")
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_new_frames", "p_past", "p_parity"])
@@ -227,23 +240,22 @@ def _codec_update_state_kernel(p_new_frames, p_past, p_parity, B, ROWS: tl.const
 
 
 def launch_codec_update_state(new_frames: Tensor, past_frames: Tensor, parity: Tensor) -> None:
-    """The arguments are those of :func:`codec_update_state`, unchecked."""
+    """Run :func:`codec_update_state` without checking the arguments."""
     constants: dict[str, Any] = {"ROWS": 64, "num_warps": 1, "enable_fp_fusion": FP_FUSION}
     _codec_update_state_kernel[(1,)](new_frames, past_frames, parity, len(past_frames), **constants)
 
 
 @operator(launch_codec_update_state, mutates=("past_frames", "parity"))
 def codec_update_state(new_frames: Tensor, past_frames: Tensor, parity: Tensor) -> None:
-    """Finish a chunk: count its frames, and flip the parity.
+    """Finish a chunk: add its frames to `past_frames`, and flip the parity.
 
     Args:
         new_frames: int64 [B], frames of the chunk.
-        past_frames: int64 [B], decoded so far.
-        parity: int32 [1], 0 or 1.
+        past_frames: int64 [B], frames decoded before the chunk, updated.
+        parity: int32 [1], 0 or 1, updated.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong.
+        ValueError: B is not in 1..64.
     """
     (B,) = expect("past_frames", past_frames, ("B",), dtype=torch.int64)
     expect_batch("past_frames", B, 1, 64)
@@ -254,7 +266,20 @@ def codec_update_state(new_frames: Tensor, past_frames: Tensor, parity: Tensor) 
 def expect_chunk(
     name: str, rows: int, B: int, rate: int, past_frames: Tensor, new_frames: Tensor, parity: Tensor
 ) -> None:
-    """Raise unless `rows` are whole frames of as many requests as the memory is of."""
+    """Check the arguments of a launch on a chunk: whole frames for each of B requests, and the state of B requests.
+
+    Args:
+        name: the argument that holds the chunk, for the error message.
+        rows: rows of the chunk, a multiple of B * rate.
+        B: requests, 1..64.
+        rate: rows per frame, 1 or more.
+        past_frames: int64 [B].
+        new_frames: int64 [B].
+        parity: int32 [1].
+
+    Raises:
+        ValueError: `rows` is not whole frames for each request, or B is not in 1..64.
+    """
     expect_batch("past_frames", B, 1, 64)
     expect("past_frames", past_frames, (B,), dtype=torch.int64)
     expect("new_frames", new_frames, (B,), like=past_frames)

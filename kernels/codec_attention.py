@@ -1,6 +1,18 @@
-"""The codec's attention over a window of the past, with a norm of queries and keys over their full width and ALiBi.
+"""The codec's streaming attention over a window of past rows, with RMSNorm of queries and keys, and ALiBi.
 
-Memory of the past and the order of rows are those of ``kernels/codec.py``.
+For B requests with T rows each, row = request * T + t; i and j count the rows of one request::
+
+    q | k | v   = columns of qkv                                   [B T, 3 H D]
+    q, k        = RMSNorm(q) * q_norm, RMSNorm(k) * k_norm         [B T, H D], over all heads at once
+    s_ij        = q_i . k_j / sqrt(D) + r^h (j - i)                for i - window <= j <= i; head h, r = 2^(-8 / H)
+    o_i         = sum_j softmax_j(s_i) v_j                         [B T, H D]
+    k, v before the chunk = kv_window[parity]                      [2, B, window, H D]
+    kv_window[1 - parity] = the last `window` rows of k and v      for the next chunk
+
+A block computes BLOCK_Q = 16 queries of one head and one request, on 32 keys: those of the same rows and of the 16 rows
+before them, which hold any window of up to 16. Tiles begin at multiples of BLOCK_Q of a request's own rows. A row's
+sum therefore has the same order however the frames are split into chunks. One more block per head and request writes
+the window for the next chunk. The window is double-buffered like the state in ``codec.py``.
 """
 
 import triton
@@ -28,7 +40,7 @@ CODEC_ATTENTION = LaunchConfigs(
 
 @triton.jit
 def _rstd(p_row, m_row, eps, W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """``1 / sqrt(mean(x^2) + eps)`` of whole rows: [R]."""
+    """Return ``1 / sqrt(mean(x^2) + eps)`` of rows of W columns: fp32 [R]."""
     o_w = tl.arange(0, BLOCK_W)
     b_square = tl.zeros([BLOCK_R, BLOCK_W], dtype=tl.float32)
     for w in range(0, W, BLOCK_W):
@@ -44,10 +56,11 @@ def _keys(
     B, H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Keys, normed, and values of the rows `b_t` of a request and head, in the chunk or, if negative, before it.
+    """Load the normed keys and the values of rows `b_t` of one request and head. Negative rows are before the chunk.
 
     Returns:
-        Two [R, COLUMNS] in the model's dtype, zeros where `m_t` is false or nothing was, and what is there: [R].
+        Keys and values, [R, COLUMNS] each in the model's dtype, and a mask of the rows that exist, bool [R]. A row
+        exists if `m_t` is true and the row is not before the `past` kept rows; other rows are zeros.
     """
     W: tl.constexpr = H * D
     o_d = tl.arange(0, COLUMNS)
@@ -87,7 +100,7 @@ def _codec_attention_kernel(
     p_request = p_qkv + i_b * T * (3 * W)
     o_d = tl.arange(0, COLUMNS)
     m_d = (o_d < D)[None, :]
-    if i_q == tl.num_programs(0) - 1:  # the last block keeps the window that the next chunk needs
+    if i_q == tl.num_programs(0) - 1:  # the last block writes the window that the next chunk needs
         o_r = tl.arange(0, KEPT)
         b_k, b_v, _ = _keys(
             p_request, p_k_norm, p_old, valid - WINDOW + o_r, o_r < WINDOW, past, eps,
@@ -98,7 +111,7 @@ def _codec_attention_kernel(
         tl.store(p_new, b_k, mask=m_new)
         tl.store(p_new + B * WINDOW * W, b_v, mask=m_new)
         return
-    # tiles begin at multiples of BLOCK_Q of the request's own rows: a row is summed alike in whichever chunk it comes
+    # tiles begin at multiples of BLOCK_Q of the request's own rows, so that a row's sum has the same order in any chunk
     b_t = (past // BLOCK_Q + i_q) * BLOCK_Q - past + tl.arange(0, BLOCK_Q)
     m_q = (b_t >= 0) & (b_t < T)
     p_q = p_request + b_t * (3 * W)
@@ -106,7 +119,7 @@ def _codec_attention_kernel(
     b_q = tl.load((p_q + i_h * D)[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
     b_norm = tl.load(p_q_norm + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_q = cast(b_q.to(tl.float32) * b_rstd[:, None] * b_norm[None, :], b_q.dtype)  # [Q, D]
-    KEYS: tl.constexpr = 2 * BLOCK_Q  # the tile's own rows, and BLOCK_Q >= WINDOW before them
+    KEYS: tl.constexpr = 2 * BLOCK_Q  # the tile's rows, and the BLOCK_Q >= WINDOW rows before them
     b_j = (past // BLOCK_Q + i_q) * BLOCK_Q - past - BLOCK_Q + tl.arange(0, KEYS)
     b_k, b_v, m_k = _keys(
         p_request, p_k_norm, p_old, b_j, b_j < T, tl.minimum(past, WINDOW), eps,
@@ -130,14 +143,14 @@ def launch_codec_attention(
     out: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, kv_window: Tensor, past_frames: Tensor,
     new_frames: Tensor, parity: Tensor, rate: int, eps: float, n_heads: int,
 ) -> None:  # fmt: skip
-    """The arguments are those of :func:`codec_attention`, unchecked."""
+    """Run :func:`codec_attention` without checking the arguments."""
     (M, W), (B, window) = out.shape, kv_window.shape[2:4]
     T, D = M // B, W // n_heads
     constants = CODEC_ATTENTION(N=W, K=D, dtype=qkv.dtype, rows=1)
     del constants["N"], constants["K"]
     constants |= {"H": n_heads, "D": D, "COLUMNS": max(16, triton.next_power_of_2(D)), "WINDOW": window}
     constants["KEPT"] = triton.next_power_of_2(window)
-    # rows that begin anywhere in a tile may touch one more
+    # T rows that begin anywhere in a tile touch up to cdiv(T - 1, BLOCK_Q) + 1 tiles; one more block writes the window
     grid = (triton.cdiv(T - 1, constants["BLOCK_Q"]) + 2, n_heads, B)
     _codec_attention_kernel[grid](
         qkv, q_norm, k_norm, kv_window, past_frames, new_frames, parity, out, B, T, rate, eps, **constants
@@ -149,27 +162,29 @@ def codec_attention(
     out: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, kv_window: Tensor, past_frames: Tensor,
     new_frames: Tensor, parity: Tensor, rate: int, eps: float, n_heads: int,
 ) -> None:  # fmt: skip
-    """Attention over a window, ``i - window <= j <= i``, with ALiBi (arXiv 2108.12409) and RMSNorm of q and k.
+    """Compute attention over a window, ``i - window <= j <= i``, with ALiBi (arXiv 2108.12409) and RMSNorm of q and k.
 
-    Scores are ``q k / sqrt(D) + r^h (j - i)`` with r = 2^(-8 / H); the norms are over all heads at once.
+    The score of query i and key j in head h is ``q_i . k_j / sqrt(D) + r^h (j - i)`` with r = 2^(-8 / H). The norms are
+    over all heads at once.
 
     Args:
         out: [B T, H D], written.
-        qkv: [B T, 3 H D] fp32, bf16 or fp16, not normed.
-        q_norm: [H D].
-        k_norm: [H D].
-        kv_window: [2, 2, B, window, H D], the last keys, normed, and values before the chunk at index `parity`; the
-            next chunk's are written to the other. Those from before a request's first row may hold anything.
-        past_frames: int64 [B], decoded before the chunk.
+        qkv: [B T, 3 H D] fp32, bf16 or fp16, q | k | v before the norms.
+        q_norm: [H D], the weight of the queries' RMSNorm.
+        k_norm: [H D], the weight of the keys' RMSNorm.
+        kv_window: [2, 2, B, window, H D]. Index `parity` holds the normed keys and the values of the rows before the
+            chunk; those of the last rows are written to the other index, for the next chunk. Rows before a request's
+            first row may hold anything.
+        past_frames: int64 [B], frames decoded before the chunk.
         new_frames: int64 [B], frames of the chunk, 0..T / rate.
         parity: int32 [1], 0 or 1.
-        rate: rows a frame.
+        rate: rows per frame.
         eps: added to the mean squares.
         n_heads: H.
 
     Raises:
-        TypeError: a dtype is wrong or differs from qkv's.
-        ValueError: a shape, stride or device is wrong, or a number out of range.
+        ValueError: B is not in 1..64, the window is not in 1..16, T is not a multiple of `rate`, or 3 * `n_heads` does
+            not divide the columns of `qkv`.
     """
     M, W = expect("qkv", qkv, ("B T", "3 H D"))
     if W % (3 * n_heads):

@@ -1,4 +1,4 @@
-"""Device functions that every kernel shares: the matrix product, rounding half to even, and the model's noise."""
+"""Device functions that the kernels share: the matrix product, the cast from fp32, rounding, and the model's noise."""
 
 import triton
 import triton.language as tl
@@ -7,21 +7,25 @@ __all__ = ["cast", "dot", "normals", "philox", "round_half_even"]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 END_AUDIO = tl.constexpr(1)  # the semantic code that ends a request
-N_SPECIAL_CODES = tl.constexpr(2)  # EMPTY and END stand before the codes of sound, in every codebook
+N_SPECIAL_CODES = tl.constexpr(2)  # codes 0 (EMPTY) and 1 (END) precede the audio codes in every codebook
 
 
 @triton.jit
 def dot(b_a, b_b, b_acc):
-    """``b_acc + b_a @ b_b``, summed in fp32: the only matrix product of the kernels.
+    """Return ``b_acc + b_a @ b_b``, summed in fp32. Every matrix product of the kernels goes through this function.
 
-    On a GPU the operands keep their dtype, and fp32 ones are multiplied as IEEE fp32: Triton's default is TF32, with
-    10 bits of mantissa. The interpreter holds bf16 as raw integers, so there both are cast to fp32 first; a product of
-    two bf16 or fp16 numbers is exact in fp32, so it computes what a tensor core does, up to the order of the sum.
+    On a GPU the operands keep their dtype. fp32 operands are multiplied as IEEE fp32, because Triton's default is
+    TF32, with 10 bits of mantissa. Triton's interpreter stores bf16 as raw integers, so it gets both operands cast to
+    fp32. A product of two bf16 or fp16 numbers is exact in fp32, so the interpreter computes what a tensor core does,
+    up to the order of the sum.
 
     Args:
         b_a: [M, K], fp32, bf16 or fp16.
-        b_b: [K, N], of the same dtype.
+        b_b: [K, N], in b_a's dtype.
         b_acc: [M, N], fp32.
+
+    Returns:
+        [M, N], fp32.
     """
     if INTERPRETED:
         return b_acc + tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
@@ -30,10 +34,12 @@ def dot(b_a, b_b, b_acc):
 
 @triton.jit
 def cast(b_v, dtype: tl.constexpr):
-    """fp32 to `dtype`, to nearest and ties to even: the only way down from fp32 in the kernels.
+    """Round the fp32 block `b_v` to `dtype`, to nearest with ties to even.
 
-    The interpreter cuts the lower 16 bits off instead of rounding to bf16 (half of all numbers come out wrong, always
-    towards zero), so there it is done on the bits.
+    Every cast of the kernels from fp32 to another float dtype goes through this function.
+
+    Triton's interpreter truncates to bf16: it drops the lower 16 bits. Half of all numbers would then be wrong, always
+    towards zero. In the interpreter this function therefore rounds on the bits.
     """
     if INTERPRETED and dtype == tl.bfloat16:
         b_bits = b_v.to(tl.uint32, bitcast=True)
@@ -44,25 +50,25 @@ def cast(b_v, dtype: tl.constexpr):
 
 @triton.jit
 def round_half_even(b_v):
-    """The integer nearest to each fp32 value, ties to the even one; right for ``|v| <= 2^22``.
+    """Round each fp32 value to the nearest integer, with ties to the even one. Correct for ``|v| <= 2^22``.
 
-    Adding 1.5 * 2^23 leaves no bit below the unit, so the addition itself rounds, as IEEE does. ``libdevice.rint``
-    does the same on a GPU, but does not run in the interpreter.
+    The sum with 1.5 * 2^23 has no bits below 1, so the addition itself rounds to an integer, as IEEE defines it.
+    ``libdevice.rint`` does the same on a GPU, but does not run in Triton's interpreter.
     """
     return (b_v + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def philox(seed, frame, group):
-    """Four random uint32 words of Philox4x32-10 (Salmon et al., SC 2011).
+    """Return four random uint32 words per element of `group`, by Philox4x32-10 (Salmon et al., SC 2011).
 
     Args:
-        seed: int64, the key: its low word, then its high word.
-        frame: int, second word of the counter.
-        group: int block, first word of the counter: codebook // 4. The other two words are zero.
+        seed: int64, the key of two words: the low word first, the high word second.
+        frame: int, the second word of the counter. The third and fourth words are zero.
+        group: int block, the first word of the counter: codebook // 4.
 
     Returns:
-        Four blocks in the shape of `group`; word j belongs to codebook 4 * group + j.
+        Four uint32 blocks in the shape of `group`. Block j holds the words of codebook 4 * group + j.
     """
     b_c0 = group.to(tl.uint32)
     b_zero = b_c0 * 0
@@ -72,16 +78,19 @@ def philox(seed, frame, group):
 
 @triton.jit
 def normals(seed, frame, group, p_quantiles):
-    """Four standard normal fp32 numbers a group: each word's upper 16 bits choose a quantile of the normal.
+    """Return four standard normal fp32 numbers per element of `group`.
 
-    Looking quantiles up, instead of computing logarithms and cosines, makes the noise bit-equal to the reference's on
-    every machine.
+    The upper 16 bits of each word of :func:`philox` are the index of a quantile in `p_quantiles`. A table is used
+    instead of logarithms and cosines because it makes the noise bit-equal to the reference's on every machine.
 
     Args:
-        seed: int64; see :func:`philox`, also for `frame` and `group`.
+        seed: int64, see :func:`philox`, also for `frame` and `group`.
         frame: int.
         group: int block.
-        p_quantiles: fp32 [65536], the normal's quantiles at (i + 1/2) / 65536.
+        p_quantiles: fp32 [65536], the quantiles of the normal distribution at (i + 1/2) / 65536.
+
+    Returns:
+        Four fp32 blocks in the shape of `group`. Block j holds the numbers of codebook 4 * group + j.
     """
     b_w0, b_w1, b_w2, b_w3 = philox(seed, frame, group)
     b_n0 = tl.load(p_quantiles + (b_w0 >> 16).to(tl.int32))

@@ -1,4 +1,15 @@
-"""The decode state's update after a frame: which requests go on, and with how many tokens."""
+"""The update of the decode state after a frame: which requests continue, and with how many tokens.
+
+For each request b, with its codes of this frame [1 + K]::
+
+    lengths[b] == 0         valid = 0                                       no request
+    codes[b, 0] == END      valid = 0, lengths = 0                          the request ends, without this frame
+    otherwise               valid = 1, last_codes = codes, n_frames += 1    the frame is kept
+                            lengths = 0 if n_frames >= max_frames else lengths + 1
+
+One block of one warp updates one request: a row of 37 codes and four numbers. The update runs on the device, so no
+frame waits for the host to read END.
+"""
 
 from typing import Any
 
@@ -39,7 +50,7 @@ def _update_decode_state_kernel(
 def launch_update_decode_state(
     codes: Tensor, max_frames: Tensor, lengths: Tensor, n_frames: Tensor, last_codes: Tensor, valid: Tensor
 ) -> None:
-    """The arguments are those of :func:`update_decode_state`, unchecked."""
+    """Run :func:`update_decode_state` without checking the arguments."""
     B, K = codes.shape
     constants: dict[str, Any] = {
         "K": K,
@@ -54,22 +65,22 @@ def launch_update_decode_state(
 def update_decode_state(
     codes: Tensor, max_frames: Tensor, lengths: Tensor, n_frames: Tensor, last_codes: Tensor, valid: Tensor
 ) -> None:
-    """Keep a frame's codes and move on to the next frame, on the device: no frame waits for the host to see END.
+    """Keep the codes of a frame, and update each request's state for the next frame.
 
-    A request of length 0 is not there, and its codes are left alone. One whose semantic code is END, or whose frame was
-    its last, gets length 0 from here on: END's own frame is not kept. All others get a frame and a token more.
+    Length 0 means that a row has no running request; the row's codes are ignored. If the semantic code is END, the
+    request gets length 0, and this frame is not kept. A request that reaches its `max_frames` keeps this frame and gets
+    length 0. Any other request keeps this frame and gets one token more.
 
     Args:
-        codes: int64 [B, 1 + K] with the +2 offset, semantic first.
+        codes: int64 [B, 1 + K], the codes of this frame with the +2 offset, the semantic code first.
         max_frames: int64 [B], the most frames of each request.
-        lengths: int32 [B], tokens in the cache, then with the next frame's.
-        n_frames: int64 [B], frames kept so far.
-        last_codes: int64 [B, 1 + K], the last frame that was kept.
-        valid: int64 [B], whether this one is: 1 or 0.
+        lengths: int32 [B], tokens in the KV cache; updated to include the next frame's token.
+        n_frames: int64 [B], the number of frames kept so far; updated.
+        last_codes: int64 [B, 1 + K], receives `codes` where this frame is kept.
+        valid: int64 [B], receives 1 where this frame is kept, 0 elsewhere.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong.
+        ValueError: B is not in 1..64.
     """
     B, K = expect("last_codes", last_codes, ("B", "1 + K"), dtype=torch.int64)
     expect_batch("last_codes", B, 1, 64)

@@ -1,8 +1,8 @@
-"""Launch configs: tile sizes, warps and pipeline stages, chosen from a table that stands beside each kernel.
+"""Launch configs: tile sizes, warps and pipeline stages, chosen from a table next to each kernel.
 
-A choice depends on the sizes of the weights, the dtype, the architecture, the rows a model was prepared for and the
-phase, and never on the rows at hand: another tile size sums in another order, and a request must give the same codes
-alone and in a batch.
+The choice depends on the weight's sizes, the dtype, the architecture, the phase, and the rows that a model is prepared
+for. It never depends on the rows of one call: another tile size sums in another order, and a request must give the same
+codes alone and in a batch.
 """
 
 import functools
@@ -19,8 +19,9 @@ __all__ = ["LaunchConfigs", "override", "target_arch"]
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-# Fused multiply-adds outside the matrix product round once where the reference and the interpreter round twice, so a
-# kernel would not compute what was proved. Triton 3.10 turns them off by default; until then we do.
+# A fused multiply-add outside the matrix product rounds once, where the reference and the interpreter round twice. With
+# fusion on, a kernel would not compute what the tests have checked in the interpreter. Triton 3.10 turns fusion off by
+# default; older versions need this option.
 FP_FUSION = False
 
 _targets: list[str] = []
@@ -28,7 +29,11 @@ _overrides: dict[str, list[dict[str, int]]] = {}
 
 
 def architecture() -> str:
-    """What kernels launched now are built for: ``sm_90``, ``gfx942``, or ``interpreter``."""
+    """Return the architecture that launch configs are chosen for, such as ``sm_90``, ``gfx942`` or ``interpreter``.
+
+    It is the current device's architecture, or ``interpreter`` when Triton's interpreter is on. Within
+    :func:`target_arch`, it is the architecture given there.
+    """
     if _targets:
         return _targets[-1]
     if INTERPRETED:
@@ -38,18 +43,23 @@ def architecture() -> str:
 
 
 class LaunchConfigs:
-    """The launch configs of one kernel, as text: a line of conditions and values a row, the first that matches wins.
+    """The launch configs of one kernel, parsed from a text table. The first matching row is used.
 
-    Columns left of the bar are conditions, ``*`` matches anything: `arch`, `dtype` and `phase` are patterns
-    (``sm_*``, ``fp32``, ``prefill``); `rows` (those the model was prepared for), `N` and `K` are upper bounds. Columns
-    right of it are constants of the kernel, or ``num_warps`` and ``num_stages``.
+    The columns left of the bar ``|`` are conditions, and ``*`` matches anything. `arch`, `dtype` and `phase` are
+    patterns, such as ``sm_*``, ``fp32`` and ``prefill``. `rows` (the rows that the model is prepared for), `N` and `K`
+    are inclusive upper bounds. The columns right of the bar are constants of the kernel, ``num_warps`` and
+    ``num_stages``.
     """
 
     def __init__(self, kernel: str, text: str) -> None:
-        """Read `text`; its first line names the columns.
+        """Parse the table.
+
+        Args:
+            kernel: the kernel's name, for error messages and :func:`override`.
+            text: the table. Its first line names the columns.
 
         Raises:
-            ValueError: a line whose columns do not match the first line's.
+            ValueError: a line has more or fewer columns than the first line.
         """
         self.kernel = kernel
         head, *lines = [line.split() for line in text.splitlines() if line.strip()]
@@ -58,17 +68,17 @@ class LaunchConfigs:
         self.conditions, self.names = head[:bar], head[bar + 1 :]
 
     def __call__(self, *, N: int, K: int, dtype: torch.dtype, rows: int, phase: str = "decode") -> dict[str, Any]:
-        """The constants of a launch on the current architecture: N, K, the table's, and Triton's options.
+        """Return the constants of a launch: N, K, those of the first matching row, and Triton's options.
 
         Args:
             N: rows of the weight.
             K: columns of the weight.
-            dtype: of the weight.
-            rows: the most rows the model was prepared for.
+            dtype: dtype of the weight: fp32, bf16 or fp16.
+            rows: the most rows that the model is prepared for.
             phase: ``decode`` or ``prefill``.
 
         Raises:
-            ValueError: no line of the table matches.
+            ValueError: no row of the table matches.
         """
         chosen = dict(self._choose(N, K, DTYPES[dtype], architecture(), rows, phase))
         for values in _overrides.get(self.kernel, ()):
@@ -95,7 +105,7 @@ def _fits(asked: int | str, condition: str) -> bool:
 
 @contextmanager
 def override(kernel: str, **values: int) -> Iterator[None]:
-    """Within the block, launches of `kernel` use these values instead of the table's: for tuning and for tests."""
+    """Within the block, launches of `kernel` use `values` instead of the table's. For tuning and tests."""
     _overrides.setdefault(kernel, []).append(values)
     try:
         yield
@@ -105,7 +115,7 @@ def override(kernel: str, **values: int) -> Iterator[None]:
 
 @contextmanager
 def target_arch(arch: str) -> Iterator[None]:
-    """Within the block, launch configs are those of `arch`, so that the interpreter can count with a GPU's tiles."""
+    """Within the block, choose the launch configs of `arch`, so that the interpreter can count with a GPU's tiles."""
     _targets.append(arch)
     try:
         yield

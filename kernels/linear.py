@@ -1,10 +1,22 @@
-"""Linear layers on few rows: bound by the bytes of their weights, so what stands around the product is fused into it.
+"""Linear layers for few rows, fused with the operations around the product.
 
-A tile is [BLOCK_N, BLOCK_M], the weight's rows first: the matrix instructions want 16 or 64 rows on their left side and
-make do with 8 columns on their right, so that six rows of activations cost eight and not sixty-four.
+The activations are x [M, K]; norm [K] and the weights [N, K] are stored as in the checkpoint::
 
-Two kernels: after RMSNorm (``norm_linear``, ``norm_swiglu``), and into the residual stream (``linear``). In a prefill
-there are many rows, and tiles as large as the matrix units want them.
+    n           = x / sqrt(mean(x^2) + eps) * norm     [M, K], never stored
+    norm_linear = n @ weight.T                         [M, N]
+    norm_swiglu = silu(n @ w1.T) * (n @ w3.T)          [M, N]
+    linear      = residual + scale * (x @ weight.T)    [M, N]
+
+    a block:  y^T [BLOCK_N, BLOCK_M]  =  sum over K of  weight [BLOCK_N, BLOCK_K] @ n^T [BLOCK_K, BLOCK_M]
+
+With few rows, a layer takes the time to read its weights. The operations around the product are therefore fused into
+the launch that reads them.
+
+The weight's rows are the first axis of a tile. A matrix instruction takes 16 or 64 rows on its left side, but as few as
+8 columns on its right side. Six rows of activations then cost eight, not sixty-four.
+
+One kernel computes ``norm_linear`` and ``norm_swiglu``; a second one computes ``linear``. A prefill has many rows, so
+its tiles are as large as the matrix units need.
 """
 
 from typing import Any
@@ -20,12 +32,14 @@ from .operator import expect, operator
 
 __all__ = ["linear", "norm_linear", "norm_swiglu"]
 
-# Few rows: 8 to 16 KB of weights a stage, and as many stages as the 101,376 bytes of sm_86, 89 and 120 hold; N = 4096
-# has only 64 blocks for 132 multiprocessors, so each must keep 32 KB and more under way. BLOCK_K is less than a block's
-# threads: a longer tile of `norm` would be loaded one element a thread, which cannot be pipelined and stalls every
-# step. 64 rows on four warps and 32 on tiles of 128 spill on sm_120, and so do 32 on tiles of 64: with a rotation on
-# four warps, with three weights on eight. fp32 products
-# run on the plain units, whose operands live in registers: small tiles, or they spill.
+# For few rows, a stage has 8 to 16 KB of weights, and there are as many stages as the 101,376 bytes of shared memory of
+# sm_86, sm_89 and sm_120 hold. N = 4096 has only 64 blocks for 132 multiprocessors, so each block must keep at least
+# 32 KB in flight.
+# BLOCK_K is smaller than the block's threads because a longer `norm` tile loads one element per thread, which cannot be
+# pipelined and stalls every step.
+# On sm_120, 64 rows on four warps spill registers, and so do 32 rows with tiles of 128. 32 rows with BLOCK_N = 64 spill
+# with a rotation on four warps, and with three weights on eight warps (kernels/qkv.py uses this table too).
+# fp32 products run on the plain units, which read their operands from registers, so larger fp32 tiles spill.
 NORM_LINEAR = LaunchConfigs(
     "norm_linear",
     """
@@ -45,9 +59,8 @@ NORM_LINEAR = LaunchConfigs(
     """,
 )
 
-
-# Two tiles of weights a step, the gate's and what it gates, and two accumulators.
-
+# Each step loads two tiles of weights, one of w1 and one of w3, and a block has two accumulators. Tiles are therefore
+# smaller, or stages fewer, than in NORM_LINEAR.
 NORM_SWIGLU = LaunchConfigs(
     "norm_swiglu",
     """
@@ -66,6 +79,7 @@ NORM_SWIGLU = LaunchConfigs(
     """,
 )
 
+# SPLIT is the number of partial sums along K, see _split_product.
 LINEAR = LaunchConfigs(
     "linear",
     """
@@ -92,7 +106,7 @@ def _row_scale(
     p_x, o_m, m_m, stride_x, eps,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``1 / sqrt(mean(x^2) + eps)`` of each row, in a pass of its own over the activations: [M]."""
+    """Return ``1 / sqrt(mean(x^2) + eps)`` of each row, fp32 [BLOCK_M], in a separate pass over the activations."""
     o_k = tl.arange(0, BLOCK_K)
     b_square = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -107,9 +121,33 @@ def norm_product(
     p_x, p_norm, p_w, p_up, o_m, o_n, m_m, m_n, stride_x, eps,
     K: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``w RMSNorm(x)^T`` of a tile, fp32 [N, M], and the same of a second weight, `p_up`; zeros where that is None."""
+    """Compute ``w RMSNorm(x)^T`` of one tile, for the weight `p_w` and for a second weight `p_up`.
+
+    With NORM_FIRST, a first pass over x computes the scale ``1 / sqrt(mean(x^2) + eps)``, and x is scaled before the
+    product. Without NORM_FIRST, the scale is applied to the finished sums, so x is read once.
+
+    Args:
+        p_x: activations [M, K].
+        p_norm: [K], the weight of RMSNorm.
+        p_w: [N, K].
+        p_up: [N, K], or None.
+        o_m: [BLOCK_M], rows of x.
+        o_n: [BLOCK_N], rows of the weights.
+        m_m: bool [BLOCK_M], which rows of x exist.
+        m_n: bool [BLOCK_N], which rows of the weights exist.
+        stride_x: elements between rows of x.
+        eps: added to the mean square.
+        K: columns of x and of the weights.
+        NORM_FIRST: whether x is scaled before the product.
+        BLOCK_M: rows of x in a tile.
+        BLOCK_N: rows of the weights in a tile.
+        BLOCK_K: columns per step.
+
+    Returns:
+        Two fp32 blocks [BLOCK_N, BLOCK_M], of `p_w` and of `p_up`. The second is zero where `p_up` is None.
+    """
     o_k = tl.arange(0, BLOCK_K)
-    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
+    eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
     if NORM_FIRST:
         b_scale = _row_scale(p_x, o_m, m_m, stride_x, eps, K, BLOCK_M, BLOCK_K)  # [M]
     b_square = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
@@ -132,7 +170,7 @@ def norm_product(
             p_tile_up = p_up + o_n[:, None] * K + (k + o_k)[None, :]
             b_up = dot(tl.load(p_tile_up, mask=m_n[:, None] & m_k[None, :], other=0.0), tl.trans(b_a), b_up)
     if not NORM_FIRST:
-        # the scale is a row's own, so it may as well be applied to the finished sum: one pass over x
+        # the scale is one number per row, so it can be applied to the finished sums: one pass over x is enough
         b_scale = tl.rsqrt(tl.sum(b_square, 1) / K + eps)
         b_acc, b_up = b_acc * b_scale[None, :], b_up * b_scale[None, :]
     return b_acc, b_up
@@ -145,7 +183,7 @@ def _norm_linear_kernel(
     N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # row tiles are neighbours in launch order, so that all but the first find the weights in the L2 cache
+    # row tiles of the same weights are neighbours in launch order: all but the first find the weights in the L2 cache
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -160,9 +198,9 @@ def _norm_linear_kernel(
 
 
 def norm_constants(configs: LaunchConfigs, x: Tensor, weight: Tensor, max_rows: int, phase: str) -> dict[str, Any]:
-    """The constants of a product after RMSNorm."""
+    """Return the constants of a launch that computes a product after RMSNorm: those of `configs`, and NORM_FIRST."""
     constants = configs(N=weight.shape[0], K=weight.shape[1], dtype=x.dtype, rows=max_rows, phase=phase)
-    return constants | {"NORM_FIRST": x.dtype == torch.float16}  # x * norm may pass fp16's 65,504 before it is scaled
+    return constants | {"NORM_FIRST": x.dtype == torch.float16}  # x * norm, not yet scaled, may exceed fp16's 65,504
 
 
 def _launch_norm(
@@ -171,7 +209,7 @@ def _launch_norm(
 ) -> None:  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
     constants = norm_constants(configs, x, weight, max_rows, phase)
-    stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
+    stride_x = x.stride(0) if M > 1 else K  # one row may have any stride; stride 1 would compile another binary
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
     _norm_linear_kernel[grid](x, norm, weight, w_up, out, M, stride_x, eps, **constants)
 
@@ -179,29 +217,28 @@ def _launch_norm(
 def launch_norm_linear(
     out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode"
 ) -> None:
-    """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`norm_linear`, unchecked."""
+    """Run :func:`norm_linear` into `out`, contiguous [M, N], without checking the arguments."""
     _launch_norm(NORM_LINEAR, out, x, norm, weight, None, eps, max_rows, phase)
 
 
 @operator(launch_norm_linear)
 def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode") -> Tensor:
-    """``RMSNorm(x) @ weight.T``, with x / sqrt(mean(x^2) + eps) * norm taken row by row.
+    """Compute ``RMSNorm(x) @ weight.T``, where RMSNorm is ``x / sqrt(mean(x^2) + eps) * norm`` of each row.
 
     Args:
-        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
-        norm: [K], the RMSNorm's weight.
+        x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
+        norm: [K], the weight of RMSNorm.
         weight: [N, K], as a checkpoint stores it.
         eps: added to the mean square.
-        max_rows: the most rows this layer is prepared for, 1..512 in decode; M may be any of 1..max_rows, and a row's
-            result does not depend on the others.
-        phase: "decode", or "prefill", whose tiles are for many rows whatever `max_rows` is.
+        max_rows: the most rows that the layer is prepared for, 1..512 in decode. It decides the launch config, so a
+            row's result depends neither on M nor on the other rows.
+        phase: "decode", or "prefill", which uses tiles for many rows whatever `max_rows` is.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
 
     Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, M is not in 1..max_rows, or the phase is unknown.
+        ValueError: M is not in 1..max_rows, max_rows is out of range, or the phase is unknown.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
@@ -213,7 +250,7 @@ def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: i
 def launch_norm_swiglu(
     out: Tensor, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
 ) -> None:
-    """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`norm_swiglu`, unchecked."""
+    """Run :func:`norm_swiglu` into `out`, contiguous [M, N], without checking the arguments."""
     _launch_norm(NORM_SWIGLU, out, x, norm, w1, w3, eps, max_rows, phase)
 
 
@@ -221,23 +258,21 @@ def launch_norm_swiglu(
 def norm_swiglu(
     x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
 ) -> Tensor:
-    """``silu(n @ w1.T) * (n @ w3.T)`` with ``n = RMSNorm(x)``: all of SwiGLU (arXiv 2002.05202) but its way down.
+    """Compute ``silu(n @ w1.T) * (n @ w3.T)`` with ``n = RMSNorm(x)``.
+
+    This is SwiGLU (arXiv 2002.05202) without its down projection, which :func:`linear` computes.
 
     Args:
-        x: [M, K], see :func:`norm_linear`, also for `norm`, `eps`, `max_rows` and `phase`.
+        x: [M, K], see :func:`norm_linear`, also for `norm`, `eps`, `max_rows`, `phase` and errors.
         norm: [K].
-        w1: [N, K], the gate.
-        w3: [N, K], what it gates.
+        w1: [N, K], the weight of the gate.
+        w3: [N, K], the weight of the product that the gate multiplies.
         eps: added to the mean square.
-        max_rows: prepared for.
+        max_rows: the most rows that the layer is prepared for.
         phase: "decode" or "prefill".
 
     Returns:
-        [M, N] in x's dtype, rounded once.
-
-    Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, or M is not in 1..max_rows.
+        [M, N] in x's dtype, summed in fp32 and rounded once.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
@@ -252,7 +287,7 @@ def _product(
     p_x, p_w, o_m, o_n, m_m, m_n, stride_x,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``w x^T`` of a tile, [N, M], in one chain of sums."""
+    """Compute ``w x^T`` of a tile, fp32 [BLOCK_N, BLOCK_M], in one chain of sums along K."""
     o_k = tl.arange(0, BLOCK_K)
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -268,10 +303,10 @@ def _split_product(
     p_x, p_w, o_m, o_n, m_m, m_n, stride_x,
     K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same in SPLIT chains, a warp each, added in a fixed order at the end.
+    """Compute ``w x^T`` of a tile, fp32 [BLOCK_N, BLOCK_M], in SPLIT chains of sums along K, one warp each.
 
-    So a tile may be 16 rows of weights high and still keep four warps at work: N = 3072 then fills a machine of 132
-    multiprocessors with 192 blocks, and nothing has to be passed from one block to another.
+    The SPLIT sums are added in a fixed order at the end. A tile may thus have only 16 rows of weights and still keep
+    four warps busy. N = 3072 then fills 132 multiprocessors with 192 blocks, and no block waits for another.
     """
     o_k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [SPLIT, K]
     b_acc = tl.zeros([SPLIT, BLOCK_N, BLOCK_M], dtype=tl.float32)
@@ -315,7 +350,7 @@ def launch_linear(
     out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None, max_rows: int,
     phase: str = "decode",
 ) -> None:  # fmt: skip
-    """Fill `out`, contiguous [M, N]; the other arguments are those of :func:`linear`, unchecked."""
+    """Run :func:`linear` into `out`, contiguous [M, N], without checking the arguments."""
     (M, K), N = x.shape, weight.shape[0]
     constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase)
     stride_x = x.stride(0) if M > 1 else K
@@ -332,22 +367,18 @@ def linear(
     max_rows: int,
     phase: str = "decode",
 ) -> Tensor:
-    """``residual + scale * (x @ weight.T)``: the way back into the residual stream.
+    """Compute ``residual + scale * (x @ weight.T)``: a product, added to the residual stream.
 
     Args:
-        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
+        x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
         weight: [N, K], as a checkpoint stores it.
         scale: [N], a layer scale, or None for 1.
         residual: [M, N], contiguous, or None for 0.
-        max_rows: the most rows this layer is prepared for, see :func:`norm_linear`, also for `phase`.
+        max_rows: the most rows that the layer is prepared for, see :func:`norm_linear`, also for `phase` and errors.
         phase: "decode" or "prefill".
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
-
-    Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, or M is not in 1..max_rows.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     N, _ = expect("weight", weight, ("N", K), like=x)
@@ -360,7 +391,16 @@ def linear(
 
 
 def expect_rows(M: int, max_rows: int, phase: str) -> None:
-    """Raise unless `M` rows are what a layer prepared for `max_rows` can take."""
+    """Check the numbers of a layer that is prepared for `max_rows` rows.
+
+    Args:
+        M: rows of x, 1..max_rows.
+        max_rows: 1..512 in decode, 1 or more in prefill.
+        phase: "decode" or "prefill".
+
+    Raises:
+        ValueError: a number is out of range, or the phase is unknown.
+    """
     if phase not in ("decode", "prefill"):
         raise ValueError(f"phase is {phase!r} but must be 'decode' or 'prefill'")
     if max_rows < 1 or (phase == "decode" and max_rows > 512):

@@ -1,4 +1,19 @@
-"""What surrounds the velocity MLP's blocks: noise and the first rows of a frame, a solver's step, codes at its end."""
+"""The launches of a frame around the MLP head's blocks: start, solver steps, and the last step with its codes.
+
+For B requests, K acoustic codebooks and a network of width dim; the device functions are in ``solver.py``::
+
+    mlp_start    x = noise                                         fp32 [B, K]
+                 stream = w_in @ x + b_in                          [2B, dim], equal with and without the condition
+    (blocks)     stream                                            [2B, dim], updated in place
+    mlp_step     n = layer_norm(stream) * (1 + scale) + shift      [2B, dim]
+                 v = w_out @ (a * n_cond + (1 - a) * n_uncond) + b_out        [B, K], a = cfg_alpha
+                 x = x + dt * (v + ab2_ratio * (v - v_last)), v_last = v
+                 stream of the next step, as in mlp_start
+    mlp_finish   the last step, then codes [B, 1 + K] and the sum of their embeddings [B, E]
+
+where layer_norm(x) = (x - mean) / sqrt(variance + eps). As in ``transformer_solver.py``, with the same launch configs,
+one block does a whole step of one request, so that no block waits for another.
+"""
 
 import torch
 import triton
@@ -14,7 +29,10 @@ __all__ = ["mlp_finish", "mlp_start", "mlp_step"]
 
 @triton.jit
 def _modulated_norm(p_x, p_mod, eps, N: tl.constexpr, PAD_N: tl.constexpr):
-    """``norm(x) * (1 + scale) + shift`` of a row: fp32 [PAD_N], zeros past N."""
+    """Return ``(x - mean) / sqrt(variance + eps) * (1 + scale) + shift`` of one row: fp32 [PAD_N], zeros past N.
+
+    `p_mod` points to the row's shift [N], which scale [N] follows.
+    """
     o_n = tl.arange(0, PAD_N)
     m_n = o_n < N
     b_x = tl.load(p_x + o_n, mask=m_n, other=0.0).to(tl.float32)
@@ -31,11 +49,12 @@ def _guided_step(
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
     BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """The guided velocity of one request, and the step along it: the new x, fp32 [PAD_K], zeros past K.
+    """Run a solver step of one request with its guided velocity, and return the new x: fp32 [PAD_K], zeros past K.
 
-    Guidance is linear and so is the projection: the two rows are combined before it, and its bias counts once.
+    Guidance and projection are both linear, so the two rows are combined before the projection. Its bias is added once,
+    because the guidance weights a and 1 - a sum to 1.
     """
-    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
+    eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
     o_k = tl.arange(0, PAD_K)
     b_x, b_last = load_state(p_x, p_last, i_b, K, PAD_K)
     alpha = tl.load(p_alpha + i_b)
@@ -64,7 +83,7 @@ def launch_mlp_start(
     seed: Tensor | None, frame: Tensor | None, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, b_in: Tensor,
     x: Tensor, stream: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Fill `x` and `stream`; the arguments are those of :func:`mlp_start`, unchecked."""
+    """Run :func:`mlp_start` without checking the arguments; `seed` and `frame` may be None if `noise` is given."""
     B, (N, K) = x.shape[0], w_in.shape
     constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
     _mlp_start_kernel[(B, triton.cdiv(N, constants["BLOCK_N"]))](
@@ -84,22 +103,22 @@ def mlp_start(
     stream: Tensor,
     max_batch: int,
 ) -> None:
-    """Begin a frame: x is noise, and the residual stream is its input projection.
+    """Begin a frame: set x to noise, and the residual stream to the input projection of x.
 
     Args:
-        seed: int64 [B], a request's own; with `frame` it decides the noise, whatever the batch.
-        frame: int64 [B], counted from 0 in each request.
-        noise: fp32 [B, K] to begin with instead, or None to draw it.
-        quantiles: fp32 [65536], the normal's quantiles at (i + 1/2) / 65536.
+        seed: int64 [B], one per request. A request's noise depends on its seed and frame alone, not on the batch.
+        frame: int64 [B], the number of the frame in its request, from 0.
+        noise: fp32 [B, K], the initial state, or None to draw it from `seed` and `frame`.
+        quantiles: fp32 [65536], the quantiles of the standard normal at (i + 1/2) / 65536.
         w_in: [dim, K] fp32, bf16 or fp16, the input projection.
-        b_in: [dim], its bias.
-        x: fp32 [B, K], written: the flow's state.
-        stream: [2B, dim], written: rows with condition, then the same without.
-        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+        b_in: [dim], the bias of the input projection.
+        x: fp32 [B, K], the flow's state, written.
+        stream: [2B, dim], the residual stream, written: B rows for the branch with the condition, then the same B rows
+            for the branch without.
+        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong, or B is not in 1..max_batch.
+        ValueError: B is not in 1..max_batch, or `max_batch` not in 1..64.
     """
     B = _expect_entrance(w_in, b_in, x, stream, max_batch)
     K = w_in.shape[1]
@@ -122,7 +141,7 @@ def _mlp_step_kernel(
         p_stream, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, i_b, B, stride_mod, eps, dt, ab2_ratio,
         N, K, PAD_N, PAD_K, BLOCK_K, PIPE,
     )  # fmt: skip
-    tl.debug_barrier()  # all warps have read the rows that are written now
+    tl.debug_barrier()  # all warps must have read the stream before its rows are overwritten
     for n in tl.range(0, N, BLOCK_N, num_stages=PIPE):
         project_in(p_w_in, p_b_in, p_stream, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
 
@@ -131,7 +150,7 @@ def launch_mlp_step(
     stream: Tensor, modulation: Tensor, w_out: Tensor, b_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float,
     ab2_ratio: float, x: Tensor, v_last: Tensor, w_in: Tensor, b_in: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Update `stream`, `x` and `v_last`; the arguments are those of :func:`mlp_step`, unchecked."""
+    """Run :func:`mlp_step` without checking the arguments."""
     B, (N, K) = x.shape[0], w_in.shape
     constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
     constants["PIPE"] = constants["num_stages"]
@@ -157,31 +176,31 @@ def mlp_step(
     b_in: Tensor,
     max_batch: int,
 ) -> None:
-    """A solver's step, ``x += dt * (v + ab2_ratio * (v - v_last))``, and the residual stream of the next one.
+    """Run a solver step, ``x += dt * (v + ab2_ratio * (v - v_last))``, and write the residual stream of the next step.
 
-    The velocity is the final layer's, ``norm(stream) * (1 + scale) + shift`` projected, and guided:
-    ``v = a v_cond + (1 - a) v_uncond``. Ratio 0 is Euler's step, see ``voxkern.reference.solver.integrate``.
+    The final layer computes a velocity from ``layer_norm(stream) * (1 + scale) + shift`` for each branch. The two are
+    guided: ``v = a * v_cond + (1 - a) * v_uncond``. An `ab2_ratio` of 0 is Euler's step, see
+    ``voxkern.reference.solver.integrate``.
 
     Args:
-        stream: [2B, dim] fp32, bf16 or fp16: what the last block gives, the conditional rows first; replaced by the
-            input projection of the new x.
-        modulation: [1 + B, 2 dim], shift and scale side by side; rows may lie apart. The first row is the
-            unconditional branch's, row 1 + i request i's.
-        w_out: [K, dim], the velocity's projection.
-        b_out: [K], its bias.
+        stream: [2B, dim] fp32, bf16 or fp16, the output of the last block, the rows with the condition first. The input
+            projection of the new x replaces it.
+        modulation: [1 + B, 2 dim], shift | scale; only its last dimension must be contiguous. Row 0 belongs to the
+            branch without the condition, row 1 + i to request i.
+        w_out: [K, dim], the projection of the velocity.
+        b_out: [K], the bias of that projection.
         eps: added to the variance.
-        cfg_alpha: fp32 [B], strength of the guidance a; 1 is none.
+        cfg_alpha: fp32 [B], the strength a of the guidance; 1 is no guidance.
         dt: length of the step.
-        ab2_ratio: of the velocity's last change, that is added to it.
+        ab2_ratio: factor on the change of the velocity since the last step.
         x: fp32 [B, K], the flow's state, updated.
-        v_last: fp32 [B, K], the last step's velocity, replaced by this one's; not used where `ab2_ratio` is 0.
+        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's. Not used if `ab2_ratio` is 0.
         w_in: [dim, K], the input projection.
-        b_in: [dim], its bias.
-        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+        b_in: [dim], the bias of the input projection.
+        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong, or B is not in 1..max_batch.
+        ValueError: B is not in 1..max_batch, or `max_batch` not in 1..64.
     """
     B = _expect_entrance(w_in, b_in, x, stream, max_batch)
     _expect_final(stream, modulation, w_out, b_out, cfg_alpha, v_last, B)
@@ -211,14 +230,14 @@ def launch_mlp_finish(
     ab2_ratio: float, x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor | None,
     semantic_size: int, max_batch: int,
 ) -> None:  # fmt: skip
-    """Fill `out`, codes [B, 1 + K] and next [B, E], update `x` and `v_last`; the rest is :func:`mlp_finish`'s."""
+    """Run :func:`mlp_finish` into `out`, codes [B, 1 + K] and next [B, E], without checking the arguments."""
     codes, following = out
     B, (K, N) = x.shape[0], w_out.shape
     E = following.shape[1]
     constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | padded(N, K)
     constants |= {"E": E, "PAD_E": triton.next_power_of_2(max(E, 1)), "PIPE": constants["num_stages"]}
     constants |= {"LEVELS": levels, "SEMANTIC_SIZE": semantic_size}
-    del constants["BLOCK_N"]  # of the input projection, which is not done here
+    del constants["BLOCK_N"]  # a size of the input projection, which this kernel does not compute
     _mlp_finish_kernel[(B,)](
         stream, modulation, w_out, b_out, cfg_alpha, x, v_last, semantic, embeddings, codes, following,
         B, modulation.stride(0), eps, dt, ab2_ratio, **constants,
@@ -243,31 +262,34 @@ def mlp_finish(
     semantic_size: int,
     max_batch: int,
 ) -> tuple[Tensor, Tensor]:
-    """The last step, its codes, and what they are to the backbone: the sum of their embeddings.
+    """Run the last solver step of a frame, and return the frame's codes and the sum of their embeddings.
+
+    The sum is the backbone's next input.
 
     Args:
-        stream: [2B, dim], as in :func:`mlp_step` but left as it is, and so are the next seven.
-        modulation: [1 + B, 2 dim].
-        w_out: [K, dim].
-        b_out: [K].
+        stream: [2B, dim], see :func:`mlp_step`, also for the next nine arguments. Not changed here.
+        modulation: [1 + B, 2 dim], shift | scale.
+        w_out: [K, dim], the projection of the velocity.
+        b_out: [K], the bias of that projection.
         eps: added to the variance.
-        cfg_alpha: fp32 [B].
+        cfg_alpha: fp32 [B], the strength of the guidance.
         dt: length of the step.
-        ab2_ratio: as there.
-        x: fp32 [B, K], updated; what is left in it is not clamped.
-        v_last: fp32 [B, K], as there.
-        semantic: int64 [B], the semantic codes with the offset of 2; where one is 1 (END) all acoustic codes are 2.
-        levels: of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
-        embeddings: as in :func:`voxkern.kernels.transformer_solver.flow_finish`, or None: no sum is made, E = 0.
+        ab2_ratio: factor on the change of the velocity since the last step.
+        x: fp32 [B, K], the flow's state, updated and not clamped.
+        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's.
+        semantic: int64 [B], the semantic codes with the offset of 2. If one is 1 (END), the request's acoustic codes
+            are all 2.
+        levels: levels of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
+        embeddings: [rows, E], see :func:`voxkern.kernels.transformer_solver.flow_finish`. None skips the sum: E = 0.
         semantic_size: codes of the semantic codebook, without the 2 special ones.
-        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
 
     Returns:
-        int64 [B, 1 + K], the codes with the offset of 2; [B, E], summed in fp32 and rounded once.
+        The codes with the offset of 2, int64 [B, 1 + K], and the sum of their embeddings, [B, E], summed in fp32 and
+        rounded once.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride, device or size is wrong, or B is not in 1..max_batch.
+        ValueError: B is not in 1..max_batch, or `embeddings` has too few rows for `levels` and `semantic_size`.
     """
     K, N = expect("w_out", w_out, ("K", "dim"))
     B, _ = expect("x", x, ("B", K), like=w_out, dtype=torch.float32)
@@ -278,7 +300,7 @@ def mlp_finish(
 
 
 def _expect_entrance(w_in: Tensor, b_in: Tensor, x: Tensor, stream: Tensor, max_batch: int) -> int:
-    """Check what is written for a step, and read for it; B."""
+    """Check the arguments of the input projection and the stream, and return B."""
     N, K = expect("w_in", w_in, ("dim", "K"))
     expect("b_in", b_in, (N,), like=w_in)
     B, _ = expect("x", x, ("B", K), like=w_in, dtype=torch.float32)
@@ -290,7 +312,7 @@ def _expect_entrance(w_in: Tensor, b_in: Tensor, x: Tensor, stream: Tensor, max_
 def _expect_final(
     stream: Tensor, modulation: Tensor, w_out: Tensor, b_out: Tensor, cfg_alpha: Tensor, v_last: Tensor, B: int
 ) -> None:
-    """Check what :func:`_guided_step` reads besides `stream` and x."""
+    """Check the arguments of :func:`_guided_step`, except `stream` and x."""
     K, N = expect("w_out", w_out, ("K", stream.shape[1]), like=stream)
     expect("b_out", b_out, (K,), like=w_out)
     expect("modulation", modulation, (1 + B, 2 * N), like=w_out, contiguous=False)

@@ -1,8 +1,20 @@
-"""The experts of a mixture, on pairs grouped by ``kernels/moe_routing.py``: gate and up, down, and their sum.
+"""The experts of a mixture, on the pairs that ``kernels/moe_routing.py`` sorts by expert: SwiGLU, down and sum.
 
-Every expert's weights are tensors of their own, as a checkpoint has them. A kernel finds them by a table of addresses
-and row strides, so that nothing is packed or copied. A tile of pairs is one expert's: at decode all its tokens stand in
-one, and every weight that is needed is read once. Tiles of weights have their rows first, see ``kernels/linear.py``.
+For each pair = m * P + j, where e is the expert at place j of token m::
+
+    n                = x / sqrt(mean(x^2) + eps) * norm             [M, K], never stored
+    moe_experts_up   = silu(n[m] @ w1[e].T) * (n[m] @ w3[e].T)      [M * P, N], w1[e] and w3[e] [N, K]
+    moe_experts_down = weights[pair] * (up[pair] @ w2[e].T)         fp32 [M * P, K], w2[e] [K, N]
+    moe_combine:       stream[m] += sum over j of down[m * P + j]   [M, K], in place
+
+    a block:  y^T [BLOCK_N, tile]  =  sum over K of  w[e] [BLOCK_N, BLOCK_K] @ n[tile]^T [BLOCK_K, tile]
+
+Each expert's weights are separate tensors, as in a checkpoint. A kernel finds them in a table of addresses and row
+strides, so nothing is packed or copied.
+
+A tile of pairs has one expert, and a block multiplies it by BLOCK_N rows of that expert's weights. At decode, one tile
+holds all tokens of an expert (up to 64; 16 in fp32), so each weight that is needed is read once. As in ``linear.py``,
+which gives the reason, the weight's rows are the first axis of a tile.
 """
 
 import functools
@@ -21,7 +33,8 @@ from .operator import expect, operator
 
 __all__ = ["PointerTable", "moe_combine", "moe_experts_down", "moe_experts_up", "pointer_table"]
 
-# `rows` are those of a tile of pairs. Two tiles of weights a step, and as many bytes under way as norm_swiglu has.
+# `rows` is the number of pairs in a tile. Each step loads two tiles of weights, one of w1 and one of w3. A block has as
+# many bytes in flight as in norm_swiglu.
 MOE_EXPERTS_UP = LaunchConfigs(
     "moe_experts_up",
     """
@@ -66,12 +79,12 @@ MOE_COMBINE = LaunchConfigs(
 
 @dataclass(frozen=True)
 class PointerTable:
-    """Where tensors of one shape and dtype stand, for a kernel to find them. It does not keep them alive.
+    """The addresses of tensors [N, K] of one dtype, for a kernel to read. The table does not keep the tensors alive.
 
     Attributes:
-        table: int64 [E, 2], address and stride of rows in elements.
-        aligned: every row of every tensor begins at a multiple of 16 bytes.
-        rows: N of the tensors [N, K].
+        table: int64 [E, 2], each tensor's address and the elements between its rows.
+        aligned: whether every row of every tensor begins at a multiple of 16 bytes.
+        rows: N.
     """
 
     table: Tensor
@@ -80,7 +93,7 @@ class PointerTable:
 
 
 def pointer_table(weights: Sequence[Tensor]) -> PointerTable:
-    """The table of these weights, [N, K] each; made once for as long as they stand where they are."""
+    """Return the table of `weights`, [N, K] each. Tables are cached by address: equal addresses give the same table."""
     found = tuple((weight.data_ptr(), weight.stride(0)) for weight in weights)
     return _pointer_table(found, len(weights[0]), weights[0].element_size(), weights[0].device)
 
@@ -93,10 +106,10 @@ def _pointer_table(found: tuple[tuple[int, int], ...], N: int, item_size: int, d
 
 @triton.jit
 def _expert(p_table, expert, p_like, ALIGNED: tl.constexpr):
-    """An expert's weight, of the dtype of `p_like`, and the stride of its rows."""
+    """Return the pointer to an expert's weight, in the dtype of `p_like`, and the elements between its rows."""
     p_w = tl.load(p_table + 2 * expert).to(p_like.dtype)
     stride = tl.load(p_table + 2 * expert + 1)
-    if ALIGNED:  # the compiler cannot know, and would load 8 bytes at a time
+    if ALIGNED:  # without this the compiler cannot assume alignment, and loads 8 bytes at a time
         p_w = tl.multiple_of(p_w, 16)
         stride = tl.multiple_of(stride, 128 // p_like.dtype.element_ty.primitive_bitwidth)
     return p_w, stride
@@ -110,7 +123,7 @@ def _moe_experts_up_kernel(
     NORM_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # tiles are neighbours in launch order: those of a busy expert find its weights in the L2 cache
+    # tiles are neighbours in launch order: all but the first of a busy expert find its weights in the L2 cache
     i_t, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     expert = tl.load(p_tiles + 3 * i_t)
     if (expert < 0) | (expert >= E):
@@ -142,21 +155,21 @@ def launch_moe_experts_up(
     eps: float,
     tile_rows: int,
 ) -> None:
-    """Fill `out`, contiguous [M * P, N]; the other arguments are those of :func:`moe_experts_up`, unchecked.
+    """Run :func:`moe_experts_up` into `out`, contiguous [M * P, N], without checking the arguments.
 
-    Weights may be given as :func:`pointer_table`; a frame does, as making them is work for the host.
+    `w1` and `w3` may be pointer tables instead of lists. A frame passes tables, because making them takes CPU time.
     """
     gate, up = _as_pointer_table(w1, tiles), _as_pointer_table(w3, tiles)
     (M, K), N = x.shape, gate.rows
     constants = MOE_EXPERTS_UP(N=N, K=K, dtype=x.dtype, rows=tile_rows)
-    constants["NORM_FIRST"] = x.dtype == torch.float16  # x * norm may pass fp16's 65,504 before it is scaled
+    constants["NORM_FIRST"] = x.dtype == torch.float16  # x * norm, not yet scaled, may exceed fp16's 65,504
     constants |= {
         "E": len(gate.table),
         "P": len(pairs) // M,
         "ALIGNED": gate.aligned and up.aligned,
         "BLOCK_M": tile_rows,
     }
-    stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
+    stride_x = x.stride(0) if M > 1 else K  # one row may have any stride; stride 1 would compile another binary
     grid = (len(tiles), triton.cdiv(N, constants["BLOCK_N"]))
     _moe_experts_up_kernel[grid](x, norm, gate.table, up.table, pairs, tiles, out, stride_x, eps, **constants)
 
@@ -172,25 +185,24 @@ def moe_experts_up(
     eps: float,
     tile_rows: int,
 ) -> Tensor:
-    """``silu(n @ w1[e].T) * (n @ w3[e].T)`` with ``n = RMSNorm(x)``, for every pair of a token and its expert e.
+    """Compute ``silu(n @ w1[e].T) * (n @ w3[e].T)`` with ``n = RMSNorm(x)``, for every pair of a token and an expert e.
 
     Args:
-        x: [M, K] fp32, bf16 or fp16; rows may lie apart.
-        norm: [K], the RMSNorm's weight.
-        w1: of each expert, the shared ones last, its gate [N, K].
-        w3: what they gate, in the same way.
+        x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
+        norm: [K], the weight of RMSNorm.
+        w1: for each expert, the shared ones last, the weight of the gate, contiguous [N, K].
+        w3: for each expert, in the same order, the weight of the product that the gate multiplies, contiguous [N, K].
         pairs: int32 [M * P], from :func:`voxkern.kernels.moe_routing.moe_route`.
-        tiles: int32 [T, 3], from there.
+        tiles: int32 [T, 3], from the same call.
         eps: added to the mean square.
-        tile_rows: what the tiles were made with.
+        tile_rows: the `tile_rows` of that call.
 
     Returns:
-        [M * P, N] in x's dtype, row by row as pairs are numbered.
+        [M * P, N] in x's dtype; row token * P + place belongs to that pair.
 
     Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong; or, on the CPU, a tile has an expert that is not there. On a GPU
-            that would be a host read: there such a tile is left out, and its results are not written.
+        ValueError: on the CPU, a tile has an expert that does not exist. On a GPU the check would wait for the device:
+            instead the kernel skips such a tile and leaves its results unwritten.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
@@ -237,7 +249,7 @@ def launch_moe_experts_down(
     tiles: Tensor,
     tile_rows: int,
 ) -> None:
-    """Fill `out`, fp32, contiguous [M * P, N]; the other arguments are those of :func:`moe_experts_down`, unchecked."""
+    """Run :func:`moe_experts_down` into `out`, fp32, contiguous [M * P, N], without checking the arguments."""
     down = _as_pointer_table(w2, tiles)
     constants = MOE_EXPERTS_DOWN(N=down.rows, K=x.shape[1], dtype=x.dtype, rows=tile_rows)
     constants |= {"E": len(down.table), "ALIGNED": down.aligned, "BLOCK_M": tile_rows}
@@ -249,28 +261,28 @@ def launch_moe_experts_down(
 def moe_experts_down(
     x: Tensor, w2: list[Tensor], weights: Tensor, pairs: Tensor, tiles: Tensor, tile_rows: int
 ) -> Tensor:
-    """``weights * (x @ w2[e].T)`` for every pair of a token and its expert e.
+    """Compute ``weights * (x @ w2[e].T)`` for every pair of a token and an expert e.
 
     Args:
-        x: [M * P, K], contiguous, from :func:`moe_experts_up`.
-        w2: of each expert, the shared ones last, its way down [N, K]; rows may lie apart.
+        x: [M * P, K] fp32, bf16 or fp16, contiguous, from :func:`moe_experts_up`.
+        w2: for each expert, the shared ones last, the down projection [N, K]; only the last dimension must be
+            contiguous.
         weights: fp32 [M, P], from :func:`voxkern.kernels.moe_routing.moe_route`.
-        pairs: int32 [M * P], from there.
-        tiles: int32 [T, 3], from there.
-        tile_rows: what the tiles were made with.
+        pairs: int32 [M * P], from the same call.
+        tiles: int32 [T, 3], from the same call.
+        tile_rows: the `tile_rows` of that call.
 
     Returns:
-        fp32 [M * P, N], row by row as pairs are numbered: what is summed later is not rounded before.
+        fp32 [M * P, N], not rounded because :func:`moe_combine` sums it; row token * P + place belongs to that pair.
 
     Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, or a tile's expert, see :func:`moe_experts_up`.
+        ValueError: on the CPU, a tile has an expert that does not exist; see :func:`moe_experts_up`.
     """
     n_pairs, K = expect("x", x, ("M * P", "K"))
     N = _expect_experts("w2", w2, K, x, contiguous=False)
     M, P = expect("weights", weights, ("M", "P"), like=x, dtype=torch.float32)
     if n_pairs != M * P:
-        raise ValueError(f"weights is [{M}, {P}] but x has {n_pairs} rows")
+        raise ValueError(f"weights is [{M}, {P}] but x has {n_pairs} rows: x must have one row for each weight")
     _expect_pairs(M, pairs, tiles, x)
     return x.new_empty((n_pairs, N), dtype=torch.float32)
 
@@ -289,7 +301,7 @@ def _moe_combine_kernel(p_stream, p_parts, stride_stream, P: tl.constexpr, N: tl
 
 
 def launch_moe_combine(stream: Tensor, parts: Tensor) -> None:
-    """:func:`moe_combine`, unchecked."""
+    """Run :func:`moe_combine` without checking the arguments."""
     M, N = stream.shape
     constants = MOE_COMBINE(N=N, K=1, dtype=stream.dtype, rows=1)
     constants = {name: value for name, value in constants.items() if name != "K"} | {"P": len(parts) // M}
@@ -300,15 +312,13 @@ def launch_moe_combine(stream: Tensor, parts: Tensor) -> None:
 
 @operator(launch_moe_combine, mutates=("stream",))
 def moe_combine(stream: Tensor, parts: Tensor) -> None:
-    """``stream[m] += sum_j parts[m * P + j]``, in the order of j, summed in fp32 and rounded once.
+    """Add its experts' results to each token: ``stream[m] += sum_j parts[m * P + j]``.
+
+    The sum is in fp32, in the order of j, and rounded once.
 
     Args:
-        stream: [M, N] fp32, bf16 or fp16, written in place; rows may lie apart.
+        stream: [M, N] fp32, bf16 or fp16, written in place; only its last dimension must be contiguous.
         parts: fp32 [M * P, N], from :func:`moe_experts_down`.
-
-    Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong.
     """
     M, N = expect("stream", stream, ("M", "N"), contiguous=False)
     n_pairs, _ = expect("parts", parts, ("M * P", N), like=stream, dtype=torch.float32)
@@ -319,7 +329,7 @@ def moe_combine(stream: Tensor, parts: Tensor) -> None:
 def _as_pointer_table(weights: Sequence[Tensor] | PointerTable, tiles: Tensor) -> PointerTable:
     if isinstance(weights, PointerTable):
         return weights
-    if tiles.device.type == "cpu":  # elsewhere it would wait for the device
+    if tiles.device.type == "cpu":  # on a GPU this read would wait for the device
         for expert in tiles[:, 0].tolist():
             if not -1 <= expert < len(weights):
                 raise ValueError(f"tiles has expert {expert} but must have -1..{len(weights) - 1}")
@@ -328,7 +338,7 @@ def _as_pointer_table(weights: Sequence[Tensor] | PointerTable, tiles: Tensor) -
 
 def _expect_experts(name: str, weights: list[Tensor], K: int, x: Tensor, contiguous: bool) -> int:
     if not weights:
-        raise ValueError(f"{name} is empty but must have a tensor an expert")
+        raise ValueError(f"{name} is empty but must have one tensor for each expert")
     N = weights[0].shape[0]
     for i, weight in enumerate(weights):
         expect(f"{name}[{i}]", weight, (N, K), like=x, contiguous=contiguous)
@@ -338,5 +348,5 @@ def _expect_experts(name: str, weights: list[Tensor], K: int, x: Tensor, contigu
 def _expect_pairs(M: int, pairs: Tensor, tiles: Tensor, x: Tensor) -> None:
     (n,) = expect("pairs", pairs, ("M * P",), like=x, dtype=torch.int32)
     if n < M or n % M:
-        raise ValueError(f"pairs has {n} but must have a multiple of {M}, the tokens")
+        raise ValueError(f"pairs has {n} rows but must have a multiple of {M}, the number of tokens")
     expect("tiles", tiles, ("T", 3), like=x, dtype=torch.int32)

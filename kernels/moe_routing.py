@@ -1,9 +1,21 @@
-"""Routing of a mixture of experts: logits to experts and weights, and tokens brought together by expert.
+"""Routing of a mixture of experts: each token's experts and their weights, and all (token, expert) pairs by expert.
 
-A *pair* is a token and one of its P places: number ``token * P + place``. The first k places are the token's experts,
-the others the shared experts, which count as experts E, E + 1, .. of weight 1. A list of pairs names them expert by
-expert, each expert's tokens in order. A *tile* is up to `tile_rows` of the list that have one expert: (expert, first,
-end). Launches over tiles have a grid that is known beforehand: tiles that are not needed are -1.
+From logits [M, E] of M tokens and E experts, ``moe_route`` computes::
+
+    scores  = softmax(logits) or sigmoid(logits)         [M, E]
+    order   = logits, or scores + bias                   [M, E], -inf outside the token's best groups
+    ids     = top k of order | E, E + 1, ..              [M, P], P = k + n_shared; the last are the shared experts
+    weights = scale * scores[ids] | 1, 1, ..             [M, P], optionally divided by their sum before `scale`
+
+    pair    = token * P + place                          a token and one of its P places
+    pairs   = all pairs, by expert, then by token        [M * P]
+    tiles   = (expert, first, end)                       [T, 3]: pairs[first:end] are of one expert, at most tile_rows
+
+A block routes ROWS tokens and holds all E logits of each in registers. If one block takes all tokens, it also writes
+pairs and tiles. Otherwise a second launch of one block does, because the place of a pair depends on all tokens.
+
+The launches that compute the experts run over the tiles, and their grid must be known before the routing is. T is
+therefore the most tiles that M tokens can make, and unused tiles are -1.
 """
 
 import torch
@@ -16,11 +28,12 @@ from .operator import expect, operator
 
 __all__ = ["choose_tile_rows", "moe_route", "tile_count"]
 
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # what orders experts is at least this; NaN counts as this
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the lowest value that orders experts; NaN counts as this value
 
-# Few rows: one block does it all, and groups in the same launch. With 32 logits a thread the kernel takes some 220
-# registers; with fewer, on more warps, ptxas spills 8 bytes on one machine or another, and 64 rows of 256 experts spill
-# on any number. Many rows: blocks of 16, and another launch that groups.
+# Few rows: one block routes all tokens, and writes pairs and tiles in the same launch. With 32 logits per thread the
+# kernel takes some 220 registers. With fewer, on more warps, ptxas spills 8 bytes on one architecture or another. 64
+# rows of 256 experts spill on any number of warps.
+# Many rows: blocks of 16 rows, and a second launch that writes pairs and tiles.
 MOE_ROUTE = LaunchConfigs(
     "moe_route",
     """
@@ -35,9 +48,9 @@ MOE_ROUTE = LaunchConfigs(
     """,
 )
 
-# How many rows a tile of pairs has. `rows` are those that one expert may get: at decode as many as there are, so that
-# its weights are read once; at prefill twice the mean, so that a busy expert's are not read too often. fp32 products
-# run on the plain units, whose operands live in registers: small tiles, or they spill.
+# The number of pairs in a tile. `rows` is the number of tokens that one expert may get. At decode it is all tokens, so
+# that an expert's weights are read once. At prefill it is twice the mean, so that a busy expert's weights are not read
+# too often. fp32 products run on the plain units, which read their operands from registers, so larger fp32 tiles spill.
 MOE_TILE_ROWS = LaunchConfigs(
     "tile_rows",
     """
@@ -59,10 +72,13 @@ def _open_groups(
     b_order, b_ranked, o_e, m_e,
     ROWS: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, N_GROUPS: tl.constexpr, GROUPS_PER_TOK: tl.constexpr,
 ):  # fmt: skip
-    """`b_order` with -inf for experts outside of their token's best groups, by the sum of a group's two best."""
+    """Return `b_order` [M, E] with -inf for the experts outside their token's best groups.
+
+    A group's score is the sum of its two best values in `b_ranked` [M, E], or its only value.
+    """
     SIZE: tl.constexpr = E // N_GROUPS
     o_g = o_e // SIZE
-    b_sum = tl.full([ROWS, E_PAD], -float("inf"), tl.float32)  # in each lane that of its own group
+    b_sum = tl.full([ROWS, E_PAD], -float("inf"), tl.float32)  # each element is the sum of its expert's group
     for g in range(N_GROUPS):
         m_g = (m_e & (o_g == g))[None, :]
         b_left = tl.where(m_g, b_ranked, -float("inf"))
@@ -86,7 +102,7 @@ def _write_tiles(
     p_tiles, b_count, o_e, M, T,
     TOP_K: tl.constexpr, N_SHARED: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """All T tiles; returns where each expert's pairs begin, [E]."""
+    """Write all T tiles, and return the index in `pairs` where each expert's pairs begin, [E]."""
     b_n = (b_count + TILE - 1) // TILE
     b_tile = tl.cumsum(b_n, 0) - b_n
     b_start = tl.cumsum(b_count, 0) - b_count
@@ -112,7 +128,11 @@ def _write_tiles(
 
 @triton.jit
 def _write_pairs(p_pairs, b_place, b_start, o_m, M, TOP_K: tl.constexpr, N_SHARED: tl.constexpr):
-    """Pairs of these rows; returns where the next rows' begin, [E]. `b_place`: [M, E], -1 where there is none."""
+    """Write the pairs of rows `o_m`, and return where the pairs of the next rows begin, [E].
+
+    `b_place` [M, E] is the place that each expert has among the token's experts, or -1. `b_start` [E] is where each
+    expert's pairs of these rows begin.
+    """
     P: tl.constexpr = TOP_K + N_SHARED
     b_hit = (b_place >= 0).to(tl.int32)
     b_before = tl.cumsum(b_hit, 0) - b_hit
@@ -155,7 +175,7 @@ def _moe_route_kernel(
     b_weights = tl.zeros([ROWS, P_PAD], dtype=tl.float32)
     b_place = tl.full([ROWS, E_PAD], -1, tl.int32)
     for j in range(TOP_K):
-        # an expert that is taken has -inf, one that is not has more: the choice always lies in 0..E - 1
+        # Experts that are taken or closed have -inf. The open ones, k or more, have at least LOWEST: b_id is in 0..E-1.
         b_id = tl.min(tl.where(b_order == tl.max(b_order, 1)[:, None], o_e[None, :], E_PAD), 1)
         m_id, m_j = o_e[None, :] == b_id[:, None], (o_p == j)[None, :]
         b_weights = tl.where(m_j, tl.sum(tl.where(m_id, b_scores, 0.0), 1)[:, None], b_weights)
@@ -177,7 +197,7 @@ def _moe_route_kernel(
 
 @triton.jit
 def _places(p_ids, o_m, o_e, M, P: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, E_PAD: tl.constexpr):
-    """The place that each expert has with each token, or -1: [M, E]."""
+    """Return the place that each expert has among each token's experts, or -1: [M, E]."""
     b_place = tl.full([ROWS, E_PAD], -1, tl.int32)
     for j in range(TOP_K):
         b_id = tl.load(p_ids + o_m * P + j, mask=o_m < M, other=-1)
@@ -192,7 +212,7 @@ def _moe_group_kernel(
     E: tl.constexpr, E_PAD: tl.constexpr, TOP_K: tl.constexpr, N_SHARED: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    # counted in one pass over the ids, put in place in another, by one block
+    # one block makes two passes over the ids: the first counts each expert's pairs, the second writes them
     P: tl.constexpr = TOP_K + N_SHARED
     o_rows, o_e = tl.arange(0, ROWS), tl.arange(0, E_PAD)
     b_count = tl.zeros([E_PAD], dtype=tl.int32)
@@ -206,7 +226,14 @@ def _moe_group_kernel(
 
 
 def choose_tile_rows(E: int, top_k: int, dtype: torch.dtype, max_rows: int, phase: str) -> int:
-    """Rows of a tile for a layer of `E` experts in `dtype` that is prepared for `max_rows` tokens in `phase`.
+    """Return the number of pairs in a tile.
+
+    Args:
+        E: experts of the layer.
+        top_k: experts of a token.
+        dtype: dtype of the experts' weights.
+        max_rows: the most tokens that the layer is prepared for.
+        phase: "decode" or "prefill".
 
     Raises:
         ValueError: `phase` is neither "decode" nor "prefill".
@@ -218,7 +245,15 @@ def choose_tile_rows(E: int, top_k: int, dtype: torch.dtype, max_rows: int, phas
 
 
 def tile_count(M: int, E: int, top_k: int, n_shared: int, tile_rows: int) -> int:
-    """The most tiles that `M` tokens can make, wherever they go."""
+    """Return T, the most tiles that `M` tokens can make, whichever experts the tokens are routed to.
+
+    Args:
+        M: tokens.
+        E: experts, without the shared ones.
+        top_k: experts of a token.
+        n_shared: shared experts.
+        tile_rows: pairs in a tile, see :func:`choose_tile_rows`.
+    """
     pairs, each = M * top_k, triton.cdiv(M, tile_rows)
     hit = min(pairs, E)
     return int(min((pairs + hit * (tile_rows - 1)) // tile_rows, hit * each) + n_shared * each)
@@ -238,9 +273,9 @@ def launch_moe_route(
     tile_rows: int,
     max_rows: int,
 ) -> None:
-    """Fill `out`, what :func:`moe_route` returns; the other arguments are its own, unchecked.
+    """Run :func:`moe_route` into `out`, its four results, without checking the arguments.
 
-    One launch if one block takes `max_rows` (64 of 128 experts), otherwise a second one that groups.
+    One launch if one block takes `max_rows` tokens (up to 64 for 128 experts), otherwise two.
     """
     ids, weights, pairs, tiles = out
     (M, E), T = logits.shape, len(tiles)
@@ -272,32 +307,32 @@ def moe_route(
     tile_rows: int,
     max_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The experts of each token, their weights, and the pairs of both grouped by expert (see this file's head).
+    """Choose the experts of each token and their weights, and sort the (token, expert) pairs by expert.
 
-    Experts are ordered by their logits; where there is a bias, by score + bias, while weights are of the scores alone
-    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Equal ones are taken lowest id first, and NaN last.
+    Experts are ordered by their logits. With a bias, experts are ordered by score + bias, and weighted by the score
+    alone (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Of equal experts the lowest id comes first, and NaN last.
 
     Args:
         logits: fp32 [M, E], contiguous.
-        bias: [E] fp32, or None.
+        bias: fp32 [E], or None.
         top_k: experts of a token, k.
-        n_shared: experts that every token has, with weight 1.
+        n_shared: shared experts: every token has them, with weight 1.
         scoring: "softmax" or "sigmoid".
-        n_groups: equal groups that the experts stand in.
-        n_groups_per_tok: groups that are open to a token: those whose two best scores have the largest sum.
-        renormalise: a token's weights are divided by their sum.
-        scale: factor on the weights, after that.
-        tile_rows: rows of a tile, a power of 2; see :func:`choose_tile_rows`.
-        max_rows: the most tokens this is prepared for; M may be any of 1..max_rows, and a token's experts do not
-            depend on the others.
+        n_groups: number of equal groups of consecutive experts.
+        n_groups_per_tok: number of groups open to a token: those with the largest sums of their two best values of
+            score, or of score + bias.
+        renormalise: whether a token's k weights are divided by their sum.
+        scale: factor on the k weights, applied last.
+        tile_rows: pairs in a tile, a power of 2; see :func:`choose_tile_rows`.
+        max_rows: the most tokens that the operator is prepared for. It decides the launch config, so a token's experts
+            depend neither on M nor on the other tokens.
 
     Returns:
-        ids int32 [M, P], weights fp32 [M, P] with P = k + n_shared; pairs int32 [M * P] and tiles int32 [T, 3] with
-        T = :func:`tile_count`.
+        ids int32 [M, P] and weights fp32 [M, P] with P = k + n_shared; pairs int32 [M * P]; tiles int32 [T, 3] with
+        T = :func:`tile_count`. The file's docstring defines them.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong, or k, groups or scoring are none that E experts can have.
+        ValueError: M is not in 1..max_rows, `scoring` is unknown, or a number is out of range for E experts.
     """
     M, E = expect("logits", logits, ("M", "E"), dtype=torch.float32)
     if bias is not None:

@@ -1,8 +1,13 @@
-"""How a kernel becomes an operator of torch: ``torch.ops.voxkern.<name>``.
+"""Operators: a Triton kernel as a public function, registered with torch as ``torch.ops.voxkern.<name>``.
 
-An operator is two functions. Its *declaration* has the public signature and docstring, checks its arguments and
-allocates the result: run on fake tensors it is all that torch.compile needs. Its *launcher* fills the result, and is
-what a fused module calls inside a frame, on memory it already has: the way through torch's dispatcher costs some 16 us.
+An operator consists of two functions. The *declaration* has the public signature and docstring. It checks the
+arguments and allocates the result, so torch.compile needs only the declaration, run on fake tensors. The *launcher*
+fills the result and checks nothing. Inside a frame, a fused module calls the launcher directly, on memory that is
+already allocated, because torch's dispatcher costs some 16 us per call.
+
+Every operator checks its arguments with :func:`expect`: a wrong dtype raises TypeError, and a wrong shape, stride or
+device raises ValueError. All tensors must share one dtype and one device, unless the operator's docstring gives a
+dtype. The docstring of an operator lists only the errors beyond these.
 """
 
 import contextlib
@@ -22,17 +27,17 @@ R = TypeVar("R")
 
 
 class Operator(Generic[P, R]):
-    """A kernel as a public function; :func:`operator` makes one.
+    """A Triton kernel as a public function, registered with torch. :func:`operator` creates one.
 
     Attributes:
-        name: its name in ``torch.ops.voxkern``.
-        launch: fills the result, its first argument, from the declared arguments, without checks.
-        mutates: names of the arguments that it writes to.
-        op: what torch's tools want, such as ``torch.library.opcheck``.
+        name: the operator's name in ``torch.ops.voxkern``.
+        declare: the declaration: checks the arguments and allocates the result.
+        launch: the launcher: fills the result, its first argument, from the declared arguments, without checks.
+        mutates: names of the arguments that the launcher writes to.
+        op: the custom operator that torch's tools take, such as ``torch.library.opcheck``.
     """
 
     def __init__(self, declare: Callable[P, R], launch: Callable[..., None], mutates: Sequence[str]) -> None:
-        """Register `declare` and `launch` with torch."""
         functools.update_wrapper(self, declare)
         self.name = declare.__name__
         self.declare = declare
@@ -47,23 +52,28 @@ class Operator(Generic[P, R]):
         self.op.register_fake(declare)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Check, allocate and launch, through torch's dispatcher.
+        """Check the arguments, allocate the result and launch the kernel, through torch's dispatcher.
 
         Raises:
-            RuntimeError: an argument requires gradients, or is on the CPU without the interpreter.
+            RuntimeError: an argument requires gradients, or is on the CPU and Triton's interpreter is off.
+            TypeError: an argument has a wrong dtype.
+            ValueError: an argument has a wrong shape, stride or device, or a number is out of range.
         """
         if torch.is_grad_enabled():
             for arg in (*args, *kwargs.values()):
                 tensors = arg if isinstance(arg, list) else [arg]
                 if any(isinstance(one, Tensor) and one.requires_grad for one in tensors):
                     raise RuntimeError(
-                        f"{self.name}: an argument requires gradients, and a kernel has none: call it under "
+                        f"{self.name}: an argument requires gradients, but a kernel computes none: call it under "
                         "torch.no_grad() or torch.inference_mode(), or train with voxkern.reference"
                     )
         return self.op(*args, **kwargs)  # type: ignore[no-any-return]
 
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The same without the dispatcher; tensors may also be meta, where a ledger wants only the launches."""
+        """Check the arguments, allocate the result and launch the kernel, without torch's dispatcher.
+
+        Tensors may also be on the meta device, for a ledger that only records the launches.
+        """
         out = self.declare(*args, **kwargs)
         tensor = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
         with on_device(self.name, tensor):
@@ -72,11 +82,14 @@ class Operator(Generic[P, R]):
 
 
 def operator(launch: Callable[..., None], mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
-    """Make an operator of the declaration below: ``@operator(launch_it)``.
+    """Return a decorator that turns a declaration into an :class:`Operator`: ``@operator(launch_it)``.
+
+    The declaration checks each tensor with :func:`expect`, so it raises TypeError for a wrong dtype, and ValueError for
+    a wrong shape, stride or device.
 
     Args:
-        launch: called with the result that the declaration allocated, if any, then with its arguments.
-        mutates: names of the arguments that the launcher writes to; an operator with some declares no result.
+        launch: the launcher, called with the result of the declaration, if it returns one, and then its arguments.
+        mutates: names of the arguments that the launcher writes to. A declaration with such arguments returns None.
     """
     return lambda declare: Operator(declare, launch, mutates)
 
@@ -89,19 +102,20 @@ def expect(
     contiguous: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[int, ...]:
-    """Raise unless argument `name` is what a kernel can read; its shape otherwise.
+    """Return the shape of an argument, or raise if a kernel cannot read the argument.
 
     Args:
-        name: of the argument, for the message.
+        name: the argument's name, for the error message.
         tensor: the argument.
-        shape: sizes it must have; a string names a size that may be any.
-        like: a tensor whose dtype and device it must share; without one, any of fp32, bf16 and fp16 will do.
-        contiguous: all of it must be; otherwise only its last dimension.
-        dtype: that it must have, whatever `like` has.
+        shape: the sizes that the argument must have. A string stands for any size, and names it in the message.
+        like: a tensor with the dtype and device that the argument must have. Without `like`, the argument may be fp32,
+            bf16 or fp16, on any device.
+        contiguous: whether the whole argument must be contiguous. Otherwise only its last dimension must be.
+        dtype: the dtype that the argument must have, instead of `like`'s.
 
     Raises:
-        TypeError: it is no tensor, or of another dtype.
-        ValueError: its shape, strides or device are others.
+        TypeError: the argument is not a tensor, or has a wrong dtype.
+        ValueError: the argument has a wrong shape, stride or device.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__} but must be a tensor")
@@ -112,7 +126,7 @@ def expect(
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} is {tensor.dtype} but must be " + " or ".join(map(str, dtypes)))
     if like is not None and tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device} but must be on {like.device}, as the other arguments")
+        raise ValueError(f"{name} is on {tensor.device} but must be on {like.device}, like the other arguments")
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name} {got} has strides {tensor.stride()} but must be contiguous")
     if got[-1] > 1 and tensor.stride(-1) != 1:
@@ -121,10 +135,16 @@ def expect(
 
 
 def expect_batch(name: str, rows: int, each: int, max_batch: int) -> None:
-    """Raise unless argument `name` has `each` rows a request, and as many requests as the operator is prepared for.
+    """Check that an argument has `each` rows per request, for 1 to `max_batch` requests.
+
+    Args:
+        name: the argument's name, for the error message.
+        rows: the rows that the argument has.
+        each: the rows that each request must have.
+        max_batch: the most requests that the operator is prepared for, 1..64.
 
     Raises:
-        ValueError: it has not.
+        ValueError: `rows` is not `each` times 1..max_batch, or `max_batch` is not in 1..64.
     """
     if not 1 <= max_batch <= 64:
         raise ValueError(f"max_batch is {max_batch} but must lie in 1..64")
@@ -133,11 +153,15 @@ def expect_batch(name: str, rows: int, each: int, max_batch: int) -> None:
 
 
 def on_device(name: str, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch where `tensor` is.
+    """Return a context in which kernels are launched on the device of `tensor`.
+
+    Args:
+        name: the operator or fused module that launches, for the error message.
+        tensor: an argument of the launch.
 
     Raises:
-        RuntimeError: it is on the CPU, and the interpreter is off; `name` says who asked.
-        TypeError: no kernel reads its dtype.
+        RuntimeError: `tensor` is on the CPU, and Triton's interpreter is off.
+        TypeError: `tensor` is floating-point, but not fp32, bf16 or fp16.
     """
     if tensor.is_floating_point() and tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: weights are {tensor.dtype} but must be " + " or ".join(map(str, DTYPES)))

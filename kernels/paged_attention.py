@@ -1,12 +1,22 @@
-"""Attention over a paged KV cache: one new token a request (decode), or many (prefill).
+"""Attention over a paged KV cache: one new token per request (decode), or many (prefill).
 
-A layer's cache is [pages, 2, Hkv, PAGE, D]; a request owns the pages that its row of the block
-table names, in order. A tile is [tokens, queries]: the query heads that share a key head stand side by side in the
-columns, so that keys and values are read once for all of them, and eight columns are enough for the matrix units.
+For one request and one key head, with the H / Hkv query heads that share it as columns::
 
-Softmax in fp32, by powers of two (FlashAttention, arXiv 2205.14135). Decode splits a request into spans of a fixed
-number of tokens, a block each; the block that ends last adds the spans up, in order (Flash-Decoding). Nothing depends
-on who else is in the batch, nor on how a prompt was cut.
+    q [H / Hkv, D]    kv_cache [pages, 2, Hkv, PAGE, D]    block_table [B, max_pages]
+    K, V [tokens, D]: token t of request b is entry t % PAGE of page block_table[b, t // PAGE]
+
+    s = K q^T * log2(e) / sqrt(D)          [tokens, queries]   -inf where a query must not see a token
+    m = max of s over tokens               [queries]
+    p = 2^(s - m)                          [tokens, queries]
+    o = V^T p / sum of p over tokens       [D, queries]        in steps of BLOCK_N tokens, m updated at each step
+
+Keys and values are read once for all query heads of a key head. The queries are the columns of a tile, because the
+matrix units need only eight columns (see kernels/linear.py). The softmax is fp32 and uses powers of two
+(FlashAttention, arXiv 2205.14135); p is rounded to the cache's dtype for the product with V, which is summed in fp32.
+
+Decode divides a request into spans of a fixed number of tokens, one block each, so that a long request fills the
+machine. The block that finishes last adds the spans up, in order (Flash-Decoding). A result depends neither on the
+other requests in the batch, nor on how a prompt was divided for the prefill.
 """
 
 from typing import Any
@@ -24,10 +34,11 @@ __all__ = ["paged_attention", "paged_attention_scratch", "prefill_attention"]
 
 NO_WINDOW = 1 << 30
 MAX_SPANS = 64
-PAGE_SIZES = (16, 32, 64, 128)  # tokens that a page may have
+PAGE_SIZES = (16, 32, 64, 128)  # the number of tokens of a page
 
-# 64 tokens of 128 columns are 16 KB of keys and as much of values a stage; three stages of both are 98,304 of the
-# 101,376 bytes of sm_86, 89 and 120. fp32 products run on the plain units, whose operands live in registers.
+# A stage of 64 tokens of 128 columns has 16 KB of keys and 16 KB of values. Three stages need 98,304 of the 101,376
+# bytes of shared memory of sm_86, sm_89 and sm_120. fp32 tiles are smaller: fp32 products run on the plain units, which
+# read their operands from registers. MIN_GROUP is the fewest columns that a tile has.
 PAGED_ATTENTION = LaunchConfigs(
     "paged_attention",
     """
@@ -40,8 +51,8 @@ PAGED_ATTENTION = LaunchConfigs(
     """,
 )
 
-# BLOCK_Q tokens times the heads of a group: 64 columns where eight warps hold them; elsewhere they spill, and so do 16
-# of fp32 on four warps.
+# A tile has COLUMNS_Q columns: BLOCK_Q tokens times the query heads of a key head. On sm_90 and sm_100, eight warps
+# hold 64 columns. On other sm_*, 64 columns spill registers. 16 fp32 columns on four warps spill too.
 PREFILL_ATTENTION = LaunchConfigs(
     "prefill_attention",
     """
@@ -62,27 +73,30 @@ def _attend(
     b_q, b_end, p_kv, p_table, first, end, window, stride_page, stride_v, stride_token,
     D: tl.constexpr, PAGE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """What the tokens `first` to `end` of one request and key head give to some queries, not yet divided by its weight.
+    """Compute the weighted sum of the values of the tokens `first` to `end`, for one request and one key head.
+
+    The caller divides the result by the sum of the weights.
 
     Args:
-        b_q: [R, D], queries.
-        b_end: int32 [R], the query sees tokens before this one, and no more than `window` of them.
+        b_q: [BLOCK_R, COLUMNS], queries.
+        b_end: int32 [BLOCK_R], each query sees only the last `window` tokens before this one.
         p_kv: the key head's first element in page 0.
         p_table: the request's row of the block table.
-        first: token to begin with.
-        end: token to stop before; slots from there on may hold anything and are not read.
-        window: tokens that a query sees.
-        stride_page: elements from page to page.
-        stride_v: from a key to its value.
-        stride_token: from slot to slot.
+        first: the first token.
+        end: the token after the last one. Tokens from `end` on may hold anything and are not read.
+        window: the most tokens that a query sees.
+        stride_page: elements from a page to the next.
+        stride_v: elements from a key to its value.
+        stride_token: elements from a token to the next in a page.
         D: columns of a head.
-        PAGE: tokens a page.
-        COLUMNS: D, or the power of two after it.
-        BLOCK_N: tokens a step.
+        PAGE: tokens of a page.
+        COLUMNS: D, rounded up to a power of two.
+        BLOCK_N: tokens per step.
         BLOCK_R: queries.
 
     Returns:
-        fp32 [COLUMNS, R], and [R] each the largest score in powers of two (-inf without tokens) and the weights' sum.
+        fp32 [COLUMNS, BLOCK_R], the weighted sum. fp32 [BLOCK_R], the largest score, as an exponent of two; -inf
+        where the query saw no token. fp32 [BLOCK_R], the sum of the weights.
     """
     o_d, o_n = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_N)
     m_d = (o_d < D)[None, :]
@@ -101,7 +115,7 @@ def _attend(
         m_s = (b_n[:, None] < b_end[None, :]) & (b_n[:, None] >= b_end[None, :] - window)
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 0))
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a query that has seen nothing yet: no -inf - -inf
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # no -inf - -inf for a query that has seen no token yet
         b_p = tl.exp2(b_s - b_base[None, :])
         b_keep = tl.exp2(b_max - b_base)
         b_sum = b_sum * b_keep + tl.sum(b_p, 0)
@@ -143,13 +157,13 @@ def _paged_attention_kernel(
         tl.store(p_result, cast(b_o, p_out.dtype.element_ty), mask=m_result)
         return
 
-    # a span's part: D columns, the largest score, the sum of weights
+    # a span's partial result: D columns, the largest score, the sum of the weights
     p_first = p_partial + o_head * spans * (D + 2)
     p_part = p_first + i_s * (D + 2)
     tl.store(p_part[None, :] + o_d[:, None], b_acc, mask=m_result)
     tl.store(p_part + D, b_max, mask=m_g)
     tl.store(p_part + D + 1, b_sum, mask=m_g)
-    tl.debug_barrier()  # all threads' stores, then one thread's release
+    tl.debug_barrier()  # all threads' stores precede the one thread's release
     arrived = tl.atomic_add(p_arrived + i_b * HKV + i_kv, 1, sem="acq_rel", scope="gpu")
     if arrived == n_spans - 1:
         tl.debug_barrier()
@@ -158,7 +172,7 @@ def _paged_attention_kernel(
         b_acc = tl.zeros([COLUMNS, GROUP], dtype=tl.float32)
         for i in range(0, n_spans):
             p_part = p_first + i * (D + 2)
-            # past the first-level cache, which does not see what other multiprocessors wrote
+            # .cg bypasses the L1 cache, which does not see the stores of other multiprocessors
             b_o = tl.load(p_part[None, :] + o_d[:, None], mask=m_result, other=0.0, cache_modifier=".cg")
             b_m = tl.load(p_part + D, mask=m_g, other=0.0, cache_modifier=".cg")
             b_l = tl.load(p_part + D + 1, mask=m_g, other=0.0, cache_modifier=".cg")
@@ -169,25 +183,35 @@ def _paged_attention_kernel(
             b_max = b_new
         b_o = b_acc / tl.where(m_g, b_sum, 1.0)[None, :]
         tl.store(p_result, cast(b_o, p_out.dtype.element_ty), mask=m_result)
-        tl.store(p_arrived + i_b * HKV + i_kv, 0)  # as the next launch must find it
+        tl.store(p_arrived + i_b * HKV + i_kv, 0)  # the next launch counts from zero
 
 
 def span_of(max_seq_len: int) -> int:
-    """Tokens a span, for a cache prepared for `max_seq_len` a request: 256 up to 16,384, then a 64th of them."""
+    """Return the number of tokens of a span, when a request has at most `max_seq_len` tokens.
+
+    The span has 256 tokens for up to 16,384, and then max_seq_len / 64, rounded up to a power of two. A request thus
+    has at most 64 spans.
+    """
     return max(256, 1 << (-(-max_seq_len // MAX_SPANS) - 1).bit_length())
 
 
 def page_strides(kv_cache: Tensor) -> dict[str, Any]:
-    """A kv_cache's strides, as the kernels name them."""
+    """Return the strides of `kv_cache` in elements, under the names of the kernels' arguments."""
     names = ("stride_page", "stride_v", "stride_head", "stride_token")
     return dict(zip(names, kv_cache.stride(), strict=False))
 
 
 def paged_attention_scratch(q: Tensor, kv_cache: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
-    """The memory of :func:`launch_paged_attention`, for as many requests as `q` has: spans' parts, and counters.
+    """Allocate the memory that :func:`launch_paged_attention` needs for the B requests of `q`.
+
+    Args:
+        q: [B, H * D].
+        kv_cache: [pages, 2, Hkv, PAGE, D].
+        max_seq_len: the most tokens that a request may ever have.
 
     Returns:
-        fp32 [B, H, spans, D + 2], and int32 [B, Hkv] of zeros, which every launch leaves as zeros.
+        fp32 [B, H, spans, D + 2], the partial results of the spans. int32 [B, Hkv], counters of finished spans; they
+        are zero before and after every launch.
     """
     B, D = len(q), kv_cache.shape[4]
     spans = triton.cdiv(max_seq_len, span_of(max_seq_len))
@@ -199,18 +223,18 @@ def launch_paged_attention(
     out: Tensor, q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int, max_seq_len: int,
     scratch: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Fill `out`, contiguous [B, H * D]; the other arguments are those of :func:`paged_attention`, unchecked.
+    """Run :func:`paged_attention` into `out`, without checking the arguments.
 
     Args:
-        out: written.
-        q: as in :func:`paged_attention`, and so are `kv_cache`, `block_table`, `lengths`, `window` and `max_seq_len`.
+        out: contiguous [B, H * D], receives the result.
+        q: [B, H * D], see :func:`paged_attention`, also for the next four arguments.
         kv_cache: [pages, 2, Hkv, PAGE, D].
         block_table: int32 [B, max_pages].
         lengths: int32 [B].
-        window: 0 for none.
-        max_seq_len: as it was for `scratch`.
-        scratch: from :func:`paged_attention_scratch`, for B requests or more; without it it is allocated, which may not
-            be inside a frame.
+        window: the most tokens that a request sees, or 0 for all.
+        max_seq_len: the value that `scratch` was allocated for.
+        scratch: from :func:`paged_attention_scratch`, for B requests or more. With None the launcher allocates it,
+            which is not allowed inside a frame.
     """
     B, _, HKV, PAGE, D = len(q), *kv_cache.shape[1:]
     H = q.shape[1] // D
@@ -231,22 +255,24 @@ def launch_paged_attention(
 def paged_attention(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int, max_seq_len: int
 ) -> Tensor:
-    """``softmax(q k^T / sqrt(D)) v`` of each request's last token over the tokens in its pages, itself among them.
+    """Compute ``softmax(q k^T / sqrt(D)) v`` of each request's last token over all tokens in its pages.
 
     Args:
-        q: [B, H * D] fp32, bf16 or fp16, rotated; query head h reads key head ``h // (H / Hkv)``.
-        kv_cache: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at 1; only its last dimension must be dense.
-        block_table: int32 [B, max_pages], the pages of each request in order; entries past its length may be anything.
-        lengths: int32 [B], tokens of each request; 0 gives zeros.
-        window: the most tokens a request sees, the last ones; 0 for all.
-        max_seq_len: the most tokens that a request may ever have. Decides how it is split, and so the last bits.
+        q: [B, H * D] fp32, bf16 or fp16, the rotated queries. Query head h reads key head ``h // (H / Hkv)``.
+        kv_cache: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at index 1, those of the last token included.
+            Only its last dimension must be contiguous.
+        block_table: int32 [B, max_pages], the pages of each request in order. Entries past its length may be anything.
+        lengths: int32 [B], tokens of each request. The result of a request of length 0 is zero.
+        window: the most tokens that a request sees, its last ones; 0 for all.
+        max_seq_len: the most tokens that a request may ever have. It decides the spans of a request, and so the last
+            bits of the result.
 
     Returns:
-        [B, H * D] in q's dtype, softmax and sums in fp32, rounded once.
+        [B, H * D] in q's dtype; the softmax and all sums are fp32, and the result is rounded once.
 
     Raises:
-        TypeError: a dtype is wrong or differs from q's.
-        ValueError: a shape, stride or device is wrong, or a number out of range.
+        ValueError: B is not in 1..64, H is not a multiple of Hkv, PAGE is not 16, 32, 64 or 128, window is negative, or
+            block_table has more pages per request than max_seq_len tokens need.
     """
     B, W = expect("q", q, ("B", "H * D"))
     expect_cache(kv_cache, block_table, lengths, q, B)
@@ -270,7 +296,7 @@ def _prefill_attention_kernel(
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # long rows first: the last tile of a prompt sees most tokens
+    # the longest tiles start first: the last tile of a prompt sees the most tokens
     i_q = tl.num_programs(0) - 1 - tl.program_id(0)
     i_kv, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start = tl.load(p_cu_seqlens + i_b).to(tl.int64)
@@ -283,8 +309,9 @@ def _prefill_attention_kernel(
     m_q = ((o_t < T) & (o_g < H // HKV))[:, None] & (o_d < D)[None, :]
     o_row, o_head = start + o_t, i_kv * (H // HKV) + o_g
     b_q = tl.load(p_q + (o_row * stride_q + o_head * D)[:, None] + o_d[None, :], mask=m_q, other=0.0)  # [R, D]
-    b_end = length - T + o_t + 1  # a query sees the tokens up to its own
-    # steps begin at multiples of BLOCK_N wherever the queries do: a prompt in parts is summed as the whole is
+    b_end = length - T + o_t + 1  # a query sees the tokens up to and including its own
+    # steps begin at multiples of BLOCK_N wherever the queries begin, so the parts of a divided prompt are summed in the
+    # same order as the whole prompt
     first = tl.maximum(length - T + i_q * BLOCK_Q + 1 - window, 0) // BLOCK_N * BLOCK_N
     end = tl.minimum(length - T + (i_q + 1) * BLOCK_Q, length)
     b_acc, _, b_sum = _attend(
@@ -300,7 +327,7 @@ def launch_prefill_attention(
     out: Tensor, q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, lengths: Tensor, window: int,
     max_new: int, n_heads: int,
 ) -> None:  # fmt: skip
-    """Fill `out`, contiguous [R, H * D]; the other arguments are those of :func:`prefill_attention`, unchecked."""
+    """Run :func:`prefill_attention` into `out`, contiguous [R, H * D], without checking the arguments."""
     _, _, HKV, PAGE, D = kv_cache.shape
     constants = PREFILL_ATTENTION(N=n_heads * D, K=D, dtype=q.dtype, rows=1, phase="prefill")
     group = triton.next_power_of_2(n_heads // HKV)
@@ -320,25 +347,27 @@ def prefill_attention(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, lengths: Tensor, window: int, max_new: int,
     n_heads: int,
 ) -> Tensor:  # fmt: skip
-    """Causal attention of the last tokens of several requests over their pages, which hold them already.
+    """Compute causal attention of the new tokens of several requests over all tokens in the requests' pages.
 
     Args:
-        q: [R, W] fp32, bf16 or fp16, W >= H * D: the queries are the first columns, rotated; request b has the rows
-            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Rows may lie apart.
-        kv_cache: [pages, 2, Hkv, PAGE, D], see :func:`paged_attention`, also for `block_table` and `window`.
+        q: [R, W] fp32, bf16 or fp16, W >= H * D. The first H * D columns are the rotated queries. The rows from
+            ``cu_seqlens[b]`` to before ``cu_seqlens[b + 1]`` are request b's. Only the last dimension must be
+            contiguous.
+        kv_cache: [pages, 2, Hkv, PAGE, D], see :func:`paged_attention`, also for `block_table`. The keys and values of
+            the new tokens are already stored in it.
         block_table: int32 [B, max_pages].
-        cu_seqlens: int32 [B + 1], from 0 to R.
-        lengths: int32 [B], tokens of each request with the new ones.
-        window: the most tokens a query sees, the last ones and itself; 0 for all.
-        max_new: the most rows of one request; not read by the kernel, only decides how many blocks there are.
+        cu_seqlens: int32 [B + 1], the first row of each request in `q`, from 0 to R.
+        lengths: int32 [B], tokens of each request, the new ones included.
+        window: the most tokens that a query sees, the last ones up to and including its own; 0 for all.
+        max_new: the most rows of one request, 1..R. It only decides the number of blocks; the kernel does not read it.
         n_heads: H, a multiple of Hkv.
 
     Returns:
-        [R, H * D] in q's dtype.
+        [R, H * D] in q's dtype; the softmax and all sums are fp32, and the result is rounded once.
 
     Raises:
-        TypeError: a dtype is wrong or differs from q's.
-        ValueError: a shape, stride or device is wrong, or a number out of range.
+        ValueError: max_new is not in 1..R, n_heads is not a multiple of Hkv, W is less than H * D, PAGE is not 16, 32,
+            64 or 128, or window is negative.
     """
     R, W = expect("q", q, ("R", "W"), contiguous=False)
     B, _ = expect("block_table", block_table, ("B", "max_pages"), like=q, dtype=torch.int32)
@@ -357,7 +386,18 @@ def prefill_attention(
 def expect_cache(
     kv_cache: Tensor, block_table: Tensor, lengths: Tensor | None, like: Tensor, B: int | None
 ) -> tuple[int, int, int, int]:
-    """Raise unless these are the cache of `B` requests; pages, key heads, tokens a page and columns otherwise."""
+    """Return pages, Hkv, PAGE and D of a KV cache, or raise if its tensors are wrong.
+
+    Args:
+        kv_cache: [pages, 2, Hkv, PAGE, D], in `like`'s dtype.
+        block_table: int32 [B, max_pages].
+        lengths: int32 [B], or None.
+        like: a tensor with the dtype and device that the cache must have.
+        B: the number of requests, or None for any.
+
+    Raises:
+        ValueError: PAGE is not 16, 32, 64 or 128. Other errors are those of :func:`expect`.
+    """
     pages, _, H_KV, PAGE, D = expect(
         "kv_cache", kv_cache, ("pages", 2, "Hkv", "PAGE", "D"), like=like, contiguous=False
     )
@@ -370,7 +410,11 @@ def expect_cache(
 
 
 def expect_heads(name: str, columns: int, kv_cache: Tensor) -> None:
-    """Raise unless `columns` are heads of the kv_cache's size, as many for each key head."""
+    """Check that `columns` are H * D with H a multiple of Hkv, for the Hkv and D of `kv_cache`.
+
+    Raises:
+        ValueError: they are not; the message gives `name` as the argument.
+    """
     _, _, H_KV, _, D = kv_cache.shape
     if columns < 1 or columns % (H_KV * D):
-        raise ValueError(f"{name} has {columns} columns, which are no multiple of {H_KV} heads of {D}")
+        raise ValueError(f"{name} has {columns} columns but must have a multiple of {H_KV} heads of {D}")

@@ -1,8 +1,22 @@
-"""Queries, keys and values: three products after one RMSNorm, and on the backbone's way their rotation and the cache.
+"""Queries, keys and values: three products after one RMSNorm, the rotation, and the write into the paged KV cache.
 
-``norm_qkv`` leaves them side by side; ``norm_qkv_append``, for decode, rotates queries and keys before they are rounded
-and writes keys and values straight into their pages; ``rope_append`` does the latter two to what ``norm_qkv`` left, for
-a prefill and for other hosts. Pages: see kernels/paged_attention.py.
+x is [M, K], the weights wq [Nq, K], wk and wv [Nkv, K]; q | k | v [M, Nq + 2 Nkv] are stored next to each other::
+
+    norm_qkv          n = RMSNorm(x);  q | k | v = n @ wq.T | n @ wk.T | n @ wv.T
+    norm_qkv_append   the same, then  q = rotate(q),  rotate(k) and v -> kv_cache
+    rope_append       q | k | v -> q = rotate(q) in place,  rotate(k) and v -> kv_cache
+
+    rotate, at position t, for each pair (2i, 2i + 1) of a head:
+        a' = a cos(t, i) - b sin(t, i)
+        b' = a sin(t, i) + b cos(t, i)
+
+``norm_qkv_append`` is for decode. It rotates queries and keys before they are rounded, and writes keys and values
+directly into their pages (see kernels/paged_attention.py). ``rope_append`` is for a prefill, and for callers that
+compute q | k | v themselves.
+
+The two norm operators share one grid over the tiles of wq, wk and wv, in this order, so one launch reads all three
+weights. The tiles are those of ``norm_linear``, see kernels/linear.py. Their rows are the first axis, so both numbers
+of a pair are in the same tile.
 """
 
 import torch
@@ -21,7 +35,20 @@ __all__ = ["norm_qkv", "norm_qkv_append", "rope_append"]
 
 @triton.jit
 def weight_of_tile(p_q, p_k, p_v, i_n, N: tl.constexpr, N_KV: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which of three weights tile `i_n` lies in, as they stand side by side: 0, 1 or 2; its pointer, rows, own tile."""
+    """Return the weight that tile `i_n` belongs to, when the tiles of wq, wk and wv are numbered one after the other.
+
+    Args:
+        p_q: wq [N, K].
+        p_k: wk [N_KV, K].
+        p_v: wv [N_KV, K].
+        i_n: the tile's number among all tiles of the three weights.
+        N: rows of wq.
+        N_KV: rows of wk and of wv.
+        BLOCK_N: rows of a tile.
+
+    Returns:
+        The weight's number (0 for wq, 1 for wk, 2 for wv), its pointer, its rows, and the tile's number within it.
+    """
     T_Q: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     T_KV: tl.constexpr = (N_KV + BLOCK_N - 1) // BLOCK_N
     is_q, is_k = i_n < T_Q, i_n < T_Q + T_KV
@@ -33,14 +60,17 @@ def weight_of_tile(p_q, p_k, p_v, i_n, N: tl.constexpr, N_KV: tl.constexpr, BLOC
 
 @triton.jit
 def rotate(b_v, b_cos, b_sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rotate the interleaved pairs along the first axis, fp32 (RoFormer, arXiv 2104.09864).
+    """Rotate the interleaved pairs along the first axis (RoFormer, arXiv 2104.09864).
 
     Args:
-        b_v: [ROWS, COLUMNS], pairs are rows 2i and 2i + 1.
-        b_cos: [ROWS / 2, COLUMNS].
-        b_sin: as `b_cos`.
-        ROWS: even.
-        COLUMNS: of all three.
+        b_v: fp32 [ROWS, COLUMNS]; rows 2i and 2i + 1 are pair i.
+        b_cos: fp32 [ROWS / 2, COLUMNS], the cosine of each pair's angle.
+        b_sin: fp32 [ROWS / 2, COLUMNS], the sine of each pair's angle.
+        ROWS: rows of `b_v`, an even number.
+        COLUMNS: columns of all three blocks.
+
+    Returns:
+        fp32 [ROWS, COLUMNS].
     """
     b_pairs = tl.permute(tl.reshape(b_v, [ROWS // 2, 2, COLUMNS]), (0, 2, 1))
     b_even, b_odd = tl.split(b_pairs)
@@ -75,13 +105,13 @@ def launch_norm_qkv(
     out: Tensor, x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float, q_rows: int, max_rows: int,
     phase: str = "decode",
 ) -> None:  # fmt: skip
-    """Fill `out`, contiguous [M, Nq + 2 Nkv], but for the queries of rows from `q_rows` on, which stay as they are.
+    """Run :func:`norm_qkv` into `out`, contiguous [M, Nq + 2 Nkv], without checking the arguments.
 
-    The other arguments are those of :func:`norm_qkv`, unchecked.
+    In the rows from `q_rows` on, the queries in `out` are left unchanged.
     """
     (M, K), N_KV = x.shape, len(wk)
     constants = norm_constants(NORM_LINEAR, x, wq, max_rows, phase) | {"N_KV": N_KV}
-    stride_x = x.stride(0) if M > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
+    stride_x = x.stride(0) if M > 1 else K  # one row may have any stride; stride 1 would compile another binary
     tiles = triton.cdiv(len(wq), constants["BLOCK_N"]) + 2 * triton.cdiv(N_KV, constants["BLOCK_N"])
     grid = (triton.cdiv(M, constants["BLOCK_M"]), tiles)
     _norm_qkv_kernel[grid](x, norm, wq, wk, wv, out, M, q_rows, stride_x, eps, **constants)
@@ -99,25 +129,24 @@ def norm_qkv(
     max_rows: int,
     phase: str = "decode",
 ) -> Tensor:
-    """Queries, keys and values of ``RMSNorm(x)`` side by side, each from its own weight.
+    """Compute the queries, keys and values of ``RMSNorm(x)``, each from its own weight.
 
     Args:
         x: [M, K], see :func:`voxkern.kernels.linear.norm_linear`, also for `norm`, `eps`, `max_rows` and `phase`.
         norm: [K].
-        wq: [Nq, K].
-        wk: [Nkv, K].
-        wv: [Nkv, K].
+        wq: [Nq, K], the weight of the queries.
+        wk: [Nkv, K], the weight of the keys.
+        wv: [Nkv, K], the weight of the values.
         eps: added to the mean square.
-        q_rows: the first rows, that ask; the queries of the others are zero.
-        max_rows: prepared for.
+        q_rows: the number of rows, from the first, that need queries. The queries of the other rows are zero.
+        max_rows: the most rows that the layer is prepared for.
         phase: "decode" or "prefill".
 
     Returns:
-        [M, Nq + 2 Nkv] in x's dtype.
+        [M, Nq + 2 Nkv] in x's dtype: the queries, keys and values of each row.
 
     Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, or a number out of range.
+        ValueError: q_rows is not in 0..M, M is not in 1..max_rows, max_rows is out of range, or the phase is unknown.
     """
     M, N, N_KV = expect_qkv(x, norm, wq, wk, wv, max_rows, phase)
     if not 0 <= q_rows <= M:
@@ -128,7 +157,10 @@ def norm_qkv(
 def expect_qkv(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, max_rows: int, phase: str
 ) -> tuple[int, int, int]:
-    """Raise unless the arguments fit each other; rows, and columns of queries and of keys otherwise."""
+    """Return M, Nq and Nkv, or raise if an argument that the operators of this file share is wrong.
+
+    The arguments and errors are those of :func:`norm_qkv`.
+    """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
     N, _ = expect("wq", wq, ("Nq", K), like=x)
@@ -153,7 +185,7 @@ def _norm_qkv_append_kernel(
     b_acc, _ = norm_product(
         p_x, p_norm, p_w, None, o_m, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    b_position = tl.load(p_lengths + o_m, mask=m_m, other=0) - 1  # [M], -1 holds no request
+    b_position = tl.load(p_lengths + o_m, mask=m_m, other=0) - 1  # [M], -1: no request in this row
     m_m &= b_position >= 0
     if which < 2:
         o_pair = i_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
@@ -177,7 +209,7 @@ def launch_norm_qkv_append(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, rope: Tensor, block_table: Tensor, lengths: Tensor,
     q: Tensor, kv_cache: Tensor, eps: float, max_rows: int,
 ) -> None:  # fmt: skip
-    """Fill `q` and the tokens' slots of `kv_cache`; the arguments are those of :func:`norm_qkv_append`, unchecked."""
+    """Run :func:`norm_qkv_append`, which writes to `q` and `kv_cache`, without checking the arguments."""
     (M, K), N_KV = x.shape, len(wk)
     constants = norm_constants(NORM_LINEAR, x, wq, max_rows, "decode")
     constants |= {"N_KV": N_KV, "D": kv_cache.shape[4], "PAGE": kv_cache.shape[3]}
@@ -205,25 +237,28 @@ def norm_qkv_append(
     eps: float,
     max_rows: int,
 ) -> None:
-    """:func:`norm_qkv` of one token a request; queries and keys rotated, keys and values into the token's page slot.
+    """Compute :func:`norm_qkv` for one new token per request, rotate q and k, and write k and v into the KV cache.
 
     Args:
-        x: [B, K], one token a request, see :func:`voxkern.kernels.linear.norm_linear`, also for `norm` and `eps`.
+        x: [B, K], the new tokens, see :func:`voxkern.kernels.linear.norm_linear`, also for `norm` and `eps`.
         norm: [K].
-        wq: [H * D, K].
-        wk: [Hkv * D, K].
-        wv: [Hkv * D, K].
-        rope: fp32 [positions, 2, D / 2], cosines and then sines of each position, at least as many as lengths say.
+        wq: [H * D, K], the weight of the queries.
+        wk: [Hkv * D, K], the weight of the keys.
+        wv: [Hkv * D, K], the weight of the values.
+        rope: fp32 [positions, 2, D / 2], the cosines and then the sines of each position. `positions` is at least the
+            largest of `lengths`.
         block_table: int32 [B, max_pages], the pages of each request in order.
-        lengths: int32 [B], tokens of each request with the new one; 0 holds none, and nothing is written for it.
-        q: [B, H * D], filled; rows of length 0 stay as they are.
-        kv_cache: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at 1; only its last dimension must be dense.
+        lengths: int32 [B], tokens of each request, the new one included. 0 means that the row has no request, and
+            nothing is written for it.
+        q: [B, H * D], receives the rotated queries. Rows of length 0 are left unchanged.
+        kv_cache: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at index 1, receives the new token's. Only its
+            last dimension must be contiguous.
         eps: added to the mean square.
-        max_rows: the most requests this is prepared for.
+        max_rows: the most requests that the layer is prepared for, 1..512.
 
     Raises:
-        TypeError: a dtype is wrong or differs from x's.
-        ValueError: a shape, stride or device is wrong, or a number out of range.
+        ValueError: B is not in 1..max_rows, max_rows is out of range, H is not a multiple of Hkv, D is odd, or PAGE is
+            not 16, 32, 64 or 128.
     """
     M, N, _ = expect_qkv(x, norm, wq, wk, wv, max_rows, "decode")
     _, H_KV, _, D = expect_cache(kv_cache, block_table, lengths, x, M)
@@ -241,7 +276,8 @@ def _rope_append_kernel(
     stride_qkv, stride_table, stride_page, stride_v, stride_head, stride_token,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # a block has the queries of one row and key head, then that head's key and value: [D, GROUP + 1] is not a tile
+    # A block has one row and one key head: first a tile of the queries that share the key head, then the key and the
+    # value. One tile [D, GROUP + 1] for queries and key is impossible, because a tile's sizes are powers of two.
     i_r, i_kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = tl.load(p_positions + i_r).to(tl.int64)
     if position < 0:
@@ -270,7 +306,7 @@ def _rope_append_kernel(
 def launch_rope_append(
     rope: Tensor, request_ids: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, kv_cache: Tensor
 ) -> None:
-    """Rotate queries in place and fill `kv_cache`; the arguments are those of :func:`rope_append`, unchecked."""
+    """Run :func:`rope_append`, which writes to `qkv` and `kv_cache`, without checking the arguments."""
     R, W = qkv.shape
     _, _, HKV, PAGE, D = kv_cache.shape
     H = W // D - 2 * HKV
@@ -287,31 +323,39 @@ def launch_rope_append(
 def rope_append(
     rope: Tensor, request_ids: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, kv_cache: Tensor
 ) -> None:
-    """Rotate queries in place; rotate keys and write them and the values into their pages.
+    """Rotate queries in place, and write rotated keys and values into the KV cache.
+
+    The keys in `qkv` stay unrotated.
 
     Args:
         rope: fp32 [positions, 2, D / 2], see :func:`norm_qkv_append`, also for `block_table` and `kv_cache`.
-        request_ids: int32 [R], the request of each row.
-        positions: int32 [R], the row's place in its request; -1 holds nothing and is left alone.
+        request_ids: int32 [R], the request of each row: its row of `block_table`.
+        positions: int32 [R], the position of each row's token in its request. -1 means that the row has no token, and
+            nothing is written for it.
         block_table: int32 [B, max_pages].
-        qkv: [R, (H + 2 Hkv) * D] fp32, bf16 or fp16, q | k | v of each row; rows may lie apart.
-        kv_cache: [pages, 2, Hkv, PAGE, D].
+        qkv: [R, (H + 2 Hkv) * D] fp32, bf16 or fp16, q | k | v of each row; only its last dimension must be contiguous.
+        kv_cache: [pages, 2, Hkv, PAGE, D], in qkv's dtype.
 
     Raises:
-        TypeError: a dtype is wrong or differs from qkv's.
-        ValueError: a shape, stride or device is wrong.
+        ValueError: the columns of qkv are not (H + 2 Hkv) * D with H a multiple of Hkv, D is odd, or PAGE is not 16,
+            32, 64 or 128.
     """
     R, W = expect("qkv", qkv, ("R", "W"), contiguous=False)
     _, H_KV, _, D = expect_cache(kv_cache, block_table, None, qkv, None)
     if W % D or W // D <= 2 * H_KV or (W // D) % H_KV:
-        raise ValueError(f"qkv has {W} columns, which are no (H + 2 * {H_KV}) heads of {D} with H a multiple of {H_KV}")
+        raise ValueError(f"qkv has {W} columns but must have (H + 2 * {H_KV}) heads of {D}, H a multiple of {H_KV}")
     expect("request_ids", request_ids, (R,), like=qkv, dtype=torch.int32)
     expect("positions", positions, (R,), like=qkv, dtype=torch.int32)
     expect_rope(rope, D, qkv)
 
 
 def expect_rope(rope: Tensor, D: int, like: Tensor) -> None:
-    """Raise unless `rope` is a table of rotations for heads of `D` columns, an even number: rotated in pairs."""
+    """Check that `rope` is fp32 [positions, 2, D / 2] on the device of `like`, and that `D` is even.
+
+    Raises:
+        TypeError: `rope` is not fp32.
+        ValueError: `D` is odd, or `rope` has a wrong shape, stride or device.
+    """
     if D % 2:
         raise ValueError(f"kv_cache has heads of {D} columns but must have an even number of them: rope rotates pairs")
     expect("rope", rope, ("positions", 2, D // 2), like=like, dtype=torch.float32)

@@ -1,4 +1,16 @@
-"""The semantic head: the largest logit of each request, without the logits ever being in memory."""
+"""The semantic head: the code with the largest logit of each request. The logits are never stored in memory.
+
+h is [B, dim], weight [N, dim]; only its first n_codes rows are codes::
+
+    logits = h @ weight[:n_codes].T                                [B, n_codes], fp32, in registers
+    key    = order-preserving integer of the logit, then 2^31 - 1 - index    int64
+    best   = max of key over a tile of BLOCK_N codes               [B, tiles], int64, first kernel
+    code   = the index in the max of best over tiles               [B], int64, second kernel
+
+The largest key belongs to the largest logit, and among equal logits to the lowest index. The first kernel stores 8
+bytes per request and tile: 1 KB per request for 8,194 codes in tiles of 64, instead of 32 KB of logits. A tile has the
+weight's rows as its first axis, see kernels/linear.py.
+"""
 
 from typing import Any
 
@@ -13,8 +25,9 @@ from .operator import expect, expect_batch, operator
 
 __all__ = ["semantic_argmax", "semantic_argmax_scratch"]
 
-# 8,194 rows of weights make 129 tiles of 64, one wave on 132 multiprocessors. 16 KB of weights a stage for few requests
-# and 8 KB for many, as many stages as the 101,376 bytes of sm_86, 89 and 120 hold.
+# 8,194 rows of weights are 129 tiles of 64 rows, one wave on 132 multiprocessors. A stage has 16 KB of weights for few
+# requests and 8 KB for many. There are as many stages as the 101,376 bytes of shared memory of sm_86, sm_89 and sm_120
+# hold.
 SEMANTIC_ARGMAX = LaunchConfigs(
     "semantic_argmax",
     """
@@ -50,12 +63,13 @@ def _semantic_argmax_tiles_kernel(
         b_h = tl.load(p_h + o_b[:, None] * stride_h + (k + o_k)[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
         b_acc = dot(b_w, tl.trans(b_h), b_acc)  # [N, B]
 
-    # One integer that orders by logit and then by lowest index: above, the logit's bits, whose order as integers is
-    # that of the numbers once the negative ones' are turned round; below, the index, turned round as well.
+    # One integer orders by logit first, and by lowest index second. Its upper half is the logit's bits. As integers,
+    # these have the order of the logits once the lower 31 bits of negative logits are inverted. Its lower half is the
+    # index, inverted as well.
     b_acc = tl.where(b_acc == 0.0, 0.0, b_acc)  # -0 ties with 0
     b_bits = b_acc.to(tl.int32, bitcast=True)
     b_order = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits).to(tl.int64)
-    b_allowed = (m_n & (o_n >= END_AUDIO))[:, None] & (b_acc == b_acc)  # not EMPTY, and not NaN
+    b_allowed = (m_n & (o_n >= END_AUDIO))[:, None] & (b_acc == b_acc)  # neither EMPTY nor NaN
     b_key = tl.where(b_allowed, (b_order << 32) | (0x7FFFFFFF - o_n)[:, None], -0x8000000000000000)
     tl.store(p_best + o_b * TILES + i_n, tl.max(b_key, 0), mask=m_b)
 
@@ -71,13 +85,13 @@ def _semantic_argmax_final_kernel(p_best, p_codes, TILES: tl.constexpr, PAD_TILE
 
 
 def _constants(weight: Tensor, n_codes: int, max_batch: int) -> dict[str, Any]:
-    # rows from n_codes on are padding: they are not read
+    # N is n_codes because the rows of the weight from n_codes on are padding, which is not read
     constants = SEMANTIC_ARGMAX(N=n_codes, K=weight.shape[1], dtype=weight.dtype, rows=max_batch)
     return constants | {"TILES": triton.cdiv(n_codes, constants["BLOCK_N"])}
 
 
 def semantic_argmax_scratch(weight: Tensor, n_codes: int, max_batch: int) -> Tensor:
-    """The memory that :func:`launch_semantic_argmax` needs between its two kernels: int64 [max_batch, tiles]."""
+    """Allocate the memory that :func:`launch_semantic_argmax` needs between its kernels: int64 [max_batch, tiles]."""
     tiles = _constants(weight, n_codes, max_batch)["TILES"]
     return weight.new_empty((max_batch, tiles), dtype=torch.int64)
 
@@ -85,19 +99,20 @@ def semantic_argmax_scratch(weight: Tensor, n_codes: int, max_batch: int) -> Ten
 def launch_semantic_argmax(
     out: Tensor, h: Tensor, weight: Tensor, n_codes: int, max_batch: int, scratch: Tensor | None = None
 ) -> None:
-    """Fill `out`, int64 [B]; the other arguments are those of :func:`semantic_argmax`, unchecked.
+    """Run :func:`semantic_argmax` into `out`, without checking the arguments.
 
     Args:
-        out: written.
-        h: as in :func:`semantic_argmax`, and so are `weight`, `n_codes` and `max_batch`.
-        weight: [N, K].
-        n_codes: rows that count.
-        max_batch: as it was for `scratch`.
-        scratch: from :func:`semantic_argmax_scratch`; without one it is allocated, which may not be inside a frame.
+        out: int64 [B], receives the result.
+        h: [B, dim], see :func:`semantic_argmax`, also for `weight` and `n_codes`.
+        weight: [N, dim].
+        n_codes: rows of `weight` that are codes.
+        max_batch: the value that `scratch` was allocated for.
+        scratch: from :func:`semantic_argmax_scratch`. With None the launcher allocates it, which is not allowed inside
+            a frame.
     """
     (B, K), constants = h.shape, _constants(weight, n_codes, max_batch)
     scratch = semantic_argmax_scratch(weight, n_codes, max_batch) if scratch is None else scratch
-    stride_h = h.stride(0) if B > 1 else K  # a lone row may have any stride, and stride 1 would be another binary
+    stride_h = h.stride(0) if B > 1 else K  # one row may have any stride; stride 1 would compile another binary
     grid = (triton.cdiv(B, constants["BLOCK_B"]), constants["TILES"])
     _semantic_argmax_tiles_kernel[grid](h, weight, scratch, B, stride_h, **constants)
     tiles = constants["TILES"]
@@ -107,24 +122,23 @@ def launch_semantic_argmax(
 
 @operator(launch_semantic_argmax)
 def semantic_argmax(h: Tensor, weight: Tensor, n_codes: int, max_batch: int) -> Tensor:
-    """The semantic code of each request: where ``h @ weight.T`` is largest, the lowest index where several are equal.
+    """Return the semantic code of each request: the index of the largest of ``h @ weight.T``, the lowest among equals.
 
-    EMPTY (0) and the rows from `n_codes` on, a table's padding, are never chosen. A request whose logits are all NaN
-    gets END (1).
+    EMPTY (0) is never chosen, and neither are the rows from `n_codes` on, which are padding. If all logits of a request
+    are NaN, its code is END (1).
 
     Args:
-        h: [B, dim] fp32, bf16 or fp16, the backbone's hidden state; rows may lie apart.
+        h: [B, dim] fp32, bf16 or fp16, the backbone's hidden state; only its last dimension must be contiguous.
         weight: [N, dim].
-        n_codes: rows of `weight` that are codes, the special ones EMPTY and END included.
-        max_batch: the most requests this is prepared for; B may be any of 1..max_batch, and a request's code does not
-            depend on the others.
+        n_codes: rows of `weight` that are codes, EMPTY and END included, 2..N.
+        max_batch: the most requests that the operator is prepared for, 1..64. It decides the launch config, so a
+            request's code depends neither on B nor on the other requests.
 
     Returns:
-        int64 [B]; logits are summed in fp32 and not rounded.
+        int64 [B]. The logits are summed in fp32 and not rounded.
 
     Raises:
-        TypeError: a dtype is wrong or differs from h's.
-        ValueError: a shape, stride or device is wrong, or a number is not one of those above.
+        ValueError: n_codes is not in 2..N, B is not in 1..max_batch, or max_batch is not in 1..64.
     """
     B, K = expect("h", h, ("B", "dim"), contiguous=False)
     N, _ = expect("weight", weight, ("N", K), like=h)

@@ -1,7 +1,17 @@
-"""What surrounds any velocity network, as device functions: noise, projections of a lone row, a solver's step, codes.
+"""Device functions around a velocity network: initial noise, projections of one row, a solver step, codes.
 
-The velocity's projection and the input projection of the next x are small, and the second waits for the first: one
-block does both for one request, so that a step is one launch and no block waits for another.
+For one request with K acoustic codebooks, a network of width N and embeddings of width E::
+
+    init_noise     x ~ N(0, 1)                                     [K], or given
+    project_in     token = w_in @ x + bias                         [N], the same for both branches
+        the network, in other launches: token -> y                 [N]
+    project_out    v = w_out @ y                                   [K], the velocity
+    solver_step    x = x + dt * (v + ab2_ratio * (v - v_last))     [K], with v_last of the step before
+    write_codes    code = round((clamp(x, -1, 1) + 1) / 2 * (levels - 1)) + 2      int64 [K]
+                   next = sum of the embeddings of the semantic and acoustic codes     [E]
+
+Both projections are small, and the next input projection needs the velocity of all K codebooks. One block therefore
+does all of a step for one request: a step is one launch, and no block waits for another.
 """
 
 import torch
@@ -17,12 +27,16 @@ __all__ = ["init_noise", "load_state", "project_in", "project_out", "solver_step
 
 @triton.jit
 def init_noise(p_seed, p_frame, p_noise, p_quantiles, i_b, K: tl.constexpr, PAD_K: tl.constexpr):
-    """The state that a request starts from, drawn or handed in: fp32 [PAD_K], zeros past K."""
+    """Return a request's initial state: drawn from seed and frame, or loaded from `p_noise` unless that is None.
+
+    Returns:
+        fp32 [PAD_K], zeros past K.
+    """
     o_k = tl.arange(0, PAD_K)
     if p_noise is None:
         b_n0, b_n1, b_n2, b_n3 = normals(
             tl.load(p_seed + i_b), tl.load(p_frame + i_b), tl.arange(0, PAD_K // 4), p_quantiles
-        )  # each [K / 4]: every fourth codebook
+        )  # [PAD_K / 4] each: b_n0 has codebooks 0, 4, 8, .., b_n1 has 1, 5, 9, ..
         b_x = tl.interleave(tl.interleave(b_n0, b_n2), tl.interleave(b_n1, b_n3))  # [K]
         b_x = tl.where(o_k < K, b_x, 0.0)
     else:
@@ -36,7 +50,7 @@ def project_out(
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
     BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """``w_out y`` of a row fp32 [PAD_N]: fp32 [PAD_K], zeros past K."""
+    """Return ``w_out @ y`` of one row y, fp32 [PAD_N], as fp32 [PAD_K] with zeros past K."""
     o_n, o_k = tl.arange(0, PAD_N), tl.arange(0, PAD_K)
     b_v = tl.zeros([PAD_K], dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
@@ -50,22 +64,26 @@ def project_out(
 
 @triton.jit
 def load_state(p_x, p_last, i_b, K: tl.constexpr, PAD_K: tl.constexpr):
-    """A request's state and its last velocity, fp32 [PAD_K] each."""
+    """Return a request's state x and the velocity of its last step, fp32 [PAD_K] each, zeros past K."""
     o_k = tl.arange(0, PAD_K)
     b_x = tl.load(p_x + i_b * K + o_k, mask=o_k < K, other=0.0)
     b_last = tl.load(p_last + i_b * K + o_k, mask=o_k < K, other=0.0)
-    tl.debug_barrier()  # several warps hold the same x: all have read it before one writes it
+    tl.debug_barrier()  # several warps load the same x: all of them must read it before one writes it
     return b_x, b_last
 
 
 @triton.jit
 def solver_step(p_x, p_last, b_x, b_last, b_v, i_b, dt, ab2_ratio, K: tl.constexpr, PAD_K: tl.constexpr):
-    """``x += dt * (v + ab2_ratio * (v - v_last))`` in memory, v_last = v, and the new x: fp32 [PAD_K], zeros past K."""
-    dt, ab2_ratio = tl.full([], dt, tl.float32), tl.full([], ab2_ratio, tl.float32)  # torch.compile passes them as fp64
+    """Compute x + dt * (v + ab2_ratio * (v - v_last)), store it as x and v as v_last, and return the new x.
+
+    Returns:
+        fp32 [PAD_K], zeros past K.
+    """
+    dt, ab2_ratio = tl.full([], dt, tl.float32), tl.full([], ab2_ratio, tl.float32)  # torch.compile passes both as fp64
     o_k = tl.arange(0, PAD_K)
     b_x += dt * tl.where(
         ab2_ratio == 0.0, b_v, b_v + ab2_ratio * (b_v - b_last)
-    )  # a first step has no last: it may be NaN
+    )  # v_last may be NaN in a first step, where ab2_ratio is 0
     tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
     tl.store(p_last + i_b * K + o_k, b_v, mask=o_k < K)
     return b_x
@@ -76,11 +94,14 @@ def project_in(
     p_w_in, p_bias, p_tokens, b_x, i_b, n, B,
     N: tl.constexpr, K: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write columns n .. n + BLOCK_N of a request's x rows, both branches; `b_x` is fp32 [PAD_K]."""
+    """Write columns n .. n + BLOCK_N of ``w_in @ x + bias`` to rows i_b and B + i_b of the tokens, the two branches.
+
+    `b_x` is the state, fp32 [PAD_K] with zeros past K; `p_bias` may be None.
+    """
     o_n, o_k = n + tl.arange(0, BLOCK_N), tl.arange(0, PAD_K)
     m_n = o_n < N
     b_w = tl.load(p_w_in + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
-    b_x = cast(b_x, b_w.dtype).to(tl.float32)  # the network's input is an activation
+    b_x = cast(b_x, b_w.dtype).to(tl.float32)  # rounded to the weights' dtype, as all inputs of the network are
     b_token = tl.sum(b_w.to(tl.float32) * b_x[None, :], 1)  # [N]
     if p_bias is not None:
         b_token += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
@@ -95,8 +116,11 @@ def write_codes(
     K: tl.constexpr, E: tl.constexpr, PAD_K: tl.constexpr, PAD_E: tl.constexpr,
     LEVELS: tl.constexpr, SEMANTIC_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """Write a request's codes, and the sum of their embeddings where there are any; `b_x` is fp32 [PAD_K]."""
-    b_x = tl.where(b_x > -1.0, b_x, -1.0)  # NaN as well: it must not become an address
+    """Write a request's codes, int64 [1 + K], and the sum of their embeddings, [E], unless `p_embeddings` is None.
+
+    `b_x` is the state, fp32 [PAD_K]. A semantic code of 1 (END) makes every acoustic code 2, which is level 0.
+    """
+    b_x = tl.where(b_x > -1.0, b_x, -1.0)  # NaN becomes -1 too, because a code is an index of embeddings
     b_x = tl.where(b_x < 1.0, b_x, 1.0)
     b_level = round_half_even((b_x + 1) / 2 * (LEVELS - 1)).to(tl.int64)
     semantic = tl.load(p_semantic + i_b)
@@ -120,14 +144,32 @@ def write_codes(
 
 
 def padded(N: int, K: int) -> dict[str, int]:
-    """Constants of blocks, which have powers of two: of columns, and of codebooks, which come in groups of four."""
+    """Return N, PAD_N and PAD_K, the sizes of blocks of N columns and of K codebooks.
+
+    Blocks have sizes of powers of two. PAD_K is at least 4, because noise is drawn for four codebooks at once.
+    """
     return {"N": N, "PAD_N": triton.next_power_of_2(N), "PAD_K": max(4, triton.next_power_of_2(K))}
 
 
 def expect_codes(
     B: int, w_out: Tensor, semantic: Tensor, levels: int, embeddings: Tensor | None, semantic_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Check what :func:`write_codes` reads; empty codes [B, 1 + K] and next inputs [B, E]."""
+    """Check the arguments of :func:`write_codes`, and allocate its results.
+
+    Args:
+        B: requests.
+        w_out: [K, dim], the projection of the velocity, of the dtype and device of the result.
+        semantic: int64 [B], semantic codes with the offset of 2.
+        levels: levels of an acoustic code, 2 or more.
+        embeddings: [rows, E], or None.
+        semantic_size: codes of the semantic codebook, without the 2 special ones.
+
+    Returns:
+        Codes, int64 [B, 1 + K], and next embeddings [B, E], with E = 0 if `embeddings` is None; both uninitialised.
+
+    Raises:
+        ValueError: `embeddings` has too few rows for all codes, or `levels` or `semantic_size` is too small.
+    """
     K = len(w_out)
     expect("semantic", semantic, (B,), like=w_out, dtype=torch.int64)
     codes = w_out.new_empty((B, 1 + K), dtype=torch.int64)

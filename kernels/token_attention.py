@@ -1,8 +1,24 @@
-"""Attention over the flow head's three tokens, [x, t, h]: so small that it is done where its result is used.
+"""Attention over the three tokens [x, t, h] of the flow head, by itself or fused into the output projection wo.
 
-Rows of activations are token-major: row = token * 2B + branch * B + request, token 0 = x, 1 = t, 2 = h, branch 0 = with
-the condition. What is the same for many pairs (branch, request) is kept once: x before the first layer has no branch
-yet, and the time is one row for all.
+Each pair (branch, request) is a sequence of three tokens: the flow's state x, the time t and the hidden state h. Branch
+0 has the condition, branch 1 does not::
+
+    q | k | v                          columns of x_qkv [n_x, W], t_qkv [n_t, W], h_qkv [2B, W]; W = (H + 2 Hkv) * D
+    s_ij = q_i . k_j / sqrt(D)         [3, 3] for each pair and query head; i, j = x, t, h
+    o_i  = sum_j softmax_j(s_i) v_j    [D]
+
+    token_attention        = o                       [n_tokens * 2B, H * D]
+    token_attention_linear = residual + o @ wo.T     [6B, dim], or [2B, dim] for the queries of x alone
+
+    row = token * 2B + branch * B + request          token 0 = x, 1 = t, 2 = h
+
+Rows that are equal for many pairs are stored once. Before the first layer both branches share x (n_x = B), and all
+pairs share the time (n_t = 1).
+
+A block of ``token_attention`` computes all queries that read one key head of BLOCK_B requests: 2 branches, 3 tokens and
+H / Hkv query heads. It loads a request's q, k and v once. With only three keys, scores are elementwise products and
+sums, not matrix products. ``token_attention_linear`` is tiled along the rows of wo, and each block repeats the
+attention, one head at a time. The repeated attention is cheap for few requests, and saves a launch.
 """
 
 import torch
@@ -16,8 +32,9 @@ from .operator import expect, expect_batch, operator
 
 __all__ = ["token_attention", "token_attention_linear"]
 
-# A block holds all that asks of BLOCK_B requests and one key head, so that each element is loaded by one block: 2
-# branches x 3 tokens x 4 query heads (32 rows a request, 8 of them idle) of 128 columns, in registers as fp32.
+# A block computes all queries that read one key head of BLOCK_B requests, so that one block loads each element of a
+# request. In the public model a request has 2 branches x 3 tokens x 4 query heads = 24 rows, padded to 32. A row has
+# 128 columns, in registers as fp32.
 TOKEN_ATTENTION = LaunchConfigs(
     "token_attention",
     """
@@ -27,9 +44,10 @@ TOKEN_ATTENTION = LaunchConfigs(
     """,
 )
 
-# wo with the attention before it, a head at a time: 96 blocks of 32 rows for N = 3072, 8 KB of weights a head. Each
-# block attends anew, 0.2 MFLOP; a stage holds the tiles of q, k and v beside the weights, 27 KB in all for 8 rows, so
-# the machines with 101,376 bytes a block have fewer stages. Four warps spill 8 bytes on sm_120.
+# Attention and wo, one head at a time: 96 blocks of 32 rows for N = 3072, with 8 KB of weights per head. Each block
+# repeats the attention, 0.2 MFLOP. A stage holds the tiles of q, k and v beside the weights, 27 KB in all for 8 rows.
+# GPUs with 101,376 bytes of shared memory for each block therefore have fewer stages. Four warps spill 8 bytes on
+# sm_120.
 TOKEN_ATTENTION_LINEAR = LaunchConfigs(
     "token_attention_linear",
     """
@@ -50,30 +68,30 @@ def attend_tokens(
     p_x, p_t, p_h, o_row, m_row, B2, n_x, n_t, i_head,
     W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """What one head gives to some rows: ``softmax(q k^T / sqrt(D)) v`` over the three tokens of the row's own pair.
+    """Compute attention of some rows: ``softmax(q k^T / sqrt(D)) v`` over the three tokens of each row's pair.
 
     Args:
         p_x: [n_x, W], q | k | v of the x tokens; pair i reads row i % n_x.
-        p_t: [n_t, W], of the t tokens; pair i reads row i % n_t.
-        p_h: [2B, W], of the h tokens.
+        p_t: [n_t, W], q | k | v of the t tokens; pair i reads row i % n_t.
+        p_h: [2B, W], q | k | v of the h tokens.
         o_row: int block [rows], token-major row numbers.
-        m_row: [rows], which of them are there; the others give zeros.
+        m_row: bool [rows], which rows exist; the others give zeros.
         B2: 2B, the number of pairs.
         n_x: B or 2B.
         n_t: 1 or 2B.
-        i_head: query head, an int or a block [rows] of them.
+        i_head: query head, an int for all rows or an int block [rows].
         W: (H + 2 HKV) * D.
         H: query heads.
         HKV: key heads.
         D: columns of a head.
 
     Returns:
-        fp32 [rows, D], or as many columns as the power of two not below D, zeros past D.
+        fp32 [rows, D], with the columns padded with zeros to a power of two.
     """
     COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
     o_d = tl.arange(0, COLUMNS)
     m_d = m_row[:, None] & (o_d < D)[None, :]
-    token = o_row.to(tl.int32) // B2  # a division of 64 bits is a hundred instructions
+    token = o_row.to(tl.int32) // B2  # int32: a 64-bit division takes a hundred instructions
     i = o_row.to(tl.int32) % B2
     o_x = (i % n_x).to(tl.int64)[:, None] * W + o_d[None, :]  # [rows, D]
     o_t = (i % n_t).to(tl.int64)[:, None] * W + o_d[None, :]
@@ -83,7 +101,8 @@ def attend_tokens(
     o_k = ((H + b_head // (H // HKV)) * D)[:, None]
     o_v = o_k + HKV * D
 
-    # two of three loads are masked off: of a pointer chosen among three the compiler would not know the alignment
+    # Each row loads from one of three pointers, and its other two loads are masked off: the compiler would not know the
+    # alignment of a pointer that is selected among three.
     b_q = tl.load(p_x + o_x + o_q, mask=m_d & (token == 0)[:, None], other=0.0).to(tl.float32)
     b_q += tl.load(p_t + o_t + o_q, mask=m_d & (token == 1)[:, None], other=0.0).to(tl.float32)
     b_q += tl.load(p_h + o_h + o_q, mask=m_d & (token == 2)[:, None], other=0.0).to(tl.float32)
@@ -109,7 +128,7 @@ def _token_attention_kernel(
     W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, N_TOKENS: tl.constexpr,
     N_QUERIES: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    # a row of the block = (request, branch, token, head of the group), the last two padded to powers of two
+    # a row of the block is a (request, branch, token, head of the group); tokens and heads are padded to powers of two
     i_b, i_kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o = tl.arange(0, BLOCK_B * 2 * N_QUERIES * GROUP)
     o_group, o_token, o_branch = o % GROUP, o // GROUP % N_QUERIES, o // (GROUP * N_QUERIES) % 2
@@ -129,7 +148,7 @@ def launch_token_attention(
     out: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor,
     n_heads: int, n_kv_heads: int, n_tokens: int, max_batch: int,
 ) -> None:  # fmt: skip
-    """Fill `out`, contiguous [n_tokens * 2B, H * D]; the other arguments are :func:`token_attention`'s, unchecked."""
+    """Run :func:`token_attention` into `out`, contiguous [n_tokens * 2B, H * D], without checking the arguments."""
     B2, W = h_qkv.shape
     D = W // (n_heads + 2 * n_kv_heads)
     constants = TOKEN_ATTENTION(N=W, K=D, dtype=h_qkv.dtype, rows=max_batch)
@@ -145,31 +164,30 @@ def launch_token_attention(
 def token_attention(
     x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, n_heads: int, n_kv_heads: int, n_tokens: int, max_batch: int
 ) -> Tensor:
-    """Attention over the three tokens [x, t, h] of each pair (branch, request): no mask, no positions.
+    """Compute attention over the three tokens [x, t, h] of each pair (branch, request), without mask or positions.
 
     Args:
-        x_qkv: [n_x, W] fp32, bf16 or fp16, n_x = B or 2B: q | k | v of the x tokens, W = (H + 2 Hkv) * D.
-        t_qkv: [n_t, W], n_t = 1 or 2B: of the t tokens.
-        h_qkv: [2B, W], of the h tokens.
+        x_qkv: [n_x, W] fp32, bf16 or fp16, q | k | v of the x tokens; n_x = B or 2B, W = (H + 2 Hkv) * D.
+        t_qkv: [n_t, W], q | k | v of the t tokens; n_t = 1 or 2B.
+        h_qkv: [2B, W], q | k | v of the h tokens.
         n_heads: H query heads.
         n_kv_heads: Hkv key heads, a divisor of H; query head h reads key head ``h // (H / Hkv)``.
-        n_tokens: 3, or 1 where only the x tokens ask.
-        max_batch: the most requests this is prepared for; B may be any of 1..max_batch, and a request's result does
-            not depend on the others.
+        n_tokens: 3, or 1 to compute only the queries of the x tokens.
+        max_batch: the most requests that the operator is prepared for, 1..64. It decides the launch config, so a
+            request's result depends neither on B nor on the other requests.
 
     Returns:
         [n_tokens * 2B, H * D], token-major, softmax and sums in fp32, rounded once.
 
     Raises:
-        TypeError: a dtype is wrong or differs from h_qkv's.
-        ValueError: a shape, stride or device is wrong, or a number is not one of those above.
+        ValueError: B is not in 1..max_batch, `n_tokens` is not 1 or 3, or W does not fit `n_heads` and `n_kv_heads`.
     """
     B2, W = expect("h_qkv", h_qkv, ("2B", "W"))
     n_x, _ = expect("x_qkv", x_qkv, ("n_x", W), like=h_qkv)
     n_t, _ = expect("t_qkv", t_qkv, ("n_t", W), like=h_qkv)
     if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads or W % (n_heads + 2 * n_kv_heads):
         raise ValueError(
-            f"h_qkv has {W} columns, which are no ({n_heads} + 2 * {n_kv_heads}) heads (n_heads, n_kv_heads)"
+            f"h_qkv has {W} columns, which do not split into {n_heads} + 2 * {n_kv_heads} heads (n_heads, n_kv_heads)"
         )
     if n_tokens not in (1, 3):
         raise ValueError(f"n_tokens is {n_tokens} but must be 3, or 1 for the x tokens alone")
@@ -210,7 +228,7 @@ def launch_token_attention_linear(
     out: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, wo: Tensor, residual: Tensor,
     n_heads: int, n_kv_heads: int, max_batch: int,
 ) -> None:  # fmt: skip
-    """Fill `out`, contiguous [M, dim]; the other arguments are :func:`token_attention_linear`'s, unchecked."""
+    """Run :func:`token_attention_linear` into `out`, contiguous [M, dim], without checking the arguments."""
     (B2, W), (M, N) = h_qkv.shape, out.shape
     D = W // (n_heads + 2 * n_kv_heads)
     constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6 * max_batch)
@@ -233,27 +251,27 @@ def token_attention_linear(
     n_kv_heads: int,
     max_batch: int,
 ) -> Tensor:
-    """``residual + attention @ wo.T`` in one launch, for few requests: each block attends for itself.
+    """Compute ``residual + attention @ wo.T`` in one launch, for few requests: each block repeats the attention.
 
     Args:
         x_qkv: [n_x, W] bf16 or fp16, see :func:`token_attention`, also for `n_heads`, `n_kv_heads` and `max_batch`.
-        t_qkv: [n_t, W].
-        h_qkv: [2B, W].
-        wo: [dim, H * D].
-        residual: [6B, dim], or [2B, dim] where only the x tokens ask.
-        n_heads: H.
-        n_kv_heads: Hkv.
-        max_batch: prepared for.
+        t_qkv: [n_t, W], q | k | v of the t tokens.
+        h_qkv: [2B, W], q | k | v of the h tokens.
+        wo: [dim, H * D], the output projection, as a checkpoint stores it.
+        residual: [6B, dim], or [2B, dim] to compute only the queries of the x tokens.
+        n_heads: H query heads.
+        n_kv_heads: Hkv key heads.
+        max_batch: the most requests that the operator is prepared for.
 
     Returns:
-        As `residual`: token-major, summed in fp32 and rounded once.
+        [6B, dim] or [2B, dim] like `residual`, token-major, summed in fp32 and rounded once.
 
     Raises:
-        TypeError: a dtype is wrong or differs from h_qkv's.
-        ValueError: a shape, stride or device is wrong, or a number is not one of those above.
+        TypeError: the tensors are fp32, which :func:`token_attention` and :func:`voxkern.kernels.linear.linear` take.
+        ValueError: B is not in 1..max_batch, or W does not fit `n_heads` and `n_kv_heads`.
     """
-    if h_qkv.dtype == torch.float32:  # a product of 128 fp32 columns takes more registers than a thread has
-        raise TypeError("h_qkv is torch.float32: call token_attention and linear")
+    if h_qkv.dtype == torch.float32:  # a product over 128 fp32 columns needs more registers than a thread has
+        raise TypeError("h_qkv is torch.float32 but must be bf16 or fp16: for fp32 call token_attention, then linear")
     attended = token_attention.declare(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, 3, max_batch)
     N, _ = expect("wo", wo, ("dim", attended.shape[1]), like=h_qkv)
     M, _ = expect("residual", residual, ("M", N), like=h_qkv)

@@ -1,7 +1,20 @@
-"""What surrounds the flow head's layers: noise and tokens at the start of a frame, a solver's step, codes at its end.
+"""The launches of a frame around the transformer head's layers: start, solver steps, and the last step with its codes.
 
-The velocity's projection and the input projection of the next x, which one block does for one request, are 221 KB each
-in the public model.
+For B requests, K acoustic codebooks and a model of width dim; the device functions are in ``solver.py``::
+
+    flow_start    x = noise                                        fp32 [B, K]
+                  x tokens = w_in @ x, t tokens = time             [2B, dim] each, equal for both branches
+    (layers)      y                                                [2B, dim], with and without the condition
+    flow_step     n = (a * rms(y_cond) + (1 - a) * rms(y_uncond)) * norm      [B, dim], a = cfg_alpha
+                  v = w_out @ n                                    [B, K]
+                  x = x + dt * (v + ab2_ratio * (v - v_last)), v_last = v
+                  x and t tokens of the next step, as in flow_start
+    flow_finish   the last step, then codes [B, 1 + K] and the sum of their embeddings [B, E]
+
+where rms(y) = y / sqrt(mean(y^2) + eps). Tokens are [6B, dim], row = token * 2B + branch * B + request, token 0 = x.
+
+One block does a whole step of one request, so that no block waits for another. It reads the two projections, 221 KB
+each in the public model. flow_start has no velocity to wait for, so it is also tiled along the rows of w_in.
 """
 
 import torch
@@ -23,9 +36,9 @@ FLOW_START = LaunchConfigs(
     *            | 64       4
     """,
 )
-# A block has its multiprocessor to itself, and one multiprocessor draws some 64 bytes a cycle: what counts is how many
-# are under way. A tile of BLOCK_K whole rows of w_out is 24 KB of bf16 in the public model (32 KB with the columns up
-# to a power of two), and three of them fit into the 101,376 bytes of sm_86, 89 and 120.
+# A block has a multiprocessor to itself, which loads at most some 64 bytes a cycle, so the time depends on the bytes in
+# flight. A tile of BLOCK_K whole rows of w_out is 24 KB of bf16 in the public model. With the columns padded to a power
+# of two it is 32 KB. Three such tiles fit into the 101,376 bytes of shared memory of sm_86, sm_89 and sm_120.
 FLOW_STEP = LaunchConfigs(
     "flow_step",
     """
@@ -45,9 +58,9 @@ def _velocity(
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
     BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """The guided velocity of one request, from the last layer's x tokens: fp32 [PAD_K].
+    """Compute the guided velocity of one request from the last layer's x tokens: fp32 [PAD_K], zeros past K.
 
-    Guidance is linear and so is the projection: combining the two normalised rows first halves the multiply-adds.
+    Guidance and projection are both linear. Combining the two normalised rows first halves the multiply-adds.
     """
     o_n = tl.arange(0, PAD_N)
     m_n = o_n < N
@@ -67,8 +80,8 @@ def _guided_step(
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
     BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """``x += dt * (v + ab2_ratio * (v - v_last))`` in memory, v_last = v, and the new x: fp32 [PAD_K], zeros past K."""
-    eps = tl.full([], eps, tl.float32)  # torch.compile passes it as fp64
+    """Run a solver step of one request with its guided velocity, and return the new x: fp32 [PAD_K], zeros past K."""
+    eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
     b_x, b_last = load_state(p_x, p_last, i_b, K, PAD_K)
     b_v = _velocity(p_y, p_norm, p_w_out, p_alpha, i_b, B, eps, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
     return solver_step(p_x, p_last, b_x, b_last, b_v, i_b, dt, ab2_ratio, K, PAD_K)
@@ -76,7 +89,7 @@ def _guided_step(
 
 @triton.jit
 def _write_time_tokens(p_time, p_tokens, i_b, B, N: tl.constexpr, PAD_N: tl.constexpr):
-    """Write a request's t tokens, both branches."""
+    """Write `p_time` [N] to the t tokens of both branches of a request."""
     o_n = tl.arange(0, PAD_N)
     b_time = tl.load(p_time + o_n, mask=o_n < N, other=0.0)
     tl.store(p_tokens + (2 * B + i_b) * N + o_n, b_time, mask=o_n < N)
@@ -102,7 +115,7 @@ def launch_flow_start(
     seed: Tensor | None, frame: Tensor | None, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, time: Tensor,
     x: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Fill `x` and the first 4B rows of `tokens`; the arguments are those of :func:`flow_start`, unchecked."""
+    """Run :func:`flow_start` without checking the arguments; `seed` and `frame` may be None if `noise` is given."""
     B, (N, K) = x.shape[0], w_in.shape
     constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
     _flow_start_kernel[(B, triton.cdiv(N, constants["BLOCK_N"]))](
@@ -122,23 +135,22 @@ def flow_start(
     tokens: Tensor,
     max_batch: int,
 ) -> None:
-    """Begin a frame: x is noise, and the x and t tokens of the first step are written.
+    """Begin a frame: set x to noise, and write the x and t tokens of the first step.
 
     Args:
-        seed: int64 [B], a request's own; with `frame` it decides the noise, whatever the batch.
-        frame: int64 [B], counted from 0 in each request.
-        noise: fp32 [B, K] to begin with instead, or None to draw it.
-        quantiles: fp32 [65536], the normal's quantiles at (i + 1/2) / 65536.
+        seed: int64 [B], one per request. A request's noise depends on its seed and frame alone, not on the batch.
+        frame: int64 [B], the number of the frame in its request, from 0.
+        noise: fp32 [B, K], the initial state, or None to draw it from `seed` and `frame`.
+        quantiles: fp32 [65536], the quantiles of the standard normal at (i + 1/2) / 65536.
         w_in: [dim, K] fp32, bf16 or fp16, the input projection.
         time: [dim], the projected time of the first step.
-        x: fp32 [B, K], written: the flow's state.
-        tokens: [6B, dim], token-major (row = token * 2B + branch * B + request). The first 4B rows are written, those
-            of x and t; those of the hidden state are left alone.
-        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+        x: fp32 [B, K], the flow's state, written.
+        tokens: [6B, dim], token-major (row = token * 2B + branch * B + request). The first 4B rows, the x and t tokens,
+            are written. The tokens of the hidden state are not.
+        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong, or B is not in 1..max_batch.
+        ValueError: B is not in 1..max_batch, or `max_batch` not in 1..64.
     """
     B = _expect_entrance(w_in, time, x, tokens, max_batch)
     K = w_in.shape[1]
@@ -169,7 +181,7 @@ def launch_flow_step(
     y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ab2_ratio: float,
     x: Tensor, v_last: Tensor, w_in: Tensor, time: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Update `x` and the first 4B rows of `tokens`; the arguments are those of :func:`flow_step`, unchecked."""
+    """Run :func:`flow_step` without checking the arguments."""
     B, (N, K) = x.shape[0], w_in.shape
     constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
     constants["PIPE"] = constants["num_stages"]
@@ -194,30 +206,29 @@ def flow_step(
     tokens: Tensor,
     max_batch: int,
 ) -> None:
-    """A solver's step, ``x += dt * (v + ab2_ratio * (v - v_last))``, and the x and t tokens of the next one.
+    """Run a solver step, ``x += dt * (v + ab2_ratio * (v - v_last))``, and write the x and t tokens of the next step.
 
-    The velocity is guided, ``v = a v_cond + (1 - a) v_uncond``; ab2_ratio 0 is Euler's step, see
+    The velocity is guided: ``v = a * v_cond + (1 - a) * v_uncond``. An `ab2_ratio` of 0 is Euler's step, see
     ``voxkern.reference.solver.integrate``.
 
     Args:
-        y: [2B or more rows, dim] fp32, bf16 or fp16, what the last layer gives; the first 2B rows are the x tokens,
-            the conditional ones first.
-        norm: [dim], the final RMSNorm's weight.
-        w_out: [K, dim], the velocity's projection.
+        y: [2B or more, dim] fp32, bf16 or fp16, the output of the last layer. Its first 2B rows are the x tokens, those
+            with the condition first.
+        norm: [dim], the weight of the final RMSNorm.
+        w_out: [K, dim], the projection of the velocity.
         eps: added to the mean square.
-        cfg_alpha: fp32 [B], strength of the guidance a; 1 is none.
+        cfg_alpha: fp32 [B], the strength a of the guidance; 1 is no guidance.
         dt: length of the step.
-        ab2_ratio: of the velocity's last change, that is added to it.
+        ab2_ratio: factor on the change of the velocity since the last step.
         x: fp32 [B, K], the flow's state, updated.
-        v_last: fp32 [B, K], the last step's velocity, replaced by this one's; not used where `ab2_ratio` is 0.
+        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's. Not used if `ab2_ratio` is 0.
         w_in: [dim, K], the input projection.
         time: [dim], the projected time of the next step.
         tokens: [6B, dim], as in :func:`flow_start`: the first 4B rows are written.
-        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride or device is wrong, or B is not in 1..max_batch.
+        ValueError: B is not in 1..max_batch, or `max_batch` not in 1..64.
     """
     B = _expect_entrance(w_in, time, x, tokens, max_batch)
     _expect_head(y, norm, w_out, cfg_alpha, v_last, B)
@@ -246,14 +257,14 @@ def launch_flow_finish(
     x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor | None, semantic_size: int,
     max_batch: int,
 ) -> None:  # fmt: skip
-    """Fill `out`, codes [B, 1 + K] and next [B, E], update `x` and `v_last`; the rest is :func:`flow_finish`'s."""
+    """Run :func:`flow_finish` into `out`, codes [B, 1 + K] and next [B, E], without checking the arguments."""
     codes, following = out
     B, (K, N) = x.shape[0], w_out.shape
     E = following.shape[1]
     constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | padded(N, K)
     constants |= {"E": E, "PAD_E": triton.next_power_of_2(max(E, 1)), "PIPE": constants["num_stages"]}
     constants |= {"LEVELS": levels, "SEMANTIC_SIZE": semantic_size}
-    del constants["BLOCK_N"]  # of the input projection, which is not done here
+    del constants["BLOCK_N"]  # a size of the input projection, which this kernel does not compute
     _flow_finish_kernel[(B,)](
         y, norm, w_out, cfg_alpha, x, v_last, semantic, embeddings, codes, following, B, eps, dt, ab2_ratio, **constants
     )
@@ -276,31 +287,34 @@ def flow_finish(
     semantic_size: int,
     max_batch: int,
 ) -> tuple[Tensor, Tensor]:
-    """The last step, its codes, and what they are to the backbone: the sum of their embeddings.
+    """Run the last solver step of a frame, and return the frame's codes and the sum of their embeddings.
+
+    The sum is the backbone's next input.
 
     Args:
-        y: as in :func:`flow_step`, and so are the next six.
-        norm: [dim].
-        w_out: [K, dim].
+        y: [2B or more, dim], see :func:`flow_step`, also for the next eight arguments.
+        norm: [dim], the weight of the final RMSNorm.
+        w_out: [K, dim], the projection of the velocity.
         eps: added to the mean square.
-        cfg_alpha: fp32 [B].
+        cfg_alpha: fp32 [B], the strength of the guidance.
         dt: length of the step.
-        ab2_ratio: as there.
-        v_last: fp32 [B, K], as there.
-        x: fp32 [B, K], updated; what is left in it is not clamped.
-        semantic: int64 [B], the semantic codes with the offset of 2; where one is 1 (END) all acoustic codes are 2.
-        levels: of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
-        embeddings: [rows, E]: ``semantic_size + 2`` rows, then ``levels + 2`` for each acoustic codebook. None:
-            no sum is made, E = 0.
+        ab2_ratio: factor on the change of the velocity since the last step.
+        x: fp32 [B, K], the flow's state, updated and not clamped.
+        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's.
+        semantic: int64 [B], the semantic codes with the offset of 2. If one is 1 (END), the request's acoustic codes
+            are all 2.
+        levels: levels of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
+        embeddings: [rows, E]: ``semantic_size + 2`` rows, then ``levels + 2`` rows for each acoustic codebook. None
+            skips the sum: E = 0.
         semantic_size: codes of the semantic codebook, without the 2 special ones.
-        max_batch: the most requests this is prepared for; B may be any of 1..max_batch.
+        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
 
     Returns:
-        int64 [B, 1 + K], the codes with the offset of 2; [B, E], summed in fp32 and rounded once.
+        The codes with the offset of 2, int64 [B, 1 + K], and the sum of their embeddings, [B, E], summed in fp32 and
+        rounded once.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, stride, device or size is wrong, or B is not in 1..max_batch.
+        ValueError: B is not in 1..max_batch, or `embeddings` has too few rows for `levels` and `semantic_size`.
     """
     K, _ = expect("w_out", w_out, ("K", "dim"))
     B, _ = expect("x", x, ("B", K), like=w_out, dtype=torch.float32)
@@ -310,7 +324,7 @@ def flow_finish(
 
 
 def _expect_entrance(w_in: Tensor, time: Tensor, x: Tensor, tokens: Tensor, max_batch: int) -> int:
-    """Check what is written for the next step, and read for it; B."""
+    """Check the arguments of the input projection and the tokens, and return B."""
     N, K = expect("w_in", w_in, ("dim", "K"))
     expect("time", time, (N,), like=w_in)
     B, _ = expect("x", x, ("B", K), like=w_in, dtype=torch.float32)
@@ -320,7 +334,7 @@ def _expect_entrance(w_in: Tensor, time: Tensor, x: Tensor, tokens: Tensor, max_
 
 
 def _expect_head(y: Tensor, norm: Tensor, w_out: Tensor, cfg_alpha: Tensor, v_last: Tensor, B: int) -> None:
-    """Check what :func:`_guided_step` reads."""
+    """Check the arguments of :func:`_guided_step`, except x."""
     K, N = expect("w_out", w_out, ("K", "dim"))
     expect("v_last", v_last, (B, K), like=w_out, dtype=torch.float32)
     rows, _ = expect("y", y, ("rows", N), like=w_out)

@@ -1,4 +1,4 @@
-"""Plain PyTorch: the truth that every kernel is held against, the CPU path, and what is trained."""
+"""The plain PyTorch model: the reference for every kernel's test, the CPU path, and the code that is trained."""
 
 from .attention import PagedCache
 from .backbone import Backbone

@@ -1,7 +1,7 @@
 """Grouped-query attention: interleaved RoPE, the plain causal form, and the paged KV cache.
 
-A layer's part of the cache is one tensor [pages, 2, Hkv, PAGE, D]. A request owns the pages that its row of the block
-table names, in order; token p of it lives in page ``block_table[b, p // PAGE]`` at slot ``p % PAGE``.
+Each layer stores its keys and values in one tensor [pages, 2, Hkv, PAGE, D]. Row b of the block table lists the pages
+of request b in order. Token p of request b is stored in page ``block_table[b, p // PAGE]`` at index ``p % PAGE``.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, T, H, D], k and v [
 
 @dataclass(frozen=True)
 class PagedCache:
-    """The paged KV cache of one batch, as a forward pass sees it.
+    """The paged KV cache that one forward pass of a batch reads and writes.
 
     Attributes:
-        kv: [layers, pages, 2, Hkv, PAGE, D], keys at index 0 and values at 1.
+        kv: [layers, pages, 2, Hkv, PAGE, D], keys at index 0 of the third dimension and values at index 1.
         block_table: int [B, max_pages], the pages of each request in order.
-        lengths: int [B], tokens of each request once this pass has appended its own; 0 = a row that holds no request.
+        lengths: int [B], tokens of each request, including those that this pass appends; 0 marks a row without a
+            request.
     """
 
     kv: Tensor
@@ -32,14 +33,14 @@ class PagedCache:
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of ``position * theta^(-2i / head_dim)`` (RoFormer, arXiv 2104.09864).
+    """Return the cosines and sines of ``position * theta^(-2i / head_dim)`` (RoFormer, arXiv 2104.09864).
 
-    The angle is made in fp64: in fp32 it is 2e-4 rad off at position 4096 already.
+    The angle is computed in fp64, because in fp32 its error is 2e-4 rad at position 4096.
 
     Args:
         positions: int [...].
         head_dim: D, even.
-        theta: base of the frequencies.
+        theta: base of the rotation frequencies.
 
     Returns:
         Two fp64 tensors [..., D / 2].
@@ -50,12 +51,15 @@ def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (2i, 2i + 1) of each head, as Mistral's checkpoints lay them.
+    """Rotate the pairs (2i, 2i + 1) of each head by the RoPE angles; Mistral's checkpoints interleave pairs this way.
 
     Args:
         x: [..., H, D].
-        cos: [..., D / 2], without the head dimension.
-        sin: as `cos`.
+        cos: [..., D / 2], from :func:`rope_table`; it has no head dimension.
+        sin: [..., D / 2], as `cos`.
+
+    Returns:
+        [..., H, D] in the dtype of `x`.
     """
     even, odd = upcast(x).view(*x.shape[:-1], -1, 2).unbind(-1)  # [..., H, D / 2]
     cos, sin = cos.unsqueeze(-2).to(even.dtype), sin.unsqueeze(-2).to(even.dtype)
@@ -63,14 +67,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) -> Tensor:
-    """Softmax attention over the whole sequence, scaled by ``D^-0.5``; query head h reads key head ``h // (H / Hkv)``.
+    """Compute softmax attention of T queries over S keys and values, with scale ``D^-0.5``.
+
+    Query head h attends to key head ``h // (H / Hkv)``.
 
     Args:
-        q: [B, T, H, D], the last T of the S positions.
+        q: [B, T, H, D], queries of the last T of the S positions.
         k: [B, S, Hkv, D].
         v: [B, S, Hkv, D].
-        causal: a query sees no position after its own.
-        window: if causal, the most positions that a query sees, the last ones and its own; 0 for all.
+        causal: whether a query attends only to its own and earlier positions.
+        window: number of positions that a causal query attends to, the latest ones including its own; 0 is all.
 
     Returns:
         [B, T, H, D].
@@ -91,11 +97,11 @@ def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths:
     """Write the keys and values of T new tokens into the pages of their requests.
 
     Args:
-        kv_cache: [pages, 2, Hkv, PAGE, D], written in place.
+        kv_cache: [pages, 2, Hkv, PAGE, D], one layer's cache, written in place.
         k: [B, T, Hkv, D].
         v: [B, T, Hkv, D].
         block_table: int [B, max_pages].
-        lengths: int [B], counting the new tokens; rows of length 0 are left out.
+        lengths: int [B], tokens of each request including the T new ones; rows of length 0 are skipped.
     """
     T, page = k.shape[1], kv_cache.shape[3]
     live = (lengths > 0).nonzero().squeeze(1)
@@ -106,15 +112,16 @@ def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths:
 
 
 def paged_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int = 0) -> Tensor:
-    """Causal attention of each request's last T tokens over its own pages, one request at a time.
+    """Compute causal attention of each request's last T tokens over the request's own pages.
 
-    One at a time because the lengths differ, and so that a request's bits do not depend on its neighbours.
+    Requests are processed one at a time because their lengths differ. A request's result therefore has the same bits
+    in every batch.
 
     Args:
         q: [B, T, H, D].
-        kv_cache: [pages, 2, Hkv, PAGE, D].
+        kv_cache: [pages, 2, Hkv, PAGE, D], one layer's cache.
         block_table: int [B, max_pages].
-        lengths: int [B]; a row of length 0 gives zeros.
+        lengths: int [B], tokens of each request; the output of a row of length 0 is zeros.
         window: see :func:`attention`.
 
     Returns:
@@ -130,10 +137,12 @@ def paged_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: T
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention; how heads attend is handed in."""
+    """The four projections of grouped-query attention, without biases.
+
+    The caller of :meth:`forward` passes the attention itself, for example a causal or a paged one, as a function.
+    """
 
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
-        """No biases."""
         super().__init__()
         self.head_dim = head_dim
         self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
@@ -142,7 +151,16 @@ class Attention(nn.Module):
         self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
 
     def forward(self, x: Tensor, attend: Attend, n_queries: int | None = None) -> Tensor:
-        """[B, T, dim] -> [B, n_queries, dim]: the first `n_queries` tokens ask (None: all), all T answer."""
+        """Attend from the first `n_queries` tokens to all T tokens.
+
+        Args:
+            x: [B, T, dim].
+            attend: function of q [B, n_queries, H, D] and of k and v [B, T, Hkv, D]; returns [B, n_queries, H, D].
+            n_queries: number of tokens to compute outputs of, from the first; None is all T.
+
+        Returns:
+            [B, n_queries, dim].
+        """
         heads = (-1, self.head_dim)
         q = self.wq(x[:, :n_queries]).unflatten(-1, heads)  # [B, n_queries, H, D]
         k, v = self.wk(x).unflatten(-1, heads), self.wv(x).unflatten(-1, heads)  # [B, T, Hkv, D]
@@ -150,12 +168,11 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: attention, then SwiGLU, each added to the stream."""
+    """A pre-norm layer of the backbone and the flow head: attention, then SwiGLU, each added to its input."""
 
     def __init__(
         self, dim: int, hidden_dim: int, n_heads: int, n_kv_heads: int, head_dim: int, norm_eps: float
     ) -> None:
-        """The same layer serves the backbone and the flow head."""
         super().__init__()
         self.attention = Attention(dim, n_heads, n_kv_heads, head_dim)
         self.feed_forward = FeedForward(dim, hidden_dim)
@@ -163,6 +180,10 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(dim, norm_eps)
 
     def forward(self, u: Tensor, attend: Attend, n_queries: int | None = None) -> Tensor:
-        """[B, T, dim] -> [B, n_queries, dim]; tokens past `n_queries` serve as keys and values only."""
+        """Run the layer on `u` [B, T, dim] and return the output of the first `n_queries` tokens [B, n_queries, dim].
+
+        The remaining tokens contribute only keys and values. `attend` and `n_queries` are those of
+        :meth:`Attention.forward`.
+        """
         u = u[:, :n_queries] + self.attention(self.attention_norm(u), attend, n_queries)
         return u + self.feed_forward(self.ffn_norm(u))  # type: ignore[no-any-return]

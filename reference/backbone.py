@@ -1,4 +1,4 @@
-"""The autoregressive backbone: one hidden state per 80 ms frame, embeddings in, post-norm states out."""
+"""The autoregressive backbone, which turns embeddings into one hidden state per token or 80 ms frame."""
 
 import torch
 from torch import Tensor, nn
@@ -10,36 +10,45 @@ from .moe import MoEBlock
 
 
 class CodebookEmbeddings(nn.Module):
-    """One table for all codebooks; a frame is embedded as the sum of its codes' rows."""
+    """One embedding table for all codebooks, with one row per code and special code of each codebook."""
 
     def __init__(self, audio: AudioModelConfig, dim: int) -> None:
-        """The table has one row per code and special of each codebook."""
         super().__init__()
         self.embeddings = nn.Embedding(audio.embedding_rows, dim)
-        self.offsets: Tensor  # made on the CPU by name, so that a module built on "meta" has it too
+        self.offsets: Tensor  # device="cpu" below keeps its values in a module built on "meta"
         self.register_buffer("offsets", torch.tensor(audio.embedding_offsets, device="cpu"), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """int [..., 37] with the +2 offset -> [..., dim]; summed wide and rounded once."""
+        """Embed frames as the sum of the rows of their codes.
+
+        The sum is computed in fp32 (fp64 in an fp64 model) and rounded once.
+
+        Args:
+            codes: int [..., 37] with the +2 offset.
+
+        Returns:
+            [..., dim].
+        """
         rows = self.embeddings(codes + self.offsets)  # [..., 37, dim]
         return upcast(rows).sum(-2).to(rows.dtype)
 
 
 class AudioEmbeddings(nn.Module):
-    """Everything the backbone reads: text tokens and frames of codes."""
+    """The backbone's embeddings of text tokens and of frames, under the checkpoint's names."""
 
     def __init__(self, backbone: BackboneConfig, audio: AudioModelConfig) -> None:
-        """Names as in the checkpoint."""
         super().__init__()
         self.tok_embeddings = nn.Embedding(backbone.vocab_size, backbone.dim)
         self.audio_codebook_embeddings = CodebookEmbeddings(audio, backbone.dim)
 
 
 class Backbone(nn.Module):
-    """The decoder-only transformer, without its language-model head: speech never evaluates it."""
+    """The decoder-only transformer: embeddings, layers and final norm, under the checkpoint's names.
+
+    It has no language-model head, because speech generation never evaluates one.
+    """
 
     def __init__(self, config: BackboneConfig, audio: AudioModelConfig) -> None:
-        """Layers, final norm and embeddings, named as in the checkpoint."""
         super().__init__()
         self.backbone_config = config
         self.mm_audio_embeddings = AudioEmbeddings(config, audio)
@@ -51,11 +60,11 @@ class Backbone(nn.Module):
 
         Args:
             u: [B, T, dim], embeddings.
-            cache: None for the whole sequence from position 0; otherwise the T tokens are the last of each request's
-                ``cache.lengths`` tokens, and their keys and values are appended.
+            cache: None if the T tokens are whole sequences that start at position 0. Otherwise the T tokens are the
+                last of each request's ``cache.lengths`` tokens, and their keys and values are appended to the cache.
 
         Returns:
-            [B, T, dim], after the final norm. Rows of length 0 in the cache hold nothing of meaning.
+            [B, T, dim], after the final norm. Rows with ``cache.lengths`` 0 are undefined.
         """
         config, T = self.backbone_config, u.shape[1]
         positions = torch.arange(T, device=u.device)

@@ -1,7 +1,8 @@
-"""The neural codec: frames of codes to 24 kHz sound, and back.
+"""The neural codec, which decodes frames of codes to 24 kHz sound and encodes sound to codes.
 
-Causal convolutions and windowed ALiBi transformers, 12.5 Hz -> 25 -> 50 -> 100 Hz, then 240 samples a row. The encoder
-mirrors the decoder; its modules exist only for checkpoints that carry its weights, which the public one does not.
+The decoder alternates causal convolutions and windowed ALiBi transformers. Its row rate rises from 12.5 Hz to 25, 50
+and 100 Hz, and the last convolution turns each row into 240 samples. The encoder has the same stages in reverse order.
+Its modules exist only if the checkpoint has the encoder's weights, which the public checkpoint lacks.
 """
 
 import torch.nn.functional as F
@@ -16,13 +17,17 @@ from .quantizer import Quantizer
 
 
 class AudioTokenizer(CodecDecoder):
-    """The codec. `encoder` is asked for when the checkpoint has the encoder's weights."""
+    """The codec's decoder, quantiser and optional encoder, under the names of the checkpoint's ``audio_tokenizer``.
+
+    Args:
+        config: the codec's sizes.
+        encoder: whether to create the encoder's modules, too; the checkpoint must have their weights.
+    """
 
     def __init__(self, config: CodecConfig, encoder: bool = False) -> None:
-        """Names as in the checkpoint's ``audio_tokenizer``."""
         super().__init__()
         self.config, self.has_encoder = config, encoder
-        self._folded: FoldedWeights | None = None  # kept from one stream to the next
+        self._folded: FoldedWeights | None = None  # shared by all streams until a weight changes
         patch, window = config.pretransform_patch_size, config.attn_sliding_window_size
         if encoder:
             self.input_proj = CausalConv1d(patch, config.dim, config.patch_proj_kernel_size)
@@ -49,19 +54,20 @@ class AudioTokenizer(CodecDecoder):
         self.output_proj = CausalConv1d(config.dim, patch, config.patch_proj_kernel_size)
 
     def forward(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """There and back, to train the codec: gradients go straight through the quantiser.
+        """Encode sound and decode it again, to train the codec; gradients pass straight through the quantiser.
 
         Args:
             samples: [B, 1, n], see :meth:`latents`.
 
         Returns:
-            The sound again, wide [B, 1, n], and its codes, int64 [B, 1 + K, T] without the offset.
+            The decoded sound, fp32 (fp64 in an fp64 model) [B, 1, n], and its codes, int64 [B, 1 + K, T] WITHOUT the
+            +2 offset.
         """
         quantized, codes = self.quantizer.quantize(self.latents(samples))
         return self.synthesize(quantized)[..., : samples.shape[-1]], codes
 
     def encode(self, samples: Tensor) -> Tensor:
-        """Codes of sound.
+        """Encode sound to codes.
 
         Args:
             samples: [B, 1, n], see :meth:`latents`.
@@ -72,30 +78,30 @@ class AudioTokenizer(CodecDecoder):
         return self.quantizer.encode(self.latents(samples))
 
     def stream(self, batch: int = 1) -> CodecStream:
-        """Start `batch` requests whose codes are decoded as they come."""
+        """Return a stream that decodes `batch` requests chunk by chunk."""
         return CodecStream(self, batch, self.folded_weights())
 
     def folded_weights(self) -> FoldedWeights:
-        """The decoder's convolutions with their weight norm folded in, made anew where a weight has changed."""
+        """Return the decoder's convolution weights with the weight norm folded in, rebuilt if a weight has changed."""
         self._folded = FoldedWeights.of(self, self._folded)
         return self._folded
 
     def latents(self, samples: Tensor) -> Tensor:
-        """What the encoder makes of sound, before it is quantised.
+        """Run the encoder on sound and return the latents before quantisation.
 
         Args:
-            samples: floats [B, 1, n] at the config's rate, n > 0; the end of the last patch is filled up with zeros.
+            samples: floats [B, 1, n] at the config's sampling rate, n > 0; the last patch is padded with zeros.
 
         Returns:
             [B, semantic_dim + K, T], T = n / samples_per_frame, rounded up.
 
         Raises:
-            ValueError: another shape, or the checkpoint has no encoder.
+            ValueError: `samples` has another shape, or the checkpoint has no encoder.
         """
         if not self.has_encoder:
             raise ValueError(
                 "the checkpoint has no codec encoder (tensors audio_tokenizer.input_proj.*, audio_tokenizer."
-                "encoder_blocks.*), which turning sound into codes needs; the public Voxtral-4B-TTS-2603 is without one"
+                "encoder_blocks.*), which is needed to turn sound into codes; the public Voxtral-4B-TTS-2603 has none"
             )
         if samples.ndim != 3 or samples.shape[1] != 1 or not samples.shape[2]:
             raise ValueError(f"samples must be [B, 1, n] with n > 0, got {list(samples.shape)}")

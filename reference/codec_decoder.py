@@ -1,4 +1,4 @@
-"""The codec's decoder: codes to sound, whole sequences at a time."""
+"""The codec's decoder, which turns whole sequences of codes into sound."""
 
 from torch import Tensor, nn
 
@@ -8,13 +8,13 @@ from .quantizer import Quantizer
 
 
 class CodecDecoder(nn.Module):
-    """The codec's decoding half; :class:`voxkern.reference.codec.AudioTokenizer` makes its modules.
+    """The decoding half of the codec; its subclass :class:`voxkern.reference.codec.AudioTokenizer` creates the modules.
 
     Attributes:
-        config: of the codec.
-        quantizer: turns codes into latents.
+        config: the codec's sizes.
+        quantizer: the module that turns codes into latents.
         decoder_blocks: convolutions and transformers, in order.
-        output_proj: the last convolution, whose columns are samples.
+        output_proj: the last convolution, which turns each row into ``pretransform_patch_size`` samples.
     """
 
     config: CodecConfig
@@ -23,19 +23,29 @@ class CodecDecoder(nn.Module):
     output_proj: CausalConv1d
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Sound of whole sequences of codes.
+        """Decode whole sequences of codes to sound.
 
         Args:
             codes: int64 [B, 1 + K, T] WITHOUT the +2 offset.
 
         Returns:
-            wide [B, 1, samples_per_frame T].
+            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame T].
+
+        Raises:
+            ValueError: `codes` has another shape.
         """
         self.check_codes(codes)
         return self.synthesize(self.quantizer(codes))
 
     def synthesize(self, latents: Tensor) -> Tensor:
-        """Sound of quantised latents, [B, semantic_dim + K, T] -> wide [B, 1, samples_per_frame T]."""
+        """Decode quantised latents to sound.
+
+        Args:
+            latents: [B, semantic_dim + K, T].
+
+        Returns:
+            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame T].
+        """
         x = latents
         for block in self.decoder_blocks:
             x = block(x)
@@ -43,10 +53,10 @@ class CodecDecoder(nn.Module):
         return patches.transpose(1, 2).flatten(1).unsqueeze(1)
 
     def check_codes(self, codes: Tensor) -> None:
-        """Raise unless `codes` are [B, 1 + K, T].
+        """Check that the shape of `codes` is [B, 1 + K, T].
 
         Raises:
-            ValueError: they are not.
+            ValueError: `codes` has another shape.
         """
         n_codebooks = 1 + self.config.acoustic_dim
         if codes.ndim != 3 or codes.shape[1] != n_codebooks:
@@ -54,6 +64,6 @@ class CodecDecoder(nn.Module):
 
 
 def convolutions(codec: CodecDecoder) -> list[CausalConv1d | CausalConvTranspose1d]:
-    """The decoder's, in order."""
+    """Return the decoder's convolutions in the order in which they run."""
     blocks = (*codec.decoder_blocks, codec.output_proj)
     return [block for block in blocks if isinstance(block, CausalConv1d | CausalConvTranspose1d)]

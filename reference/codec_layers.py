@@ -1,4 +1,4 @@
-"""The codec's transformer layers: attention over a window with ALiBi, and layer scale."""
+"""The codec's transformer layers, with ALiBi attention over a window of keys and with layer scale."""
 
 import torch
 import torch.nn.functional as F
@@ -8,22 +8,25 @@ from .attention import Attend
 from .config import CodecConfig
 from .layers import FeedForward, RMSNorm
 
-QUERY_BLOCK = 256  # queries attended at once: bounds the score matrix for long audio
+QUERY_BLOCK = 256  # queries per attention call, so that the score matrix of long audio stays small
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
-    """``r^h`` with ``r = 2^(-8 / n_heads)``, h from 0: 1, 1/2, .. 1/128 for 8 heads, as vLLM-Omni serves the model."""
+    """Return the ALiBi slopes ``r^h`` with ``r = 2^(-8 / n_heads)`` and h from 0, fp64 [n_heads].
+
+    They are 1, 1/2, .. 1/128 for 8 heads, as in vLLM-Omni's implementation of the model.
+    """
     return 2.0 ** (-8.0 / n_heads * torch.arange(n_heads, dtype=torch.float64))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention with ``i - window <= j <= i`` and the ALiBi bias ``slope_h (j - i)`` (arXiv 2108.12409).
+    """Attend from each query i to the keys ``i - window <= j <= i``, with bias ``slope_h (j - i)`` (arXiv 2108.12409).
 
     Args:
         q: [B, T, H, D].
         k: [B, T, H, D].
         v: [B, T, H, D].
-        window: keys before the query's own.
+        window: number of keys before the query's own.
 
     Returns:
         [B, T, H, D].
@@ -43,10 +46,14 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 class CodecAttention(nn.Module):
-    """Multi-head attention with RMSNorm of q and k over their full width, before the heads are split."""
+    """Multi-head attention over a window, with RMSNorm of q and k over all heads together.
+
+    Args:
+        config: the codec's sizes.
+        window: number of keys before the query's own.
+    """
 
     def __init__(self, config: CodecConfig, window: int) -> None:
-        """`window`: keys before the query's own."""
         super().__init__()
         width = config.n_heads * config.head_dim
         self.head_dim, self.window = config.head_dim, window
@@ -58,7 +65,12 @@ class CodecAttention(nn.Module):
         self.k_norm = RMSNorm(width, config.qk_norm_eps)
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]; without `attend`, x is a whole sequence."""
+        """Attend within `x` [B, T, dim] and return [B, T, dim].
+
+        Args:
+            x: [B, T, dim]; whole sequences if `attend` is None.
+            attend: function of q, k and v [B, T, H, D] that returns [B, T, H, D]; None is :func:`window_attention`.
+        """
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [B, T, H, D]
         o = window_attention(q, k, v, self.window) if attend is None else attend(q, k, v)
@@ -66,10 +78,12 @@ class CodecAttention(nn.Module):
 
 
 class CodecBlock(nn.Module):
-    """Pre-norm block with layer scale: each branch is multiplied by a learnt vector before it is added."""
+    """A pre-norm transformer layer with layer scale: a learnt vector scales each branch before it is added.
+
+    Each scale is initialised to the config's ``layer_scale_init``.
+    """
 
     def __init__(self, config: CodecConfig, window: int) -> None:
-        """Scales start at the config's ``layer_scale_init``."""
         super().__init__()
         self.attention = CodecAttention(config, window)
         self.feed_forward = FeedForward(config.dim, config.hidden_dim)
@@ -79,22 +93,21 @@ class CodecBlock(nn.Module):
         self.ffn_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale_init))
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]; `attend` as in :class:`CodecAttention`."""
+        """Run the layer on `x` [B, T, dim] and return [B, T, dim]; for `attend` see :meth:`CodecAttention.forward`."""
         x = x + self.attention_scale * self.attention(self.attention_norm(x), attend)
         return x + self.ffn_scale * self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
 class CodecTransformer(nn.Module):
-    """A few codec blocks at one frame rate."""
+    """A stack of codec blocks that share one row rate and one attention window."""
 
     def __init__(self, config: CodecConfig, n_layers: int, window: int) -> None:
-        """All blocks share the window."""
         super().__init__()
         self.window = window
         self.layers = nn.ModuleList(CodecBlock(config, window) for _ in range(n_layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, dim, T] -> [B, dim, T]."""
+        """Run all blocks on whole sequences, [B, dim, T] -> [B, dim, T]."""
         x = x.transpose(1, 2)
         for layer in self.layers:
             x = layer(x)

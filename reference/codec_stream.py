@@ -1,7 +1,7 @@
-"""The codec's decoder as codes come: each chunk is decoded once, from a state of fixed size.
+"""The streaming codec decoder, which decodes each chunk of codes once, from a state of fixed size.
 
-What a chunk needs of the past is little: two latents, a window of keys and values a layer, one row before each
-transposed convolution, six rows before the last one. The rule for a missing past touches a request's first frame only.
+The state of a request is small. It holds two latents, a window of keys and values per layer, one row before each
+transposed convolution, and six rows before the last convolution. Only a request's first frame is padded.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from .layers import upcast
 
 @dataclass(frozen=True)
 class CodecState:
-    """What the decoder remembers of B requests; its size never changes.
+    """The state that the decoder keeps of B requests from chunk to chunk; its size never changes.
 
     Attributes:
-        past_frames: int64 [B], decoded so far.
-        conv_state: the last rows before each convolution, in order: [B, rows, channels].
-        kv_window: the last keys and values of each layer, in order: [2, B, window, H, D].
+        past_frames: int64 [B], frames decoded so far.
+        conv_state: [B, rows, channels] of each convolution in order, its last input rows.
+        kv_window: [2, B, window, H, D] of each layer in order, its last keys and values.
     """
 
     past_frames: Tensor
@@ -35,16 +35,16 @@ class CodecState:
 
     @property
     def nbytes(self) -> int:
-        """Memory of it all."""
+        """Bytes of the whole state."""
         return sum(t.nbytes for t in (self.past_frames, *self.conv_state, *self.kv_window))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The rows of a chunk at one rate.
+    """The row counts of a chunk at one row rate of the decoder, for B requests.
 
     Attributes:
-        fresh: bool [B, 1, 1], whether nothing was decoded before the chunk.
+        fresh: bool [B, 1, 1], whether the chunk is the request's first.
         past_rows: int [B], rows decoded before the chunk.
         new_rows: int [B], rows of the chunk.
     """
@@ -55,20 +55,26 @@ class Chunk:
 
 
 class CodecStream:
-    """Decodes a batch of requests chunk by chunk, into the sound that decoding them whole gives.
+    """Decodes a batch of requests chunk by chunk; the sound is that of decoding whole sequences.
 
-    Weights are looked at when a stream is made: one made before a weight changed goes on with some of the old ones.
+    A stream takes the folded weights of the convolutions when it is created. After a weight has changed, create a new
+    stream: the old one keeps the old convolution weights.
 
     Attributes:
-        state: written in place, so its addresses stay.
-        max_chunk_frames: frames to decode at once for bits that do not depend on the chunks: ``F.linear`` gives a row
-            other bits among many rows than among few.
+        state: what the stream keeps between chunks, written in place, so that its addresses stay.
+        max_chunk_frames: largest chunk for which the bits do not depend on the chunks. It is 1 frame, because
+            ``F.linear`` rounds a row differently among many rows than among few.
     """
 
     max_chunk_frames = 1
 
     def __init__(self, codec: CodecDecoder, batch: int = 1, weights: "FoldedWeights | None" = None) -> None:
-        """Start `batch` requests; `weights` may be those that another stream has folded.
+        """Allocate the state of `batch` requests.
+
+        Args:
+            codec: the decoder.
+            batch: number of requests B.
+            weights: folded weights of `codec` to use; None folds them here.
 
         Raises:
             ValueError: a frame has too few rows for the last convolution's padding, which would need the second frame.
@@ -78,26 +84,27 @@ class CodecStream:
         rows = codec.config.samples_per_frame // codec.config.pretransform_patch_size
         if rows <= projection.padding:
             raise ValueError(
-                f"the codec cannot stream: a frame is {rows} rows, and padding its first sees {projection.padding} more"
+                f"the codec cannot stream: a frame has {rows} rows but must have more than {projection.padding}, "
+                "the number of rows that output_proj pads"
             )
         self._weights = (FoldedWeights.of(codec) if weights is None else weights).weights
         self.state = _new_state(codec, batch)
 
     def restart(self, rows: Tensor) -> None:
-        """Begin anew where `rows`, bool [B], is true; what was remembered there is never looked at."""
+        """Start new requests where `rows`, bool [B], is true; their rows' old state is never read again."""
         self.state.past_frames.masked_fill_(rows, 0)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, new_frames: Tensor | None = None) -> Tensor:
-        """The sound of the next frames.
+        """Decode the next frames of each request.
 
         Args:
             codes: int64 [B, 1 + K, T] WITHOUT the +2 offset.
-            new_frames: int64 [B], how many of the T frames each request has, 0..T; None: all have T. What codes hold
-                after them is not looked at.
+            new_frames: int64 [B], number of frames of each request in `codes`, 0..T; None is T for all. Codes after
+                these frames are ignored.
 
         Returns:
-            wide [B, 1, samples_per_frame T]; zeros after a request's own frames.
+            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame T]; zeros after a request's own frames.
 
         Raises:
             ValueError: `codes` or `new_frames` has another shape.
@@ -138,12 +145,13 @@ class CodecStream:
 
 @dataclass(frozen=True)
 class FoldedWeights:
-    """The decoder's convolutions as products, see :func:`fold_weight_norm`: what depends on their weights alone.
+    """The weights of the decoder's convolutions as matrices, see :func:`fold_weight_norm`.
 
     Attributes:
-        sources: the weights that they were made from.
-        key: what those were then.
-        weights: in order; the last, which makes sound, is wide.
+        sources: the parameters that the matrices were computed from.
+        key: address, version, dtype and device of each of `sources` at that time.
+        weights: one matrix per convolution, in order. The last one, which produces samples, is in the upcast dtype
+            (see :func:`voxkern.reference.layers.upcast`).
     """
 
     sources: tuple[Tensor, ...]
@@ -152,13 +160,13 @@ class FoldedWeights:
 
     @classmethod
     def of(cls, codec: CodecDecoder, known: "FoldedWeights | None" = None) -> "FoldedWeights":
-        """Those of a codec; `known` itself where no weight is seen to have changed since.
+        """Return the folded weights of a codec, or `known` if no weight has changed since `known` was computed.
 
-        What is written through ``.data``, or to weights made in inference mode, leaves no trace.
+        A write through ``.data``, or to a weight created in inference mode, is not detected.
         """
         sources = tuple(weight for conv in convolutions(codec) for weight in conv.parameters())
         key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in sources)
-        # the tensors themselves, too: a new one may lie where an old one lay
+        # compare the tensors' identity, too: a new tensor may have the address of a freed one
         if known is None or known.key != key or any(a is not b for a, b in zip(known.sources, sources, strict=True)):
             weights = [fold_weight_norm(conv) for conv in convolutions(codec)]
             known = cls(sources, key, [*weights[:-1], upcast(weights[-1])])
@@ -167,18 +175,20 @@ class FoldedWeights:
 
 @torch.no_grad()
 def fold_weight_norm(conv: CausalConv1d | CausalConvTranspose1d) -> Tensor:
-    """A convolution's weight, its norm folded in, as that of a product on windows of rows.
+    """Return a convolution's weight, with its norm folded in, as a matrix that multiplies windows of rows.
 
     Returns:
-        [n_out, taps n_in], a tap's channels side by side, the oldest row's first. A transposed convolution of stride s
-        makes s rows of each window, [s n_out, taps n_in], and its taps are those rows of x that reach them.
+        [n_out, taps n_in]: the channels of a tap are adjacent, and the tap of the oldest row is first. A transposed
+        convolution of stride s computes s rows from each window, so its matrix is [s n_out, taps n_in]. Its taps are
+        the input rows that contribute to these s rows.
     """
     weight: Tensor = conv.conv.weight
     if isinstance(conv, CausalConv1d):
         return weight.transpose(1, 2).flatten(1)
     n_in, n_out, kernel = weight.shape
     weight = F.pad(weight, (0, -kernel % conv.stride)).view(n_in, n_out, -1, conv.stride)
-    return weight.flip(2).permute(3, 1, 2, 0).reshape(conv.stride * n_out, -1)  # tap m is the row m before the newest
+    # tap m multiplies the m-th row before the newest, so the flip puts the oldest row first
+    return weight.flip(2).permute(3, 1, 2, 0).reshape(conv.stride * n_out, -1)
 
 
 def _convolve(conv: CausalConv1d, weight: Tensor, x: Tensor, conv_state: Tensor, chunk: Chunk) -> Tensor:
@@ -200,7 +210,7 @@ def _upsample(conv: CausalConvTranspose1d, weight: Tensor, x: Tensor, conv_state
 
 
 def _product(weight: Tensor, rows: Tensor, taps: int) -> Tensor:
-    """Each window of `taps` rows times a folded weight; torch's own convolutions are slow on a few rows."""
+    """Multiply each window of `taps` rows by a folded weight; torch's own convolutions are slow on a few rows."""
     return F.linear(rows.unfold(1, taps, 1).transpose(2, 3).flatten(2), weight)
 
 
@@ -212,7 +222,20 @@ def _transform(transformer: CodecTransformer, x: Tensor, kv_window: Iterator[Ten
 
 
 def attend_chunk(kv_window: Tensor, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """:func:`window_attention` of a chunk's rows, [B, T, H, D] each, over the kv_window's keys and their own."""
+    """Attend from a chunk's rows to the stored window and to the chunk, and store the new window.
+
+    The result is that of :func:`voxkern.reference.codec_layers.window_attention` on whole sequences.
+
+    Args:
+        kv_window: [2, B, window, H, D], the layer's last keys and values, updated in place.
+        chunk: the chunk's row counts at the layer's row rate.
+        q: [B, T, H, D].
+        k: [B, T, H, D].
+        v: [B, T, H, D].
+
+    Returns:
+        [B, T, H, D].
+    """
     T, H = q.shape[1:3]
     window = kv_window.shape[2]
     i_key, i_query = torch.arange(-window, T, device=q.device), torch.arange(T, device=q.device).unsqueeze(1)
@@ -232,13 +255,13 @@ def attend_chunk(kv_window: Tensor, chunk: Chunk, q: Tensor, k: Tensor, v: Tenso
 
 
 def last_rows(rows: Tensor, new_rows: Tensor, n: int) -> Tensor:
-    """The `n` rows before the end of each request, which is at n + `new_rows`: [B, n + T, ...] -> [B, n, ...]."""
+    """Return the `n` rows before index ``n + new_rows[b]`` of each request b, [B, n + T, ...] -> [B, n, ...]."""
     i_row = new_rows.unsqueeze(1) + torch.arange(n, device=rows.device)  # [B, n]
     return rows[torch.arange(len(rows), device=rows.device).unsqueeze(1), i_row]
 
 
 def _new_state(codec: CodecDecoder, batch: int) -> CodecState:
-    """Zeros; which of them are looked at depends on the frames."""
+    """Return a state of zeros; ``past_frames`` decides which of its rows are used."""
     config, weight = codec.config, codec.output_proj.conv.weight
     zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)
     conv_state, kv_window = [], []

@@ -1,8 +1,8 @@
 """The model's configuration, read from Mistral's ``params.json``.
 
-Everything that has a size comes from here: layer counts, head dims, number of codebooks and of levels. Keys we do not
-know are ignored; keys we need that are missing, of the wrong kind, or that contradict each other are an error that
-names them, because a wrong size that loads is a buzz instead of speech.
+Every size of the model comes from here: layer counts, head dimensions, numbers of codebooks and of levels. Unknown keys
+are ignored. Required keys that are missing, of the wrong type or contradictory raise an error that names the keys: a
+model that loads with a wrong size generates a buzz instead of speech.
 """
 
 import dataclasses
@@ -13,24 +13,24 @@ from typing import Any, Self
 from .params_reader import ConfigError as ConfigError
 from .params_reader import ParamsReader
 
-N_SPECIAL_CODES = 2  # every codebook starts with EMPTY and END; real codes are stored from 2 on
+N_SPECIAL_CODES = 2  # every codebook starts with EMPTY and END, so code c has id c + 2
 EMPTY_AUDIO, END_AUDIO = 0, 1
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture-of-experts feed-forward of the backbone (Mistral Small 4 keys; Mixtral's are a subset).
+    """The sizes of the backbone's mixture of experts (Mistral Small 4 keys; Mixtral's are a subset).
 
     Attributes:
-        num_experts: routed experts E.
-        num_experts_per_tok: experts k that each token uses.
-        num_shared_experts: experts that every token uses, with weight 1.
-        expert_hidden_dim: hidden width of one expert; Mixtral's older form leaves it to ``hidden_dim``.
-        first_k_dense_replace: leading layers that keep the dense feed-forward.
-        route_every_n: of the others, those whose index is no multiple of it keep it too.
+        num_experts: number E of routed experts.
+        num_experts_per_tok: number k of routed experts that each token uses.
+        num_shared_experts: number of experts that every token uses, with weight 1.
+        expert_hidden_dim: hidden width of one expert; Mixtral's older params have only ``hidden_dim`` for it.
+        first_k_dense_replace: number of leading layers with a dense feed-forward instead of experts.
+        route_every_n: of the other layers, only those with an index that is a multiple of this have experts.
         routed_scale: factor on the renormalised routing weights.
-        num_expert_groups: groups that the experts are split into; 1 = no groups.
-        num_expert_groups_per_tok: groups that a token may draw experts from.
+        num_expert_groups: number of groups that the experts are split into; 1 = no groups.
+        num_expert_groups_per_tok: number of groups that the experts of one token may come from.
     """
 
     num_experts: int
@@ -44,11 +44,11 @@ class MoEConfig:
     num_expert_groups_per_tok: int = 1
 
     def in_layer(self, i_layer: int) -> bool:
-        """Whether that layer has experts."""
+        """Return whether layer `i_layer`, counted from 0, has experts."""
         return i_layer >= self.first_k_dense_replace and i_layer % self.route_every_n == 0
 
     def problems(self) -> list[str]:
-        """What contradicts itself here, as sentences."""
+        """Return the contradictions between these values, as sentences; empty if none."""
         found = []
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             found.append(
@@ -77,7 +77,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The autoregressive decoder: grouped-query attention, interleaved RoPE, RMSNorm, SwiGLU (or experts)."""
+    """The sizes of the backbone: grouped-query attention, interleaved RoPE, RMSNorm, and SwiGLU or experts."""
 
     dim: int
     n_layers: int
@@ -94,7 +94,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class AcousticTransformerConfig:
-    """The flow-matching head's velocity network, and how many times it is evaluated per frame."""
+    """The sizes of the flow head's transformer velocity network, and its number of evaluations per frame."""
 
     input_dim: int
     dim: int
@@ -108,20 +108,23 @@ class AcousticTransformerConfig:
 
     @property
     def time_dim(self) -> int:
-        """Sinusoids of the time."""
+        """Number of sinusoids that embed the flow time."""
         return self.dim
 
 
 @dataclass(frozen=True)
 class VelocityMLPConfig:
-    """The other velocity network, a residual MLP: ``"kind": "adaln_mlp"``. MAR's `hidden_dim` is its `dim`."""
+    """The sizes of the flow head's other velocity network, a residual MLP (``"kind": "adaln_mlp"``).
+
+    In MAR, `hidden_dim` equals `dim`.
+    """
 
     input_dim: int
     dim: int
     n_layers: int
     hidden_dim: int
     norm_eps: float = 1e-6
-    time_dim: int = 256  # sinusoids of the time
+    time_dim: int = 256  # number of sinusoids that embed the flow time
     n_decoding_steps: int = 7
 
 
@@ -130,7 +133,7 @@ HEADS = {"transformer": AcousticTransformerConfig, "adaln_mlp": VelocityMLPConfi
 
 @dataclass(frozen=True)
 class AudioModelConfig:
-    """Codebooks as the backbone sees them, and the ids of the two audio tokens in the text vocabulary."""
+    """The sizes of the codebooks, and the ids of the two audio tokens in the text vocabulary."""
 
     semantic_codebook_size: int
     acoustic_codebook_size: int
@@ -140,31 +143,31 @@ class AudioModelConfig:
 
     @property
     def n_codebooks(self) -> int:
-        """Codes of one frame: the semantic one and the acoustic ones."""
+        """Number of codes of one frame: one semantic code and the acoustic codes."""
         return 1 + self.n_acoustic_codebook
 
     @property
     def semantic_rows(self) -> int:
-        """Rows of ``semantic_codebook_output``: codes and specials, padded to a multiple of 128."""
+        """Number of rows of ``semantic_codebook_output``: codes and special codes, padded to a multiple of 128."""
         return _round_up(self.semantic_codebook_size + N_SPECIAL_CODES, 128)
 
     @property
     def embedding_offsets(self) -> tuple[int, ...]:
-        """First row of each codebook in the summed embedding table."""
+        """First row of each codebook in the embedding table of all codebooks."""
         semantic = self.semantic_codebook_size + N_SPECIAL_CODES
         acoustic = self.acoustic_codebook_size + N_SPECIAL_CODES
         return (0, *(semantic + acoustic * j for j in range(self.n_acoustic_codebook)))
 
     @property
     def embedding_rows(self) -> int:
-        """Rows of the embedding table: all codebooks with their specials, padded to a multiple of 128."""
+        """Number of rows of the embedding table: all codes and special codes, padded to a multiple of 128."""
         last = self.embedding_offsets[-1] + self.acoustic_codebook_size + N_SPECIAL_CODES
         return _round_up(last, 128)
 
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """The neural codec (``audio_tokenizer_args``): causal convolutions and windowed ALiBi transformers."""
+    """The sizes of the neural codec (``audio_tokenizer_args``): causal convolutions and windowed ALiBi transformers."""
 
     semantic_codebook_size: int
     semantic_dim: int
@@ -192,7 +195,7 @@ class CodecConfig:
 
     @property
     def latent_dim(self) -> int:
-        """Channels of the quantised latent: the semantic vector and one channel an acoustic codebook."""
+        """Number of channels of the quantised latent: the semantic vector and one channel per acoustic codebook."""
         return self.semantic_dim + self.acoustic_dim
 
     @property
@@ -207,13 +210,13 @@ class CodecConfig:
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples that one frame of codes becomes: 1920 in the public model."""
+        """Number of samples of one frame: 1920 in the public model."""
         return self.pretransform_patch_size * math.prod(stride for _, _, stride in self.decoder_stages)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole Voxtral-class model. Make one with :meth:`from_params`.
+    """The sizes of a whole Voxtral-class model; :meth:`from_params` reads and checks them.
 
     Attributes:
         voices: names of the preset voices, in the checkpoint's order.
@@ -232,10 +235,10 @@ class Config:
 
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> Self:
-        """Read a ``params.json`` dict.
+        """Return the configuration that the dict of a ``params.json`` describes.
 
         Raises:
-            ConfigError: naming every key that is missing, of the wrong kind, contradictory or unsupported.
+            ConfigError: keys are missing, of the wrong type, contradictory or unsupported; the message names them all.
         """
         if not isinstance(params, dict):
             raise ConfigError(f"params must be the dict of a params.json, got {type(params).__name__}")
@@ -278,7 +281,7 @@ def _stages(codec: CodecConfig, side: str) -> list[tuple[int, int, int]]:
 
 def _head(reader: ParamsReader, args: dict[str, Any]) -> type[AcousticTransformerConfig] | type[VelocityMLPConfig]:
     kind = args.get("kind", "transformer")
-    if kind not in list(HEADS):  # it may be of any kind of JSON
+    if kind not in list(HEADS):  # a list, because a JSON value need not be hashable
         reader.wrong.append(f"acoustic_transformer_args.kind must be one of {', '.join(HEADS)}, got {kind!r}")
         return AcousticTransformerConfig
     other = {field.name for cls in HEADS.values() for field in dataclasses.fields(cls)}
@@ -291,7 +294,7 @@ def _moe_args(params: dict[str, Any]) -> dict[str, Any]:
     moe = params["moe"]
     if not isinstance(moe, dict):
         return {}
-    return {"expert_hidden_dim": params.get("hidden_dim"), **moe}  # Mixtral's form: experts are hidden_dim wide
+    return {"expert_hidden_dim": params.get("hidden_dim"), **moe}  # Mixtral's params: experts have width hidden_dim
 
 
 def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
@@ -322,7 +325,7 @@ def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
     if audio.acoustic_codebook_size < 2:
         found.append(f"acoustic_codebook_size ({audio.acoustic_codebook_size}) must be at least 2")
     if max(audio.audio_token_id, audio.begin_audio_token_id) >= backbone.vocab_size:
-        found.append(f"audio token ids must be less than vocab_size ({backbone.vocab_size})")
+        found.append(f"audio_token_id and begin_audio_token_id must be less than vocab_size ({backbone.vocab_size})")
     found += _codec_contradictions(codec)
     if not found:
         for name, value in (
@@ -338,12 +341,12 @@ def _codec_contradictions(codec: CodecConfig) -> list[str]:
     try:
         encoder, decoder = codec.encoder_stages, codec.decoder_stages
     except ValueError:
-        return ["encoder_*_str and decoder_*_str must be comma-separated integers, equally many of each side"]
+        return ["encoder_*_str must be comma-separated integers, all three of one length, and so must decoder_*_str"]
     found = []
     if math.prod(s for _, _, s in encoder) != math.prod(s for _, _, s in decoder):
-        found.append("the strides of encoder_convs_strides_str and decoder_convs_strides_str multiply to other factors")
+        found.append("encoder_convs_strides_str and decoder_convs_strides_str must have the same product")
     if any(s not in (1, 2) or k < s for stages in (encoder, decoder) for _, k, s in stages):
-        found.append("codec strides must be 1 or 2, and no kernel shorter than its stride")
+        found.append("codec strides must be 1 or 2, and no kernel may be shorter than its stride")
     if decoder[0][2] != 1:
         found.append("the first decoder stride must be 1")
     return found

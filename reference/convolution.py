@@ -1,4 +1,4 @@
-"""The codec's causal convolutions: weight-normed, and blind to the future."""
+"""The codec's causal convolutions, with weight norm: an output row depends on no later input row."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,46 +8,61 @@ from .layers import upcast
 
 
 class CausalConv1d(nn.Module):
-    """Weight-normed convolution that sees the past only; the missing past of the first rows is padded."""
+    """A causal convolution with weight norm; the rows that are missing before the first row are padded.
+
+    Args:
+        n_in: input channels.
+        n_out: output channels.
+        kernel: kernel size.
+        stride: input rows per output row.
+        pad_mode: "reflect" or "replicate".
+    """
 
     def __init__(self, n_in: int, n_out: int, kernel: int, stride: int = 1, pad_mode: str = "reflect") -> None:
-        """`pad_mode`: "reflect" or "replicate"."""
         super().__init__()
         self.conv = weight_norm(nn.Conv1d(n_in, n_out, kernel, stride, bias=False))
         self.stride, self.padding, self.pad_mode = stride, kernel - stride, pad_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, n_in, T] -> [B, n_out, T / stride]; a last stride that is not whole is filled up by `pad_mode`."""
+        """Pad and convolve, [B, n_in, T] -> [B, n_out, ceil(T / stride)]."""
         return self.conv(self.pad(x))  # type: ignore[no-any-return]
 
     def convolve_upcast(self, padded: Tensor) -> Tensor:
-        """The product alone, in and out of wide numbers: for sound, where 8 bits are not enough to hear."""
+        """Convolve rows that are already padded, in fp32 (fp64 in an fp64 model), and return that dtype.
+
+        The codec's first convolution reads samples and its last writes samples: bf16's 8 bits are audibly too few.
+        """
         weight = upcast(self.conv.weight)
         return F.conv1d(padded.to(weight.dtype), weight, stride=self.stride)
 
     def pad(self, x: Tensor) -> Tensor:
-        """Put the missing past before `x`, and the missing end of its last stride after it."""
+        """Pad `x` at its start for causality, and at its end to a multiple of the stride."""
         if missing := -x.shape[-1] % self.stride:
             x = F.pad(x, (0, missing), self.pad_mode)
         return pad_left(x, self.padding, self.pad_mode)
 
 
 class CausalConvTranspose1d(nn.Module):
-    """Weight-normed transposed convolution; the ``kernel - stride`` rows that hang over the end are cut off."""
+    """A causal transposed convolution with weight norm; the last ``kernel - stride`` output rows are cut off.
+
+    The weight is [n_in, n_out, kernel], so the weight norm is per input channel.
+    """
 
     def __init__(self, n_in: int, n_out: int, kernel: int, stride: int) -> None:
-        """The weight is [n_in, n_out, kernel], so its norm is per input channel."""
         super().__init__()
         self.conv = weight_norm(nn.ConvTranspose1d(n_in, n_out, kernel, stride, bias=False))
-        self.stride, self.padding = stride, -(-kernel // stride) - 1  # rows before each that reach as far
+        self.stride, self.padding = stride, -(-kernel // stride) - 1  # padding counts earlier input rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, n_in, T] -> [B, n_out, stride T]."""
+        """Convolve, [B, n_in, T] -> [B, n_out, stride T]."""
         return self.conv(x)[..., : self.stride * x.shape[-1]]  # type: ignore[no-any-return]
 
 
 def pad_left(x: Tensor, n: int, mode: str) -> Tensor:
-    """Pad the last dimension on the left; "reflect" of a too short `x` sees zeros after its end."""
+    """Pad the last dimension of `x` with `n` values on the left.
+
+    If `mode` is "reflect" and `x` has at most `n` values, `x` is first extended by zeros at its end.
+    """
     if n == 0:
         return x
     T = x.shape[-1]

@@ -1,9 +1,10 @@
-"""The flow-matching head: noise to 36 acoustic codes in a few Euler steps, and the semantic code beside them.
+"""The flow-matching head, which computes a frame's semantic code and turns noise into its 36 acoustic codes.
 
-The public model's velocity network is a small bidirectional transformer over three tokens [x, t, h]: the state of the
-flow, the time, and the backbone's hidden state; another one is in ``mlp_head.py``. Either is evaluated with and
-without the hidden state (classifier-free guidance), both in one batch. (Voxtral TTS, arXiv 2603.25551; flow matching,
-arXiv 2210.02747; guidance, arXiv 2207.12598.)
+The acoustic codes come from a few steps of an ODE solver, which evaluates a velocity network once per step. The public
+model's network (``transformer_head.py``) is a small bidirectional transformer over three tokens [x, t, h]: the flow's
+state, the time, and the backbone's hidden state. The other network is in ``mlp_head.py``. Each evaluation runs with and
+without the hidden state (classifier-free guidance), both in one batch. Sources: Voxtral TTS, arXiv 2603.25551; flow
+matching, arXiv 2210.02747; guidance, arXiv 2207.12598.
 """
 
 import math
@@ -24,11 +25,11 @@ from .solver import integrate, time_grid
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of the flow time: ``[cos(t w), sin(t w)]`` with ``w_j = 10000^(-j / (dim / 2))``.
+    """Return sinusoids of the flow time: ``[cos(t w), sin(t w)]`` with ``w_j = 10000^(-j / (dim / 2))``.
 
     Args:
-        t: [...], in 0..1.
-        dim: even.
+        t: [...], flow times in 0..1.
+        dim: number of sinusoids, even.
 
     Returns:
         fp64 [..., dim].
@@ -40,11 +41,14 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def guide(v: Tensor, cfg_alpha: Tensor) -> Tensor:
-    """Classifier-free guidance: ``a v_cond + (1 - a) v_uncond``.
+    """Apply classifier-free guidance: ``a v_cond + (1 - a) v_uncond``.
 
     Args:
-        v: [2B, K], the conditional rows first.
-        cfg_alpha: [B].
+        v: [2B, K], the conditional velocities first, then the unconditional ones.
+        cfg_alpha: [B], the guidance strength a of each request.
+
+    Returns:
+        [B, K] in the dtype of `v`.
     """
     v_cond, v_uncond = v.chunk(2)
     alpha = cfg_alpha.to(v.dtype).unsqueeze(1)
@@ -52,11 +56,11 @@ def guide(v: Tensor, cfg_alpha: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor, levels: int) -> Tensor:
-    """The level of each coordinate: -1 is 0, +1 is ``levels - 1``, half rounds to even.
+    """Quantise each coordinate: -1 becomes level 0, +1 becomes ``levels - 1``, and halves round to even.
 
     Args:
-        x: [..., K], clamped to -1..1 here; NaN is level 0.
-        levels: 21 in the public model.
+        x: [..., K], clamped to -1..1 here; NaN becomes level 0.
+        levels: number of levels, 21 in the public model.
 
     Returns:
         int64 [..., K].
@@ -65,17 +69,19 @@ def quantise(x: Tensor, levels: int) -> Tensor:
 
 
 def lowest_argmax(logits: Tensor) -> Tensor:
-    """Index of the largest of the last dimension, the lowest one where several are equal (argmax promises none)."""
+    """Return the index of the largest value in the last dimension, the lowest such index if several values are equal.
+
+    ``torch.argmax`` does not specify which of several equal values it returns.
+    """
     index = torch.arange(logits.shape[-1], device=logits.device)
     is_max = logits == logits.amax(-1, keepdim=True)
     return torch.where(is_max, index, logits.shape[-1]).amin(-1)
 
 
 class FlowHead(nn.Module):
-    """What every head shares: hidden state in, one frame of 37 codes out, by any velocity network.
+    """Base class of the flow heads: turns a hidden state into one frame of 37 codes with any velocity network.
 
-    A network is a subclass with a ``semantic_codebook_output`` that adds :meth:`project_time`, :meth:`project_hidden`
-    and ``_velocity``.
+    A subclass defines ``semantic_codebook_output``, :meth:`project_time`, :meth:`project_hidden` and ``_velocity``.
     """
 
     config: AcousticTransformerConfig | VelocityMLPConfig
@@ -83,48 +89,58 @@ class FlowHead(nn.Module):
     semantic_codebook_output: nn.Linear
 
     def semantic_logits(self, h: Tensor) -> Tensor:
-        """Logits of the semantic codebook, [B, dim] -> wide [B, rows]; EMPTY and the padding rows are -inf."""
+        """Compute the semantic codebook's logits; those of EMPTY and of the padding rows are -inf.
+
+        Args:
+            h: [B, input_dim], the backbone's hidden state.
+
+        Returns:
+            fp32 (fp64 in an fp64 model) [B, semantic_rows].
+        """
         logits = upcast(self.semantic_codebook_output(h))
         n_codes = self.audio.semantic_codebook_size + N_SPECIAL_CODES
         index = torch.arange(logits.shape[-1], device=h.device)
         return logits.masked_fill((index == EMPTY_AUDIO) | (index >= n_codes), -torch.inf)
 
     def velocity(self, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """The velocity field, for training and for looking at it.
+        """Evaluate the velocity field once, without guidance, for training and for analysis.
 
         Args:
             x: [B, K], the flow's state.
-            t: [B] or [], in 0..1.
+            t: [B] or [], the flow time in 0..1.
             h: [B, input_dim], the backbone's hidden state; zeros for the unconditional branch.
 
         Returns:
-            wide [B, K].
+            fp32 (fp64 in an fp64 model) [B, K].
         """
         return self._velocity(x, self.project_time(t), self.project_hidden(h))
 
     def project_time(self, t: Tensor) -> Tensor:
-        """What the network takes for a flow time: [...] in 0..1 -> [..., dim]."""
+        """Project flow times in 0..1 to the network's input, [...] -> [..., dim]."""
         raise NotImplementedError
 
     def project_hidden(self, h: Tensor) -> Tensor:
-        """What it takes for a hidden state: [B, input_dim] -> [B, dim]."""
+        """Project hidden states to the network's input, [B, input_dim] -> [B, dim]."""
         raise NotImplementedError
 
     def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
-        """Integrate from noise (t = 0) to acoustic latents (t = 1): what :meth:`forward` quantises.
+        """Integrate from noise (t = 0) to the acoustic latents (t = 1) that :meth:`forward` quantises.
 
-        A model of continuous latents takes these. The branch without condition is given hidden states of zero, and
-        they are projected as any other: to zero, or to the projection's bias where it has one.
+        A model of continuous latents uses these latents directly. The unconditional branch gets hidden states of zero.
+        They are projected like any others, and so become zero, or the projection's bias where it has one.
 
         Args:
             h: [B, input_dim], the backbone's hidden state.
-            cfg_alpha: [B].
-            noise: [B, K].
-            steps: evaluations of the velocity, 1..64; each is one pass for both branches of the guidance.
-            solver: "euler", on evenly spaced times, or "ab2"; see :func:`integrate`.
+            cfg_alpha: [B], the guidance strength; 1 is no guidance.
+            noise: [B, K], standard normals.
+            steps: number of evaluations, 1..64; each is one pass for both branches of the guidance.
+            solver: "euler" or "ab2", see :func:`voxkern.reference.solver.integrate`.
 
         Returns:
-            wide [B, K], not clamped.
+            fp32 (fp64 in an fp64 model) [B, K], not clamped.
+
+        Raises:
+            ValueError: `solver` is unknown or `steps` is not in 1..64.
         """
         times = time_grid(solver, steps)
         projected = self.project_time(torch.tensor(times[:-1], dtype=torch.float64, device=h.device))  # [steps, dim]
@@ -143,17 +159,20 @@ class FlowHead(nn.Module):
         steps: int | None = None,
         solver: str = "euler",
     ) -> Tensor:
-        """One frame of codes.
+        """Generate one frame of codes.
 
         Args:
             h: [B, input_dim], the backbone's hidden state after its final norm.
-            cfg_alpha: [B], strength of the guidance; 1 is none.
+            cfg_alpha: [B], the guidance strength; 1 is no guidance.
             noise: [B, K] standard normals; None draws them from torch's generator.
-            steps: evaluations of the velocity; None takes the config's.
-            solver: "euler" or "ab2", see :func:`integrate`.
+            steps: number of evaluations, 1..64; None is the config's ``n_decoding_steps``.
+            solver: "euler" or "ab2", see :func:`voxkern.reference.solver.integrate`.
 
         Returns:
-            int64 [B, 1 + K] with the +2 offset. Where the semantic code is END (1) the acoustic ones are 2.
+            int64 [B, 1 + K] with the +2 offset. If the semantic code is END (1), the acoustic codes are 2.
+
+        Raises:
+            ValueError: a tensor has another shape, `solver` is unknown or `steps` is not in 1..64.
         """
         n_acoustic = self.audio.n_acoustic_codebook
         if h.ndim != 2 or h.shape[1] != self.config.input_dim:
@@ -170,10 +189,19 @@ class FlowHead(nn.Module):
         return torch.cat((semantic, acoustic.where(semantic != END_AUDIO, N_SPECIAL_CODES)), dim=1)
 
     def _semantic_code(self, h: Tensor) -> Tensor:
-        """[B]; a request whose logits are all NaN ends, and costs the others nothing."""
+        """Return int64 [B]; a request with only NaN logits gets END, and the other requests are unaffected."""
         logits = self.semantic_logits(h).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         return lowest_argmax(logits).where(logits.amax(-1) > -torch.inf, END_AUDIO)
 
     def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
-        """Wide [B, K] from the state [B, K] and the projected time [dim] or [B, dim] and hidden state [B, dim]."""
+        """Evaluate the velocity network.
+
+        Args:
+            x: [B, K], the flow's state.
+            time: [dim] or [B, dim], from :meth:`project_time`.
+            hidden: [B, dim], from :meth:`project_hidden`.
+
+        Returns:
+            fp32 (fp64 in an fp64 model) [B, K].
+        """
         raise NotImplementedError

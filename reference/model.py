@@ -1,4 +1,4 @@
-"""The whole model: backbone, flow head and codec under the checkpoint's names."""
+"""The whole model: backbone, flow head and codec, with the checkpoint's tensor names."""
 
 from torch import Tensor
 
@@ -11,29 +11,35 @@ from .transformer_head import FlowMatchingAudioTransformer
 
 
 def make_head(config: AcousticTransformerConfig | VelocityMLPConfig, audio: AudioModelConfig) -> FlowHead:
-    """The flow head that `config` chooses."""
+    """Return the flow head that `config` describes: the transformer or the residual MLP."""
     if isinstance(config, VelocityMLPConfig):
         return FlowMatchingAudioMLP(config, audio)
     return FlowMatchingAudioTransformer(config, audio)
 
 
 class VoxtralTTS(Backbone):
-    """Text and voice embeddings to hidden states, hidden states to codes, codes to sound.
+    """The whole text-to-speech model: the backbone, with the flow head and the codec as submodules.
 
-    The module tree is the checkpoint's tensor names, so loading is a strict ``load_state_dict``.
+    The module tree has the checkpoint's tensor names, so a checkpoint is loaded by a strict ``load_state_dict``.
+
+    Args:
+        config: the model's sizes.
+        encoder: whether to create the codec's encoder, which the public checkpoint lacks.
     """
 
     def __init__(self, config: Config, encoder: bool = False) -> None:
-        """`encoder`: also the codec's encoder, which the public checkpoint lacks."""
         super().__init__(config.backbone, config.audio)
         self.config = config
         self.acoustic_transformer = make_head(config.acoustic_transformer, config.audio)
         self.audio_tokenizer = AudioTokenizer(config.codec, encoder)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """int [..., T] text ids -> [..., T, dim]."""
+        """Embed text tokens, int [..., T] -> [..., T, dim]."""
         return self.mm_audio_embeddings.tok_embeddings(tokens)  # type: ignore[no-any-return]
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        """int [..., 37] codes with the +2 offset -> [..., dim]: the whole next input of the backbone."""
+        """Embed frames, int [..., 37] codes with the +2 offset -> [..., dim].
+
+        The embedding of the last frame is the backbone's whole next input.
+        """
         return self.mm_audio_embeddings.audio_codebook_embeddings(codes)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""Mixture of experts: a gate chooses a few SwiGLU experts for each token; shared experts serve every token.
+"""Mixture of experts: a gate selects a few SwiGLU experts for each token; every token also uses the shared experts.
 
-The names are those of Mistral's checkpoints, in which gate and experts stand in the layer itself:
+The names are those of Mistral's checkpoints, in which gate and experts are direct children of the layer:
 ``layers.L.gate.weight``, ``layers.L.experts.E.w1.weight``, ``layers.L.shared_experts.w1.weight``.
 """
 
@@ -16,20 +16,22 @@ from .config import MoEConfig
 from .layers import FeedForward, RMSNorm, upcast
 
 SCORINGS = ("softmax", "sigmoid")
-LOWEST = torch.finfo(torch.float32).min  # what orders experts is at least this; NaN counts as this
+# replaces NaN and -inf where experts are ordered, so that experts outside a token's groups, which get -inf, come last
+LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How logits become experts and weights.
+    """The rule that selects a token's experts and their weights from the gate's logits.
 
     Attributes:
-        top_k: experts of a token.
-        scoring: "softmax" over all experts, or "sigmoid" of each by itself.
-        n_groups: equal groups, in order, that the experts stand in.
-        n_groups_per_tok: groups that a token's experts may come from: those whose two best scores have the largest sum.
-        renormalise: a token's weights are divided by their sum.
-        scale: factor on the weights, after that.
+        top_k: number of experts of each token.
+        scoring: how logits become scores: "softmax" over all experts, or "sigmoid" of each logit.
+        n_groups: number of groups of equal size that the experts are split into, in order.
+        n_groups_per_tok: number of groups that a token's experts may come from; the groups with the largest sum of
+            their two best scores are used.
+        renormalise: whether a token's weights are divided by their sum.
+        scale: factor on the weights after renormalisation.
     """
 
     top_k: int
@@ -41,21 +43,21 @@ class Routing:
 
 
 def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The experts of each token and their weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    """Select the experts of each token and compute their weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-    Experts are ordered by their logits; where there is a bias, by score + bias, while weights are of the scores alone.
-    Equal ones are taken lowest id first.
+    Without a bias, experts are ordered by their logits. With a bias, experts and groups are ordered by score + bias,
+    but the weights come from the scores alone. Of equal experts, the lowest id comes first.
 
     Args:
         logits: [M, E], fp32 or fp64.
-        routing: how.
-        bias: [E], the correction that keeps experts equally busy.
+        routing: the routing rule.
+        bias: [E], a correction that balances the load of the experts; None is no correction.
 
     Returns:
-        ids int64 [M, k] from the best on, and weights [M, k] in the dtype of `logits`.
+        ids int64 [M, k], best expert first, and weights [M, k] in the dtype of `logits`.
 
     Raises:
-        ValueError: k, groups or scoring do not fit E experts.
+        ValueError: `routing` does not fit E experts, see :func:`check_routing`.
     """
     check_routing(logits.shape[-1], routing)
     scores = logits.softmax(-1) if routing.scoring == "softmax" else logits.sigmoid()
@@ -72,10 +74,10 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
 
 
 def check_routing(E: int, routing: Routing) -> None:
-    """Raise unless `routing` fits `E` experts.
+    """Check that `routing` fits `E` experts.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the scoring is unknown, or the number of groups or of experts per token does not fit `E`.
     """
     if routing.scoring not in SCORINGS:
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {routing.scoring!r}")
@@ -89,21 +91,22 @@ def check_routing(E: int, routing: Routing) -> None:
 
 
 def mix_experts(x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[nn.Module], alone: bool) -> Tensor:
-    """``sum_j weights[:, j] * experts[ids[:, j]](x)``, summed wide in the order of j.
+    """Compute ``sum_j weights[:, j] * experts[ids[:, j]](x)``, summed in the dtype of `weights` in the order of j.
 
     Args:
         x: [M, dim].
-        ids: int64 [M, k].
-        weights: [M, k].
-        experts: [M, dim] -> [M, dim] each; those that no token asks for are not run.
-        alone: an expert sees its own tokens only. Otherwise it sees all M, and what it makes of a token does not depend
-            on how many others ask for it: products of another number of rows have other last bits.
+        ids: int64 [M, k], the experts of each token.
+        weights: [M, k], their weights, in the upcast dtype (see :func:`voxkern.reference.layers.upcast`).
+        experts: modules [M, dim] -> [M, dim]; an expert that no token uses does not run.
+        alone: whether an expert runs only on the tokens that use it. If False, it runs on all M tokens. A token's
+            result then does not depend on how many other tokens use the expert: the last bits of a product depend on
+            its number of rows.
 
     Returns:
         [M, dim] in the dtype of `weights`.
 
     Raises:
-        ValueError: an id is not that of an expert.
+        ValueError: an id is outside 0..E - 1.
     """
     outside = ids[(ids < 0) | (ids >= len(experts))]
     if len(outside):
@@ -119,23 +122,30 @@ def mix_experts(x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[nn.Mo
 
 
 class Gate(nn.Linear):
-    """Logits of the experts, wide: rounded to bf16, two experts of 128 would often tie."""
+    """The linear layer that computes the experts' logits in fp32 (fp64 in an fp64 model).
+
+    Logits rounded to bf16 would often be equal for two of 128 experts.
+
+    Args:
+        dim: size of a token.
+        n_experts: number of experts E.
+        correction: whether to create DeepSeek-V3's bias, which affects the order of experts but not their weights.
+    """
 
     e_score_correction_bias: Tensor | None
 
     def __init__(self, dim: int, n_experts: int, correction: bool = False) -> None:
-        """`correction`: with the bias of DeepSeek-V3, which orders experts and is no part of their weights."""
         super().__init__(dim, n_experts, bias=False)
         zeros = nn.Parameter(torch.zeros(n_experts)) if correction else None
         self.register_parameter("e_score_correction_bias", zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., E]."""
+        """Compute the logits, [..., dim] -> [..., E]."""
         return F.linear(upcast(x), upcast(self.weight))
 
 
 class MoEBlock(nn.Module):
-    """Pre-norm block: attention, then a mixture of experts, each added to the stream."""
+    """A pre-norm layer of the backbone: attention, then a mixture of experts, each added to its input."""
 
     def __init__(
         self,
@@ -148,7 +158,10 @@ class MoEBlock(nn.Module):
         scoring: str = "softmax",
         correction: bool = False,
     ) -> None:
-        """`scoring` and `correction` have no key in Mistral's params.json: its models have softmax and no bias.
+        """Create the layer.
+
+        Mistral's params.json has no keys for `scoring` and `correction`, because Mistral's models use softmax and no
+        bias. The other arguments are sizes.
 
         Raises:
             ValueError: `scoring` is unknown, or `moe` contradicts itself.
@@ -163,21 +176,25 @@ class MoEBlock(nn.Module):
         self.attention = Attention(dim, n_heads, n_kv_heads, head_dim)
         self.gate = Gate(dim, moe.num_experts, correction)
         self.experts = nn.ModuleList(FeedForward(dim, moe.expert_hidden_dim) for _ in range(moe.num_experts))
-        if self.n_shared:  # several stand side by side in one, as in the checkpoint
+        if self.n_shared:  # one wide feed-forward holds all of them, as in the checkpoint
             self.shared_experts = FeedForward(dim, self.n_shared * moe.expert_hidden_dim)
         self.attention_norm = RMSNorm(dim, norm_eps)
         self.ffn_norm = RMSNorm(dim, norm_eps)
 
     def forward(self, u: Tensor, attend: Attend, n_queries: int | None = None) -> Tensor:
-        """[B, T, dim] -> [B, n_queries, dim]; tokens past `n_queries` serve as keys and values only."""
+        """Run the layer on `u` [B, T, dim] and return the output of the first `n_queries` tokens [B, n_queries, dim].
+
+        The remaining tokens contribute only keys and values. `attend` and `n_queries` are those of
+        :meth:`voxkern.reference.attention.Attention.forward`.
+        """
         u = u[:, :n_queries] + self.attention(self.attention_norm(u), attend, n_queries)
         return u + self.mixture(self.ffn_norm(u))
 
     def mixture(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> [B, T, dim].
+        """Apply the mixture of experts, [B, T, dim] -> [B, T, dim].
 
-        Requests of several tokens run one at a time, and those of one token together, every expert on all of them: so
-        a request's bits do not depend on its neighbours.
+        Requests of several tokens run one at a time. Requests of one token run together, and every selected expert runs
+        on all of them. A request's result therefore has the same bits whatever other requests the batch holds.
         """
         if x.shape[1] == 1:
             return self._mixture(x[:, 0], alone=False).unsqueeze(1)
@@ -196,7 +213,7 @@ def _ordered(order: Tensor) -> Tensor:
 
 
 def _in_best_groups(ranked: Tensor, routing: Routing) -> Tensor:
-    """bool [M, E]: whether an expert stands in one of its token's groups."""
+    """Return bool [M, E]: whether each expert is in one of the groups selected for the token."""
     groups = ranked.view(len(ranked), routing.n_groups, -1)  # [M, groups, E / groups]
     best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
     chosen = _ordered(best).sort(dim=-1, descending=True, stable=True).indices[:, : routing.n_groups_per_tok]

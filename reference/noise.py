@@ -1,8 +1,9 @@
-"""The flow head's starting noise: counter-based, so that it depends on a request's seed and frame and nothing else.
+"""The flow head's initial noise, which depends only on a request's seed and the number of its frame.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Key = the 64-bit seed, counter =
-(codebook // 4, frame, 0, 0): one call gives the four words of four codebooks. A word becomes a normal through a table
-of quantiles, so the kernels' noise equals this one to the bit on every machine.
+The generator is the counter-based Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+2011). The key is the 64-bit seed, and the counter is (codebook // 4, frame, 0, 0). One call returns the words of four
+codebooks. A table of quantiles turns a word into a standard normal. The kernels' noise therefore has the bits of this
+noise on every machine.
 """
 
 from collections.abc import Iterable
@@ -16,10 +17,10 @@ _LOW = 0xFFFFFFFF
 
 
 def seed_tensor(seeds: Iterable[int]) -> Tensor:
-    """Seeds 0 .. 2^64 - 1 as an int64 tensor of the same 64 bits.
+    """Return seeds 0 .. 2^64 - 1 as an int64 tensor [B] with the same 64 bits.
 
     Raises:
-        ValueError: a seed outside that range.
+        ValueError: a seed is outside that range.
     """
     seeds = list(seeds)
     for seed in seeds:
@@ -29,11 +30,11 @@ def seed_tensor(seeds: Iterable[int]) -> Tensor:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32.
+    """Run the ten rounds of Philox4x32-10.
 
     Args:
-        counter: four int64 tensors that hold 32-bit words.
-        key: two of them.
+        counter: four int64 tensors of 32-bit words.
+        key: two int64 tensors of 32-bit words.
 
     Returns:
         Four int64 tensors of 32-bit words.
@@ -41,7 +42,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # an int64 product wraps mod 2^64, which leaves all 64 bits of the unsigned product
+        # an int64 product wraps mod 2^64, so it has the same 64 bits as the unsigned product
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (p1 >> 32) & _LOW ^ c1 ^ k0, p1 & _LOW, (p0 >> 32) & _LOW ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
@@ -49,12 +50,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def noise_words(seed: Tensor, frame: Tensor, n_codebooks: int) -> Tensor:
-    """The 32-bit words behind a frame's noise.
+    """Return the random 32-bit words of one frame of each request.
 
     Args:
         seed: int64 [B], see :func:`seed_tensor`.
-        frame: int [B], counted from 0 in each request.
-        n_codebooks: K acoustic codebooks.
+        frame: int [B], number of the frame in its request, from 0.
+        n_codebooks: number K of acoustic codebooks.
 
     Returns:
         int64 [B, K].
@@ -69,13 +70,13 @@ def noise_words(seed: Tensor, frame: Tensor, n_codebooks: int) -> Tensor:
 
 @cache
 def quantile_table() -> Tensor:
-    """Standard normal quantiles at (i + 1/2) / 2^16, fp32 [65536]."""
+    """Return the standard normal quantiles at (i + 1/2) / 2^16, fp32 [65536]."""
     n = 1 << QUANTILE_BITS
     quantiles: Tensor = torch.special.ndtri((torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n)
     return quantiles.float()
 
 
 def noise(seed: Tensor, frame: Tensor, n_codebooks: int) -> Tensor:
-    """Standard normals, fp32 [B, K]; arguments as in :func:`noise_words`."""
+    """Return one frame of standard normals, fp32 [B, K]; the arguments are those of :func:`noise_words`."""
     index = noise_words(seed, frame, n_codebooks) >> (32 - QUANTILE_BITS)
     return quantile_table().to(seed.device)[index]

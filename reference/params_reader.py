@@ -1,4 +1,4 @@
-"""Reads dataclasses from the dict of a ``params.json``, and collects what is wrong with it."""
+"""Reading of dataclasses from the dict of a ``params.json``, with one error for all problems."""
 
 import dataclasses
 import typing
@@ -6,19 +6,26 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A ``params.json`` that is incomplete, contradictory, or describes a model voxkern does not run."""
+    """Raised if a ``params.json`` is incomplete or contradictory, or describes a model that voxkern does not run."""
 
 
 class ParamsReader:
-    """Collects what is wrong with a params dict, so that one error names all of it."""
+    """Reads values from a params dict and collects its problems, so that one error names them all.
+
+    Attributes:
+        missing: full names of the required keys that are missing.
+        wrong: descriptions of the other problems.
+    """
 
     def __init__(self) -> None:
-        """Nothing is wrong yet."""
         self.missing: list[str] = []
         self.wrong: list[str] = []
 
     def section(self, parent: dict[str, Any], path: str) -> dict[str, Any]:
-        """The object at the end of `path` in `parent`; empty if it is missing or none."""
+        """Return the JSON object that `parent` has under the last key of `path`.
+
+        If it is missing or not an object, the problem is recorded and the result is empty.
+        """
         value = parent.get(path.rsplit(".", 1)[-1])
         if isinstance(value, dict):
             return value
@@ -26,7 +33,17 @@ class ParamsReader:
         return {}
 
     def read(self, cls: type, args: dict[str, Any], prefix: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Values of the dataclass `cls`, but for the fields in `skip`; `prefix` names where `args` stand."""
+        """Read the fields of a dataclass and record missing and wrong values.
+
+        Args:
+            cls: the dataclass; a field's type hint is the type that its value must have.
+            args: the JSON object to read.
+            prefix: path of `args` for messages, with a dot at its end; empty at the top level.
+            skip: fields to leave out.
+
+        Returns:
+            The values by field name, without the fields that are absent or wrong.
+        """
         kinds = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
@@ -51,7 +68,10 @@ class ParamsReader:
     def unsupported(
         self, params: dict[str, Any], audio: dict[str, Any], codec: dict[str, Any], acoustic: dict[str, Any]
     ) -> None:
-        """Keys whose other value would be computed wrongly, so that ignoring them is not an option."""
+        """Record keys with values that voxkern does not run.
+
+        These keys cannot be ignored, because the model would be computed wrongly.
+        """
         checks: list[tuple[dict[str, Any], str, Any]] = [
             (params, "use_biases", False),
             (params, "causal", True),
@@ -72,7 +92,7 @@ class ParamsReader:
                 self.wrong.append(f"{key} = {args[key]!r} is not supported (only {only!r})")
 
     def raise_problems(self) -> None:
-        """Raise ConfigError if anything was missing or wrong."""
+        """Raise ConfigError if any key was missing or wrong."""
         parts = []
         if self.missing:
             parts.append("missing keys: " + ", ".join(self.missing))

@@ -1,4 +1,4 @@
-"""ODE solvers of the flow: Euler's method and two-step Adams-Bashforth, from time 0 to 1."""
+"""ODE solvers of the flow from time 0 to 1: Euler's method and the two-step Adams-Bashforth method."""
 
 import itertools
 from collections.abc import Callable
@@ -11,18 +11,18 @@ SOLVERS = ("euler", "ab2")
 
 
 def euler_step(x: Tensor, v: Tensor, dt: float) -> Tensor:
-    """``x + dt v``."""
+    """Return the state after one Euler step, ``x + dt v``."""
     return x + dt * v
 
 
 def time_grid(solver: str, steps: int) -> list[float]:
-    """The steps + 1 times from 0 to 1 that a solver stands at.
+    """Return the steps + 1 times from 0 to 1 between which a solver steps.
 
-    Euler's are evenly spaced, as the public model is served. The two-step solver's are warped towards the end, where
-    the field bends most: ``1 - (1 - k / steps)^1.5``.
+    Euler's times are evenly spaced, as the public model is served. The times of "ab2" are
+    ``1 - (1 - k / steps)^1.5``: they are denser towards 1, where the velocity field changes most.
 
     Raises:
-        ValueError: an unknown solver, or `steps` not in 1..64.
+        ValueError: `solver` is unknown or `steps` is not in 1..64.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
@@ -34,9 +34,9 @@ def time_grid(solver: str, steps: int) -> list[float]:
 
 
 def step_ratios(solver: str, times: list[float]) -> list[float]:
-    """What each step adds of the velocity's last change: ``dt_k / (2 dt_{k-1})`` for two-step Adams-Bashforth.
+    """Return the factor r of each step on the velocity's last change: ``dt_k / (2 dt_{k-1})`` for "ab2".
 
-    Zero for a first step, and for Euler.
+    The factor is 0 for the first step and for all steps of Euler's method.
     """
     if solver == "euler":
         return [0.0] * (len(times) - 1)
@@ -45,16 +45,20 @@ def step_ratios(solver: str, times: list[float]) -> list[float]:
 
 
 def integrate(velocity: Callable[[Tensor, int], Tensor], x: Tensor, solver: str, times: list[float]) -> Tensor:
-    """Follow a velocity field from the first of `times` to the last, evaluating it once a step.
+    """Integrate a velocity field from the first of `times` to the last, with one evaluation per step.
 
-    ``x += dt (v + r (v - v_last))`` with r of :func:`step_ratios`: Euler's method, or the two-step Adams-Bashforth
-    method on uneven steps (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, III.5).
+    A step is ``x += dt (v + r (v - v_last))`` with r from :func:`step_ratios`. This is Euler's method, or the two-step
+    Adams-Bashforth method on uneven steps (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I,
+    III.5).
 
     Args:
-        velocity: (state, number of the step) -> the velocity there.
+        velocity: function of the state and the step's number, from 0; returns the velocity at the step's start.
         x: the state at the first time.
         solver: "euler" or "ab2".
-        times: increasing.
+        times: increasing times, from :func:`time_grid`.
+
+    Returns:
+        The state at the last time, of the shape of `x`.
     """
     last = torch.zeros_like(x)
     ratios = step_ratios(solver, times)

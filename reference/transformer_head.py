@@ -12,12 +12,11 @@ from .layers import RMSNorm, upcast
 
 
 class FlowMatchingAudioTransformer(FlowHead):
-    """The public model's head: its velocity network is a transformer."""
+    """The flow head of the public model, with the names of the checkpoint's ``acoustic_transformer``."""
 
     config: AcousticTransformerConfig
 
     def __init__(self, config: AcousticTransformerConfig, audio: AudioModelConfig) -> None:
-        """Names as in the checkpoint's ``acoustic_transformer``."""
         super().__init__()
         self.config, self.audio = config, audio
         self.input_projection = nn.Linear(audio.n_acoustic_codebook, config.dim, bias=False)
@@ -34,12 +33,12 @@ class FlowMatchingAudioTransformer(FlowHead):
         self.acoustic_codebook_output = nn.Linear(config.dim, audio.n_acoustic_codebook, bias=False)
 
     def project_time(self, t: Tensor) -> Tensor:
-        """The t token."""
+        """Return the t token, [...] in 0..1 -> [..., dim]."""
         weight = self.time_projection.weight
         return self.time_projection(time_embedding(t, self.config.dim).to(weight.dtype))  # type: ignore[no-any-return]
 
     def project_hidden(self, h: Tensor) -> Tensor:
-        """The h token; there is no bias, so zeros give zeros."""
+        """Return the h token, [B, input_dim] -> [B, dim]; the projection has no bias, so zeros give zeros."""
         return self.llm_projection(h)  # type: ignore[no-any-return]
 
     def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
@@ -49,5 +48,5 @@ class FlowMatchingAudioTransformer(FlowHead):
         attend = partial(attention, causal=False)
         for layer in layers:
             tokens = layer(tokens, attend)
-        tokens = last(tokens, attend, n_queries=1)  # only the x token is read
+        tokens = last(tokens, attend, n_queries=1)  # only the x token's output is used
         return upcast(self.acoustic_codebook_output(self.norm(tokens[:, 0])))

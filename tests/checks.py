@@ -1,4 +1,4 @@
-"""What is asked of every operator. The tests of the registry hold these, and the planted faults must break them."""
+"""Checks that every operator must pass: test_operators.py runs them, and planted faults must fail them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from voxkern.kernels import launch_config
 
 
 def results(entry: Entry, call: Callable[..., Any], args: dict[str, Any]) -> list[Tensor]:
-    """What a call returns and what it writes to, in order."""
+    """Call an operator; return its results, then the arguments that it writes to, in one list."""
     returned = call(**args)
     if isinstance(returned, Tensor):
         returned = [returned]
@@ -22,7 +22,11 @@ def results(entry: Entry, call: Callable[..., Any], args: dict[str, Any]) -> lis
 
 
 def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
-    """The launcher's results, into memory that is guarded and full of NaN."""
+    """Run the launcher of an operator, and return its results as a list.
+
+    The results are written to guarded memory full of NaN, and the guards are checked. For an operator without results,
+    the caller must guard the arguments that the operator writes to.
+    """
 
     def call(**args: Any) -> Any:
         out = entry.op.declare(**args)
@@ -41,7 +45,10 @@ def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
 
 
 def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = None) -> None:
-    """DESIGN rule 1 against fp64, from guarded arguments; `apart` names one whose rows are to lie apart."""
+    """Check the accuracy of an operator against fp64 (DESIGN rule 1), on guarded arguments.
+
+    Integer results must equal those of the reference. `apart` names an argument to pass with gaps between its rows.
+    """
     args = entry.args(case, TensorMaker(DTYPES[dtype]))
     truth = results(entry, entry.reference, to_dtype(args, torch.float64))
     plain = results(entry, entry.reference, guarded_args(args))
@@ -57,14 +64,14 @@ def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = No
 
 
 def assert_within(entry: Entry, case: Case) -> None:
-    """No lane of any block reads or writes outside of the arguments, masked lanes aside."""
+    """Check that no unmasked lane of any block reads or writes outside the arguments."""
     args = entry.args(case, TensorMaker(DTYPES[case.dtypes[-1]]))
     with counting(whole=True, indirect=listed(args)):
         entry.op.run(**args)
 
 
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
-    """DESIGN rule 5 at the true sizes with the tiles of `arch`: one row tile loads each weight byte once."""
+    """Check that one row tile loads each weight byte once (DESIGN rule 5), for `case` with the tiles of `arch`."""
     args = entry.args(case, TensorMaker(DTYPES[dtype]))
     with launch_config.target_arch(arch), counting(whole=not entry.regular_grid, indirect=listed(args)) as launches:
         entry.op.run(**args)
@@ -73,5 +80,5 @@ def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
     for name in entry.read_once:
         traffic = [launch.of(args[name]) for launch in launches if args[name].data_ptr() in launch.pointers.values()]
         least = args[name].numel() * args[name].element_size()
-        assert sum(t.dram for t in traffic) == least, f"{name}: {traffic} where {least:,} bytes would do"
+        assert sum(t.dram for t in traffic) == least, f"{name}: {traffic}, but {least:,} bytes from DRAM are enough"
         assert sum(t.again for t in traffic) <= least * (row_tiles - 1), f"{name} is loaded more than once: {traffic}"

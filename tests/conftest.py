@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here, fresh memory is never zero by luck, and tiny checkpoints are at hand."""
+"""Set-up of all tests: Triton's interpreter, NaN in uninitialised memory, and tiny checkpoints."""
 
 import importlib
 import importlib.util
@@ -18,14 +18,14 @@ import voxkern
 from voxkern.checkpoint import read_checkpoint, read_params
 from voxkern.random_checkpoint import make_checkpoint
 
-torch.set_num_threads(1)  # what is computed here is tiny: a second thread costs more than it gives
+torch.set_num_threads(1)  # the tests compute little: a second thread costs more time than it saves
 logging.getLogger("voxkern").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def _load_bench() -> None:
-    # bench is not installed, and with the root on sys.path bare `kernels` and `reference` would be importable
+    # bench is not installed, and the root on sys.path would make bare `kernels` and `reference` importable
     path = ROOT / "bench" / "__init__.py"
     spec = importlib.util.spec_from_file_location("bench", path, submodule_search_locations=[str(path.parent)])
     assert spec is not None
@@ -35,12 +35,12 @@ def _load_bench() -> None:
 
 
 _load_bench()
-importlib.import_module("bench.interpreter").patch_once_per_launch()  # the tests take a quarter less
+importlib.import_module("bench.interpreter").patch_once_per_launch()  # saves a quarter of the tests' time
 
 
 @pytest.fixture(autouse=True)
 def fresh_memory() -> Iterator[None]:
-    """``torch.empty`` and its kin give NaN, or the largest integer: an element never written cannot pass for one."""
+    """Make ``torch.empty`` and the like return NaN, or the largest integer, so that unwritten elements show."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -49,13 +49,13 @@ def fresh_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint in fp32, with the codec's encoder."""
+    """Write a tiny fp32 checkpoint with the codec's encoder, and return its folder."""
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), dtype=torch.float32, encoder=True)
 
 
 @pytest.fixture(scope="session")
 def mlp_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a flow head whose velocity network is the residual MLP."""
+    """Write a tiny fp32 checkpoint with the residual MLP as velocity network, and return its folder."""
     return make_checkpoint(tmp_path_factory.mktemp("mlp"), dtype=torch.float32, velocity_mlp=True)
 
 
@@ -66,11 +66,11 @@ def tiny_params(tiny_folder: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Path) -> voxkern.reference.VoxtralTTS:
-    """Its model, fp32. Read only."""
+    """Return the model of `tiny_folder`, in fp32. Tests must not change it."""
     return read_checkpoint(tiny_folder).model
 
 
 @pytest.fixture(scope="session")
 def tiny_weights(tiny_model: voxkern.reference.VoxtralTTS) -> dict:
-    """Its tensors as fp64 numpy arrays."""
+    """Return the tensors of `tiny_model` by name, as fp64 numpy arrays."""
     return {name: tensor.double().numpy() for name, tensor in tiny_model.state_dict().items()}

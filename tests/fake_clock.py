@@ -1,4 +1,4 @@
-"""A made-up clock: what a GPU's would be asked is asked of it, and nothing is run but the warm-up."""
+"""A fake clock for the tests of bench/timing.py: it runs calls only to warm up, and takes times from lists."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,11 +7,16 @@ from bench.timing import Copy
 
 
 class FakeClock:
-    """A GPU's clock that runs nothing but the warm-up: seconds come from a list for each variant, by its first result.
+    """Replaces a GPU's clock: runs the calls of a variant once, then takes the time of each round from a list.
+
+    The result of a variant's first call is its name.
 
     Attributes:
-        log: whose round was run, in order.
-        prepared: calls of each variant.
+        seconds: times of each variant's rounds, by name; the last one is repeated.
+        roof: what `copy` returns.
+        how: how rounds are run, for the record.
+        log: the variant of each round, in the order of the rounds.
+        prepared: the calls of each variant, by name.
     """
 
     rotates = True

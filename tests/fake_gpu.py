@@ -1,4 +1,4 @@
-"""A made-up GPU for the clock: a stream whose launches take a millisecond, graphs that record them, and events."""
+"""A fake GPU for the tests of the timer: a stream where a launch takes 1 ms, graphs that record launches, events."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +9,13 @@ import torch
 
 
 class FakeGPU:
-    """What ``torch.cuda`` is asked for by the timer.
+    """Replaces the parts of ``torch.cuda`` that the timer uses.
 
     Attributes:
-        now: milliseconds that its stream has worked.
-        replays: of all graphs.
+        now: milliseconds of work done on the stream.
+        replays: number of replays of all graphs.
+        recording: the graph that is being captured, or None.
+        mode: the mode of ``torch.cuda.set_sync_debug_mode``.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +60,7 @@ class FakeGPU:
             self.recording = None
 
     def launch(self, work: Callable[[], Any]) -> None:
-        """Put work on the stream."""
+        """Run `work` on the stream, or record it while a graph is being captured."""
         if self.recording is not None:
             self.recording.launches.append(work)
         else:
@@ -66,6 +68,6 @@ class FakeGPU:
             work()
 
     def wait(self) -> None:
-        """What ``.item()`` does."""
+        """Wait for the device, as ``.item()`` does; raise in the debug mode "error"."""
         if self.mode == "error":
             raise RuntimeError("called a synchronizing CUDA operation")

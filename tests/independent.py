@@ -1,9 +1,9 @@
 """A second derivation of the model, in float64 numpy, from the equations of the specification alone.
 
-It shares no code with the PyTorch reference and says everything the plain way, so that the two agree only if both
-are right. Weights are a mapping from checkpoint names (section 5) to float64 arrays, params is params.json as a dict
-(section 1). Sequences are laid out rows first, [T, channels], the codec included. Section numbers are the
-specification's.
+It shares no code with the PyTorch reference and is written in the plainest way, so that the two agree only if both are
+right. Weights are a mapping from checkpoint names (section 5) to float64 arrays; params is params.json as a dict
+(section 1). Sequences are stored rows first, [T, channels], also in the codec. Numbers in parentheses are sections of
+the specification.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import numpy as np
 Weights = Mapping[str, np.ndarray]
 Params = Mapping[str, Any]
 
-SPECIALS = 2  # EMPTY_AUDIO and END_AUDIO stand before the real codes of every codebook
+SPECIALS = 2  # EMPTY_AUDIO and END_AUDIO come before the real codes of every codebook
 EMPTY_AUDIO = 0
 END_AUDIO = 1
 DEFAULT_NORM_EPS = 1e-5
@@ -23,20 +23,20 @@ DEFAULT_ENCODER_LENGTHS = "2,2,2,2"
 
 
 def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
-    """[..., n] and gain [n] -> [..., n] (2.1)."""
+    """Divide x [..., n] by its root mean square, and multiply it by gain [n] (2.1)."""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
 
 
 def swiglu(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
-    """[..., n] -> [..., n]: W2(silu(W1 x) * W3 x) (2.1)."""
+    """Return W2(silu(W1 x) * W3 x) of x [..., n] (2.1)."""
     gate = x @ weights[f"{prefix}.w1.weight"].T
     up = x @ weights[f"{prefix}.w3.weight"].T
-    # silu(g) = g sigmoid(g), and sigmoid through tanh cannot overflow
+    # silu(g) = g sigmoid(g); sigmoid is computed through tanh, which cannot overflow
     return (gate * 0.5 * (1.0 + np.tanh(gate / 2.0)) * up) @ weights[f"{prefix}.w2.weight"].T
 
 
 def rope(x: np.ndarray, theta: float) -> np.ndarray:
-    """[T, heads, head_dim] -> the same, row p turned by position p in interleaved pairs (2i, 2i+1) (2.1)."""
+    """Rotate row p of x [T, heads, head_dim] by position p, in interleaved pairs (2i, 2i+1) (2.1)."""
     rows, _, head_dim = x.shape
     inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     angle = (np.arange(rows)[:, None] * inverse)[:, None, :]
@@ -48,7 +48,10 @@ def rope(x: np.ndarray, theta: float) -> np.ndarray:
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """[..., T, heads, d], two of [..., T, kv_heads, d], bias [heads or 1, T, T] -> [..., T, heads * d] (2.1)."""
+    """Return the attention [..., T, heads * d] of queries q to keys k and values v (2.1).
+
+    q is [..., T, heads, d], k and v are [..., T, kv_heads, d], and bias is [heads or 1, T, T].
+    """
     heads, head_dim = q.shape[-2:]
     group = heads // k.shape[-2]
     mixed = []
@@ -61,14 +64,14 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray) -> np.
 
 
 def split_heads(x: np.ndarray, heads: int) -> np.ndarray:
-    """[..., heads * d] -> [..., heads, d]."""
+    """Reshape x [..., heads * d] to [..., heads, d]."""
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def decoder_layer(
     weights: Weights, prefix: str, args: Params, u: np.ndarray, bias: np.ndarray, theta: float | None
 ) -> np.ndarray:
-    """[..., T, dim] -> [..., T, dim]: a layer of the backbone (2.1), or with theta None of the flow head (3.1)."""
+    """Apply a layer of the backbone (2.1), or of the flow head (3.1) if theta is None, to u [..., T, dim]."""
     eps = args.get("norm_eps", DEFAULT_NORM_EPS)
     a = rms_norm(u, weights[f"{prefix}.attention_norm.weight"], eps)
     q = split_heads(a @ weights[f"{prefix}.attention.wq.weight"].T, args["n_heads"])
@@ -81,7 +84,10 @@ def decoder_layer(
 
 
 def backbone_hidden(weights: Weights, params: Params, embeddings: np.ndarray) -> np.ndarray:
-    """[T, dim] -> [T, dim], after the final norm: every row sees itself and all before it (2.1)."""
+    """Return the hidden states [T, dim] of embeddings [T, dim], after the final norm (2.1).
+
+    Every row attends to itself and to all rows before it.
+    """
     u = np.asarray(embeddings, dtype=np.float64)
     rows = np.arange(len(u))
     causal = np.where(rows[None, :] <= rows[:, None], 0.0, -np.inf)[None]
@@ -91,7 +97,7 @@ def backbone_hidden(weights: Weights, params: Params, embeddings: np.ndarray) ->
 
 
 def embed_codes(weights: Weights, params: Params, codes: np.ndarray) -> np.ndarray:
-    """[37] codes including the +2 -> [dim]: the next input of the backbone (2.3)."""
+    """Return the sum [dim] of the embeddings of 37 codes, +2 included: the backbone's next input (2.3)."""
     audio = params["multimodal"]["audio_model_args"]
     table = weights["mm_audio_embeddings.audio_codebook_embeddings.embeddings.weight"]
     total = np.zeros(table.shape[1])
@@ -103,7 +109,7 @@ def embed_codes(weights: Weights, params: Params, codes: np.ndarray) -> np.ndarr
 
 
 def semantic_logits(weights: Weights, params: Params, h: np.ndarray) -> np.ndarray:
-    """[B, dim] -> [B, rows]: EMPTY_AUDIO and the padding rows are -inf (3.2)."""
+    """Return the semantic logits [B, rows] of h [B, dim]; EMPTY_AUDIO and the padding rows are -inf (3.2)."""
     logits = np.asarray(h, dtype=np.float64) @ weights["acoustic_transformer.semantic_codebook_output.weight"].T
     logits[:, EMPTY_AUDIO] = -np.inf
     logits[:, SPECIALS + params["multimodal"]["audio_model_args"]["semantic_codebook_size"] :] = -np.inf
@@ -111,14 +117,14 @@ def semantic_logits(weights: Weights, params: Params, h: np.ndarray) -> np.ndarr
 
 
 def time_embedding(t: float, dim: int) -> np.ndarray:
-    """Time in [0, 1] -> [dim], cosines first (3.3)."""
+    """Return the sinusoids [dim] of a time in [0, 1], cosines first (3.3)."""
     half = dim // 2
     angle = t * np.exp(-np.log(10000.0) * np.arange(half) / half)
     return np.concatenate([np.cos(angle), np.sin(angle)])
 
 
 def velocity(weights: Weights, params: Params, x: np.ndarray, t: float, h: np.ndarray) -> np.ndarray:
-    """[B, 36], time, [B, dim] -> [B, 36] (3.3)."""
+    """Return the velocity [B, 36] at state x [B, 36], time t and hidden state h [B, dim] (3.3)."""
     args = params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]
     if args.get("kind") == "adaln_mlp":
         return mlp_velocity(weights, args, x, t, h)
@@ -135,24 +141,24 @@ def velocity(weights: Weights, params: Params, x: np.ndarray, t: float, h: np.nd
 
 
 def affine(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
-    """[..., n] -> [..., m]: W x + b."""
+    """Return W x + b, [..., m], of x [..., n] and the flow head's linear layer `name`."""
     name = f"acoustic_transformer.{name}"
     return np.asarray(x, dtype=np.float64) @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
 def silu(x: np.ndarray) -> np.ndarray:
-    """x / (1 + exp(-x))."""
+    """Return x / (1 + exp(-x)), computed through tanh."""
     return x * 0.5 * (1.0 + np.tanh(x / 2.0))
 
 
 def layer_norm(x: np.ndarray, eps: float) -> np.ndarray:
-    """[..., n] -> [..., n]: mean 0 and variance 1, no gain."""
+    """Shift and scale x [..., n] to mean 0 and variance 1, without gain."""
     centred = x - x.mean(axis=-1, keepdims=True)
     return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
 
 
 def mlp_velocity(weights: Weights, args: Params, x: np.ndarray, t: float, h: np.ndarray) -> np.ndarray:
-    """[B, 36], time, [B, input_dim] -> [B, 36]: MAR's residual MLP (arXiv 2406.11838)."""
+    """Return the velocity [B, 36] of MAR's residual MLP (arXiv 2406.11838), from x [B, 36], t and h [B, input_dim]."""
     sinusoids = time_embedding(t, args.get("time_dim", 256))
     time = affine(weights, "time_embed.mlp.2", silu(affine(weights, "time_embed.mlp.0", sinusoids)))
     condition = silu(time + affine(weights, "cond_embed", h))
@@ -170,7 +176,10 @@ def mlp_velocity(weights: Weights, args: Params, x: np.ndarray, t: float, h: np.
 def solve(
     weights: Weights, params: Params, h: np.ndarray, noise: np.ndarray, cfg_alpha: np.ndarray, steps: int
 ) -> np.ndarray:
-    """[B, dim], [B, 36], [B] -> x [B, 36] at time 1, not clamped: Euler with guidance (3.4)."""
+    """Integrate the guided velocity from noise with Euler's method; return x [B, 36] at time 1, not clamped (3.4).
+
+    h is [B, dim], noise is [B, 36], and cfg_alpha is [B].
+    """
     x = np.asarray(noise, dtype=np.float64)
     alpha = np.asarray(cfg_alpha, dtype=np.float64)[:, None]
     for step in range(steps):
@@ -182,17 +191,17 @@ def solve(
 
 
 def scaled(x: np.ndarray, levels: int) -> np.ndarray:
-    """Any shape -> the same, clamped and stretched over [0, levels - 1], not rounded (3.4)."""
+    """Clamp x, of any shape, to [-1, 1] and scale it to [0, levels - 1], without rounding (3.4)."""
     return (np.clip(np.asarray(x, dtype=np.float64), -1.0, 1.0) + 1.0) / 2.0 * (levels - 1)
 
 
 def quantise(x: np.ndarray, levels: int) -> np.ndarray:
-    """Any shape -> integers 0..levels - 1, halves to even (3.4); levels is the codebook size, 21."""
+    """Round x, of any shape, to integers 0..levels - 1, halves to even (3.4); levels is the codebook size, 21."""
     return np.rint(scaled(x, levels)).astype(np.int64)
 
 
 def edge_distance(x: np.ndarray, levels: int) -> np.ndarray:
-    """Any shape -> 0..0.5: how far, in levels, the scaled value is from the nearest rounding edge n + 0.5 (3.4)."""
+    """Return how far the scaled x is from the nearest rounding edge n + 0.5, in levels, 0..0.5 (3.4)."""
     value = scaled(x, levels)
     return np.abs(value - np.floor(value) - 0.5)
 
@@ -200,7 +209,10 @@ def edge_distance(x: np.ndarray, levels: int) -> np.ndarray:
 def frame(
     weights: Weights, params: Params, h: np.ndarray, noise: np.ndarray, cfg_alpha: np.ndarray, steps: int
 ) -> np.ndarray:
-    """[B, dim], [B, 36], [B] -> codes [B, 37] including the +2; an END frame has level 0 throughout (3.2, 3.4)."""
+    """Return the codes [B, 37] of a frame, +2 included; an END frame has level 0 in every acoustic code (3.2, 3.4).
+
+    h is [B, dim], noise is [B, 36], and cfg_alpha is [B].
+    """
     levels = params["multimodal"]["audio_model_args"]["acoustic_codebook_size"]
     semantic = np.argmax(semantic_logits(weights, params, h), axis=-1)[:, None]
     acoustic = SPECIALS + quantise(solve(weights, params, h, noise, cfg_alpha, steps), levels)
@@ -208,12 +220,12 @@ def frame(
 
 
 def numbers(text: str) -> list[int]:
-    """Turn "3,4,4,4" into its integers (section 1)."""
+    """Return the integers of a text such as "3,4,4,4" (section 1)."""
     return [int(part) for part in text.split(",")]
 
 
 def dequantise(weights: Weights, args: Params, codes: np.ndarray) -> np.ndarray:
-    """[37, T] codes without the offset -> [T, semantic_dim + 36] (4.1)."""
+    """Return the latents [T, semantic_dim + 36] of codes [37, T] without the +2 offset (4.1)."""
     prefix = "audio_tokenizer.quantizer.semantic_codebook"
     usage = np.maximum(weights[f"{prefix}.cluster_usage"], 1e-5)
     semantic = (weights[f"{prefix}.embedding_sum"] / usage[:, None])[codes[0]]
@@ -222,9 +234,9 @@ def dequantise(weights: Weights, args: Params, codes: np.ndarray) -> np.ndarray:
 
 
 def normed_kernel(weights: Weights, prefix: str) -> np.ndarray:
-    """Fold g v / |v|, the norm over all but the first axis (4.4).
+    """Return a convolution's kernel g v / |v|, where the norm is over all axes but the first (4.4).
 
-    The first axis is out channels for a convolution but in channels for a transposed one, [in, out, k].
+    The first axis is the output channels in a convolution, but the input channels in a transposed one, [in, out, k].
     """
     g = weights[f"{prefix}.conv.parametrizations.weight.original0"]
     v = weights[f"{prefix}.conv.parametrizations.weight.original1"]
@@ -232,10 +244,10 @@ def normed_kernel(weights: Weights, prefix: str) -> np.ndarray:
 
 
 def left_pad(x: np.ndarray, pad: int, mode: str) -> np.ndarray:
-    """[T, n] -> [pad + T, n], replicating row 0 or reflecting about it (4.2).
+    """Pad x [T, n] on the left to [pad + T, n]: replicate row 0, or reflect about it (4.2).
 
-    Reflection needs rows 1..pad. A frame of the real model has 8 rows for a pad of 6; where a smaller one has too
-    few, the missing rows count as zeros: zeros are added on the right, reflected, and dropped again there.
+    Reflection needs rows 1..pad. A frame of the real model has 8 rows for a pad of 6. Where a smaller model has too
+    few rows, the missing ones count as zeros.
     """
     if mode == "replicate":
         before = np.repeat(x[:1], pad, axis=0)
@@ -246,7 +258,10 @@ def left_pad(x: np.ndarray, pad: int, mode: str) -> np.ndarray:
 
 
 def causal_conv(x: np.ndarray, kernel: np.ndarray, mode: str, stride: int = 1) -> np.ndarray:
-    """[T, in], [out, in, k] -> [ceil(T / stride), out] (4.2); a last stride that is not whole repeats the last row."""
+    """Convolve x [T, in] with kernel [out, in, k]: [ceil(T / stride), out] (4.2).
+
+    The last row is repeated until T is a multiple of the stride.
+    """
     taps = kernel.shape[2]
     rows = -(-len(x) // stride)
     padded = left_pad(np.concatenate([x, *[x[-1:]] * (rows * stride - len(x))]), taps - stride, mode)
@@ -258,7 +273,10 @@ def causal_conv(x: np.ndarray, kernel: np.ndarray, mode: str, stride: int = 1) -
 
 
 def causal_transposed_conv(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
-    """[T, in], [in, out, k] -> [stride T, out]: the gather form, y[s i + r] = sum_m W[r + s m]^T x[i - m] (4.2)."""
+    """Apply the transposed convolution of kernel [in, out, k] to x [T, in]: [stride T, out] (4.2).
+
+    This is the gather form, y[s i + r] = sum_m W[r + s m]^T x[i - m].
+    """
     rows, taps = len(x), kernel.shape[2]
     y = np.zeros((stride * rows, kernel.shape[1]))
     for tap in range(taps):
@@ -269,7 +287,11 @@ def causal_transposed_conv(x: np.ndarray, kernel: np.ndarray, stride: int) -> np
 
 
 def window_bias(rows: int, window: int, heads: int) -> np.ndarray:
-    """-> [heads, rows, rows]: slope (j - i) where i - window <= j <= i, else -inf; slopes r^0, r^1, ... (4.3)."""
+    """Return the bias [heads, rows, rows] of attention over a window (4.3).
+
+    The bias is slope (j - i) where i - window <= j <= i, and -inf elsewhere. The heads' slopes are r^0, r^1, ... with
+    r = 2^(-8 / heads).
+    """
     ratio = 2.0 ** (-8.0 / heads)
     ahead = np.arange(rows)[None, :] - np.arange(rows)[:, None]
     seen = (ahead <= 0) & (ahead >= -window)
@@ -277,7 +299,7 @@ def window_bias(rows: int, window: int, heads: int) -> np.ndarray:
 
 
 def codec_layer(weights: Weights, prefix: str, args: Params, x: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """[T, dim] -> [T, dim]; q and k are normed over all their heads at once (4.3)."""
+    """Apply a codec layer to x [T, dim]; q and k are normalised over all their heads at once (4.3)."""
     n = rms_norm(x, weights[f"{prefix}.attention_norm.weight"], args["norm_eps"])
     q, k, v = (n @ weights[f"{prefix}.attention.{name}.weight"].T for name in ("wq", "wk", "wv"))
     q = rms_norm(q, weights[f"{prefix}.attention.q_norm.weight"], args["qk_norm_eps"])
@@ -290,7 +312,7 @@ def codec_layer(weights: Weights, prefix: str, args: Params, x: np.ndarray, bias
 
 
 def codec_decode(weights: Weights, params: Params, codes: np.ndarray) -> np.ndarray:
-    """[37, T] codes without the offset -> [1920 T] samples (section 4)."""
+    """Decode codes [37, T], without the +2 offset, to samples [1920 T] (section 4)."""
     args = params["multimodal"]["audio_tokenizer_args"]
     halves = args.get("half_attn_window_upon_downsampling", True)
     window = args["attn_sliding_window_size"]
@@ -316,7 +338,7 @@ def codec_decode(weights: Weights, params: Params, codes: np.ndarray) -> np.ndar
 
 
 def codec_encode(weights: Weights, params: Params, samples: np.ndarray) -> np.ndarray:
-    """[n] samples -> latents [T, semantic_dim + 36], not quantised: the decoder's mirror (4)."""
+    """Encode samples [n] to latents [T, semantic_dim + 36], not quantised, by the decoder's stages reversed (4)."""
     args = params["multimodal"]["audio_tokenizer_args"]
     patch = args["pretransform_patch_size"]
     rows = -(-len(samples) // patch)
@@ -338,10 +360,11 @@ def codec_encode(weights: Weights, params: Params, samples: np.ndarray) -> np.nd
 
 
 def codec_codes(weights: Weights, params: Params, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[T, semantic_dim + 36] -> codes [37, T] without the offset, and how near each is to being another one.
+    """Quantise latents [T, semantic_dim + 36]; return codes [37, T] without the offset, and their margins [37, T].
 
-    The semantic code is that of the nearest vector; how near is the second's squared distance less the first's. The
-    acoustic ones are those of tanh (4.1).
+    A margin tells how near a code is to being another one. The semantic code is that of the nearest vector, and its
+    margin is the second vector's squared distance less the first's. The acoustic codes are those of tanh (4.1), and
+    their margins are the distances from a rounding edge, in levels.
     """
     args = params["multimodal"]["audio_tokenizer_args"]
     prefix = "audio_tokenizer.quantizer.semantic_codebook"

@@ -1,7 +1,7 @@
-"""Kernels with a fault planted: our own source with a line changed, under another name.
+"""Operators with planted faults: our own kernel source with some text replaced, loaded under another name.
 
-As a program it compiles planted kernels, which the interpreter's process cannot: it reads a list of plants as JSON and
-answers with the ledger's complaints about each.
+Run as a program, this file compiles planted kernels, which a process with Triton's interpreter cannot. It reads a list
+of plants as JSON and writes the ledger's complaints about each.
 """
 
 import dataclasses
@@ -21,21 +21,24 @@ Edit = tuple[str, str]
 
 
 def entry_of(operator: str) -> Entry:
-    """The registry's entry of that name."""
+    """Return the registry's entry of an operator, by the operator's name."""
     return next(entry for entry in registry.entries() if entry.name == operator)
 
 
 def case_of(entry: Entry, name: str) -> Case:
-    """The entry's case of that name."""
+    """Return the case of `entry` with this name."""
     return next(case for case in entry.cases if case.name == name)
 
 
 def plant(entry: Entry, *edits: Edit) -> Entry:
-    """The entry with an operator made from its file's source, in which each edit's old text stands exactly once."""
+    """Return `entry` with an operator made from the edited source of its kernel file.
+
+    Each edit is (old text, new text). The old text must occur exactly once in the file.
+    """
     name = entry.op.__module__.rpartition(".")[2]
     source = (registry.ROOT / "kernels" / f"{name}.py").read_text()
     for old, new in edits:
-        assert source.count(old) == 1, f"planted text stands {source.count(old)} times in kernels/{name}.py: {old}"
+        assert source.count(old) == 1, f"planted text occurs {source.count(old)} times in kernels/{name}.py: {old}"
         source = source.replace(old, new)
     mark = hashlib.sha256(source.encode()).hexdigest()[:8]
     source = re.sub(r"(@operator\(.*\)\ndef \w+)", rf"\1_{mark}", source)
@@ -51,7 +54,7 @@ def plant(entry: Entry, *edits: Edit) -> Entry:
 
 
 def main() -> None:
-    """[{operator, case, dtype, arch, edits}, ...] on stdin; on stdout a list of complaints about each."""
+    """Read [{operator, case, dtype, arch, edits}, ...] from stdin; write a list of complaints about each to stdout."""
     from bench.ledger import rows_of
 
     answers = []

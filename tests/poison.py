@@ -1,4 +1,4 @@
-"""Tensors in poisoned surroundings: what reads past them meets NaN, what writes past them is seen."""
+"""Tensors between bands of poison: a read outside them gives NaN or the largest integer, a write is detected."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.registry import each_tensor
 
-BAND = 1 << 16  # elements before and after: wide enough for a tile of strays, and a multiple of 16 bytes
+BAND = 1 << 16  # elements of a band: more than a stray tile spans, and a multiple of 16 bytes
 
 
 def _poison(dtype: torch.dtype) -> float | int:
@@ -16,14 +16,14 @@ def _poison(dtype: torch.dtype) -> float | int:
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, if contiguous, between two bands of poison."""
+    """Return a contiguous copy of `tensor` between two bands of poison."""
     buffer = torch.full((tensor.numel() + 2 * BAND,), _poison(tensor.dtype), dtype=tensor.dtype)
     inner = buffer[BAND : BAND + tensor.numel()].view(tensor.shape)
     return inner.copy_(tensor)
 
 
 def spread(tensor: Tensor, gap: int = 16) -> Tensor:
-    """A copy whose rows lie `gap` elements of poison apart, between two bands."""
+    """Return a copy of `tensor` with `gap` elements of poison after each row, between two bands of poison."""
     *outer, last = tensor.shape
     wide = guarded(torch.full((*outer, last + gap), _poison(tensor.dtype), dtype=tensor.dtype))
     wide[..., :last] = tensor
@@ -31,12 +31,12 @@ def spread(tensor: Tensor, gap: int = 16) -> Tensor:
 
 
 def guarded_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments, every tensor guarded."""
+    """Return the arguments with every tensor guarded, those in lists too."""
     return each_tensor(guarded, args)
 
 
 def assert_bands(tensor: Tensor) -> None:
-    """Nothing was written around a guarded tensor."""
+    """Check that nothing was written to the bands around a guarded tensor."""
     buffer = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
     bands = torch.cat([buffer[:BAND], buffer[-BAND:]])
     clean = bands.isnan() if tensor.dtype.is_floating_point else bands == torch.iinfo(tensor.dtype).max
@@ -44,7 +44,7 @@ def assert_bands(tensor: Tensor) -> None:
 
 
 def poison_pages(cache: Tensor, used: Tensor) -> Tensor:
-    """Fill every page of `cache` [pages, ...] whose number is not in `used` with poison, in place."""
+    """Fill each page of `cache` [pages, ...] with poison, in place, unless `used` has its number; return `cache`."""
     unused = torch.ones(len(cache), dtype=torch.bool)
     unused[used.flatten().long()] = False
     cache[unused] = _poison(cache.dtype)

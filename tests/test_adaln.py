@@ -1,4 +1,4 @@
-"""What is the modulated family's own; what every operator must do is in test_operators.py."""
+"""Tests of the operators in kernels/adaln.py; test_operators.py has the checks that every operator must pass."""
 
 from typing import Any
 
@@ -38,7 +38,10 @@ def inputs(operator: str, dtype: torch.dtype = torch.float32, **sizes: int) -> d
 @pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> None:
-    """Alone, and in a batch of 9 with condition and 10 without: its own row of modulation, or the first."""
+    """A row gives the same bits alone and in a batch of 19.
+
+    Of these, 9 rows have a condition and a modulation of their own; the other 10 use the first modulation.
+    """
     up, down = inputs("adaln_linear_silu", dtype), inputs("gated_linear", dtype)
     with launch_config.target_arch(arch):
         for op, args, modulation in ((adaln_linear_silu, up, "modulation"), (gated_linear, down, "gate")):
@@ -49,7 +52,7 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
                 if op is gated_linear:
                     mine["residual"] = args["residual"][i : i + 1]
                 assert torch.equal(op(**(args | mine))[0], whole[i])
-        # tiles of 16 rows: in wider ones the interpreter's product, numpy's, gives other last bits at other places
+        # tiles of 16 rows: in wider ones numpy's product, which the interpreter uses, rounds a row by its place
         args = inputs("adaln_modulation", dtype, S=3, max_rows=16)
         whole = adaln_modulation(**args)
         for i in (0, 2, 4):
@@ -61,7 +64,7 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 64])
 @pytest.mark.parametrize("operator", ["adaln_linear_silu", "gated_linear"])
 def test_right_for_these_rows(operator: str, rows: int) -> None:
-    """The velocity MLP's, two a request, and odd numbers of them."""
+    """The operator is right for the velocity MLP's rows, two a request, and for odd numbers of rows."""
     entry = entry_of(operator)
     sizes = {**case_of(entry, "odd").sizes, "M": rows, "max_rows": rows}
     with launch_config.target_arch("sm_90"):
@@ -73,14 +76,14 @@ def test_right_at_the_width_of_mar_h(operator: str) -> None:
     entry = entry_of(operator)
     sizes = dict(case_of(entry, "mar-b1").sizes)
     if operator == "adaln_modulation":
-        sizes |= {"blocks": 1, "N": 200}  # rows of a block's weight: all 4608 would take half a minute
+        sizes |= {"blocks": 1, "N": 200}  # 200 of the 4608 rows of a block's weight: all would take half a minute
     with launch_config.target_arch("sm_90"):
         assert_accurate(entry, Case("mar", sizes), "bf16")
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_all_weights_are_read_once_in_one_launch(blocks: int) -> None:
-    """224 rows of 32 requests and 7 steps are 4 tiles; the other three find what the first has read in the L2 cache."""
+    """The 224 rows of 32 requests and 7 steps are 4 row tiles; three of them find the weights in the L2 cache."""
     args = inputs(
         "adaln_modulation", torch.bfloat16, N=3 * 130, K=130, blocks=blocks, S=7, R=32, max_rows=32 * MAX_STEPS
     )
@@ -102,7 +105,7 @@ def test_results_may_lie_apart_and_nothing_else_is_written() -> None:
 
 
 def test_a_large_mean_does_not_cancel() -> None:
-    """Rows of mean 3000 and deviation 1, in fp32: a variance from sums of squares would be wrong in its first digit."""
+    """In fp32 rows of mean 3000 and deviation 1, a variance from sums of squares would have a wrong first digit."""
     args = inputs("adaln_linear_silu")
     args["x"] = args["x"] + 3000
     exact = {name: a.double() if isinstance(a, Tensor) else a for name, a in args.items()}
@@ -121,7 +124,7 @@ def test_a_constant_row_is_its_shift() -> None:
 
 def test_fp16_normalises_before_the_cast() -> None:
     args = inputs("adaln_linear_silu", torch.float16)
-    args["x"] = args["x"] * 8000  # its squares pass fp16's 65,504
+    args["x"] = args["x"] * 8000  # the squares of x exceed 65,504, the largest fp16 number
     out = adaln_linear_silu(**args)
     assert out.isfinite().all()
     exact = {name: a.double() if isinstance(a, Tensor) else a for name, a in args.items()}
@@ -129,7 +132,7 @@ def test_fp16_normalises_before_the_cast() -> None:
 
 
 def test_modulations_of_zero_leave_the_stream_alone() -> None:
-    """As MAR begins its training."""
+    """MAR's training begins with such modulations."""
     args = inputs("gated_linear")
     args["gate"] = torch.zeros_like(args["gate"])
     assert torch.equal(gated_linear(**args), args["residual"])
@@ -142,7 +145,7 @@ def test_launch_config_is_chosen_by_max_rows() -> None:
 
     assert choose(2) == choose(8) != choose(9)
     assert choose(2)["num_stages"] > choose(2, "sm_89")["num_stages"]
-    assert choose(2)["SPLIT"] == choose(2)["num_warps"]  # a chain of sums is one warp's
+    assert choose(2)["SPLIT"] == choose(2)["num_warps"]  # each chain of sums belongs to one warp
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
@@ -150,7 +153,7 @@ def test_launch_config_is_chosen_by_max_rows() -> None:
 def test_one_launch_config_serves_any_number_of_steps(
     max_batch: int, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another would be compiled in the middle of serving, for whoever first asks for so many steps."""
+    """Another launch config would be compiled during serving, for the first request with that number of steps."""
     config, chosen = Config.from_params(tiny_params(velocity_mlp=True)), []
 
     def choose(**asked: Any) -> dict[str, Any]:

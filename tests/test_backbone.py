@@ -1,4 +1,4 @@
-"""The backbone against a second derivation, and its paged cache against the plain forward."""
+"""Tests of the reference backbone: against a second derivation, and with a paged cache against the plain forward."""
 
 import independent
 import numpy as np
@@ -27,7 +27,10 @@ def test_codes_are_embedded_as_a_sum(tiny_model: VoxtralTTS, tiny_weights: dict,
 
 @pytest.mark.parametrize("page", [16, 64])
 def test_paged_equals_plain(tiny_model: VoxtralTTS, page: int) -> None:
-    """Prompts of different lengths, chunked prefill, then single tokens; shuffled pages, NaN in unused ones."""
+    """Prompts of different lengths are prefilled in two chunks, then decoded token by token.
+
+    Pages are shuffled, and unused ones hold NaN.
+    """
     g = torch.Generator().manual_seed(page)
     lengths = [1, 63, 64, 65, 130]
     u = torch.randn(len(lengths), 140, 64, generator=g)
@@ -44,20 +47,20 @@ def test_paged_equals_plain(tiny_model: VoxtralTTS, page: int) -> None:
                     torch.testing.assert_close(h[0], whole[i, start:stop], rtol=1e-4, atol=1e-5)
         for step in range(10):
             now = torch.tensor([n + step + 1 for n in lengths])
-            now[step % len(lengths)] = 0  # an empty row among them; its request waits
+            now[step % len(lengths)] = 0  # each step leaves one request out: its row is empty
             rows = torch.stack([u[i, now[i] - 1] for i in range(len(lengths))]).unsqueeze(1)
             h = tiny_model.hidden_states(rows, PagedCache(kv, table, now))
             for i, n in enumerate(now.tolist()):
                 if n:
                     torch.testing.assert_close(h[i, 0], whole[i, n - 1], rtol=1e-4, atol=1e-5)
-                else:  # catch up
+                else:  # the request that was left out runs its token alone
                     one = PagedCache(kv, table[i : i + 1], torch.tensor([lengths[i] + step + 1]))
                     tiny_model.hidden_states(u[i : i + 1, lengths[i] + step].unsqueeze(1), one)
 
 
 @pytest.mark.parametrize("group", [1, 4, 6])
 def test_attention_by_hand(group: int) -> None:
-    """Query head h reads key head h // group; a query sees no later key; fp64 arithmetic."""
+    """Query head h reads key head h // group, a query reads no later key, and arithmetic is fp64."""
     g = torch.Generator().manual_seed(group)
     T, S, D = 3, 5, 8
     q = torch.randn(2, T, 2 * group, D, generator=g, dtype=torch.float64)

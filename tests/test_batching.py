@@ -1,4 +1,4 @@
-"""Requests that share a machine say what they say alone: real slots, on both backends."""
+"""Tests that requests in a batch give the same audio as alone, with the real model runners of both backends."""
 
 import asyncio
 import threading
@@ -47,7 +47,7 @@ def requests_of(tts: voxkern.TTS, steps: int = 2, max_frames: int = 24) -> list[
 
 
 def n_request_pages(engine: Engine) -> int:
-    """Pages that are held by requests."""
+    """Return the number of pages that requests hold, without those of cached prefixes."""
     kv_cache = engine.runner.kv_cache
     return (
         kv_cache.n_pages - kv_cache.n_free - sum(len(prefix.pages) for prefix in engine.prefix_cache.entries.values())
@@ -61,7 +61,7 @@ def assert_same_audio(one: Audio, other: Audio) -> None:
 
 
 def test_each_running_request_gets_one_frame_per_engine_frame(tts: voxkern.TTS, alone: list[Audio]) -> None:
-    """Nobody waits: after every frame of the machine, each has one frame more, or is over."""
+    """After every frame of the engine, each request has one frame more, or is finished."""
     states = [tts.engine.submit(request) for request in requests_of(tts)]
     seen: list[list[int]] = []
     tts.engine.run_until(
@@ -76,7 +76,7 @@ def test_each_running_request_gets_one_frame_per_engine_frame(tts: voxkern.TTS, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, dtype: str) -> None:
-    """Joining and leaving all the time, in other slots, beside other steps and solvers, in too few pages."""
+    """Requests join and leave all the time, in other slots, beside other steps and solvers, with too few pages."""
     tts = voxkern.load(tiny_folder, dtype=dtype, backend="torch", max_batch=3, cache_tokens=4 * 64)
     expected = each_alone(tts)
     requests = requests_of(tts)
@@ -96,9 +96,9 @@ def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, dtype: 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_output_is_the_same_with_and_without_shared_prefixes(tiny_folder: Path, backend: str) -> None:
-    """A voice of 70 rows: one full page is shared, a partly filled one copied."""
+    """A voice of 70 rows makes a prefix of 72 tokens: its full page is shared, its partly filled page is copied."""
     tts = voxkern.load(tiny_folder, backend=backend, max_batch=2)
-    vars(tts.model.audio_tokenizer).pop("stream", None)  # kernels for the codes alone
+    vars(tts.model.audio_tokenizer).pop("stream", None)  # the reference codec decodes: kernels make the codes only
     tts.voices["ada"] = torch.cat([tts.voices["bob"], tts.voices["ada"]] * 8)[:70]
     tts._prompt.add("ada", 70)
     n = 30 if backend == "torch" else 3
@@ -121,7 +121,7 @@ def test_output_is_the_same_with_and_without_shared_prefixes(tiny_folder: Path, 
     tts.engine.run_until(lambda: all(state.finished for state in states))
     tts.engine.prefix_cache.clear()
     for state, request in zip(states, (first, second), strict=True):
-        own = PrefixKey(torch.empty(0), 0, "other weights", 72)  # shares nothing
+        own = PrefixKey(torch.empty(0), 0, "other weights", 72)  # such weights are never current: nothing is shared
         again = tts.engine.submit(replace(request, prefix=own))
         tts.engine.run_until(lambda again=again: again.finished)
         assert_same_audio(again.take(), state.take())
@@ -184,7 +184,7 @@ def test_an_interrupt_leaves_nothing_behind(tts: voxkern.TTS, alone: list[Audio]
 
 
 def test_requests_from_several_threads_equal_those_run_alone(tts: voxkern.TTS, alone: list[Audio]) -> None:
-    """Streams and generate() at once, more than there are slots; one of the streams is dropped half-way."""
+    """Twelve threads share 8 slots: 4 stream, 4 call generate(), and 4 drop a stream after its first chunk."""
     received: dict[int, Audio] = {}
 
     def stream(i: int) -> None:
@@ -210,7 +210,7 @@ def test_requests_from_several_threads_equal_those_run_alone(tts: voxkern.TTS, a
 
 
 def test_async(tts: voxkern.TTS, alone: list[Audio]) -> None:
-    """Many at once, more than there are threads; one is cancelled, one is left early."""
+    """Ten requests share 8 slots: one is cancelled, and one is left after its first chunk."""
 
     async def listen(i: int) -> Audio:
         chunks = await tts.submit(WORDS[i], VOICES[i], i, chunk=3, **ARGUMENTS)
@@ -237,7 +237,7 @@ def test_async(tts: voxkern.TTS, alone: list[Audio]) -> None:
 
 
 def test_async_requests_do_not_wait_for_each_others_threads(tts: voxkern.TTS) -> None:
-    """All of eight are soon heard, though asyncio has one thread to lend."""
+    """Each of eight requests soon gets a chunk, although asyncio's default executor has one thread."""
     received: list[int] = []
 
     async def listen(i: int) -> None:
@@ -250,7 +250,7 @@ def test_async_requests_do_not_wait_for_each_others_threads(tts: voxkern.TTS) ->
 
     asyncio.run(run_all())
     assert len(received) > 32
-    assert all(received.index(i) < 16 for i in range(8))  # nobody has three chunks before another has one
+    assert all(received.index(i) < 16 for i in range(8))  # the first chunk of each is among the first 2 x 8 chunks
 
 
 def test_what_never_comes_is_not_waited_for(tts: voxkern.TTS) -> None:
@@ -267,9 +267,9 @@ def test_async_errors_come_before_anything_runs(tts: voxkern.TTS) -> None:
 
 
 def test_on_kernels(tiny_folder: Path) -> None:
-    """Joining while another runs, of other steps, in the slot of one that was cancelled; codes as alone."""
+    """Requests with other steps join while one runs, in the slot of a cancelled one; their audio is as alone."""
     tts = voxkern.load(tiny_folder, backend="triton", max_batch=2)
-    del tts.model.audio_tokenizer.stream  # kernels for the codes alone: the codec has tests of its own
+    del tts.model.audio_tokenizer.stream  # the reference codec decodes: the fused codec has tests of its own
     arguments = {"voice": "ada", "max_frames": 4}
     expected = [tts.generate(text, seed=i, steps=1 + i % 2, **arguments) for i, text in enumerate(WORDS[:3])]
     requests = [tts._make_request(text, "ada", i, 1.2, 4, 1 + i % 2, "euler") for i, text in enumerate(WORDS[:3])]
@@ -286,7 +286,7 @@ def test_on_kernels(tiny_folder: Path) -> None:
 
 
 def test_memory_is_flat(tts: voxkern.TTS) -> None:
-    """Nothing of a request is left when it is over: tensors counted after some, and after many more."""
+    """Finished requests leave no tensors: after 20 more calls as many tensors exist as after the first 3."""
     import gc
 
     def tensors() -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints: written and read back, in little memory, and each way to be broken is named."""
+"""Tests of checkpoints: written and read back, peak memory, and errors that name what is broken."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from voxkern.random_checkpoint import make_checkpoint
 
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy that may be broken."""
+    """Copy the tiny checkpoint to a folder in which a test may change files."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
 
 
@@ -92,7 +92,7 @@ def test_pt_files_run_no_code(folder: Path, capsys: pytest.CaptureFixture) -> No
     ("changes", "named"),
     [
         ({"norm__weight": None}, r"consolidated\.safetensors: norm\.weight is missing"),
-        ({"norm__weight": torch.ones(65)}, r"norm\.weight is \[65\], params\.json makes it \[64\]"),
+        ({"norm__weight": torch.ones(65)}, r"norm\.weight is \[65\], but params\.json requires \[64\]"),
         ({"norm__weight": torch.ones(64, dtype=torch.int32)}, r"norm\.weight is I32, must be"),
         ({"norm__weight": torch.full((64,), torch.nan)}, r"norm\.weight holds a value that is not finite"),
         ({"layers__1__attention__wq__weight": torch.eye(64) / 0}, r"layers\.1\.attention\.wq\.weight holds a value"),
@@ -175,7 +175,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPa
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(CheckpointError, match="owner/name: not a folder, and the hub says: no connection"):
+    with pytest.raises(CheckpointError, match="owner/name: not a folder, and the hub download failed: no connection"):
         find_folder("owner/name")
 
 
@@ -197,7 +197,7 @@ from pathlib import Path
 from voxkern.checkpoint import read_checkpoint
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
-read_checkpoint(Path(sys.argv[3]), getattr(torch, sys.argv[2]))  # what torch itself takes at its first use
+read_checkpoint(Path(sys.argv[3]), getattr(torch, sys.argv[2]))  # memory that torch itself takes at its first use
 before = status("VmRSS")
 model = read_checkpoint(Path(sys.argv[1]), getattr(torch, sys.argv[2])).model
 print(status("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values()))
@@ -206,7 +206,7 @@ print(status("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peak_memory(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
-    """A fresh process grows by at most 1.2 x the weights, with a change of dtype too."""
+    """A fresh process grows by less than 1.2 x the weights, also when loading changes their dtype."""
     dims = {"vocab_size": 100_000, "dim": 640, "hidden_dim": 2560, "n_layers": 12}
     folder = make_checkpoint(tmp_path, overrides=dims | _acoustic(640))
     command = [sys.executable, "-c", PEAK, folder, dtype, tiny_folder]

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it."""
+"""Tests of the command line: output, files, exit codes and error messages."""
 
 import contextlib
 import re
@@ -36,7 +36,7 @@ def test_say(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_say_streaming(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same file as without, written chunk by chunk, and the same sound played."""
+    """With --stream the same file is written chunk by chunk, and --play plays the same samples."""
     played: list[np.ndarray] = []
 
     class OutputStream(contextlib.nullcontext):
@@ -47,7 +47,7 @@ def test_say_streaming(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         def write(self, samples: np.ndarray) -> None:
             played.append(samples)
             if len(samples):
-                assert soundfile.info(streamed).frames == sum(map(len, played))  # in the file before it is heard
+                assert soundfile.info(streamed).frames == sum(map(len, played))  # in the file before it is played
 
     plain, streamed = tmp_path / "plain.wav", tmp_path / "streamed.wav"
     options = ["--model", str(tiny_folder), "--seed", "3", "--max-frames", "8", "--steps", "2", "--backend", "torch"]
@@ -104,7 +104,7 @@ def test_info(tiny_folder: Path) -> None:
     assert done.exit_code == 0
     assert "ada, bob" in done.stdout
     assert "float32" in done.stdout
-    # 1000 frames and 9 tokens of a voice: 16 pages of 64 tokens, 2 layers x 2 x 2 heads x 16 x 4 B a token
+    # 1000 frames and 9 tokens of a voice take 16 pages of 64 tokens, each of 2 layers x 2 x 2 heads x 16 x 4 B
     assert "2.1 MB for 4 x" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The codec's decoder against a second derivation, and its causality."""
+"""Tests of the codec's decoder: against a second derivation, and that it is causal."""
 
 import copy
 
@@ -20,7 +20,7 @@ def _codes(T: int, seed: int = 0) -> torch.Tensor:
 def test_decode_equals_the_second_derivation(
     tiny_model: VoxtralTTS, tiny_weights: dict, tiny_params: dict, T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codec_layers, "QUERY_BLOCK", 100)  # the longest case takes four blocks at 100 Hz
+    monkeypatch.setattr(codec_layers, "QUERY_BLOCK", 100)  # 40 frames are 320 rows at 100 Hz: four blocks
     codes = _codes(T)
     with torch.inference_mode():
         wave = tiny_model.audio_tokenizer.decode(codes)

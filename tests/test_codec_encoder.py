@@ -1,4 +1,4 @@
-"""The codec's encoder and quantiser: against a second derivation, trainable end to end, absent where it is absent."""
+"""Tests of the codec's encoder and quantiser: against a second derivation, in training, and without an encoder."""
 
 import copy
 from pathlib import Path
@@ -21,7 +21,7 @@ def _sound(n: int, B: int = 1, seed: int = 0) -> torch.Tensor:
 def test_encode_equals_the_second_derivation(
     tiny_model: VoxtralTTS, tiny_weights: dict, tiny_params: dict, n: int
 ) -> None:
-    """One frame, less than a patch, a patch over, a patch less in part, and some rows over."""
+    """Lengths: a frame, less than a patch of 240, a sample over a frame, 7 short of 12 frames, a patch over 40."""
     sound = _sound(n)
     with torch.inference_mode():
         latents, codes = tiny_model.audio_tokenizer.latents(sound), tiny_model.audio_tokenizer.encode(sound)
@@ -31,7 +31,7 @@ def test_encode_equals_the_second_derivation(
     expected_codes, margin = independent.codec_codes(tiny_weights, tiny_params, expected)
     differ = codes[0].numpy() != expected_codes
     assert not (differ & (margin > 1e-3)).any()
-    assert len(np.unique(expected_codes[1:])) > 10 or n < 1920  # not all in one place
+    assert len(np.unique(expected_codes[1:])) > 10 or n < 1920  # the codes are spread over many levels
 
 
 def test_encoder_is_causal(tiny_model: VoxtralTTS) -> None:
@@ -50,7 +50,7 @@ def test_quantised_latents_are_what_their_codes_say(tiny_model: VoxtralTTS) -> N
         quantized, codes = codec.quantizer.quantize(latents)
         torch.testing.assert_close(quantized, codec.quantizer(codes))
         torch.testing.assert_close(codec.quantizer.encode(latents), codes, rtol=0, atol=0)
-        # a latent that lies on a code's own vector gives that code
+        # a latent equal to a code's vector gives that code
         semantic = codec.quantizer.semantic_codebook(torch.arange(62)).T[None]
         exact = torch.cat((semantic, torch.zeros(1, 36, 62)), dim=1)
         assert codec.quantizer.encode(exact)[0, 0].tolist() == list(range(62))
@@ -69,7 +69,7 @@ def test_halves_go_to_the_even_level(monkeypatch: pytest.MonkeyPatch, tiny_model
 
 
 def test_the_round_trip_is_differentiable(tiny_model: VoxtralTTS) -> None:
-    """Gradients of the sound reach every weight of both sides, and those of the quantiser are straight through."""
+    """Gradients of the sound reach every weight of encoder and decoder; the quantiser passes them straight through."""
     codec = copy.deepcopy(tiny_model.audio_tokenizer).requires_grad_(True)
     sound = _sound(3 * 1920 - 500, B=2)
     again, codes = codec(sound)
@@ -86,7 +86,7 @@ def test_the_round_trip_is_differentiable(tiny_model: VoxtralTTS) -> None:
 
 
 def test_training_makes_the_round_trip_better(tiny_model: VoxtralTTS) -> None:
-    """A tone, 100 steps: nearer than silence is, which a broken gradient would not bring about."""
+    """After 100 steps on a tone, the error is below 0.2 x that of silence: a broken gradient would not get there."""
     torch.manual_seed(0)
     codec = copy.deepcopy(tiny_model.audio_tokenizer).requires_grad_(True)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=2e-3)
@@ -126,6 +126,6 @@ def test_the_nearest_of_equals_is_the_first() -> None:
     codebook = quantizer.SemanticCodebook(5, 3)
     codebook.embedding_sum[:] = torch.tensor([2.0, 0.0, 0.0])
     codebook.embedding_sum[1], codebook.embedding_sum[3] = torch.tensor([0.0, 8.0, 0.0]), torch.tensor([0.0, 4.0, 0.0])
-    codebook.cluster_usage[:] = torch.tensor([1.0, 4.0, 1.0, 2.0, 1.0])  # codes 1 and 3 are one vector
+    codebook.cluster_usage[:] = torch.tensor([1.0, 4.0, 1.0, 2.0, 1.0])  # codes 1 and 3 have the same vector
     x = torch.tensor([[0.0, 1.9, 0.0], [1.9, 0.0, 0.0]])
     assert codebook.nearest(x).tolist() == [1, 0]

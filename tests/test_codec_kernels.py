@@ -1,4 +1,4 @@
-"""The codec's kernels: limits, and faults that the registry's checks must catch."""
+"""Tests of the codec's kernels: errors for wrong arguments, and planted faults that the accuracy check must catch."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_too_few_rows_to_reflect_about() -> None:
 
 
 def test_sound_from_half_precision() -> None:
-    """What the last convolution reads in bf16 it multiplies in fp32 by an fp32 weight."""
+    """The last convolution reads bf16 rows and multiplies them in fp32 by an fp32 weight."""
     entry = entry_of("codec_conv")
     case = case_of(entry, "odd-reflect")
     args = entry.args(case, TensorMaker(torch.bfloat16))

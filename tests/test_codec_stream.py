@@ -1,4 +1,4 @@
-"""Streaming decode: the same sound as decoding whole, from a state of fixed size, in fixed work a frame."""
+"""Tests of the streaming decoder: the sound of decoding whole, a state of fixed size, fixed work a frame."""
 
 import copy
 
@@ -15,7 +15,7 @@ from voxkern.reference.codec_stream import CodecStream
 
 
 class OperatorRecorder(TorchDispatchMode):
-    """Every operator that runs, with the shapes that it is given."""
+    """Records every PyTorch operator that runs, with the shapes of its tensor arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class OperatorRecorder(TorchDispatchMode):
 
     @property
     def n_kernels(self) -> int:
-        """Those that would start a kernel on a GPU, not the views."""
+        """Number of recorded operators that would start a kernel on a GPU: all but the views."""
         return sum(not func.is_view for func, *_ in self.seen)
 
 
@@ -41,7 +41,7 @@ def _codes(T: int, B: int = 1, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [1, 3, 25])
 def test_in_chunks_equals_whole(tiny_model: VoxtralTTS, chunk: int, dtype: torch.dtype, tolerance: float) -> None:
     codec = copy.deepcopy(tiny_model.audio_tokenizer).to(dtype)
-    codes = _codes(60)  # nearly three times what the decoder remembers
+    codes = _codes(60)  # nearly three times the 21 frames that the decoder remembers
     with torch.inference_mode():
         whole = codec.decode(codes)
     stream = CodecStream(codec)
@@ -71,14 +71,17 @@ def test_work_and_state_do_not_grow(tiny_model: VoxtralTTS) -> None:
             stream.decode(code)
         seen.append(operators.seen)
         nbytes.append(stream.state.nbytes)
-    assert all(frame == seen[0] for frame in seen)  # the same operators on the same shapes, so from frame 22 on too
+    assert all(frame == seen[0] for frame in seen)  # the same operators and shapes in all frames, also from frame 22 on
     assert len(seen[0]) > 100
     assert len(set(nbytes)) == 1
     assert [t.data_ptr() for t in stream.state.conv_state + stream.state.kv_window] == addresses
 
 
 def test_state_of_the_public_model() -> None:
-    """2 latents, 2 layers' windows of 2, 4, 8 and 16 keys and values, 3 rows and 6 (fp32): 278 kB in bf16."""
+    """The state is 278 kB in bf16: latents, windows of keys and values, and rows before convolutions.
+
+    These are 2 latents; windows of 2, 4, 8 and 16 in 2 layers each; 3 x 1 rows; and 6 rows in fp32.
+    """
     with torch.device("meta"):
         codec = AudioTokenizer(Config.from_params(public_params()).codec).bfloat16()
         state = CodecStream(codec).state
@@ -91,13 +94,13 @@ def test_state_of_the_public_model() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12))
 def test_requests_of_different_lengths(tiny_model: VoxtralTTS, new_frames: list[tuple[int, int, int]]) -> None:
-    """Three requests in chunks of 4, each with its own number of frames in each chunk, none included."""
+    """Three requests are decoded in chunks of 4, each with its own number of frames in each chunk, 0..4."""
     codec, stream = tiny_model.audio_tokenizer, CodecStream(tiny_model.audio_tokenizer, 3)
     totals = torch.tensor(new_frames).sum(0)
     codes = _codes(int(totals.max()) + 1, B=3)
     done, parts = [0, 0, 0], [[], [], []]
     for row in new_frames:
-        chunk = torch.full((3, 37, 4), -7)  # no code, and never looked at
+        chunk = torch.full((3, 37, 4), -7)  # -7 is no code: frames beyond a request's own must not matter
         for b, n in enumerate(row):
             chunk[b, :, :n] = codes[b, :, done[b] : done[b] + n]
         sound = stream.decode(chunk, torch.tensor(row)).view(3, 4, 1920)
@@ -113,7 +116,7 @@ def test_requests_of_different_lengths(tiny_model: VoxtralTTS, new_frames: list[
 
 
 def test_a_restarted_row_ignores_its_old_state(tiny_model: VoxtralTTS) -> None:
-    """Whatever the state holds of the last request, NaN even, the next begins as if it were the first."""
+    """A new request starts as in a new stream, whatever the state holds of the last one, even NaN."""
     codec, stream = tiny_model.audio_tokenizer, CodecStream(tiny_model.audio_tokenizer, 2)
     codes = _codes(9, B=2)
     with torch.inference_mode():
@@ -144,5 +147,5 @@ def test_a_frame_of_too_few_rows_cannot_stream(tiny_params: dict) -> None:
     tokenizer = params["multimodal"]["audio_tokenizer_args"]
     tokenizer |= {"encoder_convs_strides_str": "2,2,1,1", "decoder_convs_strides_str": "1,2,2,1"}
     params["multimodal"]["audio_model_args"]["audio_encoding_args"] |= {"frame_rate": 25.0}
-    with pytest.raises(ValueError, match="a frame is 4 rows, and padding its first sees 6 more"):
+    with pytest.raises(ValueError, match="a frame has 4 rows but must have more than 6"):
         CodecStream(AudioTokenizer(Config.from_params(params).codec))

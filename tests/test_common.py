@@ -1,4 +1,4 @@
-"""The shared device functions, through one small kernel each."""
+"""Tests of the device functions in kernels/common.py, each through a small kernel."""
 
 import random
 
@@ -52,7 +52,7 @@ def _noise_kernel(p_seed, p_frame, p_table, p_words, p_normals, GROUPS: tl.const
 def test_cast_rounds_as_torch_does(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (64 * B,), generator=generator).int()
-    bits[: 8 * B] = bits[: 8 * B] & ~0x7FFF  # ties of bf16
+    bits[: 8 * B] = bits[: 8 * B] & ~0x7FFF  # about half are ties of bf16
     x = bits.view(torch.float32)
     x[:4] = torch.tensor([float("inf"), float("-inf"), float("nan"), -0.0])
     y = torch.empty(len(x), dtype=dtype)
@@ -81,7 +81,7 @@ def test_dot_sums_in_fp32(dtype: torch.dtype) -> None:
 
 
 def philox_in_integers(key: int, counter: list[int]) -> list[int]:
-    """Philox4x32-10 as the paper has it, in Python's integers."""
+    """Return the four words of Philox4x32-10 (Salmon et al., SC 2011), computed in Python's integers."""
     c, (k0, k1), mask = counter, (key & 0xFFFFFFFF, key >> 32), 0xFFFFFFFF
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]

@@ -1,4 +1,4 @@
-"""params.json: the public one reads, and each way to be wrong is named."""
+"""Tests of params.json: the public model's is read, and errors name what is wrong."""
 
 import copy
 from typing import Any

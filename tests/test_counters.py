@@ -1,4 +1,4 @@
-"""The counters, proved where everything can be counted; the ledger's arithmetic is in test_ledger.py."""
+"""Tests of bench/counters.py on launches small enough to count every block; test_ledger.py tests the ledger."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def test_three_blocks_an_axis_tell_the_whole_launch() -> None:
         out = norm_linear(**args)
     with counting() as few:
         norm_linear(**args)
-    assert torch.equal(out, norm_linear(**args))  # watching changes nothing
+    assert torch.equal(out, norm_linear(**args))  # counting does not change the result
     assert len(few[0].blocks) == 5 < len(whole[0].blocks) == 5 * 8
     assert few[0].traffic() == whole[0].traffic()
     traffic = whole[0].traffic()

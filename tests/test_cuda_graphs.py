@@ -1,4 +1,4 @@
-"""Frames as graphs, with a capture that knows no more than a GPU's: launches, their addresses and their numbers."""
+"""Tests of frames as graphs, with a capture that records what a GPU's does: launches, addresses and numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ LAUNCH = GridExecutor.__call__
 
 
 class Recording:
-    """Captures by writing down launches, which are not run then; whatever else happens in a capture raises."""
+    """Captures by recording launches instead of running them; any other operation in a capture raises."""
 
     def __init__(self) -> None:
         self.n_graphs = self.n_replays = 0
@@ -48,14 +48,17 @@ class Recording:
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
-    """Takes the place of a GPU's capture in what is loaded after it."""
+    """Make models that are loaded afterwards capture graphs with a :class:`Recording`, and return it."""
     capture = Recording()
     monkeypatch.setattr("voxkern.tts.capture_for", lambda device: capture)
     return capture
 
 
 def load(folder: Path, **arguments: Any) -> voxkern.TTS:
-    """On kernels but for the codec, which takes most of the time in the interpreter and has a test of its own."""
+    """Load a model on kernels, but with the reference codec.
+
+    The fused codec would take most of the time in the interpreter, and has a test of its own.
+    """
     tts = voxkern.load(folder, backend="triton", **arguments)
     del vars(tts.model.audio_tokenizer)["stream"]
     return tts
@@ -69,7 +72,7 @@ def assert_same(ours: list[voxkern.Audio], theirs: list[voxkern.Audio]) -> None:
 
 
 def test_replayed_graphs_equal_launches(tiny_folder: Path, recording: Recording) -> None:
-    """Three requests that join and leave, two at a time: frames of 1 and 2 rows."""
+    """Three requests run in two slots, so that frames have 1 or 2 rows."""
     plain = load(tiny_folder, max_batch=2, graphs=False).generate(TEXTS, solver="ab2", **ARGUMENTS)
     assert recording.n_graphs == 0
     tts = load(tiny_folder, max_batch=2)
@@ -82,7 +85,7 @@ def test_replayed_graphs_equal_launches(tiny_folder: Path, recording: Recording)
 
 
 def test_padded_rows_do_not_change_the_others(tiny_folder: Path, recording: Recording) -> None:
-    """Three rows in the graph of four: the fourth is empty, and held another request before."""
+    """Five requests start in the graph of five rows; the row of a request that has ended stays in it, empty."""
     seeds = [1, 2, 3, 4, 5]
     arguments: dict[str, Any] = {"steps": 1, "max_frames": [2, 3, 2, 1, 2], "seed": seeds}
     plain = load(tiny_folder, max_batch=5, graphs=False).generate(["one"] * 5, **arguments)
@@ -90,7 +93,7 @@ def test_padded_rows_do_not_change_the_others(tiny_folder: Path, recording: Reco
 
 
 def test_the_codec_has_a_graph_of_its_own(tiny_folder: Path, recording: Recording) -> None:
-    """Two requests, then one alone, in the same streams begun anew."""
+    """A frame of two requests is decoded, then, in the restarted streams, a frame of one."""
     plain, model = (voxkern.load(tiny_folder, backend="triton", max_batch=2).model for _ in range(2))
     codecs = CodecRunner(plain, 2), CodecRunner(model, 2, recording)
     assert recording.n_graphs == 1
@@ -113,7 +116,10 @@ def test_the_other_head(mlp_folder: Path, recording: Recording) -> None:
 
 @pytest.mark.parametrize("where", ["written over", "moved"])
 def test_new_weights(tiny_folder: Path, recording: Recording, where: str) -> None:
-    """Written over, they are read where they lay, and the tables made of them too; moved, all is captured anew."""
+    """Weights written in place, and the tables made from them, keep their addresses, so that graphs stay valid.
+
+    When the weights move to other addresses, all graphs are captured again.
+    """
     tts = load(tiny_folder)
     tts.generate("one", steps=2, max_frames=2, seed=1)
     model, n_graphs = tts.model, recording.n_graphs
@@ -123,7 +129,7 @@ def test_new_weights(tiny_folder: Path, recording: Recording, where: str) -> Non
     again = tts.generate("one", steps=2, max_frames=2, seed=1)
     assert recording.n_graphs == (n_graphs if where == "written over" else 2 * n_graphs)
     other = load(tiny_folder, graphs=False)
-    other.model.load_state_dict(state, assign=where == "moved")  # where weights lie, products on a CPU may differ
+    other.model.load_state_dict(state, assign=where == "moved")  # a CPU's products may depend on weights' addresses
     assert_same([again], [other.generate("one", steps=2, max_frames=2, seed=1)])
 
 
@@ -169,7 +175,7 @@ def test_addresses() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu(tiny_folder: Path) -> None:
-    """Has not been run: there has been no GPU."""
+    """This test has not been run yet: no GPU was available."""
     arguments = ARGUMENTS | {"steps": 7}
     plain = load(tiny_folder, device="cuda", max_batch=3, graphs=False).generate(TEXTS, **arguments)
     assert_same(load(tiny_folder, device="cuda", max_batch=3).generate(TEXTS, **arguments), plain)
@@ -177,7 +183,7 @@ def test_on_a_gpu(tiny_folder: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_capture_on_a_gpu() -> None:
-    """Has not been run: there has been no GPU."""
+    """This test has not been run yet: no GPU was available."""
     x = torch.zeros(3, device="cuda")
 
     def work() -> Tensor:

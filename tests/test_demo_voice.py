@@ -1,9 +1,9 @@
-"""The demo voice, as a recogniser hears it."""
+"""Tests that a speech recogniser understands the demo voice."""
 
 import pytest
 import torch
 
-pytest.importorskip("pocketsphinx", reason="hearing needs pocketsphinx: pip install 'voxkern[test]'")
+pytest.importorskip("pocketsphinx", reason="speech recognition needs pocketsphinx: pip install 'voxkern[test]'")
 
 import voxkern
 from bench.errors import large_tiles
@@ -25,18 +25,18 @@ def test_the_demo_voice_is_understood(recogniser: Recogniser, voice: str, text: 
 
 
 def test_the_demo_voice_is_understood_on_kernels(recogniser: Recogniser) -> None:
-    """Backbone, flow head and codec, interpreted; and its codes are those of plain PyTorch but for rounding."""
+    """Backbone, flow head and codec run in the interpreter; the semantic codes equal those of plain PyTorch."""
     arguments = {"voice": "rms", "seed": 7, "steps": 2, "solver": "ab2", "max_frames": 12}
     tts = voxkern.load(backend="triton")
     decode = tts.model.audio_tokenizer.stream().decode
-    del tts.model.audio_tokenizer.stream  # frame by frame it would take most of the time; below, it is one chunk
+    del tts.model.audio_tokenizer.stream  # slow frame by frame: all frames are decoded in one chunk below
     with large_tiles():
         audio = tts.generate("eight", **arguments)
         sound = decode(torch.from_numpy(audio.codes).long().unsqueeze(0)).flatten().numpy()
     assert audio.ended
     assert recogniser.recognise(sound, RATE) == ["eight"]
     plain = voxkern.load(backend="torch").generate("eight", **arguments)
-    assert (audio.codes[0] == plain.codes[0]).all()  # the semantic ones, which name the word
+    assert (audio.codes[0] == plain.codes[0]).all()  # the semantic codes, which determine the word
 
 
 def test_the_wider_vocabulary() -> None:

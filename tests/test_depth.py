@@ -1,4 +1,4 @@
-"""The depth transformer that the flow head is compared with, and the comparison's arithmetic."""
+"""Tests of bench/depth.py: the depth transformer, and the figures that compare it with the flow head."""
 
 import pytest
 import torch
@@ -45,11 +45,15 @@ def test_a_code_sees_those_before_it_and_no_others(tiny: DepthTransformer, i: in
 
 
 def test_weights_streamed_by_hand() -> None:
-    """36 codes x 3 layers, an output head each, the hidden state; against steps x 3 layers and the ends."""
+    """The counted bytes of weights equal those computed by hand, for both candidates.
+
+    The depth transformer reads 3 layers and an output head for each of 36 codes, and projects the hidden state once.
+    The flow head reads 3 layers in each step, and its projections.
+    """
     found = {name: weight_bytes(work) for name, work in candidates().items()}
     assert found.pop(("depth transformer", "codes:36")) == 2 * (36 * (3 * LAYER + 21 * 3072) + 3072 * 3072)
     for steps in STEPS:
-        ends = 2 * 36 * 3072 * steps  # in, at the start and after all steps but the last; out, after each
+        ends = 2 * 36 * 3072 * steps  # in: at the start, and after all steps but the last; out: after each step
         once = 3072 * 3072 + 6144 * 3072
         assert found["flow head", f"euler:{steps}"] == 2 * (steps * 3 * LAYER + ends + once)
 
@@ -62,7 +66,10 @@ def test_launches_by_hand() -> None:
 
 
 def test_the_depth_transformers_weights_are_its_modules() -> None:
-    """All of them once a code, but the outputs once a frame, and embeddings and norms, which are activations' size."""
+    """Layers are read once a code, output heads and the hidden state's projection once a frame.
+
+    Embeddings and norms are not counted as weights: what is read of them is as small as activations.
+    """
     with torch.device("meta"):
         module = DepthTransformer(public().acoustic_transformer, public().audio)
     layers = sum(p.numel() for p in module.layers.parameters() if p.ndim == 2)

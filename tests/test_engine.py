@@ -1,7 +1,7 @@
-"""The engine: whatever joins, leaves, fails or waits, no page is lost and nobody starves; and the sound stays the same.
+"""Tests of the engine: requests join, leave, fail and wait; no page is lost, and each request gets its own codes.
 
-Bookkeeping is proved on slots that compute nothing but write each token into its page, and look at all pages of a
-request in every frame: a page that is shared wrongly is seen by its content.
+The fake model runner computes nothing. It writes each token into its page, and compares all pages of a request with its
+tokens in every frame: a page that is shared wrongly is found by its content.
 """
 
 import threading
@@ -33,9 +33,9 @@ from voxkern.engine.runner import FrameOutput
 from voxkern.reference.config import END_AUDIO, N_SPECIAL_CODES
 
 N_PAGES, N_SLOTS = 12, 4
-SHARED = {0: 5, 1: 64, 2: 70, 3: 150, 4: 0, 5: 70}  # rows of a prompt that are its voice's
+SHARED = {0: 5, 1: 64, 2: 70, 3: 150, 4: 0, 5: 70}  # by voice: rows of a prompt that belong to the voice
 BAD_VOICE = 5
-BROKEN = -1.0  # a row that makes its prompt's pass fail
+BROKEN = -1.0  # a row of this value makes its prompt's prefill raise
 REQUESTS = st.tuples(  # voice, tokens of text, frames, seed, broken
     st.sampled_from([None, *SHARED]),
     st.integers(1, 90),
@@ -46,13 +46,13 @@ REQUESTS = st.tuples(  # voice, tokens of text, frames, seed, broken
 
 
 def token(seed: int, i: int) -> int:
-    """What a request says as its frame `i`; 0 is its end."""
+    """Return what a request with this seed generates as its frame `i`; 0 means END."""
     return 0 if i == seed % 97 else 1 + (seed * 31 + i * 7) % 1000
 
 
 @dataclass
 class FakeRunner:
-    """Every token is written where its keys and values would be."""
+    """A model runner that writes each token where its keys and values would be stored."""
 
     deferred: bool
     n_slots: int = N_SLOTS
@@ -116,7 +116,7 @@ class FakeRunner:
 
 
 class FakeCodecRunner:
-    """A sample a frame."""
+    """A codec runner that decodes a frame to one sample."""
 
     sampling_rate = 1
     fails = False
@@ -309,7 +309,7 @@ def test_much_traffic() -> None:
 
 
 def test_a_request_that_another_thread_has_just_finished_is_finished() -> None:
-    """A thread looks after its request has left its slot and before the request counts as finished."""
+    """One thread waits for a request while another has begun to free its slot, and has not marked it finished."""
     runner = FakeRunner(False)
     engine = Engine(runner, FakeCodecRunner(), 2)
     state = engine.submit(Request(torch.zeros(1, 1, dtype=torch.float64) + 0.25, 5, 1.0, 1, 1, "euler"))
@@ -318,7 +318,7 @@ def test_a_request_that_another_thread_has_just_finished_is_finished() -> None:
 
     def slow_leave(slot: int) -> None:
         leaving.set()
-        looked.wait(0.2)  # the other thread waits for this frame's end
+        looked.wait(0.2)  # meanwhile the main thread waits for the same request
         leave(slot)
 
     runner.remove = slow_leave  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Errors in the model's currency, and distortion against evaluations: what is counted, on the tiny checkpoint."""
+"""Tests of bench/errors.py and bench/distortion.py, which count flipped codes, SNR and distances, on tiny models."""
 
 import math
 from itertools import groupby
@@ -18,7 +18,7 @@ from voxkern.tts import CFG_ALPHA, TTS
 
 
 def frames(n: int) -> torch.Tensor:
-    """Codes in the middle of their levels, and no END."""
+    """Return `n` frames of code 12: level 10 of 0..20 in the acoustic codes, and no END."""
     return torch.full((n, 37), 12)
 
 
@@ -64,14 +64,17 @@ def test_a_model_has_no_flips_against_itself(tiny_folder: Path) -> None:
 
 
 def test_teacher_forcing_reproduces_the_generated_frames(tiny_folder: Path) -> None:
-    """In one dtype, the frame after each part of a history is the history's own next one, and so is its sound."""
+    """In one dtype, the frame generated after each part of a history is the history's next one.
+
+    The histories' sound is also that of generate().
+    """
     tts = TTS(read_checkpoint(tiny_folder, torch.float32))
     histories = generate_histories(tts, ["one two"], max_frames=4)
     found = iter(next_frames(tts, histories))
     for i, history in enumerate(histories):
         again = torch.stack([next(found) for _ in range(len(history.codes) + 1)])
         assert Flips.of(again[:-1], history.codes).semantic_flipped == 0
-        assert (again[:-1] != history.codes).float().mean() < 0.01  # rounding, at the most
+        assert (again[:-1] != history.codes).float().mean() < 0.01  # only rounding may differ
         audio = tts.generate("one two", history.voice, i, max_frames=4)
         torch.testing.assert_close(sound(tts, [history]).float(), torch.from_numpy(audio.samples))
 
@@ -93,7 +96,7 @@ def test_rows_of_a_small_run(rows: list[ResultRow]) -> None:
         assert shares[0] == pytest.approx(sum(shares[1:]))
         for share in shares:
             assert share * n / 100 == pytest.approx(round(share * n / 100))
-        assert 20 < of["waveform SNR"] < 70  # bf16 has 8 bits
+        assert 20 < of["waveform SNR"] < 70  # bf16 has 8 significant bits
 
 
 def test_rows_say_what_they_are(rows: list[ResultRow]) -> None:

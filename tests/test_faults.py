@@ -1,4 +1,4 @@
-"""Faults planted in one of our kernels: each must be caught by the check that is there for it."""
+"""Tests of the checks: each fault planted in a kernel must be caught by the check that is made for it."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_a_wrong_count_is_caught(edit: Edit) -> None:
 
 
 def test_a_block_per_query_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It computes what it should, and the bytes from memory are the same: only what is asked for again tells."""
+    """The planted kernel gives the right result with the same DRAM bytes: only the repeated loads reveal the fault."""
     attention = entry_of("paged_attention")
     first = "i_s, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)"
     blocks = "grid = (min(spans, triton.cdiv(block_table.shape[1] * PAGE, SPAN)), HKV, B)"
@@ -69,7 +69,7 @@ def test_a_block_per_query_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_forgotten_mask_without_a_wrong_result_is_caught() -> None:
     strays = plant(NORM_LINEAR, (LOAD, LOAD.replace("m_n[:, None] & ", "")))
-    assert_accurate(strays, ODD, "fp32")  # what the last rows read too much is never stored
+    assert_accurate(strays, ODD, "fp32")  # what is read past the weight's last rows is never stored
     with pytest.raises(Exception, match="outside of every argument"):
         assert_within(strays, ODD)
 
@@ -95,7 +95,10 @@ def test_a_cat_between_two_launches_is_caught() -> None:
 
 @pytest.fixture(scope="module")
 def complaints() -> dict[str, list[str]]:
-    """The ledger's, about planted kernels compiled in a process of their own: the interpreter cannot show these."""
+    """Return the ledger's complaints about planted kernels, by the name of the fault.
+
+    Another process compiles them, because the interpreter cannot show these faults.
+    """
     asks: dict[str, tuple[str, str, list[Edit]]] = {
         "nothing": ("sm_89", "bf16", []),
         "shared": ("sm_89", "bf16", [("128      8          6", "128      8          7")]),

@@ -1,4 +1,4 @@
-"""The flow head's own: noise, END, guidance, ties, NaN; what every operator must do is in test_operators.py."""
+"""Tests of the flow head's kernels: noise, END, guidance, ties, NaN. test_operators.py has the common checks."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -52,11 +52,14 @@ def semantic_sizes(**other: Any) -> SimpleNamespace:
 
 
 def rows_of(i: list[int], B: int, n: int) -> list[int]:
-    """Of n rows an argument has, those of requests `i`: one for all, one a request, or one for each of 2, 4 or 6."""
+    """Return which of the n rows of an argument belong to requests `i`.
+
+    An argument has one row for all requests, or 1, 2, 4 or 6 parts with a row for each of B requests.
+    """
     return [0] if n == 1 else [part * B + b for part in range(n // B) for b in i]
 
 
-# an operator's arguments, which of them have rows of a request's own, and its results
+# by name: an operator, its arguments, and the names of those that have rows for each request
 CASES: dict[str, tuple[Any, Callable[[TensorMaker], dict[str, Any]], tuple[str, ...]]] = {
     "tokens": (token_attention, lambda make: attention_bench.token_attention_inputs(token_sizes(), make),
                ("x_qkv", "t_qkv", "h_qkv")),
@@ -75,7 +78,7 @@ CASES: dict[str, tuple[Any, Callable[[TensorMaker], dict[str, Any]], tuple[str, 
 
 
 def run(op: Any, args: dict[str, Any]) -> list[Tensor]:
-    """What `op` returns and what it writes to, on copies."""
+    """Run `op` on copies of its arguments; return its results, then the arguments that it writes to."""
     args = {name: arg.clone() if isinstance(arg, Tensor) else arg for name, arg in args.items()}
     out = op(**args)
     returned = [] if out is None else [out] if isinstance(out, Tensor) else list(out)
@@ -109,7 +112,7 @@ def test_noise_is_the_reference_s_to_the_bit(K: int) -> None:
     flow_start(seed + 1, frame, x, quantile_table(), w_in, time, given, again, 6)
     assert torch.equal(given, x)
     assert torch.equal(again[:24], written[:24])
-    assert again[24:].isnan().all()  # the hidden state's rows are not this kernel's
+    assert again[24:].isnan().all()  # this kernel does not write the hidden state's rows
 
 
 @pytest.mark.parametrize("op", [flow_step, flow_finish])
@@ -121,7 +124,7 @@ def test_guidance_of_one_reads_the_condition_alone_and_of_zero_the_other(op: Any
         expected = run(op, args)
         y = args["y"].clone()
         y[other] = 123.0
-        y[10:] = NAN  # rows of the other tokens
+        y[10:] = NAN  # rows of the t and h tokens
         assert all(map(torch.equal, run(op, args | {"y": y}), expected))
 
 
@@ -140,11 +143,11 @@ def test_end_gives_codes_of_two_and_their_embeddings() -> None:
     rows = torch.tensor([1] + [52 + 23 * j + 2 for j in range(37)])
     torch.testing.assert_close(next_embedding[1], args["embeddings"][rows].sum(0))
     assert (codes[0, 1:] != 2).any()
-    assert x.abs().max() > 1  # what is left is not clamped
+    assert x.abs().max() > 1  # the state in x is not clamped
 
 
 def finish_at(x: Tensor, levels: int) -> Tensor:
-    """The acoustic levels of a state that a step of no length leaves as it is."""
+    """Return the acoustic levels of the state `x`, after a step of length 0 that leaves `x` as it is."""
     args = solver_bench.flow_finish_inputs(sizes(B=1, max_batch=1, K=x.shape[1], levels=levels), TensorMaker())
     codes, _, left, _ = run(flow_finish, args | {"x": x, "dt": 0.0})
     assert torch.equal(left.nan_to_num(7.0), x.nan_to_num(7.0))
@@ -182,7 +185,7 @@ def _prologue_kernel(
     p_x, p_t, p_h, p_out, B2, n_x, n_t,
     W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    # as a product asks for it: a tile of rows, head by head
+    # called as a matrix product calls it: for a tile of rows, head by head
     o_row = tl.arange(0, ROWS).to(tl.int64)
     m_row = o_row < 3 * B2
     o_d = tl.arange(0, D)
@@ -217,7 +220,7 @@ def codes_of(h: Tensor, weight: Tensor, n_codes: int) -> list[int]:
 
 def test_ties_go_to_the_lowest_index() -> None:
     weight = torch.zeros(90, 70)
-    weight[[0, 5, 40, 41, 84, 85]] = 3.0  # 0 is EMPTY and 85 is padding; tiles are of 32
+    weight[[0, 5, 40, 41, 84, 85]] = 3.0  # row 0 is EMPTY, row 85 is padding, and a tile has 32 rows
     weight[[7, 40, 84]] += 1.0
     h = torch.ones(4, 70)
     h[1], h[2] = 0.0, -0.0  # all logits are zeros, of either sign
@@ -241,7 +244,7 @@ def test_the_best_code_at_either_end_and_never_a_masked_one() -> None:
 def test_infinite_and_undefined_logits() -> None:
     weight = torch.ones(90, 70)
     h = torch.stack([torch.full((70,), v) for v in (NAN, 1.0, float("inf"), -float("inf"))])
-    assert codes_of(h, weight, 85) == [1, 1, 1, 1]  # a request gone wrong ends, the others do not notice
+    assert codes_of(h, weight, 85) == [1, 1, 1, 1]  # the request of NaN ends, the others are unaffected
     weight[9, 3], weight[50] = NAN, 2.0
     assert codes_of(h[1:2], weight, 85) == [50]
 
@@ -296,7 +299,7 @@ def wrong(base: str, **change: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("base", "change", "error", "message"),
     [
-        ("tokens", {"n_heads": 3}, ValueError, r"h_qkv has 128 columns, which are no \(3 \+ 2 \* 2\) heads"),
+        ("tokens", {"n_heads": 3}, ValueError, r"h_qkv has 128 columns, which do not split into 3 \+ 2 \* 2 heads"),
         ("tokens", {"n_tokens": 2}, ValueError, r"n_tokens is 2 but must be 3, or 1"),
         ("tokens", {"x_qkv": lambda t: t[:3]}, ValueError, r"x_qkv has 3 rows but must have B = 5 or 2B = 10"),
         ("tokens", {"t_qkv": lambda t: t[:2]}, ValueError, r"t_qkv has 2 rows but must have 1 or 2B = 10"),

@@ -1,4 +1,4 @@
-"""What a frame costs, held to its limits."""
+"""Tests of a frame's cost: its launches, multiply-adds and bytes stay within limits."""
 
 import copy
 
@@ -21,13 +21,13 @@ from voxkern.reference.model import make_head
 from voxkern.reference.noise import seed_tensor
 from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
-LIMITS = {1: 96, 32: 117}  # launches of the flow head's frame, by the batch it is prepared for
-WHOLE = {1: 230, 32: 250}  # and of a whole frame: flow head, bookkeeping, backbone
+LIMITS = {1: 96, 32: 117}  # launches of the flow head in a frame, at most, by max_batch
+WHOLE = {1: 230, 32: 250}  # the same of a whole frame: flow head, decode state and backbone
 
 
 @pytest.mark.parametrize("max_batch", LIMITS)
 def test_launches_and_nothing_else(max_batch: int) -> None:
-    """Three layers and seven steps, as in the public model; the widths do not change what is launched."""
+    """The head has three layers and seven steps, as in the public model; its widths do not change the launches."""
     params = copy.deepcopy(tiny_params())
     params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]["n_layers"] = 3
     config = Config.from_params(params)
@@ -45,7 +45,7 @@ def test_launches_and_nothing_else(max_batch: int) -> None:
 
 @pytest.mark.parametrize("B", LIMITS)
 def test_public_shapes(B: int) -> None:
-    """By the launches' own shapes; their bytes are counted in the slow test."""
+    """Launches and multiply-adds come from the launches' shapes; the slow test counts bytes."""
     head, embeddings = public_head("meta")
     cost = frame_cost(head, B, embeddings, count_bytes=False)
     assert cost.launches <= LIMITS[B]
@@ -54,7 +54,10 @@ def test_public_shapes(B: int) -> None:
 
 @pytest.mark.parametrize("B", WHOLE)
 def test_a_whole_frame_at_the_public_shapes(B: int) -> None:
-    """Counted as in tests/test_fused_backbone.py, where a whole frame runs: the heads', one launch, the backbone's."""
+    """A frame is the head's launches, one for the decode state, and the backbone's.
+
+    tests/test_fused_backbone.py runs a whole frame and counts the same parts.
+    """
     head, embeddings = public_head("meta")
     backbone = backbone_cost(public_backbone("meta"), B, count_bytes=False).launches
     assert backbone == 5 * 26 + 1
@@ -63,7 +66,10 @@ def test_a_whole_frame_at_the_public_shapes(B: int) -> None:
 
 @pytest.mark.parametrize("context", [64, 400, 1000])
 def test_keys_and_values_are_read_once(context: int) -> None:
-    """And asked for once: what a block per query head reads again from the L2 cache would not show in DRAM bytes."""
+    """No key or value is loaded twice.
+
+    A block per query head would load them again from the L2 cache, which DRAM bytes do not show.
+    """
     traffic = cache_traffic(context)
     assert traffic.fewest <= traffic.kv <= 1.05 * traffic.fewest
     assert traffic.again == 0
@@ -78,7 +84,7 @@ def test_keys_and_values_are_read_once_at_4096() -> None:
 
 
 def test_products_as_usually_written() -> None:
-    """7 steps x 6 rows x 349.2 M and the heads, as the specification's roofline has it: 29.4 GFLOP at batch 1."""
+    """7 steps x 6 rows x 349.2 M and the projections are 29.4 GFLOP at batch 1, as in the specification's roofline."""
     head, _ = public_head("meta")
     assert 2 * plain_multiply_adds(head, 1) == pytest.approx(29.4e9, rel=0.01)
 
@@ -89,7 +95,7 @@ def test_products_as_usually_written() -> None:
 def test_the_velocity_mlp_has_two_launches_a_block_and_one_a_step(
     n_layers: int, steps: int, max_batch: int, solver: str
 ) -> None:
-    """And five once a frame: semantic codes (2), hidden states, modulations, noise."""
+    """Five more launches run once a frame: semantic codes (2), hidden states, modulations, noise."""
     params = copy.deepcopy(tiny_params(velocity_mlp=True))
     params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]["n_layers"] = n_layers
     config = Config.from_params(params)
@@ -107,7 +113,7 @@ def test_the_velocity_mlp_has_two_launches_a_block_and_one_a_step(
 
 @pytest.mark.parametrize("B", LIMITS)
 def test_public_shapes_with_the_velocity_mlp(B: int) -> None:
-    """54 launches; the modulations without condition, a third of all multiply-adds, are a table."""
+    """A frame takes 54 launches; a table holds the modulations without condition, a third of all multiply-adds."""
     head, embeddings = public_head("meta", velocity_mlp=True)
     cost = frame_cost(head, B, embeddings, count_bytes=False)
     assert cost.launches <= 54
@@ -116,7 +122,7 @@ def test_public_shapes_with_the_velocity_mlp(B: int) -> None:
 
 @pytest.mark.parametrize("case", ["odd", "odd-some-queries"])
 def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
-    """Bytes of the weights, and of the results, counted whole: what the frame's count rests on."""
+    """One launch moves as many bytes of weights and results as three; bench/frame.py counts it as three."""
     entry = entry_of("norm_qkv")
     args = entry.args(case_of(entry, case), TensorMaker(torch.bfloat16))
     with counting(whole=True) as together:
@@ -132,7 +138,10 @@ def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
 
 
 def test_modulations_in_one_grid_are_a_grid_each() -> None:
-    """Bytes of a layer's weight, bias and results, counted whole, are those of the layer alone by its outer blocks."""
+    """A layer's weight, bias and results take the same bytes in the joint launch and alone.
+
+    All blocks of the joint launch are counted, and alone only the outer blocks, as bench/frame.py does.
+    """
     entry = entry_of("adaln_modulation")
     sizes = {"N": 3 * 130, "K": 130, "blocks": 3, "S": 7, "R": 32, "max_rows": 2048}
     args = entry.args(Case("odd", sizes), TensorMaker(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""The public shapes themselves: 8 GB of random weights written, loaded and spoken with. Slow."""
+"""Slow tests at the public model's size: 8 GB of random weights are written, loaded and used for speech."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def test_inventory(full_folder: Path) -> None:
 
 
 def _run(code: str, *arguments: str) -> tuple[str, int]:
-    """Output and peak resident bytes of a fresh process."""
+    """Run Python code in a fresh process; return its standard error and its peak resident bytes."""
     code += "\nimport sys; print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -49,7 +49,7 @@ def test_change_of_dtype(full_folder: Path) -> None:
     lines = Path("/proc/meminfo").read_text().splitlines()
     memory = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     if memory * 1024 < 2.5 * WEIGHTS:
-        pytest.skip("16 GB of weights in fp32 do not fit this machine's memory")
+        pytest.skip("16 GB of weights in fp32 need 20 GB of free memory, and this machine has less")
     _, peak = _run(code, str(full_folder))
     print(f"peak {peak / 1e9:.2f} GB")
     assert peak < 1.2 * 2 * WEIGHTS

@@ -1,4 +1,4 @@
-"""The fused backbone against its module, and a whole utterance on kernels."""
+"""Tests of the fused backbone against its module, and of whole utterances on kernels."""
 
 import copy
 import os
@@ -23,7 +23,7 @@ from voxkern.reference.attention import PagedCache
 
 @pytest.fixture
 def model(tiny_folder: Path) -> VoxtralTTS:
-    """A model of one's own, fp32."""
+    """Return a model in fp32 that the test may change."""
     return read_checkpoint(tiny_folder).model
 
 
@@ -32,7 +32,7 @@ def embeddings(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -
 
 
 def empty_cache(requests: int, pages: int, page: int = 64, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """A kv for 2 layers full of NaN, and shuffled pages for some requests with unused ones between."""
+    """Return a KV cache of 2 layers full of NaN, and a block table of shuffled pages; 3 pages are in no table."""
     kv = torch.full((2, requests * pages + 3, 2, 2, page, 16), torch.nan, dtype=dtype)
     order = torch.randperm(requests * pages + 3, generator=torch.Generator().manual_seed(1))
     return kv, order[: requests * pages].view(requests, pages).int()
@@ -41,7 +41,7 @@ def empty_cache(requests: int, pages: int, page: int = 64, dtype: torch.dtype = 
 @torch.inference_mode()
 @pytest.mark.parametrize("page", [16, 64])
 def test_hidden_states_equal_the_modules(model: VoxtralTTS, page: int) -> None:
-    """Prompts of different lengths in one launch, then tokens one by one, one request waiting and one ending."""
+    """Prompts of different lengths are prefilled together, then decoded token by token; one request waits a step."""
     lengths, u = [1, 65, 30], embeddings(3, 100)
     whole = model.hidden_states(u)
     fused = FusedBackbone(model, 4)
@@ -66,7 +66,10 @@ def test_hidden_states_equal_the_modules(model: VoxtralTTS, page: int) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("page", [16, 64, 128])
 def test_the_last_page_may_pass_max_tokens(model: VoxtralTTS, page: int) -> None:
-    """Pages are whole: 100 tokens are 112 in pages of 16, and 128 in larger ones. No lane leaves the rotations."""
+    """100 tokens take whole pages: 112 tokens in pages of 16, and 128 in larger ones.
+
+    No lane reads past the table of rotations.
+    """
     pages = -(-100 // page)
     T, (kv, table) = pages * page, empty_cache(1, pages, page)
     u = embeddings(1, T)
@@ -82,7 +85,7 @@ def test_the_last_page_may_pass_max_tokens(model: VoxtralTTS, page: int) -> None
 
 @torch.inference_mode()
 def test_one_token_is_a_decode(model: VoxtralTTS) -> None:
-    """Bit by bit, though it be the last of a prompt in parts."""
+    """A call with one token has the bits of a decode, even for the last token of a prompt in parts."""
     fused, u = FusedBackbone(model, 2), embeddings(1, 5)
     kv, table = empty_cache(1, 1)
     fused(u[:, :4], PagedCache(kv, table, torch.tensor([4])))
@@ -93,7 +96,7 @@ def test_one_token_is_a_decode(model: VoxtralTTS) -> None:
 
 @torch.inference_mode()
 def test_accelerated_hidden_states_takes_the_modules_arguments(model: VoxtralTTS) -> None:
-    """``hidden_states`` of an accelerated model: whole, over a cache of int64, one token."""
+    """``hidden_states`` of an accelerated model runs without a cache, with an int64 block table, and on one token."""
     u = embeddings(2, 21)
     plain = copy.deepcopy(model)
     voxkern.accelerate(model, 2)
@@ -110,7 +113,7 @@ def test_accelerated_hidden_states_takes_the_modules_arguments(model: VoxtralTTS
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alone_in_a_batch_and_in_parts(tiny_folder: Path, dtype: torch.dtype) -> None:
-    """Bit by bit: prompts together, alone, and in parts of odd sizes; then tokens together and alone."""
+    """Prompts have the same bits together, alone and in parts of odd sizes, and so have the tokens decoded next."""
     fused = FusedBackbone(read_checkpoint(tiny_folder, dtype).model, 5)
     lengths, u = [70, 3, 33], embeddings(3, 71, dtype=dtype)
     kv, table = empty_cache(3, 2, dtype=dtype)
@@ -142,14 +145,14 @@ def test_a_frame_is_launches_and_nothing_else(tiny_folder: Path) -> None:
     (batch,) = runner._batches.values()
     with launches_only() as launches:
         batch.launch(3)
-    # flow head: 5, and 2 steps of 2 layers of 5 launches and 1; the codes; 2 layers of 5 launches, and the norm
+    # flow head: 5, and 2 steps of 2 layers of 5 and 1 more; decode state: 1; backbone: 2 layers of 5, and the norm
     assert len(launches) == 5 + 2 * (2 * 5 + 1) + 1 + 2 * 5 + 1
     assert batch.n_frames.tolist() == [2, 0, 2]
     assert batch.lengths.tolist() == [7, 0, 10]
 
 
 def test_speaks_as_the_torch_backend_does(tiny_folder: Path) -> None:
-    """Several requests with seeds and limits of their own; the codes are those of the reference modules."""
+    """Two requests with seeds and limits of their own get the codes of the reference modules."""
     arguments = {"text": ["a", "hello"], "voice": ["ada", "bob"], "seed": [1, 2**64 - 1], "max_frames": [6, 10]}
     mine = voxkern.load(tiny_folder, backend="triton", max_batch=2).generate(**arguments, steps=2)
     theirs = voxkern.load(tiny_folder, backend="torch", max_batch=2).generate(**arguments, steps=2)
@@ -163,19 +166,19 @@ def test_speaks_as_the_torch_backend_does(tiny_folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "ab2"])
 def test_speaks_as_the_torch_backend_does_for_long(tiny_folder: Path, solver: str) -> None:
-    """60 frames of three requests, all evaluations: past a page, and past where requests end."""
+    """Three requests of up to 60 frames, with all evaluations, fill more than a page and end at different frames."""
     arguments = {"text": ["a", "hello", "x" * 50], "seed": [1, 2, 3], "max_frames": [60, 40, 60]}
     mine = voxkern.load(tiny_folder, backend="triton", max_batch=3).generate(**arguments, solver=solver)
     theirs = voxkern.load(tiny_folder, backend="torch", max_batch=3).generate(**arguments, solver=solver)
     for one, other in zip(mine, theirs, strict=True):
-        # a code on a rounding edge would change what follows; none of these 1,700 is on one
+        # a code on a rounding edge would change all later frames; none of these 1,700 codes is on one
         np.testing.assert_array_equal(one.codes, other.codes)
 
 
 def test_a_request_that_ends_leaves_the_others_alone(tiny_folder: Path) -> None:
-    """END, limits, and who is beside: each says the same as alone; END's frame is not valid."""
+    """Requests that end by END or by their limit give the same audio together as alone; END's frame is not in it."""
     tts = voxkern.load(tiny_folder, backend="triton", max_batch=3)
-    del tts.model.audio_tokenizer.stream  # kernels for the codes alone: the codec has tests of its own
+    del tts.model.audio_tokenizer.stream  # the reference codec decodes: the fused codec has tests of its own
     with torch.no_grad():
         tts.model.acoustic_transformer.semantic_codebook_output.weight[1] *= 4  # END comes soon
     requests = [
@@ -221,7 +224,7 @@ def test_errors(model: VoxtralTTS) -> None:
         with pytest.raises(ValueError, match=r"u must be \[B, T, 64\]"):
             fused(embeddings(2))
     model.norm.weight.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="gradients are asked of an accelerated backbone"):
+    with pytest.raises(RuntimeError, match="an accelerated backbone computes no gradients"):
         fused.decode(embeddings(1), kv, table[:1], lengths[:1])
 
 
@@ -235,7 +238,7 @@ def test_limits_are_known_before_anything_runs(tiny_folder: Path) -> None:
 
 
 def test_accelerated_and_restored_between_calls(tiny_folder: Path) -> None:
-    """generate() takes what the model is at the time; groups are of what it is accelerated for."""
+    """generate() uses the model as it is at the call: restored, or accelerated for batches of at most 2."""
     tts = voxkern.load(tiny_folder, backend="torch", max_batch=3)
     arguments = {"text": ["a", "b", "c"], "seed": [1, 2, 3], "max_frames": 3, "steps": 1}
     before = tts.generate(**arguments)

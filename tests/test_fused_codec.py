@@ -1,4 +1,4 @@
-"""The fused codec: the reference's sound in launches alone, the same bits however frames come."""
+"""Tests of the fused codec: the reference's sound, by launches only, with the same bits in chunks of any size."""
 
 import copy
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_fp32_is_the_reference(codec: AudioTokenizer, sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_chunks_or_neighbours(codec: AudioTokenizer, dtype: torch.dtype) -> None:
-    fused, codes = FusedCodec(copy.deepcopy(codec).to(dtype)), _codes(4, B=2)  # 32 rows at last, tiles of 16
+    fused, codes = FusedCodec(copy.deepcopy(codec).to(dtype)), _codes(4, B=2)  # up to 32 rows a request, in tiles of 16
     together = _in_chunks(fused, codes, [4])
     assert torch.equal(_in_chunks(fused, codes, [1, 3]), together)
     assert torch.equal(_in_chunks(fused, codes[1:], [2, 1, 1]), together[1:])
@@ -66,7 +66,10 @@ def test_bf16_is_as_near_as_the_reference(codec: AudioTokenizer) -> None:
 
 
 def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer) -> None:
-    """From no frame to all of a chunk, a new request in an old place, and nothing looked at that is not its own."""
+    """Requests have no frame to all frames of a chunk, and a new request takes the row of an old one.
+
+    Codes after a request's own frames and the state of an old request do not matter.
+    """
     codes = _codes(4, B=2)
     stream, plain = FusedCodec(codec)(2), CodecStream(codec, 2)
     for memory in stream.state.conv_state + stream.state.kv_window:
@@ -85,7 +88,7 @@ def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer) -> No
 
 
 def test_a_chunk_is_launches_and_nothing_else(codec: AudioTokenizer) -> None:
-    """7 and 5 a layer, whatever the frames; the reference runs more than ten times as many operators."""
+    """A chunk of any number of frames takes 7 launches and 5 a layer: below a tenth of the reference's operators."""
     stream, codes = FusedCodec(codec)(), _codes(25)
     n_layers = sum(len(block.layers) for block in codec.decoder_blocks if hasattr(block, "layers"))
     stream.decode(codes[..., :1])
@@ -108,7 +111,7 @@ def test_a_new_stream_uses_changed_weights(codec: AudioTokenizer) -> None:
     fused = FusedCodec(mine)
     before = _in_chunks(fused, codes, [2])
     folded = mine.folded_weights()
-    assert mine.folded_weights() is folded  # folded once
+    assert mine.folded_weights() is folded  # the weights are folded once
     with torch.no_grad():
         mine.output_proj.conv.parametrizations.weight.original0.mul_(2)
     torch.testing.assert_close(_in_chunks(fused, codes, [2]), 2 * before)
@@ -117,7 +120,7 @@ def test_a_new_stream_uses_changed_weights(codec: AudioTokenizer) -> None:
 
 
 def test_behind_generate(tiny_folder: Path) -> None:
-    """Accelerated, generate() decodes through it; that a stream's chunks are the same is in test_streaming.py."""
+    """generate() of an accelerated model decodes with the fused codec; test_streaming.py tests stream()'s chunks."""
     tts = voxkern.load(tiny_folder, backend="triton")
     assert isinstance(tts.model.audio_tokenizer.stream(), FusedCodecStream)
     audio = tts.generate("one", seed=4, steps=1, max_frames=2)

@@ -1,4 +1,4 @@
-"""Fused flow heads against their modules: same codes, same codes alone and in a batch, and nothing but launches."""
+"""Tests of the fused flow heads: their modules' codes, the same bits alone and in a batch, and launches only."""
 
 import copy
 import io
@@ -25,29 +25,29 @@ REPLACED = ["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]
 
 @pytest.fixture(params=["transformer", "mlp"])
 def folder(request: pytest.FixtureRequest, tiny_folder: Path, mlp_folder: Path) -> Path:
-    """A checkpoint of each kind of head."""
+    """Return the folder of a checkpoint, one for each kind of flow head."""
     return mlp_folder if request.param == "mlp" else tiny_folder
 
 
 @pytest.fixture
 def model(folder: Path) -> VoxtralTTS:
-    """A model of one's own, fp32."""
+    """Return a model in fp32 that the test may change."""
     return read_checkpoint(folder).model
 
 
 def fused_head_of(model: VoxtralTTS, max_batch: int) -> FusedHead:
-    """What :func:`voxkern.accelerate` puts in the place of its head."""
+    """Accelerate a model, and return the fused head that replaces its head's ``forward``."""
     voxkern.accelerate(model, max_batch)
     return model.acoustic_transformer.forward
 
 
 def reached(model: VoxtralTTS) -> list[Tensor]:
-    """Weights that a kernel is given as a list."""
+    """Return the weights that a kernel gets in a list, for the counters to recognise their addresses."""
     return [p.detach() for name, p in model.named_parameters() if "adaLN_modulation" in name]
 
 
 def inputs(B: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, cfg_alpha (1 and 0 among them) and noise."""
+    """Return hidden states [B, 64], cfg_alpha [B] (1 and 0 among them) and noise [B, 36]."""
     g = torch.Generator().manual_seed(seed)
     alpha = torch.tensor([1.2, 1.0, 0.0, 2.5]).repeat(-(-B // 4))[:B]
     return torch.randn(B, 64, generator=g).to(dtype), alpha, torch.randn(B, 36, generator=g)
@@ -65,7 +65,7 @@ def inputs(B: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[T
     ],
 )
 def test_a_fused_frame_equals_the_modules(model: VoxtralTTS, B: int, max_batch: int, steps: int, solver: str) -> None:
-    """Codes but for those at a rounding edge; latents as good as the module's own; the embeddings of the codes."""
+    """Codes are equal but at a rounding edge, latents are as accurate as the module's, and embeddings fit the codes."""
     head = model.acoustic_transformer
     h, alpha, x = inputs(B, seed=B)
     with torch.inference_mode():
@@ -92,7 +92,7 @@ def test_solve(model: VoxtralTTS) -> None:
         fused = fused_head_of(model, 2)
         latents = head.solve(h, alpha, x, 2, "ab2")
         fused.generate_codes(h.flip(0), alpha, noise=x, steps=1)
-    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)  # a copy: the next frame has left it alone
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)  # a copy: the next frame does not change it
     assert latents.abs().max() > 1
 
 
@@ -110,7 +110,10 @@ def test_end_frames(model: VoxtralTTS) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alone_equals_batched(folder: Path, dtype: torch.dtype) -> None:
-    """Seeds and frames of their own, at the first, middle and last place, with other rows and with zeros beside."""
+    """A request has the same bits alone, and at the first, middle and last place beside other rows or zeros.
+
+    Each request has its own seed and frame number.
+    """
     model = read_checkpoint(folder, dtype).model
     fused = fused_head_of(model, 6)
     h, alpha, _ = inputs(5, dtype)
@@ -129,7 +132,10 @@ def test_alone_equals_batched(folder: Path, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alone_equals_batched_everywhere(folder: Path, dtype: torch.dtype) -> None:
-    """Batches of 2, 5, 16 and 33 at the first, middle and last place, all 7 steps; the same constants for all."""
+    """A request has the same bits alone, and at the first, middle and last place in batches of 2, 5, 16 and 33.
+
+    All 7 steps run, and all launches have the same constants.
+    """
     model = read_checkpoint(folder, dtype).model
     fused = fused_head_of(model, 33)
     h, alpha, _ = inputs(33, dtype)
@@ -161,11 +167,11 @@ def test_a_frame_is_launches_and_nothing_else(model: VoxtralTTS) -> None:
             codes, _ = fused.generate_codes(h, alpha, seed=seed, frame=frame)
     assert torch.equal(codes, expected)
     each = 2 if isinstance(fused, FusedMLPHead) else 5
-    assert len(launches) == 5 + 7 * (2 * each + 1)  # two layers here
+    assert len(launches) == 5 + 7 * (2 * each + 1)  # the tiny heads have two layers
 
 
 def test_generate_through_the_fused_head(folder: Path) -> None:
-    """Load on kernels, speak, restore, speak as the module does."""
+    """A model on kernels generates the module's codes but for rounding, and exactly those after restore()."""
     arguments = {"text": ["one", "two"], "seed": [5, 6], "max_frames": 2, "steps": 2}
     expected = voxkern.load(folder, max_batch=2, backend="torch").generate(**arguments)
     tts = voxkern.load(folder, max_batch=2, backend="triton")
@@ -173,7 +179,7 @@ def test_generate_through_the_fused_head(folder: Path) -> None:
     assert voxkern.restore(tts.model) == REPLACED
     for mine, plain, again in zip(spoken, expected, tts.generate(**arguments), strict=True):
         assert mine.codes.shape == plain.codes.shape
-        assert (mine.codes != plain.codes).mean() <= 1 / 72  # fp32: one code at a rounding edge at the most
+        assert (mine.codes != plain.codes).mean() <= 1 / 72  # fp32: at most one code, at a rounding edge, differs
         assert (again.codes == plain.codes).all()
 
 
@@ -187,7 +193,7 @@ def test_noise_is_the_references(model: VoxtralTTS) -> None:
 
 
 def test_weights_may_change(model: VoxtralTTS, tmp_path: Path) -> None:
-    """load_state_dict, with assign too, in-place changes, deepcopy and saving are as before."""
+    """load_state_dict, with assign too, in-place changes, deepcopy and saving work on an accelerated model."""
     head = model.acoustic_transformer
     h, alpha, x = inputs(2)
     voxkern.accelerate(model, 2)
@@ -198,16 +204,16 @@ def test_weights_may_change(model: VoxtralTTS, tmp_path: Path) -> None:
         return next(p for name, p in head.named_parameters() if name.startswith("time_"))
 
     with torch.inference_mode():
-        head(h, alpha, x, 2)  # the tables are made
+        head(h, alpha, x, 2)  # this call makes the tables
     for change in ("copy", "assign", "in place", "by way of meta", "through .data"):
         if change == "in place":
             with torch.no_grad():
                 a_time_weight().mul_(-1)
-        elif change == "through .data":  # leaves no trace
+        elif change == "through .data":  # no version counter changes: refresh() is needed
             a_time_weight().data.mul_(-1)
             head.forward.refresh()
         else:
-            if change == "by way of meta":  # the new weights may lie where the old ones lay
+            if change == "by way of meta":  # the new weights may get the old ones' addresses
                 head.to("meta")
                 other = {name: -t for name, t in other.items()}
             head.load_state_dict(other, assign=change != "copy")
@@ -240,7 +246,7 @@ def test_restore_is_exact(model: VoxtralTTS) -> None:
     with torch.inference_mode():
         before = model.acoustic_transformer(h, alpha, x)
         voxkern.accelerate(model, 3)
-        voxkern.accelerate(model, 4)  # anew
+        voxkern.accelerate(model, 4)  # replaces the first fused head
         assert voxkern.restore(model) == REPLACED
         assert torch.equal(model.acoustic_transformer(h, alpha, x), before)
     assert not {"forward", "solve"} & vars(model.acoustic_transformer).keys()
@@ -269,13 +275,16 @@ def test_errors(model: VoxtralTTS) -> None:
             with pytest.raises(error, match=message):
                 head(*arguments)
     head.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="gradients are asked of an accelerated flow head"):
+    with pytest.raises(RuntimeError, match="an accelerated flow head computes no gradients"):
         head(h[:2], alpha[:2], x[:2])
 
 
 @torch.inference_mode()
 def flips(velocity_mlp: bool, B: int, calls: int) -> dict[str, tuple[float, float]]:
-    """Share of codes that differ from fp64's, and by more than one level, for plain bf16 and for the fused head."""
+    """Return the shares of codes that differ from fp64's at all and by more than one level.
+
+    There is a pair of shares for plain bf16 and one for the fused head.
+    """
     config = Config.from_params(voxkern.random_checkpoint.tiny_params(velocity_mlp))
     head = make_head(config.acoustic_transformer, config.audio)
     g = torch.Generator().manual_seed(1)
@@ -283,7 +292,7 @@ def flips(velocity_mlp: bool, B: int, calls: int) -> dict[str, tuple[float, floa
         {n: voxkern.random_checkpoint.random_tensor(n, t.shape, g) for n, t in head.state_dict().items()}
     )
     final = head.final_layer.linear if velocity_mlp else head.acoustic_codebook_output
-    final.weight.mul_(0.5)  # a final x of RMS near 1
+    final.weight.mul_(0.5)  # makes the RMS of the final x near 1
     head = head.bfloat16()
     exact, fused = (
         copy.deepcopy(head).double(),

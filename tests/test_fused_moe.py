@@ -1,4 +1,4 @@
-"""A layer's mixture of experts through kernels: against fp64, alone and in any batch, and nothing but launches."""
+"""Tests of the fused mixture of experts: accuracy against fp64, the same bits in any batch, and launches only."""
 
 import copy
 import functools
@@ -24,13 +24,13 @@ from voxkern.reference.attention import PagedCache
 from voxkern.reference.config import MoEConfig
 from voxkern.reference.moe import MoEBlock, route
 
-DIM, HIDDEN = 72, 40  # odd in every tile of the interpreter, and more than one
+DIM, HIDDEN = 72, 40  # no multiples of the interpreter's tiles of 32 and 64, and more than one tile of 32
 
 
 def block(
     dtype: torch.dtype = torch.float32, scoring: str = "softmax", correction: bool = False, **moe: Any
 ) -> MoEBlock:
-    """A layer of random weights, whose experts seldom all but tie."""
+    """Return a layer of random weights, with a gate so large that experts seldom nearly tie."""
     torch.manual_seed(0)
     sizes = {"num_experts": 12, "num_experts_per_tok": 3, "expert_hidden_dim": HIDDEN} | moe
     layer = MoEBlock(DIM, MoEConfig(**sizes), 2, 1, 8, 1e-5, scoring, correction).requires_grad_(False)
@@ -46,21 +46,21 @@ def tokens(M: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
 
 
 def plain(layer: MoEBlock, u: Tensor) -> Tensor:
-    """What the module makes of the stream, each token a request of its own."""
+    """Return the stream after the module's mixture, which gets each token as a request of its own."""
     u = u.unsqueeze(1)
     return (u + layer.mixture(layer.ffn_norm(u))).squeeze(1)
 
 
 def run(layer: MoEBlock, u: Tensor, max_rows: int, phase: str = "decode") -> Tensor:
     fused, stream = FusedMoE(layer, max_rows, phase), u.clone()
-    for part in vars(fused.scratch).values():  # nothing of an earlier run is needed
+    for part in vars(fused.scratch).values():  # a run must not read what an earlier run left here
         part.fill_(torch.nan if part.is_floating_point() else torch.iinfo(part.dtype).max)
     fused.run(stream)
     return stream
 
 
 def decided(layer: MoEBlock, u: Tensor) -> Tensor:
-    """bool [M]: the selection of experts does not hang on the last bits of bf16."""
+    """Return bool [M]: whether a token keeps its experts under noise of 0.03 on the logits, as bf16 may add."""
     exact = copy.deepcopy(layer).double()
     logits = exact.gate(exact.ffn_norm(u.double()))
     near = [route(logits + 0.03 * torch.randn_like(logits), exact.routing)[0].sort().values for _ in range(8)]
@@ -69,7 +69,7 @@ def decided(layer: MoEBlock, u: Tensor) -> Tensor:
 
 
 def assert_accurate(layer: MoEBlock, u: Tensor, out: Tensor) -> None:
-    """DESIGN rule 1 against fp64, on tokens that both send to the same experts."""
+    """Check accuracy against fp64 (DESIGN rule 1), on tokens with experts that do not depend on rounding."""
     same = torch.ones(len(u), dtype=torch.bool) if u.dtype == torch.float32 else decided(layer, u)
     assert same.float().mean() > 0.5
     exact = plain(copy.deepcopy(layer).double(), u.double())
@@ -120,7 +120,7 @@ def test_every_way_of_routing(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_all_tokens_on_one_expert(phase: str) -> None:
-    """Every tile is expert 5's; experts that no token has hold NaN, which would be seen."""
+    """Every tile belongs to expert 5; the weights of all other experts are NaN, which would show in the result."""
     layer = block(num_experts_per_tok=1)
     layer.gate.weight.zero_()
     layer.gate.weight[5] = 1.0
@@ -160,9 +160,10 @@ def test_a_token_of_nan_spoils_no_other() -> None:
     [("sm_90", "decode", 8), ("sm_90", "decode", 16), ("interpreter", "decode", 64), ("interpreter", "prefill", 96)],
 )
 def test_alone_equals_batched(dtype: torch.dtype, arch: str, phase: str, max_rows: int) -> None:
-    """At the first, middle and last place, with others or zeros beside; the same constants for all.
+    """A token has the same bits alone, and at the first, middle and last place beside other tokens or zeros.
 
-    With tiles of 8 and 16 rows only: from 32 columns on numpy's own products depend on the column.
+    All launches have the same constants. Tiles have 8 or 16 rows only: from 32 columns on, the bits of numpy's products
+    depend on the column.
     """
     layer, M = block(dtype, num_shared_experts=1), min(max_rows, 40)
     u = tokens(M, dtype)
@@ -238,13 +239,13 @@ def test_layers_share_their_scratch() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with experts in its second layer, fp32."""
+    """Write a tiny fp32 checkpoint with experts in its second layer, and return its folder."""
     return make_checkpoint(tmp_path_factory.mktemp("moe"), dtype=torch.float32, overrides={"moe": TINY_MOE})
 
 
 @torch.inference_mode()
 def test_a_backbone_with_experts(folder: Path) -> None:
-    """Prompts and single tokens through the fused backbone; weights of another dtype make it anew."""
+    """Prompts and single tokens run through the fused backbone, which also takes weights of another dtype."""
     model = read_checkpoint(folder).model
     u = torch.randn(2, 21, 64, generator=torch.Generator().manual_seed(0))
     expected = model.hidden_states(u)

@@ -1,4 +1,4 @@
-"""generate(): same seed same sound, batches, ends, and clear errors."""
+"""Tests of generate(): same seed, same sound; batches; the end of speech; clear errors."""
 
 from pathlib import Path
 
@@ -21,7 +21,10 @@ def tts(request: pytest.FixtureRequest, tiny_folder: Path) -> voxkern.TTS:
 
 
 def test_equals_the_plain_loop(tiny_folder: Path) -> None:
-    """The paged, blocked frame loop says what the model says when it reads its whole history each frame."""
+    """The engine, with its paged cache, generates the codes of a plain loop.
+
+    The plain loop runs the model over the whole history for every frame.
+    """
     tts = voxkern.load(tiny_folder, backend="torch")
     audio = tts.generate("seven", voice="bob", seed=11, steps=3, cfg_alpha=1.5, max_frames=12)
     model = tts.model
@@ -41,13 +44,17 @@ def test_equals_the_plain_loop(tiny_folder: Path) -> None:
         expected = torch.stack(frames, dim=1) - 2
         wave = model.audio_tokenizer.decode(expected.unsqueeze(0)).flatten()
     assert len(frames) > 4
-    # the cache sums in another order: a code may differ where it lies on an edge, and would then change what follows
+    # Attention over the paged cache sums in another order. A code at a rounding edge could differ, and change every
+    # later frame; with this seed no code does.
     np.testing.assert_array_equal(audio.codes, expected.numpy())
     np.testing.assert_allclose(audio.samples, wave.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_alone_equals_batched(tts: voxkern.TTS) -> None:
-    """At the first, middle and last place of a batch, among others that end early, in a second group."""
+    """A request gives the same bits alone and at any place of a batch.
+
+    The 7 requests share 5 slots, so two of them wait, and some of them end early.
+    """
     arguments = {"voice": "ada", "max_frames": 150}
     alone = [tts.generate(text, seed=seed, **arguments) for text, seed in zip(TEXTS, SEEDS, strict=True)]
     assert any(a.codes.shape[1] == 150 for a in alone)
@@ -106,7 +113,7 @@ def test_audio(tts: voxkern.TTS, tmp_path: Path) -> None:
 
 
 def test_an_end_at_once_is_an_empty_sound(tts: voxkern.TTS) -> None:
-    """The first semantic code hangs on the text alone, so some text in a hundred ends before it begins."""
+    """The first semantic code depends on the text, not on the seed: about one text in a hundred ends at once."""
     end = next(a for n in range(500) if not (a := tts.generate("x" * (n + 1), max_frames=1, steps=1)).codes.size)
     assert end.ended
     assert end.samples.size == 0

@@ -1,4 +1,4 @@
-"""Imports: one way between packages and inside them, no cycles, and only under the installed names."""
+"""Tests of imports: one direction between packages and inside them, no cycles, only the installed names."""
 
 import ast
 import functools
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "tests": set(PACKAGES),
     "bench": {"bench", "voxkern", "kernels", "reference"},
 }
-# parts of voxkern -> parts of voxkern that they may not import: tts imports engine, which imports fused
+# part of voxkern -> parts of voxkern that it may not import; the direction is tts -> engine -> fused
 MAY_NOT_IMPORT = {
     "fused": ("tts", "engine", "integrations", "accelerate"),
     "engine": ("tts", "integrations", "accelerate"),
@@ -34,7 +34,7 @@ MAY_NOT_IMPORT = {
 
 
 def package_of(module: str) -> str | None:
-    """The package that an absolute name leads to."""
+    """Return which of `PACKAGES` contains the module with this absolute name, or None."""
     parts = module.split(".")
     if parts[0] == "voxkern" and len(parts) > 1 and parts[1] in ("kernels", "reference"):
         return parts[1]
@@ -42,7 +42,12 @@ def package_of(module: str) -> str | None:
 
 
 def imports(source: str, package: str) -> list[str]:
-    """Absolute names of what a file imports, wherever in the file; `package` is its own, with dots."""
+    """Return the absolute names that a file imports, also inside functions.
+
+    Args:
+        source: the file's text.
+        package: the dotted name of the package that contains the file.
+    """
     names: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -55,7 +60,7 @@ def imports(source: str, package: str) -> list[str]:
 
 
 def files(package: str) -> dict[str, tuple[Path, str]]:
-    """The modules of a package: their dotted names, files and dotted packages."""
+    """Return a package's modules: dotted name -> (file, dotted name of the containing package)."""
     links = {ROOT / "voxkern" / "kernels", ROOT / "voxkern" / "reference"}
     prefix = f"voxkern.{package}" if package in ("kernels", "reference") else package
     found = {}
@@ -68,7 +73,7 @@ def files(package: str) -> dict[str, tuple[Path, str]]:
 
 
 def cycle(graph: Mapping[str, set[str]]) -> list[str]:
-    """The modules of one import cycle, or none."""
+    """Return the modules of one import cycle, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -78,7 +83,7 @@ def cycle(graph: Mapping[str, set[str]]) -> list[str]:
 
 @functools.cache
 def import_graph() -> dict[str, set[str]]:
-    """Every module with the modules that it imports, those inside functions and for type checking too."""
+    """Return, for every module, the modules that it imports, also inside functions and for type checking."""
     modules = {name: found for package in PACKAGES for name, found in files(package).items()}
     graph: dict[str, set[str]] = {}
     for name, (file, package) in modules.items():

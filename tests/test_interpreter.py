@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests run it."""
+"""Tests of the patch that makes Triton's interpreter faster (bench/interpreter.py)."""
 
 import inspect
 
@@ -41,7 +41,7 @@ def test_a_launch_patches_the_language_once_and_leaves_it_as_it_was(monkeypatch:
 
 
 class _Inspect:
-    """The module with a ``getmembers`` of its own."""
+    """The ``inspect`` module with another ``getmembers``, which records the modules that the interpreter patches."""
 
     def __init__(self, getmembers: object) -> None:
         self.getmembers = getmembers

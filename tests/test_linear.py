@@ -1,4 +1,4 @@
-"""What is the linear family's own; what every operator must do is in test_operators.py."""
+"""Tests of the linear family; tests/test_operators.py has the tests that every operator must pass."""
 
 import os
 import subprocess
@@ -39,7 +39,10 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
 @pytest.mark.parametrize("rows", [1, 6, 7, 48, 192])
 @pytest.mark.parametrize("operator", ["norm_linear", "norm_qkv", "norm_swiglu", "linear"])
 def test_right_for_these_rows(operator: str, rows: int) -> None:
-    """The flow head's: one token, one request, an odd number, 8 and 32 requests."""
+    """The flow head has 6 rows a request.
+
+    The rows here are one token, one request, an odd number, 8 requests and 32 requests.
+    """
     entry = entry_of(operator)
     sizes = {**case_of(entry, "odd").sizes, "M": rows, "max_rows": rows}
     with launch_config.target_arch("sm_90"):
@@ -48,7 +51,7 @@ def test_right_for_these_rows(operator: str, rows: int) -> None:
 
 def test_fp16_normalises_before_the_cast() -> None:
     args = inputs(torch.float16)
-    args["x"], args["norm"] = args["x"] * 8000, args["norm"] * 30  # x * norm passes 65,504, the result does not
+    args["x"], args["norm"] = args["x"] * 8000, args["norm"] * 30  # x * norm exceeds 65,504, the result does not
     args["weight"] = args["weight"] / 8
     out = norm_linear(**args)
     assert out.isfinite().all()
@@ -82,7 +85,8 @@ def test_launch_config_is_chosen_by_max_rows() -> None:
         with launch_config.override("norm_linear", num_stages=2):
             assert choose(6)["num_stages"] == 2
     assert choose(6)["num_stages"] == 6
-    assert choose(24, "sm_121") == choose(24, "sm_120") != choose(24)  # GB10 has as little shared memory
+    # sm_121 (GB10) has as little shared memory as sm_120
+    assert choose(24, "sm_121") == choose(24, "sm_120") != choose(24)
     with pytest.raises(ValueError, match="no launch config of norm_linear for abacus"):
         choose(6, "abacus")
 

@@ -1,4 +1,8 @@
-"""The velocity MLP in plain PyTorch: a second derivation, MAR's names, and what it shares with the other head."""
+"""Tests of the velocity MLP in plain PyTorch.
+
+It is compared with a second derivation, has the parameter names of MAR (arXiv 2406.11838), and shares guidance and
+solver with the other head.
+"""
 
 from pathlib import Path
 
@@ -29,7 +33,7 @@ BLOCK = {
 
 @pytest.fixture(scope="module")
 def model(mlp_folder: Path) -> VoxtralTTS:
-    """Read only."""
+    """The model of the tiny checkpoint with an MLP head, fp32. Tests must not change it."""
     return read_checkpoint(mlp_folder).model
 
 
@@ -57,7 +61,10 @@ def test_names_are_mar_s(head: FlowMatchingAudioMLP) -> None:
 
 
 def test_the_maker_s_weights_mean_something(head: FlowMatchingAudioMLP) -> None:
-    """MAR begins with modulations of zero, under which the blocks do nothing."""
+    """The random weights must not be MAR's initial ones.
+
+    MAR initialises modulations with zeros, under which the residual blocks do nothing.
+    """
     assert all(parameter.std() > 0.05 for parameter in head.parameters())
 
 
@@ -103,7 +110,7 @@ def test_without_a_condition_the_hidden_state_is_zero_before_its_bias(head: Flow
 
 
 def test_a_norm_s_own_weights_are_a_change_of_its_modulation() -> None:
-    """MAR's ``in_ln`` has a weight w and a bias b; this is how they go into ``adaLN_modulation``."""
+    """MAR's ``in_ln`` has a weight w and a bias b; both can be folded into ``adaLN_modulation`` as shown here."""
     torch.manual_seed(0)
     block, dim = ResidualBlock(20, 30, 1e-6).double(), 20
     x, c, w, b = (torch.randn(5, dim).double() for _ in range(4))
@@ -131,7 +138,7 @@ def test_gradients_reach_every_weight(mlp_folder: Path) -> None:
 
 
 def test_generate(mlp_folder: Path) -> None:
-    """Alone and in a batch; the solver is the other head's."""
+    """A request gives the same codes alone and in a batch, and the solver "ab2" gives other codes."""
     tts = voxkern.load(mlp_folder, max_batch=3, backend="torch")
     texts, seeds = ["a", "seven three", "yes"], [1, 2, 3]
     batch = tts.generate(texts, seed=seeds, max_frames=12, steps=3)

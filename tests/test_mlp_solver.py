@@ -1,4 +1,4 @@
-"""The velocity MLP's start, step and finish; what every operator must do is in test_operators.py."""
+"""Tests of mlp_start, mlp_step and mlp_finish; tests/test_operators.py has the tests that every operator must pass."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -23,16 +23,20 @@ INPUTS = {
     mlp_step: mlp_solver.mlp_step_inputs,
     mlp_finish: mlp_solver.mlp_finish_inputs,
 }
-OWN = ("seed", "frame", "cfg_alpha", "x", "v_last", "semantic")  # a row a request
+OWN = ("seed", "frame", "cfg_alpha", "x", "v_last", "semantic")  # these arguments have one row per request
 
 
 def inputs(op: Any, dtype: torch.dtype = torch.float32, **other: Any) -> dict[str, Any]:
-    """Of five requests, prepared for seven."""
+    """Return the arguments of `op` for 5 requests, prepared for 7; `other` replaces sizes."""
     return INPUTS[op](SimpleNamespace(**{**mlp_solver.ODD, **other}), TensorMaker(dtype))
 
 
 def of_requests(args: dict[str, Any], i: list[int]) -> dict[str, Any]:
-    """The arguments of some of the five requests alone."""
+    """Return the arguments of the requests with the indices `i`, out of the five.
+
+    `stream` has five rows with the condition and then five without it. Row 0 of `modulation` has no condition, and rows
+    1 to 5 have that of each request.
+    """
     mine = {name: args[name][i] for name in OWN if name in args}
     mine["stream"] = args["stream"][i + [5 + b for b in i]]
     if "modulation" in args:
@@ -89,7 +93,7 @@ def test_a_first_step_does_not_read_the_last_velocity() -> None:
 
 
 def test_a_stream_of_one_value_gives_its_shift_s_velocity() -> None:
-    """Its norm is zero, not a division by it."""
+    """A row of equal values has no variance: its norm must be zero, not a division by zero."""
     args = inputs(mlp_finish, **{"K": 36})
     args["stream"][:] = 9.0
     shift = args["modulation"][:, :150]
@@ -112,7 +116,7 @@ def test_end_gives_codes_of_two_and_nan_has_levels() -> None:
     assert codes[1].tolist() == [1] + [2] * 37
     assert codes[3, 1] == 2
     assert (codes[0, 1:] != 2).any()
-    assert x[0].abs().max() > 1  # what is left is not clamped
+    assert x[0].abs().max() > 1  # the state itself is not clamped
 
 
 def test_launchers_are_launches_alone() -> None:

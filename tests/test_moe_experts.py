@@ -1,4 +1,4 @@
-"""What is the experts' own; what every operator must do is in test_operators.py."""
+"""Tests of the experts' kernels; tests/test_operators.py has the tests that every operator must pass."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -40,15 +40,16 @@ def test_right_for_these_rows(operator: str, rows: int, decode: int) -> None:
 
 
 def zeros(*shape: int, n: int) -> list[Tensor]:
-    """Weights of `n` experts in bf16, which take no memory until they are written."""
+    """Return the zero weights of `n` experts in bf16; they take no memory until they are written."""
     return [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(n)]
 
 
 @pytest.mark.parametrize(("M", "n_hit"), [(1, 5), (8, 32)])
 def test_bytes_of_the_experts_that_are_hit(M: int, n_hit: int) -> None:
-    """Mistral Small 4's shapes: of 128 experts and a shared one those hit are loaded once, the others not at all.
+    """Experts that are hit are loaded once, and the others not at all.
 
-    Two blocks of columns are counted of each launch: the others do the same on rows of their own.
+    The sizes are those of Mistral Small 4: 128 experts and a shared one. The weights are cut to the rows of two blocks
+    a launch, because the other blocks do the same on rows of their own.
     """
     logits = torch.randn(M, 128, generator=torch.Generator().manual_seed(1))
     x, norm = torch.randn(M, 4096).bfloat16(), torch.ones(4096).bfloat16()
@@ -70,7 +71,10 @@ def test_bytes_of_the_experts_that_are_hit(M: int, n_hit: int) -> None:
 
 @pytest.mark.slow
 def test_bytes_of_a_whole_layer() -> None:
-    """The same of all blocks and through FusedMoE, for one token: 5 launches and 252 MB of weights."""
+    """The same holds for all blocks of a layer, run by FusedMoE.
+
+    One token takes 5 launches and 252 MB of weights.
+    """
     with torch.device("meta"):
         layer = MoEBlock(4096, MoEConfig(128, 4, 2048, num_shared_experts=1), 32, 32, 128, 1e-6).bfloat16()
     state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in layer.state_dict().items()}
@@ -88,7 +92,10 @@ def test_bytes_of_a_whole_layer() -> None:
 
 @pytest.mark.parametrize("operator", ["moe_experts_up", "moe_experts_down"])
 def test_memory_is_kept_busy(operator: str) -> None:
-    """One token on an H100: 32 KB of weights under way a multiprocessor, by asynchronous copies of 16 bytes."""
+    """For one token on an H100, at least 32 KiB of weights are in flight per multiprocessor.
+
+    Asynchronous copies of 16 bytes load the weights.
+    """
     _, rows = ledger.read(ledger.FILE.read_text())
     (row,) = [row for row in rows if (row.operator, row.case, row.arch) == (operator, "small-4-b1", "sm_90")]
     assert row.in_flight >= 32 << 10
@@ -97,7 +104,7 @@ def test_memory_is_kept_busy(operator: str) -> None:
 
 
 def test_weights_that_begin_anywhere() -> None:
-    """A memory-mapped file aligns nothing to 16 bytes: then the kernel may not count on it."""
+    """A memory-mapped file may not align weights to 16 bytes, and then the kernel must not rely on alignment."""
     args = up(torch.bfloat16)
     expected = moe_experts_up(**args)
     moved = [torch.cat([w.new_zeros(1), w.flatten()])[1:].view(w.shape) for w in args["w1"]]
@@ -134,7 +141,7 @@ def test_an_expert_out_of_range_is_named(bad: int) -> None:
         ({"w1": [torch.ones(75, 149)]}, ValueError, r"w1\[0\] is \[75, 149\] but must be \[75, 150\]"),
         ({"w3": [torch.ones(75, 150)] * 5}, ValueError, r"w3 must be 6 experts of \[75, 150\]"),
         ({"w3": [torch.ones(75, 150).bfloat16()] * 6}, TypeError, r"w3\[0\] is torch.bfloat16"),
-        ({"pairs": torch.zeros(8, dtype=torch.int32)}, ValueError, r"pairs has 8 but must have a multiple of 7"),
+        ({"pairs": torch.zeros(8, dtype=torch.int32)}, ValueError, r"pairs has 8 rows but must have a multiple of 7"),
         ({"pairs": torch.zeros(21)}, TypeError, r"pairs is torch.float32 but must be torch.int32"),
         ({"tiles": torch.zeros(3, 2, dtype=torch.int32)}, ValueError, r"tiles is \[3, 2\] but must be \[T, 3\]"),
     ],

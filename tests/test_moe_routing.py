@@ -1,4 +1,4 @@
-"""What is routing's own; what every operator must do is in test_operators.py."""
+"""Tests of moe_route; tests/test_operators.py has the tests that every operator must pass."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,10 @@ def inputs(**sizes: int) -> dict[str, Any]:
 
 
 def assert_same(args: dict[str, Any]) -> list[Tensor]:
-    """Experts, pairs and tiles to the bit, weights to a few."""
+    """Run moe_route, check it against its reference, and return its results.
+
+    Experts, pairs and tiles must be equal, and weights within 1e-5.
+    """
     out, expected = moe_route(**args), moe_route_reference(**args)
     for mine, theirs in zip(out, expected, strict=True):
         if mine.dtype == torch.float32:
@@ -54,16 +57,16 @@ def shapes(draw: st.DrawFn) -> dict[str, int]:
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(sizes=shapes(), steps=st.sampled_from([0.0, 1.0, 4.0]))
 def test_any_shape(sizes: dict[str, int], steps: float) -> None:
-    """With logits in steps many tie, and with 0 steps none do."""
+    """Logits rounded to multiples of 1 / `steps` often tie; with `steps` 0 they are not rounded."""
     args = inputs(**sizes)
     if steps:
         args["logits"] = (args["logits"] * steps).round() / steps
     if sizes["groups"] > 1 and steps:
-        args["n_groups"] = args["n_groups_per_tok"] = 1  # sums of two equal scores may differ in a bit
+        args["n_groups"] = args["n_groups_per_tok"] = 1  # equal sums of two scores may differ in a bit
     assert_same(args)
 
 
-@pytest.mark.parametrize("max_rows", [64, 65])  # one launch and two
+@pytest.mark.parametrize("max_rows", [64, 65])  # 64 rows take one launch, 65 take two
 def test_ties_and_no_numbers(max_rows: int) -> None:
     args = inputs(max_rows=max_rows)
     args["logits"] = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, -1.0, 0.0, -0.0, 3.0, 1.0, 1.0, 1.0]).repeat(7, 1)
@@ -78,7 +81,7 @@ def test_ties_and_no_numbers(max_rows: int) -> None:
     assert (weights[:, 3] == 1).all()
 
 
-@pytest.mark.parametrize("max_rows", [64, 65])  # one launch and two
+@pytest.mark.parametrize("max_rows", [64, 65])  # 64 rows take one launch, 65 take two
 def test_all_tokens_on_one_expert(max_rows: int) -> None:
     args = inputs(M=37, max_rows=max_rows, top_k=1)
     args["logits"][:, 5] = 50.0
@@ -90,7 +93,10 @@ def test_all_tokens_on_one_expert(max_rows: int) -> None:
 
 
 def test_the_bound_on_tiles_is_reached() -> None:
-    """As many experts as can be, each with one token more than whole tiles; never more tiles than counted."""
+    """Tokens can make as many tiles as tile_count() gives.
+
+    Here each of two experts has 5 tokens, one more than a tile of 4.
+    """
     logits = torch.full((10, 2), -1.0)
     logits[:5, 0] = logits[5:, 1] = 1.0
     args = inputs(M=10, E=2, top_k=1, n_shared=0, max_rows=16) | {"logits": logits}
@@ -101,7 +107,7 @@ def test_the_bound_on_tiles_is_reached() -> None:
     assert tile_count(64, 8, 2, 0, 64) == 8
 
 
-@pytest.mark.parametrize("max_rows", [64, 65])  # one launch and two
+@pytest.mark.parametrize("max_rows", [64, 65])  # 64 rows take one launch, 65 take two
 def test_a_token_has_the_same_bits_beside_any_others(max_rows: int) -> None:
     args = inputs(M=40, max_rows=max_rows)
     ids, weights, *_ = moe_route(**args)
@@ -122,7 +128,7 @@ def test_tiles_of_a_prepared_layer() -> None:
         ]
         assert [choose_tile_rows(128, 4, torch.bfloat16, rows, "prefill") for rows in (64, 256, 512)] == [8, 16, 32]
         assert choose_tile_rows(8, 2, torch.bfloat16, 512, "prefill") == 64
-    with launch_config.target_arch("gfx942"):  # its matrix units have no 8 columns
+    with launch_config.target_arch("gfx942"):  # its matrix units take no tile of 8 columns
         assert choose_tile_rows(128, 4, torch.bfloat16, 1, "decode") == 16
     with pytest.raises(ValueError, match=r"phase is 'train' but must be 'decode' or 'prefill'"):
         choose_tile_rows(128, 4, torch.bfloat16, 1, "train")

@@ -1,4 +1,4 @@
-"""Philox against its published vectors, and what the noise depends on."""
+"""Tests of Philox against its published vectors, and of what the noise depends on."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from voxkern.reference.noise import noise, noise_words, philox, quantile_table, seed_tensor
 
-# Random123, kat_vectors: philox4x32 10
+# counter, key, result: "philox4x32 10" in the file kat_vectors of Random123
 VECTORS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),

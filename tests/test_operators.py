@@ -1,4 +1,4 @@
-"""Every registered operator, held to the same questions. No operator is named here."""
+"""Tests that every registered operator must pass. No operator is named here."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def named(pairs: list[tuple[Entry, Case]]) -> list[object]:
 
 
 def make(case: Case) -> TensorMaker:
-    """In fp32, or in what the case is for."""
+    """Return a maker of tensors in the last dtype of the case: fp32, unless the case is for other dtypes."""
     return TensorMaker(DTYPES[case.dtypes[-1]])
 
 
@@ -70,8 +70,8 @@ def test_odd_shapes_have_two_tiles_and_a_partial_last_one(entry: Entry, case: Ca
         tiles = {name[6:]: size for name, size in launch.constants.items() if name.startswith("BLOCK_")}
         for dim, tile in tiles.items():
             size = case.sizes.get(dim, tile + 1)
-            assert size > tile, f"{dim} = {size} is one tile of {tile}"
-            assert size % tile or tile == 1, f"{dim} = {size} is whole tiles of {tile}"
+            assert size > tile, f"{dim} = {size} fits into one tile of {tile}"
+            assert size % tile or tile == 1, f"{dim} = {size} is a whole number of tiles of {tile}"
 
 
 def test_every_operator_has_its_shapes() -> None:
@@ -105,7 +105,7 @@ def test_gradients_are_refused(entry: Entry, case: Case) -> None:
     args = entry.args(case, make(case))
     weights = entry.read_once or [name for name, a in args.items() if isinstance(a, Tensor) and a.is_floating_point()]
     if not weights:
-        pytest.skip("takes integers only")
+        pytest.skip("the operator takes integers only")
     asked = {name: a.requires_grad_() if name in weights else a for name, a in args.items()}
     with pytest.raises(RuntimeError, match=f"{entry.name}: an argument requires gradients"):
         entry.op(**asked)
@@ -126,7 +126,7 @@ def test_poison_is_where_it_should_be() -> None:
     rows = spread(torch.ones(3, 5))
     assert rows.stride() == (21, 1)
     assert rows.as_strided((3, 21), (21, 1))[:, 5:].isnan().all()
-    assert torch.empty(3).isnan().all()  # fresh memory
+    assert torch.empty(3).isnan().all()  # conftest.py poisons fresh memory
     whole = guarded(torch.zeros(7, dtype=torch.int64))
     assert_bands(whole)
     whole.as_strided((8,), (1,))[7] = 0

@@ -1,4 +1,4 @@
-"""Paged attention at the lengths, groups, heads, pages and windows that catch kernels out."""
+"""Tests of paged attention at the lengths, head groups, head sizes, pages and windows where kernels tend to fail."""
 
 import mmap
 
@@ -32,7 +32,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 def cache(lengths: list[int], heads: int, page: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Pool, block table and lengths: shuffled pages, NaN wherever no token is."""
+    """Return a kv_cache [pages, 2, heads, page, D], a block table and the lengths, int32.
+
+    Pages are shuffled, and slots without a token hold NaN.
+    """
     on_device, table = pages_of(lengths, page, "cpu")
     pages = 2 * sum(-(-length // page) for length in lengths) + 1
     return poisoned(random(pages, 2, heads, page, D, dtype=dtype), table, lengths), table, on_device
@@ -62,12 +65,15 @@ def assert_decode_is_right(group: int, D: int, page: int, dtype: str) -> None:
         out = paged_attention(q, kv_cache, table, lengths, 0, 1024)
     truth = paged_attention_reference(q.double(), kv_cache.double(), table, lengths, 0, 1024)
     assert_accurate(out, paged_attention_reference(q, kv_cache, table, lengths, 0, 1024), truth)
-    assert not out[1].any()  # length 0
+    assert not out[1].any()  # the request of length 0
 
 
 @pytest.mark.parametrize("window", [1, 7, 64, 300])
 def test_a_window_is_all_that_is_seen(window: int) -> None:
-    """Shorter than a tile, and over several spans; what lies before it may be anything, NaN too."""
+    """A query sees the last `window` tokens: the slots before them may hold anything, also NaN.
+
+    Windows are shorter than a tile, or cover several spans.
+    """
     kv_cache, table, lengths = cache(LENGTHS, 2, 16, 64, torch.float32)
     for pages, length in zip(table.tolist(), LENGTHS, strict=True):
         for position in range(max(length - window, 0)):
@@ -88,7 +94,10 @@ def test_a_window_is_all_that_is_seen(window: int) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("group", "D", "page", "window"), [(1, 64, 16, 0), (4, 128, 64, 0), (6, 64, 64, 9)])
 def test_prefill_is_right(group: int, D: int, page: int, window: int, dtype: str) -> None:
-    """Prompts of different lengths in one launch, one with a past, one empty; a window shorter than a tile."""
+    """One launch runs prompts of different lengths: one has a past, one is empty.
+
+    One case has a window that is shorter than a tile.
+    """
     new, past = [65, 0, 1, 63, 30], [0, 0, 0, 0, 100]
     wanted = [a + b for a, b in zip(new, past, strict=True)]
     kv_cache, table, lengths = cache(wanted, 2, page, D, DTYPES[dtype])
@@ -102,7 +111,10 @@ def test_prefill_is_right(group: int, D: int, page: int, window: int, dtype: str
 
 
 def test_prefill_is_right_for_many_tokens() -> None:
-    """300 of them, over 19 pages, 6 query heads a key head: 8 columns of a tile for each token, two of them empty."""
+    """300 tokens fill 19 pages.
+
+    With 6 query heads per key head, each token takes 8 columns of a tile, two of them empty.
+    """
     kv_cache, table, lengths = cache([300], 1, 16, 128, torch.bfloat16)
     cu_seqlens, q = torch.tensor([0, 300], dtype=torch.int32), random(300, 8 * 128, dtype=torch.bfloat16, seed=7)
     arguments = (table, cu_seqlens, lengths, 0, 300, 6)
@@ -115,7 +127,7 @@ def test_prefill_is_right_for_many_tokens() -> None:
 @pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
 @pytest.mark.parametrize("window", [0, 20, 64])
 def test_a_prefill_in_parts_is_the_whole(window: int, arch: str) -> None:
-    """Bit by bit, wherever the parts begin."""
+    """A prompt run in parts gives the same bits as in one launch, wherever the parts begin."""
     kv_cache, table, _ = cache([130], 2, 16, 32, torch.bfloat16)
     q, parts, done = random(130, 8 * 32, dtype=torch.bfloat16, seed=8), [], 0
 
@@ -133,7 +145,10 @@ def test_a_prefill_in_parts_is_the_whole(window: int, arch: str) -> None:
 
 
 def test_a_prefill_row_of_no_request_gives_zeros() -> None:
-    """Length 0 with rows: a padded batch; its table entries are never read."""
+    """A padded batch has a request of length 0 with rows.
+
+    The rows give zeros, and the request's block table entries are never read.
+    """
     kv_cache, table, _ = cache([10, 16], 2, 16, 32, torch.float32)
     table[1] = 1 << 30
     cu_seqlens, lengths = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([10, 0], dtype=torch.int32)
@@ -150,7 +165,7 @@ def test_a_prefill_row_of_no_request_gives_zeros() -> None:
     st.integers(0, 100),
 )
 def test_any_lengths(wanted: list[int], page: int, heads: tuple[int, int], window: int) -> None:
-    """Decode, and a prefill of the same tokens that ends there, against fp64; the last query of both agrees."""
+    """Decode agrees with fp64, and so does a prefill of one query that ends at the same token."""
     group, kv = heads
     kv_cache, table, lengths = cache(wanted, kv, page, 8, torch.float32)
     q = random(len(wanted), group * kv * 8, seed=4)
@@ -169,7 +184,7 @@ def test_spans_are_of_the_prepared_length() -> None:
     kv_cache, table, lengths = cache([1000], 1, 64, 16, torch.float32)
     q = random(1, 32)
     results, scratch = [], paged_attention_scratch(q, kv_cache, 4096)
-    for _ in range(2):  # counters are left as they were found
+    for _ in range(2):  # twice: the first launch must leave the counters at zero
         out = torch.full_like(q, torch.nan)
         with counting(whole=True) as launches:
             launch_paged_attention(out, q, kv_cache, table, lengths, 0, 4096, scratch)
@@ -177,14 +192,14 @@ def test_spans_are_of_the_prepared_length() -> None:
         assert not scratch[1].any()
         results.append(out)
     assert torch.equal(*results)
-    # a wider table, as a batch with a longer request has it: more blocks, the same bits
+    # a batch with a longer request has a wider table: more blocks, the same bits
     wide = torch.cat((table, torch.zeros(1, 40, dtype=torch.int32)), 1)
     assert torch.equal(paged_attention(q, kv_cache, wide, lengths, 0, 4096), results[0])
 
 
 @pytest.mark.parametrize("shift", [-1, 2], ids=["backwards", "from the third"])
 def test_spans_may_end_in_any_order(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that ends last adds them up, in their own order: the same bits."""
+    """The block that ends last adds up all spans in their own order, so any order of ends gives the same bits."""
     kv_cache, table, lengths = cache([1000, 600], 2, 64, 32, torch.bfloat16)
     q, builder = random(2, 8 * 32, dtype=torch.bfloat16), interpreter.interpreter_builder
     expected = paged_attention(q, kv_cache, table, lengths, 0, 1024)
@@ -209,7 +224,10 @@ def test_spans_may_end_in_any_order(shift: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_window_at_the_end_of_262_144_tokens() -> None:
-    """Two spans of 4096 tokens a request at most; the pages before the window are all one, of NaN."""
+    """A window of 4160 tokens covers two spans of 4096 tokens.
+
+    All block table entries before the window name the same page, which holds NaN.
+    """
     PAGE, window, context = 64, 4160, 262_144
     n = window // PAGE
     kv_cache = random(1 + n, 2, 1, PAGE, 64, dtype=torch.bfloat16)
@@ -226,7 +244,10 @@ def test_a_window_at_the_end_of_262_144_tokens() -> None:
 
 
 def test_offsets_past_two_to_the_31() -> None:
-    """The last page lies 2.4e9 elements from the first: 32-bit offsets would wrap. The memory is never touched."""
+    """The last page starts 2.4e9 elements after the first, where 32-bit offsets would wrap.
+
+    The memory between the pages is never touched.
+    """
     PAGE, D, stride = 16, 64, 1_200_000_000
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * stride + 2 * PAGE * D)), dtype=torch.float16)
     kv_cache = memory.as_strided((3, 2, 1, PAGE, D), (stride, PAGE * D, PAGE * D, D, 1))
@@ -253,7 +274,7 @@ def test_offsets_past_two_to_the_31() -> None:
 
 
 def test_other_layouts_are_read_as_they_are() -> None:
-    """Tokens before heads, as vLLM's caches have it."""
+    """Kernels read and write a cache that stores tokens before heads, as vLLM's caches do."""
     kv_cache, table, lengths = cache([70, 33], 2, 16, 32, torch.float32)
     other = kv_cache.transpose(2, 3).contiguous().transpose(2, 3)
     assert not other.is_contiguous()
@@ -269,7 +290,7 @@ def test_other_layouts_are_read_as_they_are() -> None:
 
 
 def test_heads_of_an_odd_size_cannot_be_rotated() -> None:
-    """The pairs of one would reach into the next."""
+    """In heads of an odd size, the last pair of columns would reach into the next head."""
     table, one = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     kv_cache, rope, x, w = torch.zeros(1, 2, 2, 16, 25), torch.ones(8, 2, 12), torch.ones(1, 32), torch.ones(100, 32)
     message = "kv_cache has heads of 25 columns but must have an even number of them"
@@ -283,7 +304,7 @@ def test_heads_of_an_odd_size_cannot_be_rotated() -> None:
     ("change", "error", "message"),
     [
         ({"kv_cache": torch.ones(9, 2, 2, 24, 32)}, ValueError, "pages of 24 tokens but must have 16, 32, 64 or 128"),
-        ({"kv_cache": torch.ones(9, 2, 3, 16, 32)}, ValueError, "q has 128 columns, which are no multiple of 3 heads"),
+        ({"kv_cache": torch.ones(9, 2, 3, 16, 32)}, ValueError, "q has 128 columns but must have a multiple of 3"),
         (
             {"kv_cache": torch.ones(9, 2, 2, 16, 32).half()},
             TypeError,

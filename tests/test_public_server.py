@@ -1,6 +1,7 @@
-"""The reference and the kernels against the public serving code, on the same random weights and noise.
+"""Tests of the reference and the kernels against vLLM-Omni's code, on the same random weights and noise.
 
-Skipped where vLLM-Omni is absent; see "Against the public server" in the README for how to have it on a CPU.
+They are skipped where vLLM-Omni is not installed; "Against the public server" in the README says how to install it on a
+CPU.
 """
 
 import copy
@@ -88,7 +89,7 @@ def test_codec(tiny_model: VoxtralTTS, tiny_params: dict, T: int) -> None:
 
 
 def server_head(model: VoxtralTTS, params: dict, **changes: object) -> torch.nn.Module:
-    """vLLM-Omni's own head with our weights, in their dtype."""
+    """Return vLLM-Omni's own head with the weights of `model`, in their dtype; `changes` replace its arguments."""
     args = copy.deepcopy(params["multimodal"]["audio_model_args"])
     args["acoustic_transformer_args"] |= {"n_decoding_steps": 1, **changes}
     ours = model.acoustic_transformer
@@ -98,14 +99,14 @@ def server_head(model: VoxtralTTS, params: dict, **changes: object) -> torch.nn.
 
 
 def wrapper_of(theirs: torch.nn.Module, sizes: list[int], dtype: torch.dtype = torch.float32) -> Wrapper:
-    """Its wrapper, warmed up as it does that itself, for graphs that are not captured here."""
+    """Return vLLM-Omni's graph wrapper of a head, warmed up by its own method; no graph is captured."""
     wrapper = Wrapper(SimpleNamespace(acoustic_transformer=theirs), sizes)
     warm_up(wrapper._warmup_and_capture, torch.device("cpu"), dtype, 64)
     return wrapper
 
 
 def warm_up(call: Callable[..., None], *args: object) -> list[Wrapper]:
-    """Call what warms up and captures; the wrappers that were about to capture."""
+    """Run `call`, which warms up, and return the wrappers at the point where they would capture graphs."""
     about_to = []
 
     def note(self: Wrapper, *_: object) -> None:
@@ -117,7 +118,10 @@ def warm_up(call: Callable[..., None], *args: object) -> list[Wrapper]:
 
 
 def inputs(model: VoxtralTTS, B: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, the first of which ends where there are several; guidance of each request's own; noise."""
+    """Return hidden states [B, 64], guidance [B] and noise [B, 36].
+
+    Each request has its own guidance. Where B > 1, the first request ends.
+    """
     g = torch.Generator().manual_seed(B)
     h, alpha, noise = torch.randn(400, 64, generator=g), torch.rand(B, generator=g) * 2, torch.randn(B, 36, generator=g)
     if B > 1:
@@ -128,7 +132,7 @@ def inputs(model: VoxtralTTS, B: int) -> tuple[torch.Tensor, torch.Tensor, torch
 
 @torch.no_grad()
 def both_paths(wrapper: Wrapper, h: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor) -> list[torch.Tensor]:
-    """Codes of the eager call, codes of what is captured, and which requests it says have ended."""
+    """Return the codes of the eager call, and the codes and ends of requests of the method that is captured."""
     with mock.patch.object(torch, "randn", return_value=noise.clone()):
         eager = wrapper.acoustic_transformer(llm_hidden=h, cfg_alpha=alpha)
     ended, captured = wrapper._forward_cudagraph_compatible(h, cfg_alpha=alpha.unsqueeze(1), noise=noise)
@@ -139,7 +143,10 @@ def both_paths(wrapper: Wrapper, h: torch.Tensor, alpha: torch.Tensor, noise: to
 def test_accelerated(
     tiny_model: VoxtralTTS, tiny_params: dict, tiny_weights: dict, B: int, max_batch: int, steps: int
 ) -> None:
-    """Their codes but for those at a rounding edge, through both paths; restored, their bits."""
+    """Accelerated, both paths give the server's codes, but for codes at a rounding edge.
+
+    Restored, both paths give the server's bits.
+    """
     wrapper = wrapper_of(server_head(tiny_model, tiny_params, n_decoding_steps=steps), [B])
     h, alpha, noise = inputs(tiny_model, B)
     before = both_paths(wrapper, h, alpha, noise)
@@ -173,7 +180,7 @@ def test_accelerated(
 
 @torch.no_grad()
 def test_what_is_captured_allocates_nothing(tiny_model: VoxtralTTS, tiny_params: dict) -> None:
-    """And once graphs are there, accelerating again leaves them their memory."""
+    """Once graphs are captured, accelerating again keeps the memory that they use."""
     wrapper = wrapper_of(server_head(tiny_model, tiny_params), [2])
     voxkern.accelerate(wrapper, 2)
     h, alpha, noise = inputs(tiny_model, 2)
@@ -187,11 +194,15 @@ def test_what_is_captured_allocates_nothing(tiny_model: VoxtralTTS, tiny_params:
     again = wrapper._forward_cudagraph_compatible(h, alpha.unsqueeze(1), noise)
     assert [t.data_ptr() for t in again] == [t.data_ptr() for t in (ended, codes)]
     voxkern.restore(wrapper)
-    assert voxkern.accelerate(wrapper, 2)[-1] == "acoustic_transformer._predict_velocity"  # too late for the other
+    # a wrapper that has captured graphs is left as it is
+    assert voxkern.accelerate(wrapper, 2)[-1] == "acoustic_transformer._predict_velocity"
 
 
 class OperatorRecorder(TorchDispatchMode):
-    """Counts operators that would start a kernel: neither views nor allocations. One may start more than one."""
+    """Counts operators that would start a kernel: neither views nor allocations.
+
+    One operator may start more than one kernel.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +217,10 @@ class OperatorRecorder(TorchDispatchMode):
 @torch.inference_mode()
 @pytest.mark.parametrize(("max_batch", "limit"), [(1, 96), (32, 117)])
 def test_launches(max_batch: int, limit: int) -> None:
-    """Three layers and seven steps, as in the public model; the widths do not change what is launched."""
+    """The head has three layers and seven evaluations, as in the public model.
+
+    Its widths are tiny, which does not change the number of launches.
+    """
     params = tiny_params_of(n_layers=3)
     theirs = generation.FlowMatchingAudioTransformer(params["multimodal"]["audio_model_args"]).bfloat16()
     B = min(max_batch, 2)
@@ -229,7 +243,7 @@ def test_launches(max_batch: int, limit: int) -> None:
     voxkern.accelerate(wrapper, max_batch)
     accelerated = counts()
     print(f"launches a frame, prepared for {max_batch}: server {server} or more, accelerated {accelerated}")
-    assert accelerated["captured"] == limit + 4  # noise and guidance to fp32, codes, and who has ended
+    assert accelerated["captured"] == limit + 4  # noise and guidance to fp32, codes, ends of requests
     assert accelerated["eager"] <= limit + 5
     assert server["captured"] > 3.5 * accelerated["captured"]
 
@@ -243,14 +257,17 @@ def tiny_params_of(**changes: object) -> dict:
 @pytest.mark.slow
 @torch.inference_mode()
 def test_codes_flipped_by_bf16() -> None:
-    """The server's codes and the accelerated ones against fp64 ones of the same weights, both in bf16."""
+    """In bf16, the accelerated head flips no more codes than the server's own, against fp64 codes of the same weights.
+
+    Two standard errors more are allowed.
+    """
     B, calls, params = 32, 3, tiny_params_of()
     config, g = voxkern.Config.from_params(params), torch.Generator().manual_seed(1)
     head = FlowMatchingAudioTransformer(config.acoustic_transformer, config.audio)
     head.load_state_dict(
         {n: voxkern.random_checkpoint.random_tensor(n, t.shape, g) for n, t in head.state_dict().items()}
     )
-    head.acoustic_codebook_output.weight.mul_(0.5)  # a final x of RMS near 1
+    head.acoustic_codebook_output.weight.mul_(0.5)  # gives the final x an RMS near 1
     theirs = server_head(SimpleNamespace(acoustic_transformer=head.bfloat16()), params, n_decoding_steps=7)
     wrapper, exact = wrapper_of(theirs, [B], torch.bfloat16), head.double()
     examples = [
@@ -271,14 +288,17 @@ def test_codes_flipped_by_bf16() -> None:
     server = flipped()
     voxkern.accelerate(wrapper, B)
     accelerated, n = flipped(), int(speaking.sum()) * 36
-    print(f"of {n} codes flipped, and by more than a level: server {server}, accelerated {accelerated}")
+    print(f"shares of {n} codes flipped, and flipped by > 1 level: server {server}, accelerated {accelerated}")
     for name, (rate, _) in server.items():
         assert accelerated[name][0] <= rate + 2 * (rate * (1 - rate) / n) ** 0.5
 
 
 @pytest.fixture
 def hooked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[str], None]:
-    """Register the plugin as vLLM finds it, with the switch set to a value; undone afterwards, its log caught."""
+    """Return a function that registers the plugin as vLLM does, with VOXKERN_VLLM set to its argument.
+
+    `caplog` receives the plugin's log, and the patched methods are restored after the test.
+    """
     monkeypatch.setattr(Model, "load_weights", Model.load_weights)
     monkeypatch.setattr(Wrapper, "__init__", Wrapper.__init__)
     monkeypatch.setattr(vllm_plugin.log, "handlers", [caplog.handler])
@@ -294,12 +314,15 @@ def hooked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the plugin said."""
+    """Return the lines that the plugin has logged, each after its level."""
     return [f"{r.levelname} {r.getMessage()}" for r in caplog.records if r.name == vllm_plugin.log.name]
 
 
 def load(head: torch.nn.Module, state: dict[str, torch.Tensor]) -> Any:
-    """vLLM-Omni's model with that head, its weights loaded by its own method, and its graphs about to be captured."""
+    """Return vLLM-Omni's model with `head`, at the point where it would capture graphs.
+
+    The model loads the weights `state` by its own method.
+    """
     model = Model.__new__(Model)
     torch.nn.Module.__init__(model)
     model.acoustic_transformer = head
@@ -315,7 +338,11 @@ def load(head: torch.nn.Module, state: dict[str, torch.Tensor]) -> Any:
 
 
 def test_plugin(tiny_model: VoxtralTTS, tiny_params: dict, hooked: Callable, caplog: pytest.LogCaptureFixture) -> None:
-    """Off without its switch; with it, on once weights are loaded and before graphs are captured, told in one line."""
+    """Without its switch, the plugin does nothing.
+
+    With its switch, the plugin accelerates the head after weights are loaded and before graphs are captured, and logs
+    one line.
+    """
     state = tiny_model.acoustic_transformer.state_dict()
     hooked("0")
     plain = load(server_head(tiny_model, tiny_params), state)
@@ -326,13 +353,14 @@ def test_plugin(tiny_model: VoxtralTTS, tiny_params: dict, hooked: Callable, cap
         assert ("forward" in vars(one.acoustic_transformer)) == replaced
         assert (CAPTURED_METHOD in vars(one.wrapper)) == replaced
     assert told(caplog) == [
-        "INFO voxkern runs acoustic_transformer and acoustic_transformer._predict_velocity of "
-        "VoxtralTTSAudioGenerationForConditionalGeneration, and what is captured of it"
+        "INFO voxkern accelerates acoustic_transformer and acoustic_transformer._predict_velocity of "
+        "VoxtralTTSAudioGenerationForConditionalGeneration, also inside CUDA graphs"
     ]
     h, alpha, noise = inputs(tiny_model, 2)
     ours, theirs = (both_paths(one.wrapper, h, alpha, noise) for one in (model, plain))
     assert all(int((a != b).sum()) <= 1 for a, b in zip(ours, theirs, strict=True))
-    names = {name: -tensor for name, tensor in state.items()}  # loaded anew: .data leaves no trace, and tables follow
+    # the second load writes through .data, which leaves no trace: the tables made from weights must still follow
+    names = {name: -tensor for name, tensor in state.items()}
     model.load_weights((f"acoustic_transformer.{name}", tensor) for name, tensor in names.items())
     plain.acoustic_transformer.load_state_dict(names, strict=False)
     plain.acoustic_transformer._timesteps_cache.clear()
@@ -350,7 +378,7 @@ def test_plugin_and_a_head_of_an_unknown_shape(
     assert CAPTURED_METHOD not in vars(model.wrapper)
     (line,) = told(caplog)
     assert line.startswith("WARNING voxkern leaves VoxtralTTSAudioGenerationForConditionalGeneration as it is")
-    assert "acoustic_transformer is not known: layers.0.attention.wo.bias is [64] but must be missing" in line
+    assert "acoustic_transformer is not supported: layers.0.attention.wo.bias is [64] but must be missing" in line
 
 
 def test_plugin_where_vllm_omni_is_another(

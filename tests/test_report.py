@@ -1,4 +1,4 @@
-"""The page, the pictures and the README's tables, from rows."""
+"""Tests of the report: the page, the pictures and the README's tables are made from rows of results."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def counted(provider: str, metric: str, value: float, **more: Any) -> ResultRow:
 
 
 def test_the_readme_says_what_the_rows_say() -> None:
-    """Every table between markers is the newest rows': python -m bench report --no-measure writes them."""
+    """Every marked table shows the newest rows; ``python -m bench report --no-measure`` writes the tables."""
     made = tables(Figures(results.read(results.FILE.read_text())), LEDGER)
     text = report.README.read_text()
     assert report.with_tables(text, made) == text
@@ -71,7 +71,7 @@ def test_resources_of_the_ledger() -> None:
 
 
 def test_what_a_gpu_measured_stands_apart() -> None:
-    """And does not make way for a processor's time of the same operator."""
+    """A GPU's times have a table of their own, and a CPU's time of the same operator does not replace them."""
     time = ResultRow(
         "micro", "linear", "time", 4.5, "us", "measured", "again", "voxkern", "b1", "bf16", low=4.0, high=5.0
     )
@@ -97,7 +97,7 @@ def test_the_page_says_what_was_run_on_a_gpu(device: str) -> None:
     assert (f"measured come from: {GPU}" in said) == (device == GPU)
     assert "<td>0.25</td>" in said
     assert "<script" not in said
-    assert "http" not in said  # it needs nothing else
+    assert "http" not in said  # the page loads nothing else
 
 
 def test_text_is_escaped() -> None:
@@ -141,7 +141,8 @@ def test_a_failed_part_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(report.subprocess, "run", run)
     monkeypatch.setattr(report, "write", lambda: None)
     assert report.main(["--only", "roofline", "depth", "run"]) == 1
-    assert asked == [["report", "--part", "roofline"], ["report", "--part", "depth"], ["run", "--quick"]]  # timed last
+    # depth and run are timed, so they come after roofline
+    assert asked == [["report", "--part", "roofline"], ["report", "--part", "depth"], ["run", "--quick"]]
     said = capsys.readouterr().out
     assert "WRONG: because of this" in said
     assert "FAILED, with their older rows in the page: depth" in said

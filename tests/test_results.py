@@ -1,4 +1,4 @@
-"""The table of figures."""
+"""Tests of the table of results: rows are appended, read back, and superseded by newer rows."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The roofline's formulas against counts in the interpreter, and its model by hand."""
+"""Tests of the roofline: its formulas against counts in the interpreter, its predictions against sums by hand."""
 
 from dataclasses import replace
 
@@ -26,8 +26,9 @@ from voxkern.random_checkpoint import tiny_params
 from voxkern.reference import Config
 from voxkern.reference.codec import AudioTokenizer
 
-COUNTED = {1: (5.009e9, 6.056e9), 32: (5.353e9, 6.137e9)}  # bytes of head and backbone, as bench.frame prints them
-HEADS = {1: 96, 32: 117}
+# requests -> DRAM bytes of flow head and backbone, as ``python -m bench.frame`` prints them
+COUNTED = {1: (5.009e9, 6.056e9), 32: (5.353e9, 6.137e9)}
+HEADS = {1: 96, 32: 117}  # requests -> launches of the flow head
 FUSED = Work(  # gate and up of the flow head for one request
     operator="norm_swiglu", times=1, rows=6, prepared=6, weights=4 * 9216 * 3072, moved=2 * (3072 + 6 * 12288),
     multiply_adds=6 * 2 * 9216 * 3072,
@@ -83,7 +84,7 @@ def test_the_codec_is_the_fused_modules_launches_and_its_modules_weights() -> No
     codes = torch.zeros(1, 37, 1, dtype=torch.int64)
     with torch.inference_mode(), counting() as seen:
         stream.chunk(codes, torch.ones(1, dtype=torch.int64))
-    # one layer a stage in the tiny model, two in the public one
+    # a stage of the tiny codec has one layer, a stage of the public codec has two
     assert launches(codec_chunk(tiny, 1, 1)) == len(seen) == 27
     assert launches(codec_chunk(public().codec, 1, 1)) == 47
     with torch.device("meta"):
@@ -95,18 +96,21 @@ def test_the_codec_is_the_fused_modules_launches_and_its_modules_weights() -> No
 
 
 def test_the_floor_by_hand() -> None:
-    """One request on an H100: 11.4 GB at 3.35 TB/s."""
+    """One request on an H100 streams 11.4 GB at 3.35 TB/s, which takes 3.40 ms."""
     layer = 3072 * 4096 + 2 * 3072 * 1024 + 4096 * 3072 + 3 * 3072 * 9216
-    once = 8194 * 3072 + 3072 * 3072 + 6144 * 3072  # semantic codes, the hidden state and its q | k | v
-    projections = 2 * 7 * 36 * 3072  # of the state, in and out
-    codec = 2 * 149_417_975  # of every frame: the engine decodes each as it comes
+    once = 8194 * 3072 + 3072 * 3072 + 6144 * 3072  # semantic codes, projection of the hidden state, its q | k | v
+    projections = 2 * 7 * 36 * 3072  # of the state x, in and out, in 7 evaluations
+    codec = 2 * 149_417_975  # read for every frame: the engine decodes each by itself
     streamed = 2 * (26 * layer + once + 7 * 3 * layer + projections) + 400 * 26 * 2 * 1024 * 2 + codec
     assert floor(whole(1), GPUS["H100 SXM"]) == pytest.approx(streamed / 3.35e12, rel=1e-6)
     assert streamed / 3.35e12 == pytest.approx(3.401e-3, rel=1e-3)
 
 
 def test_a_launch_that_bandwidth_limits_by_hand() -> None:
-    """288 blocks, 3 x 132 fit at once; a block keeps 64 KiB under way, 4.2 us, which is less than all bytes take."""
+    """The 288 blocks run at once, because 3 x 132 fit.
+
+    A block with 64 KiB in flight would take 4.2 us, less than the 37.6 us that all bytes take.
+    """
     bytes_ = 4 * 9216 * 3072 + 2 * (3072 + 6 * (3072 + 9216))
     by_hand = 1.5e-6 + 0.7e-6 + bytes_ / (0.9 * 3.35e12)
     assert predict([FUSED], GPUS["H100 SXM"]) == pytest.approx(by_hand, rel=1e-6)
@@ -114,14 +118,20 @@ def test_a_launch_that_bandwidth_limits_by_hand() -> None:
 
 
 def test_a_launch_that_latency_limits_by_hand() -> None:
-    """The flow head's step for one request is one block; four stages keep 3 x 24 KiB of its 492 kB under way."""
+    """The flow head's step for one request is one block.
+
+    The block's four stages keep 3 x 24 KiB of its 492 kB in flight.
+    """
     (step,) = [one for one in frame(1, 7)["flow head"] if one.operator == "flow_step"]
     found = predict([replace(step, times=1)], GPUS["H100 SXM"])
     assert found == pytest.approx(2.2e-6 + 491_812 / (3 * 24 * 1024) * 0.7e-6, rel=1e-3)
 
 
 def test_a_launch_that_products_limit_by_hand() -> None:
-    """384 rows on an L4: 6 x 144 blocks, 2 x 58 fit at once: 7 full waves of 2 a multiprocessor, and 52 blocks."""
+    """On an L4, 384 rows are 6 x 144 = 864 blocks, and 2 x 58 = 116 of them fit at once.
+
+    The blocks run in 7 full waves of 2 per multiprocessor, and a last wave of 52.
+    """
     many = replace(FUSED, rows=384, prepared=384, moved=0, multiply_adds=384 * 2 * 9216 * 3072)
     a_block = 2 * 384 * 2 * 9216 * 3072 / 864 / (0.5 * 121e12 / 58)
     assert predict([many], GPUS["L4"]) == pytest.approx(2.2e-6 + (7 * 2 + 1) * a_block, rel=1e-6)
@@ -152,7 +162,10 @@ def test_more_work_or_a_lesser_gpu_takes_no_less() -> None:
 
 
 def test_the_ledger_has_a_binary_of_every_launch_but_the_codecs() -> None:
-    """A name that is mistaken would be taken for one that has enough in flight."""
+    """Every launch has a row in the ledger, except the codec's.
+
+    The model assumes enough bytes in flight for a launch without a row, so a wrong name would go unnoticed.
+    """
     for gpu in GPUS.values():
         for B in BATCHES:
             for one in whole(B):
@@ -167,7 +180,10 @@ def test_rows_say_what_they_are() -> None:
 
 
 def test_measured_frames_are_laid_over() -> None:
-    """One made up, of a GPU that is known; others are no frames, or of machines that are not."""
+    """Only voxkern's measured frame on a known GPU is compared with the model.
+
+    Another subject, provider or GPU, and a predicted time, are left out. The rows are invented.
+    """
     row = ResultRow(
         "micro", "frame", "time", 5000.0, "us", "measured", "none", "voxkern", "frame-b1", "bf16", "euler:7",
         device="NVIDIA H100 80GB HBM3",

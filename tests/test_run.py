@@ -1,4 +1,7 @@
-"""Microbenchmarks: what is timed, that it is right, what the rows say; and two states of the code beside each other."""
+"""Tests of the microbenchmarks: what is timed, that results are checked first, what the rows hold.
+
+The comparison of two revisions is tested as well.
+"""
 
 import os
 import subprocess
@@ -28,7 +31,7 @@ ROOF = Copy(lambda: run.ROOF, 3_000_000)
 
 
 def trial(**variants: Callable[..., Any]) -> Trial:
-    """Twice x, in place."""
+    """Return a trial of an operation that doubles x in place, with these providers."""
     args = {"x": torch.arange(8.0), "y": torch.zeros(1)}
     return Trial(
         "twice", "b1", "fp32", args, variants, lambda x, y: x.mul_(2), lambda: [2 * torch.arange(8.0).double()],
@@ -37,7 +40,7 @@ def trial(**variants: Callable[..., Any]) -> Trial:
 
 
 def named(name: str, factor: float = 2.0) -> Callable[..., Any]:
-    """A provider that says its name to the clock, as its result."""
+    """Return a provider that multiplies x by `factor`; its result prints as `name`, which FakeClock reads."""
 
     class Name(Tensor):
         def __str__(self) -> str:
@@ -196,7 +199,7 @@ def test_only_the_selected_trials_are_timed(monkeypatch: pytest.MonkeyPatch) -> 
         assert list(trials(Selection(("linear",), shape="down-b1"))) == [*chosen, ("linear", "codec-down-b1", "bf16")]
         assert list(trials(Selection(("linear",), quick=True))) == [chosen[0], chosen[2]]
         assert list(trials(Selection(("linear",), shape="down-b1", dtypes=("fp16",)))) == [chosen[1]]
-        # 64 experts and their fp64 truth are too much for a processor
+        # the 2 GB of 64 experts, and their fp64 results, are too much for a CPU
         on_cpu, on_gpu = (
             {shape for _, shape, _ in trials(Selection(("moe_experts_up",), device=device))}
             for device in ("cpu", "cuda")
@@ -212,9 +215,9 @@ def test_absent_providers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert Selection().timed == ["torch", "transformers"]
     assert Selection(device="cuda").timed == ["voxkern", "torch", "torch.compile", "transformers", "flashinfer"]
     assert Selection(providers=("torch.compile", "voxkern")).timed == ["torch.compile"]
-    with pytest.raises(SystemExit, match="none of the providers voxkern is here"):
+    with pytest.raises(SystemExit, match="none of the providers voxkern is available here"):
         run.main(["--provider", "voxkern", "--csv", "-"])
-    assert "not here: voxkern (no GPU); vllm-omni (no vllm_omni)" in capsys.readouterr().out
+    assert "not available: voxkern (no GPU); vllm-omni (no vllm_omni)" in capsys.readouterr().out
 
 
 def test_an_unknown_operator_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What operators cost, counted on modules, and what is said where the public server is absent."""
+"""Tests of what operators cost, counted on modules, and of the message where the public server is absent."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -44,7 +44,7 @@ def test_the_plain_module_streams_every_weight_once_an_evaluation() -> None:
     found = [plain(head, B) for B in (1, 2)]
     for cost in found:
         assert cost.weights == 2 * (7 * sum(p.numel() for p in per_step) + sum(p.numel() for p in once))
-    # neither widths nor the batch change what is launched, and bytes grow by as much with each request
+    # the batch does not change the number of launches, and each further request adds the same bytes
     assert found[0].launches == found[1].launches
     assert of_batch(5, *found) == plain(head, 5)
     with pytest.raises(ValueError, match="different paths"):
@@ -66,7 +66,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeWrapper:
-    """As vLLM-Omni's, but for what it computes."""
+    """Has the methods of vLLM-Omni's graph wrapper, but computes one product only."""
 
     def __init__(self, model: SimpleNamespace, sizes: list[int]) -> None:
         self.head, self.sizes, self.warm = model.acoustic_transformer, sizes, False
@@ -77,7 +77,7 @@ class FakeWrapper:
         self.warm = True
 
     def _capture_graph_for_size(self, size: int) -> None:
-        raise AssertionError("there are no graphs here")
+        raise AssertionError("a graph is captured, which must be left out on a CPU")
 
     def _forward_cudagraph_compatible(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor) -> Tensor:
         assert self.warm
@@ -97,7 +97,7 @@ class FakeHead(nn.Module):
 
 
 def test_a_server_that_is_there_is_counted_on_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in of its shape; the real one is counted where it is installed."""
+    """The server is a fake with the same interface; test_the_real_server counts the real one."""
     parents = [SERVER_PACKAGE.rsplit(".", n)[0] for n in range(len(SERVER_PACKAGE.split(".")))]
     generation, model = ModuleType("generation"), ModuleType("model")
     generation.FlowMatchingAudioTransformer = FakeHead

@@ -1,4 +1,7 @@
-"""Heads of public servers, by stand-ins with their attribute names; tests/test_public_server.py has the real ones."""
+"""Tests of accelerating the flow heads of public servers, on a fake head with SGLang-Omni's names.
+
+tests/test_public_server.py tests vLLM-Omni's real head.
+"""
 
 import copy
 import logging
@@ -19,7 +22,10 @@ STEPS = 2
 
 
 class SGLangHead(nn.Module):
-    """SGLang-Omni's head by its names: one guidance for all, noise from the CPU. It computes as the reference."""
+    """A fake head with the names of SGLang-Omni's; it computes with a reference head.
+
+    All requests share one guidance, and the noise is drawn on the CPU.
+    """
 
     def __init__(self, head: FlowMatchingAudioTransformer) -> None:
         super().__init__()
@@ -34,7 +40,7 @@ class SGLangHead(nn.Module):
         self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(head.layers)})
         self.register_buffer("_timesteps", torch.linspace(0, 1, STEPS + 1), persistent=False)
         self._cfg_alpha, self._noise_scale = 1.2, 1.0
-        self.computation = [head]  # no child of its own
+        self.computation = [head]  # in a list, so that it is no child module
 
     def forward(self, llm_hidden: Tensor) -> Tensor:
         B, head = len(llm_hidden), self.computation[0]
@@ -47,12 +53,12 @@ class SGLangHead(nn.Module):
 
 @pytest.fixture
 def server(tiny_folder) -> SGLangHead:
-    """A head of one's own, fp32."""
+    """A new fake head in fp32, which the test may change."""
     return SGLangHead(read_checkpoint(tiny_folder).model.acoustic_transformer)
 
 
 def seeded(server: nn.Module, *args: Tensor) -> Tensor:
-    """A call of the server's, its noise drawn as the server draws it."""
+    """Call the server's head, which draws its own noise, after seeding torch."""
     torch.manual_seed(5)
     with torch.no_grad():
         return server(*args)
@@ -60,7 +66,10 @@ def seeded(server: nn.Module, *args: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("B", "max_batch"), [(1, 1), (5, 2), (0, 1)])
 def test_sglang(server: SGLangHead, B: int, max_batch: int) -> None:
-    """Batches above `max_batch` run in groups; its generator and its guidance are its own."""
+    """Batches above `max_batch` run in groups.
+
+    The accelerated head draws its noise and reads its guidance as the server's head does.
+    """
     h = torch.randn(B, 64, generator=torch.Generator().manual_seed(B))
     before = seeded(server, h)
     model = nn.ModuleDict({"acoustic_transformer": server})
@@ -68,7 +77,7 @@ def test_sglang(server: SGLangHead, B: int, max_batch: int) -> None:
     assert voxkern.accelerate(model, max_batch) == names
     after = seeded(server, h)
     assert after.shape == (B, 37)
-    assert int((after != before).sum()) <= B // 3  # a code at a rounding edge
+    assert int((after != before).sum()) <= B // 3  # codes at a rounding edge may differ
     server._cfg_alpha = 3.0
     if B:
         assert not torch.equal(seeded(server, h), after)
@@ -81,7 +90,7 @@ def test_sglang(server: SGLangHead, B: int, max_batch: int) -> None:
 
 @pytest.mark.parametrize(("R", "max_batch"), [(6, 3), (7, 2), (1, 1)])
 def test_velocity(server: SGLangHead, R: int, max_batch: int) -> None:
-    """Rows in groups, and odd ones; on kernels no row knows another."""
+    """Rows run in groups, also an odd number of rows, and no row's velocity depends on the other rows."""
     g = torch.Generator().manual_seed(R)
     x, h, t = torch.randn(R, 36, generator=g), torch.randn(R, 64, generator=g), torch.rand(R, generator=g)
     embedded = time_embedding(t, 64).float()
@@ -93,12 +102,15 @@ def test_velocity(server: SGLangHead, R: int, max_batch: int) -> None:
         way, projected = server.forward.__self__.velocity_of_projected, torch.randn(2, R, 64, generator=g)
         assert torch.equal(way(x, *projected)[-1:], way(x[-1:], *projected[:, -1:]))
     server.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="gradients are asked of an accelerated flow head"):
+    with pytest.raises(RuntimeError, match="an accelerated flow head computes no gradients"):
         server._predict_velocity(x, h, embedded)
 
 
 def test_noise_handed_in_or_drawn_by_seed(server: SGLangHead) -> None:
-    """With their own guidance for each request; the same alone and in a batch."""
+    """Noise may be an argument, or drawn by seed and frame.
+
+    Each request has its own guidance, and gives the same codes alone and in a batch.
+    """
     h, alpha = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([1.2, 0.0, 2.5])
     seed, frame = seed_tensor([1, 2, 3]), torch.tensor([0, 4, 9])
     voxkern.accelerate(server, 2)
@@ -111,7 +123,10 @@ def test_noise_handed_in_or_drawn_by_seed(server: SGLangHead) -> None:
 
 
 def test_it_is_the_servers_own_weights(server: SGLangHead) -> None:
-    """Loaded again without a trace, copied, and accelerated again: tables follow, in the memory that graphs know."""
+    """After weights change through .data, which leaves no trace, accelerating again rebuilds the tables.
+
+    The tables keep the addresses that graphs hold. A copy of the head behaves in the same way.
+    """
     h = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     voxkern.accelerate(server, 2)
     fused = server.forward.__self__
@@ -122,7 +137,7 @@ def test_it_is_the_servers_own_weights(server: SGLangHead) -> None:
     copied = copy.deepcopy(server)
     assert copied.forward.__self__.server is copied
     for one in (server, copied):
-        with torch.inference_mode():  # buffers and tables are written in any mode
+        with torch.inference_mode():  # tables must be writable in any mode
             voxkern.accelerate(one, 2)
     after = seeded(server, h)
     assert server.forward.__self__ is fused
@@ -138,7 +153,10 @@ def test_it_is_the_servers_own_weights(server: SGLangHead) -> None:
 
 
 def test_prepared_while_a_server_loads(server: SGLangHead) -> None:
-    """Servers set a default dtype and device around what they load: nothing may hang on them."""
+    """Servers set a default dtype and device while a model loads.
+
+    What accelerate() prepares must not depend on these defaults.
+    """
     h = torch.randn(2, 64)
     before = seeded(server, h)
     torch.set_default_dtype(torch.bfloat16)
@@ -196,11 +214,11 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("change", UNKNOWN, ids=lambda change: change.__name__)
 def test_what_is_not_known_is_left_alone(server: SGLangHead, change, caplog: pytest.LogCaptureFixture) -> None:
-    """Named in an error when there is nothing else, in one warning where there is."""
+    """An unknown head is named in an error if the model has no other head, and in one warning if it has."""
     other = SGLangHead(copy.deepcopy(server.computation[0]))
     change(server)
     before = dict(vars(server))
-    with pytest.raises(ValueError, match="no part that voxkern has kernels for; a is not known: .*" + UNKNOWN[change]):
+    with pytest.raises(ValueError, match="part that voxkern has kernels for; a is not supported: .*" + UNKNOWN[change]):
         voxkern.accelerate(nn.ModuleDict({"a": server}))
     assert vars(server) == before
     with caplog.at_level(logging.WARNING, "voxkern"):
@@ -216,12 +234,14 @@ def test_a_velocity_of_another_kind_is_left_alone(
     monkeypatch.setattr(SGLangHead, "_predict_velocity", lambda self, x, condition: x)
     with caplog.at_level(logging.WARNING, "voxkern"):
         assert voxkern.accelerate(nn.ModuleDict({"a": server})) == ["a"]
-    assert [r.getMessage() for r in caplog.records] == ["a._predict_velocity is left as it is: it takes (x, condition)"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "a._predict_velocity is left as it is: its arguments (x, condition) are not those of a known server"
+    ]
     assert "_predict_velocity" not in vars(server)
 
 
 def test_as_reference(server: SGLangHead) -> None:
-    """Made of the server's own layers, and a head that runs."""
+    """The reference head is made of the server's own layers, and gives the same codes."""
     head = as_reference(server)
     assert [p.data_ptr() for p in head.parameters()] == [p.data_ptr() for p in server.computation[0].parameters()]
     h, x, alpha = torch.randn(2, 64), torch.randn(2, 36), torch.ones(2)

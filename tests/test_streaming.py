@@ -1,4 +1,4 @@
-"""stream(): the sound of generate(), sooner; and long texts, in parts."""
+"""Tests of stream(), which gives the sound of generate() in chunks, and of long texts, which run in parts."""
 
 import base64
 import gc
@@ -46,7 +46,10 @@ def test_chunks_are_generates_sound(tts: voxkern.TTS, first: int, most: int) -> 
 
 
 def test_on_kernels(tiny_folder: Path) -> None:
-    """The host learns late of an end there; a stream looks at each chunk."""
+    """On kernels, the CPU reads a frame's output when the next frame has been launched.
+
+    The chunks must still be those of generate().
+    """
     tts = voxkern.load(tiny_folder, backend="triton")
     whole = tts.generate("one", seed=4, steps=1, max_frames=4)
     chunks = list(tts.stream("one", seed=4, steps=1, max_frames=4, first_chunk=1, chunk=2))
@@ -59,7 +62,7 @@ def test_the_first_chunk_comes_after_one_frame(tts: voxkern.TTS, monkeypatch: py
     frames, plain = [], runner.generate_block
     monkeypatch.setattr(runner, "generate_block", lambda *args: (frames.append(1), plain(*args)))
     stream = tts.stream("one two", seed=4, max_frames=40)
-    assert not frames  # nothing runs before the first is asked for
+    assert not frames  # nothing runs before the first chunk is requested
     assert next(stream).codes.shape[1] == 1
     assert len(frames) == 1
     assert next(stream).codes.shape[1] == 2
@@ -67,9 +70,9 @@ def test_the_first_chunk_comes_after_one_frame(tts: voxkern.TTS, monkeypatch: py
 
 
 def test_the_first_chunk_on_kernels_comes_after_one_frame_too(tiny_folder: Path) -> None:
-    """Later ones are read when the next frame has been launched."""
+    """The first frame is read at once, later frames when the next one has been launched."""
     mine = voxkern.load(tiny_folder, backend="triton")
-    del mine.model.audio_tokenizer.stream  # the codec takes most of the time, and is in test_on_kernels
+    del mine.model.audio_tokenizer.stream  # it is slow, and test_on_kernels covers it
     frames: list[int] = []
     engine_runner = mine.engine.runner
     plain = engine_runner.generate_frame
@@ -94,12 +97,12 @@ def test_chunk_sizes_double() -> None:
 
 
 def _ends_after(tts: voxkern.TTS, n: int) -> int:
-    """A seed whose request says END as its frame n + 1."""
+    """Return a seed with which the text "x" ends after exactly `n` frames."""
     for seed in range(400):
         audio = tts.generate("x", seed=seed, steps=1, max_frames=n + 1)
         if audio.ended and audio.codes.shape[1] == n:
             return seed
-    raise AssertionError("none of 400 seeds ends there")
+    raise AssertionError("none of 400 seeds ends after that many frames")
 
 
 def test_an_end_after_a_full_chunk_is_an_empty_one(tts: voxkern.TTS) -> None:
@@ -118,7 +121,10 @@ def test_a_limit_after_a_full_chunk_makes_no_empty_one(tts: voxkern.TTS) -> None
 
 
 def test_closing_frees_everything(tts: voxkern.TTS) -> None:
-    """Closed, dropped, or never begun: nobody is there, and only the voice's own pages are held."""
+    """After a stream is closed, dropped, or closed before it starts, no request is running.
+
+    Only the cached prefixes of voices still hold pages.
+    """
     engine = tts.engine
 
     def n_request_pages() -> int:
@@ -153,7 +159,7 @@ def test_two_streams_at_once(tts: voxkern.TTS) -> None:
 
 
 def test_generate_uses_changed_codec_weights(tiny_folder: Path) -> None:
-    """The folded weights are not kept beyond those that they were made from."""
+    """The codec folds its weight norms; folded weights must follow the weights that they were made from."""
     tts = voxkern.load(tiny_folder, backend="torch")
     before = tts.generate("one", seed=4, max_frames=3)
     with torch.no_grad():
@@ -167,7 +173,7 @@ def test_timings(tts: voxkern.TTS) -> None:
     chunks = []
     for chunk in tts.stream("one two", seed=4, max_frames=12, first_chunk=2, chunk=5):
         chunks.append(chunk)
-        time.sleep(0.05)  # what the listener does is nobody's work
+        time.sleep(0.05)  # time between chunks must not count
     wall = time.perf_counter() - start
     first, *rest = (chunk.timings for chunk in chunks)
     assert len(rest) > 1
@@ -183,7 +189,10 @@ def test_timings(tts: voxkern.TTS) -> None:
 
 
 def test_long_text_is_its_parts(tiny_folder: Path) -> None:
-    """Also beside another text, in groups of 3: a part is spoken like a text of its own, with the same seed."""
+    """A part of a long text is spoken like a separate text with the same seed.
+
+    This holds also beside another text, and with fewer slots (3) than parts.
+    """
     tts = voxkern.load(tiny_folder, backend="torch", max_batch=3)
     arguments = {"voice": "bob", "steps": 1, "max_frames": 30}
     parts = ["one two three.", "four five!", "six seven eight?", "nine"]
@@ -222,7 +231,7 @@ def test_a_long_texts_drawn_seed_is_one(tts: voxkern.TTS) -> None:
 )
 def test_wrong_arguments_are_errors_at_once(tts: voxkern.TTS, arguments: dict, error: type, named: str) -> None:
     with pytest.raises(error, match=named):
-        tts.stream(**arguments)  # not at the first chunk
+        tts.stream(**arguments)  # raises here, not at the first chunk
 
 
 def _audio(samples: list[float], rate: int = 24000) -> Audio:

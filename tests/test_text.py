@@ -1,4 +1,7 @@
-"""Text before the model: the prompt, to the token; long texts in parts, nothing lost, every part as long as fits."""
+"""Tests of text before the model: the prompt's tokens, and the parts of long texts.
+
+Parts are as long as fits, and nothing is lost.
+"""
 
 import json
 import re
@@ -18,7 +21,11 @@ PARIS = [1, 25, *[24] * 147, 36, 42572, 1395, 1261, 15568, 5970, 1033, 35, 25]
 
 
 def test_golden(tmp_path: Path) -> None:
-    """mistral-common ships a tekken of version 3; as the public file does, it is given version 7 and an audio part."""
+    """The prompt has the public template's tokens.
+
+    mistral-common ships a tekken.json of version 3. The test gives it version 7 and an audio section, as the public
+    model's file has.
+    """
     tekken = json.loads((Path(mistral_common.__file__).parent / "data" / "tekken_240911.json").read_text())
     names = byte_tokenizer({})["special_tokens"]
     tekken["config"]["version"] = "v7"
@@ -89,9 +96,9 @@ def test_a_tokenizer_without_audio(tmp_path: Path) -> None:
         ("यह एक है। यह दो है।", 10, ["यह एक है।", "यह दो है।"]),
         ("这是一。这是二！「这是三？」完", 5, ["这是一。", "这是二！", "「这是三？」", "完"]),  # no spaces
         ("一、二，三", 2, ["一、", "二，", "三"]),
-        ("a, b and c; d. e", 11, ["a, b and c;", "d. e"]),  # too long a sentence: clauses
-        ("aa bb cc dd", 5, ["aa bb", "cc dd"]),  # and then words
-        ("aaaaaaaa bb", 5, ["aaaaaaaa", "bb"]),  # but no word is cut
+        ("a, b and c; d. e", 11, ["a, b and c;", "d. e"]),  # a sentence that is too long is split at clauses
+        ("aa bb cc dd", 5, ["aa bb", "cc dd"]),  # and then at words
+        ("aaaaaaaa bb", 5, ["aaaaaaaa", "bb"]),  # but a word is never split
     ],
 )
 def test_parts(text: str, max_chars: int | None, parts: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The timer's bookkeeping, with a made-up clock; what only a GPU can run is not run."""
+"""Tests of the timer with a fake clock and a fake GPU; nothing here runs on a real GPU."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ def test_what_takes_long_has_fewer_rounds() -> None:
     ("moved", "held", "n"),
     [
         (100 << 20, 100 << 20, 3), (1 << 40, 1 << 40, 2), (1 << 20, 1 << 20, 257), (7, 7, 1024), (0, 0, 1024),
-        (360_000, 55 << 20, 148),  # a few rows of the embeddings
+        (360_000, 55 << 20, 148),  # an operator that reads a few rows of the embeddings
     ],
 )  # fmt: skip
 def test_inputs_go_past_the_cache(moved: int, held: int, n: int) -> None:
@@ -48,7 +48,7 @@ def test_inputs_go_past_the_cache(moved: int, held: int, n: int) -> None:
 
 
 def test_a_gpus_round_is_a_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a made-up GPU: what is captured is three calls of two launches each, a millisecond a launch."""
+    """The graph of the fake GPU holds three calls of two launches each, and a launch takes a millisecond."""
     gpu = FakeGPU(monkeypatch)
 
     def call() -> tuple[Tensor, ...]:
@@ -58,7 +58,7 @@ def test_a_gpus_round_is_a_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch) ->
         return out, torch.zeros(3, 0), torch.zeros(1, dtype=torch.int64)
 
     run, how = GPUClock().prepare([call] * 3)
-    assert (how, gpu.replays, gpu.mode) == ("graph", 1, "default")  # one to see that it writes its results
+    assert (how, gpu.replays, gpu.mode) == ("graph", 1, "default")  # one replay checks that results are written
     assert [run(), run()] == [pytest.approx(2e-3)] * 2
     assert gpu.replays == 3
 
@@ -91,7 +91,7 @@ def test_an_unrelated_error_in_the_sync_check_is_raised(monkeypatch: pytest.Monk
 def test_a_graph_that_caught_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGPU(monkeypatch)
     with pytest.raises(RuntimeError, match="leaves results unwritten"):
-        GPUClock().prepare([lambda: torch.ones(2)])  # of another stream
+        GPUClock().prepare([lambda: torch.ones(2)])  # not launched on the captured stream
 
 
 def test_a_processors_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

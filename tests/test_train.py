@@ -1,4 +1,4 @@
-"""What the training of the demo voice is made of, on made-up sounds: flite is not needed here."""
+"""Tests of the functions that train the demo voice, on synthetic sounds; flite is not needed."""
 
 from pathlib import Path
 
@@ -66,12 +66,12 @@ def test_a_batch_has_the_words_of_its_text_as_targets(batch: Batch) -> None:
         asked = (next_codes[:, 0] != EMPTY_AUDIO).nonzero().squeeze(1)
         assert ids[asked[0]] == BEGIN_AUDIO
         assert (ids[asked[1:]] == AUDIO).all()
-        assert torch.equal(next_codes[asked[:-1]], codes[asked[1:]])  # what comes next is what is read next
+        assert torch.equal(next_codes[asked[:-1]], codes[asked[1:]])  # a target is the next position's input
         assert next_codes[asked[-1]].tolist() == [END_AUDIO] + [EMPTY_AUDIO] * 36
         numbers = word[asked].tolist()
         assert numbers == sorted(numbers)
         for i, word_now in enumerate(text):
-            assert numbers.count(i) == 5 + word_now  # as many frames as the word has
+            assert numbers.count(i) == 5 + word_now  # the frames of this word in `batch`
             assert (pointer[asked][word[asked] == i] == start + i).all()
         assert pointer[asked[-1]] == stop
 
@@ -99,7 +99,7 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     first, layer = train(0.0005)
     assert first.step > 0
-    second, same = train(0.0005)  # the time is up: nothing is done
+    second, same = train(0.0005)  # no time is left, so no step runs
     assert second.step == first.step
     assert torch.equal(same.weight, layer.weight)
     third, _ = train(0.001)

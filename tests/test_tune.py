@@ -1,4 +1,4 @@
-"""The search for launch configs, with a made-up clock and a made-up compiler."""
+"""Tests of the search for launch configs, with a fake clock and a fake compiler."""
 
 import math
 import sys
@@ -29,7 +29,7 @@ SOURCE = f'TOY = LaunchConfigs(\n    "toy",\n    """{TEXT}    """,\n)\n{OTHER}'
 
 
 class ConfigClock:
-    """Seconds are a function of the config that the calls of a variant run with."""
+    """A clock that computes a variant's seconds from the launch config that its calls run with."""
 
     rotates = False
 
@@ -53,7 +53,7 @@ TOY = LaunchConfigs("toy", TEXT)
 
 
 def toy(x: Tensor) -> Tensor:
-    """A kernel that is wrong with blocks of 512."""
+    """Return 2 x, as a kernel that is wrong with blocks of 512 would; append the launch config to `RUN`."""
     with target_arch("sm_90"):
         chosen = TOY(N=1, K=1, dtype=torch.bfloat16, rows=32)
     RUN.append({name: chosen[name] for name in TOY.names})
@@ -70,14 +70,14 @@ def tuner(seconds: Callable[[dict[str, int]], float], fits: Callable[[dict[str, 
 
 
 def smaller_is_slower(config: dict[str, int]) -> float:
-    """Fastest with the widest blocks, and with 5 stages."""
+    """Return seconds that are shortest with the widest blocks and 5 stages."""
     return 1e-3 / config["BLOCK_N"] * (1 + abs(config["num_stages"] - 5))
 
 
 def test_the_fastest_that_fits_and_is_right_is_chosen() -> None:
     one = tuner(smaller_is_slower, lambda s: "spills 8 bytes" if s["BLOCK_N"] == 256 and s["num_stages"] > 4 else "")
     best, ratio = search(config_of(TOY, 3), one.seconds)
-    # 512 would be faster, but it is wrong; 5 stages, but they spill
+    # blocks of 512 would be faster, but are wrong; 5 stages would be faster, but spill
     assert best == {"BLOCK_N": 256, "num_warps": 8, "num_stages": 4}
     assert ratio == pytest.approx((2 / 256) / (3 / 128))
     assert not any(block == 512 or (block, stages) == (256, 5) for block, _, stages in one.clock.timed)
@@ -141,7 +141,7 @@ def test_launch_config_tables_are_found_with_their_lines() -> None:
     source = (ROOT / "kernels" / "linear.py").read_text()
     line = next(line for line, shapes in lines.items() if (case_of(entry, "b32"), "bf16") in shapes)
     assert with_line(source, configs, line, "sm_*", config_of(configs, line)) == source
-    assert configs_of(entry_of("moe_route")) is None  # its table knows no architectures
+    assert configs_of(entry_of("moe_route")) is None  # its table has no column of architectures
 
 
 def test_tuning_ends_in_the_source(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

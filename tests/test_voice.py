@@ -1,4 +1,4 @@
-"""A voice from a recording, and every kind of file that is none."""
+"""Tests of voices made from a recording, and of the errors for files that cannot make one."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_the_prefix_is_the_sum_of_its_codes_embeddings(tiny_folder: Path, tmp_pa
     samples = _tone(1.5)
     tts.add_voice("eve", _write(tmp_path / "eve.wav", samples))
     prefix, model = tts.voices["eve"], tts.model
-    assert prefix.shape == (19 + 1, 64)  # 18.75 frames, and the END frame
+    assert prefix.shape == (19 + 1, 64)  # 1.5 s are 18.75 frames, rounded up; then the END frame
     with torch.inference_mode():
         codes = model.audio_tokenizer.encode(torch.from_numpy(samples).view(1, 1, -1))[0] + 2
     table = model.mm_audio_embeddings.audio_codebook_embeddings.embeddings.weight

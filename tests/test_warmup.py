@@ -1,4 +1,7 @@
-"""voxkern warmup: for a GPU that is not here, in a process of its own, as the interpreter compiles nothing."""
+"""Tests of ``voxkern warmup`` for a GPU that need not be present.
+
+The command runs in a process of its own, because Triton's interpreter, which the tests run in, compiles nothing.
+"""
 
 import os
 import subprocess
@@ -14,7 +17,7 @@ def _warm_up(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_compiles_once(tiny_folder: Path, tmp_path: Path) -> None:
-    """Whatever is launched has a binary of its architecture on the disk; a second time nothing is added."""
+    """The first run writes a binary of every kernel that is launched to the disk; a second run adds nothing."""
     arguments = (str(tiny_folder), "--arch", "sm_90", "--max-batch", "2")
     first = _warm_up(tmp_path, *arguments)
     assert "kernels are ready for sm_90, max_batch 2, bfloat16" in first.stderr, first.stderr

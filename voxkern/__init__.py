@@ -1,4 +1,4 @@
-"""voxkern: Voxtral-class speech models at the speed of the memory they stream.
+"""Text to speech with Voxtral-class models, on Triton kernels or in plain PyTorch.
 
 >>> import voxkern
 >>> tts = voxkern.load()

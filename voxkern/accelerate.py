@@ -1,4 +1,4 @@
-"""Install fused modules in the place of a model's own computation, and remove them again."""
+"""Install fused modules, which run a model's own computation through Triton kernels, and remove them again."""
 
 import importlib.util
 import logging
@@ -17,25 +17,29 @@ log = logging.getLogger(__name__)
 
 
 def accelerate(model: Any, max_batch: int = 1) -> list[str]:
-    """Run what voxkern has kernels for through them, on the model's own weights.
+    """Run the computation of a model's backbone, flow head and codec through Triton kernels, on the model's weights.
 
-    Weights may be loaded, moved, copied and saved as before. A model that is accelerated already is prepared anew.
+    Calls and their arguments stay the same, and results stay the same up to rounding. Weights may be loaded, moved,
+    copied and saved as before. Kernels have no gradients: :func:`restore` a model before training it. A second call
+    prepares an accelerated model again, for example for another `max_batch`.
 
     Args:
-        model: a :class:`voxkern.reference.VoxtralTTS`, or any module that holds its parts. Or a module that holds the
-            flow head of vLLM-Omni or SGLang-Omni, with its weights loaded and on their device, or vLLM-Omni's wrapper
-            of one before it captures its graphs; see :mod:`voxkern.integrations.server_heads`. A part like one of these
-            that is not known is left as it is, and a warning says why.
-        max_batch: the most requests a call may have, 1..64; a server's may have more, and they run in groups.
-            Settings, and so the last bits of a result, belong to it.
+        model: a :class:`voxkern.reference.VoxtralTTS`, or any module that contains its backbone, flow head or codec.
+            The flow head of vLLM-Omni or SGLang-Omni is supported too: give a module that contains the head, with its
+            weights loaded and on their device. vLLM-Omni's wrapper of the head must not have captured its graphs yet.
+            See :mod:`voxkern.integrations.server_heads`. A server's head that differs from the supported ones is not
+            replaced, and a logged warning gives the reason.
+        max_batch: the most requests of one call, 1..64. A server's call may have more, which run in groups of
+            `max_batch`. Launch configs depend on `max_batch`, and so do the last bits of a result.
 
     Returns:
-        Names of the modules that were replaced, and of methods: the backbone's ``hidden_states``, the codec's
-        ``stream``.
+        Names of the replaced modules and methods, such as
+        ``["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]``.
 
     Raises:
-        ValueError: the model has no part that voxkern knows.
-        RuntimeError: Triton is not installed, or a server's head is where no kernel runs.
+        ValueError: the model has no part that voxkern has kernels for, `max_batch` is not in 1..64, or the kernels
+            cannot run a codec of these sizes.
+        RuntimeError: Triton is not installed, or a server's head is on a device that runs no kernels.
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("triton is not installed, and kernels need it; the model runs without them as it is")
@@ -65,7 +69,7 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
             module.stream = FusedCodec(module)  # type: ignore[method-assign, assignment]
             replaced.append(f"{name}.stream".lstrip("."))
     if not replaced:
-        reasons = "".join(f"; {name} is not known: {why}" for name, why in left.items())
+        reasons = "".join(f"; {name} is not supported: {why}" for name, why in left.items())
         raise ValueError(f"{type(model).__name__} has no part that voxkern has kernels for{reasons}")
     for name, why in left.items():
         log.warning("%s is left as it is: %s", name, why)
@@ -74,10 +78,10 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
 
 
 def restore(model: Any) -> list[str]:
-    """Undo :func:`accelerate`.
+    """Remove what :func:`accelerate` installed, so that the model computes exactly as before.
 
     Returns:
-        Names of what was put back.
+        Names of the restored modules and methods; empty if the model was not accelerated.
     """
     restored = restore_servers(model)
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():

@@ -1,4 +1,4 @@
-"""What a request gives back."""
+"""The result of a request: sound, codes and timings."""
 
 import base64
 import io
@@ -12,15 +12,17 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Timings:
-    """Wall seconds of a request; in a batch its neighbours' work is in them.
+    """Wall-clock seconds of a request's work.
 
-    Those of a text in parts are added up.
+    In a batch they include the work for the other requests of the same frames. The seconds of a text's parts are added.
 
     Attributes:
-        prefill: the prompt's pass through the backbone; its voice's part only where it was not in the cache.
-        frames: all frames: backbone steps and flow head.
-        codec: codes to sound.
-        first_sound: until something could be heard, with the work for others before it: all of it, but for a stream.
+        prefill: seconds of the prompt's pass through the backbone. The voice's part of the prompt counts only if it was
+            not in the KV cache.
+        frames: seconds of all frames' backbone steps and flow head.
+        codec: seconds of decoding codes to sound.
+        first_sound: seconds until the first sound was available, with the time in the queue. For a stream that is the
+            first chunk; otherwise it is the whole sound.
     """
 
     prefill: float
@@ -30,21 +32,21 @@ class Timings:
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """Sum of `prefill`, `frames` and `codec`."""
         return self.prefill + self.frames + self.codec
 
 
 @dataclass(frozen=True)
 class Audio:
-    """Speech.
+    """Holds generated speech: its samples, and the codes and the seed that they come from.
 
     Attributes:
         samples: float32 [n], nominally within -1..1.
-        sampling_rate: per second.
-        codes: int16 [37, T], one column a frame, without the +2 offset.
-        seed: what gives the same codes again.
-        ended: the model said END; False where the frame limit cut it.
-        timings: where the time went.
+        sampling_rate: samples per second.
+        codes: int16 [37, T], one column per frame, without the +2 offset that the model's codes have.
+        seed: the seed that generates the same codes again.
+        ended: True if the model generated END, False if the frame limit cut the speech off.
+        timings: seconds of each part of the work.
     """
 
     samples: NDArray[np.float32]
@@ -56,24 +58,26 @@ class Audio:
 
     @property
     def seconds(self) -> float:
-        """Length of the sound."""
+        """Length of the sound in seconds."""
         return len(self.samples) / self.sampling_rate
 
     @property
     def real_time_factor(self) -> float:
-        """Seconds of work for a second of sound; below 1 is faster than speech. Infinite for an empty sound."""
+        """Seconds of work per second of sound: below 1 is faster than speech; infinite for an empty sound."""
         return self.timings.total / self.seconds if len(self.samples) else float("inf")
 
     def pcm16(self) -> bytes:
-        """The samples as 16-bit little-endian integers, for a server's answer; values beyond -1..1 are clipped."""
+        """Return the samples as 16-bit little-endian integers, as servers send; values beyond -1..1 are clipped."""
         return np.rint(np.clip(self.samples, -1, 1) * 32767).astype("<i2").tobytes()
 
     @classmethod
     def join(cls, audios: Sequence["Audio"]) -> "Audio":
-        """Sounds one after the other, a stream's chunks or others, with nothing between them; work adds up.
+        """Join sounds, such as the chunks of a stream, one after the other without a pause.
+
+        `seed` and `first_sound` are the first sound's, `ended` is the last one's, and the other timings are added.
 
         Raises:
-            ValueError: none, or of several sampling rates.
+            ValueError: `audios` is empty, or has several sampling rates.
         """
         rates = {audio.sampling_rate for audio in audios}
         if len(rates) != 1:
@@ -94,7 +98,7 @@ class Audio:
         )
 
     def _repr_html_(self) -> str:
-        """A player, which notebooks show."""
+        """Return an HTML player, which notebooks show."""
         import soundfile
 
         file = io.BytesIO()
@@ -103,10 +107,12 @@ class Audio:
         return f'<audio controls src="data:audio/wav;base64,{sound}"></audio> {self.seconds:.2f} s, seed {self.seed}'
 
     def save(self, path: str | Path) -> Path:
-        """Write a .wav (16 bit), .flac or .ogg file, as the suffix says; values beyond -1..1 are clipped.
+        """Write the sound to a .wav (16 bit), .flac or .ogg file, and return its path.
+
+        The suffix decides the format. Values beyond -1..1 are clipped.
 
         Raises:
-            ValueError: any other suffix.
+            ValueError: the suffix is another one.
         """
         import soundfile
 
@@ -116,10 +122,10 @@ class Audio:
 
 
 def sound_format(path: Path) -> str:
-    """The format that a file's suffix asks for.
+    """Return soundfile's name for the format of a file's suffix: "WAV", "FLAC" or "OGG".
 
     Raises:
-        ValueError: none that voxkern writes.
+        ValueError: the suffix is another one.
     """
     formats = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
     if path.suffix.lower() not in formats:

@@ -1,11 +1,11 @@
-"""Checkpoint folders: Mistral's files, read memory-mapped and written back.
+"""Checkpoint folders in Mistral's format: read them, memory-mapped, and write them.
 
 ::
 
     params.json                     the configuration
-    consolidated.safetensors        every tensor, under the module tree's own names
-    tekken.json                     the tokenizer, with the voices' prefix lengths
-    voice_embedding/NAME.pt         one tensor [N, dim] a voice (or NAME.safetensors)
+    consolidated.safetensors        all tensors, under the module tree's own names
+    tekken.json                     the tokenizer, with the prefix length of each voice
+    voice_embedding/NAME.pt         one tensor [N, dim] per voice (or NAME.safetensors)
 """
 
 import json
@@ -28,12 +28,12 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message names the file and the tensor."""
+    """Raised for a checkpoint folder that cannot be used; the message names the file, and the tensor if any."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a file, without its values."""
+    """Holds the shape and dtype of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -46,12 +46,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory.
+    """Holds the model and the voices of a checkpoint in memory.
 
     Attributes:
         model: the reference model, in eval mode, without gradients.
-        voices: the prefix of each voice, [N, dim] in the model's dtype.
-        folder: where it was read from; the tokenizer is ``folder / "tekken.json"``.
+        voices: by name, the prefix of each voice in a prompt: [N, dim] in the model's dtype.
+        folder: the folder that was read; the tokenizer is ``folder / "tekken.json"``.
     """
 
     model: VoxtralTTS
@@ -60,10 +60,12 @@ class Checkpoint:
 
 
 def find_folder(source: str | Path) -> Path:
-    """The folder of a checkpoint: `source` itself, or the download of the hub id it names (shows its own progress).
+    """Return the folder of a checkpoint: `source` itself, or the download of the hub id that it names.
+
+    A download shows its own progress.
 
     Raises:
-        CheckpointError: neither a folder nor a hub id that can be downloaded.
+        CheckpointError: `source` is neither a folder nor a hub id that can be downloaded.
     """
     path = Path(source)
     if path.is_dir():
@@ -76,14 +78,14 @@ def find_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=[PARAMS, WEIGHTS, TOKENIZER, f"{VOICES}/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{source}: not a folder, and the hub says: {error}") from error
+        raise CheckpointError(f"{source}: not a folder, and the hub download failed: {error}") from error
 
 
 def read_params(folder: Path) -> dict[str, Any]:
-    """The dict of ``params.json``.
+    """Return the content of ``params.json``.
 
     Raises:
-        CheckpointError: no such file, or not JSON.
+        CheckpointError: the file is missing or is not a JSON object.
     """
     path = folder / PARAMS
     try:
@@ -98,19 +100,19 @@ def read_params(folder: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint folder.
+    """Read a checkpoint folder into memory.
 
-    Tensors that keep their dtype on the CPU stay memory-mapped; others are converted one at a time, the largest
-    first, so that the peak is little more than the model.
+    On the CPU, tensors that keep their dtype stay memory-mapped. Others are converted one at a time, the largest first,
+    so that the peak memory is little more than the model's.
 
     Args:
-        folder: see the module's docstring.
-        dtype: of the model; None keeps the checkpoint's.
-        device: where the model shall live.
+        folder: a folder with the files listed at the top of this module.
+        dtype: dtype of the model; None keeps the checkpoint's.
+        device: device of the model.
 
     Raises:
-        CheckpointError: naming the file, and the tensor, that is wrong.
-        ConfigError: a ``params.json`` that describes no model.
+        CheckpointError: a file is missing or wrong; the message names it, and the tensor.
+        ConfigError: ``params.json`` describes no model that voxkern runs.
     """
     config = Config.from_params(read_params(folder))
     path = folder / WEIGHTS
@@ -126,7 +128,7 @@ def read_checkpoint(folder: Path, dtype: torch.dtype | None = None, device: str 
     names = sorted(tensors, key=lambda name: -tensors[name].numel)
     for name, tensor in _read_tensors(path, names, path.stat().st_size // 32):
         state[name] = tensor.to(device=device, dtype=dtype)
-        del tensor  # its pages stay mapped as long as it lives
+        del tensor  # the file's pages stay mapped as long as the tensor exists
     model.load_state_dict(state, strict=True, assign=True)
     model.mm_audio_embeddings.audio_codebook_embeddings.offsets = (
         model.mm_audio_embeddings.audio_codebook_embeddings.offsets.to(device)
@@ -139,10 +141,10 @@ def read_checkpoint(folder: Path, dtype: torch.dtype | None = None, device: str 
 
 
 def tensor_table(path: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of a safetensors file; only its header is read.
+    """Return the shape and dtype of each tensor in a safetensors file, by name; only the file's header is read.
 
     Raises:
-        CheckpointError: no such file, a truncated one, or a tensor that is no float.
+        CheckpointError: the file is missing or truncated, or a tensor is not floating-point.
     """
     table = {}
     try:
@@ -161,7 +163,13 @@ def tensor_table(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_voices(folder: Path, dim: int) -> dict[str, Tensor]:
-    """The voices of a checkpoint folder by name, each [N, dim]; none where there is no ``voice_embedding``."""
+    """Return the voices of a checkpoint folder by name in lower case, each [N, dim].
+
+    Without a folder ``voice_embedding`` there are none.
+
+    Raises:
+        CheckpointError: a voice cannot be read, has another shape or is not floating-point, or is not finite.
+    """
     voices = {}
     for path in sorted((folder / VOICES).glob("*")):
         if path.suffix not in (".pt", ".safetensors"):
@@ -181,23 +189,26 @@ def write_checkpoint(
     """Write a checkpoint folder; the inverse of :func:`read_checkpoint`.
 
     Args:
-        folder: made if need be; its files are replaced.
-        params: the ``params.json`` dict.
+        folder: created if it is missing; its files are replaced.
+        params: the content of ``params.json``.
         state: the model's ``state_dict()``.
-        tokenizer: text of ``tekken.json``.
-        voices: prefixes by name, [N, dim].
+        tokenizer: the text of ``tekken.json``.
+        voices: by name, the prefix of each voice, [N, dim].
     """
     (folder / VOICES).mkdir(parents=True, exist_ok=True)
     (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
     (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes the file readable by its owner only
     for name, voice in voices.items():
         save_file({"embedding": voice.contiguous()}, folder / VOICES / f"{name}.safetensors")
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all of `x` is finite. By the extremes, which NaN passes through: 31 GB/s, where isfinite makes 0.5."""
+    """Return whether all values of `x` are finite.
+
+    Only the minimum and maximum are checked, which are NaN if a value is: 31 GB/s, where isfinite reaches 0.5.
+    """
     if x.numel() == 0:
         return True
     low, high = torch.aminmax(x)
@@ -205,7 +216,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def _read_tensors(path: Path, names: list[str], remap_bytes: int) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in this order, the file mapped anew every `remap_bytes`: what nobody kept of it leaves memory."""
+    """Yield the tensors `names` in order; the file is mapped again every `remap_bytes` to release dropped tensors."""
     left = iter(names)
     name = next(left, None)
     while name is not None:
@@ -225,7 +236,7 @@ def _check_names(path: Path, found: dict[str, tuple[int, ...]], expected: dict[s
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not a tensor of this model" for name in found if name not in expected]
     problems += [
-        f"{name} is {list(found[name])}, params.json makes it {list(shape)}"
+        f"{name} is {list(found[name])}, but params.json requires {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
@@ -240,7 +251,7 @@ def _read_voice(path: Path) -> Tensor:
             value = torch.load(path, map_location="cpu", weights_only=True)
         else:
             value = next(iter(load_file(path).values()), None)
-    except Exception as error:  # torch.load raises what its unpickler does: any kind
+    except Exception as error:  # torch.load passes on every kind of exception of its unpickler
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{path}: must hold one tensor, got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""The command line: ``voxkern say``, ``info``, ``doctor``, ``make``, ``warmup``."""
+"""The voxkern command line: generate speech, inspect and make checkpoints, compile kernels."""
 
 import contextlib
 import importlib.metadata
@@ -34,7 +34,7 @@ out, err = Console(), Console(stderr=True)
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A wrong argument or file ends in one sentence, not in a traceback."""
+    """Turn the error of a wrong argument or file into one printed sentence and exit status 1, without a traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError, MemoryError) as error:
@@ -44,35 +44,35 @@ def _plain_errors() -> Iterator[None]:
 
 @app.callback()
 def main() -> None:
-    """Voxtral-class speech on the command line."""
+    """Set up logging for all commands."""
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)])
 
 
 @app.command()
 def say(
-    text: Annotated[str | None, typer.Argument(help="What to say; '-' or nothing reads standard input.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .wav, .flac or .ogg file.")] = Path("out.wav"),
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the text from a file.")] = None,
-    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id.")] = None,
-    voice: Annotated[str | None, typer.Option(help="Whose voice; the checkpoint's first by default.")] = None,
-    clip: Annotated[Path | None, typer.Option(help="Speak with the voice of this recording.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same sound.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Evaluations of the velocity a frame, 1..64.")] = None,
-    solver: Annotated[str, typer.Option(help="euler or ab2.")] = "euler",
-    cfg: Annotated[float, typer.Option(help="Strength of the guidance; 1 is none.")] = CFG_ALPHA,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one by default.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
-    backend: Annotated[str, typer.Option(help="triton, torch, or auto: triton on a GPU.")] = "auto",
-    max_frames: Annotated[int | None, typer.Option(help="Where it is cut off; a frame is 80 ms.")] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Write the file as the sound is made.")] = False,
-    play: Annotated[bool, typer.Option("--play", help="Play it too, as it is made.")] = False,
+    text: Annotated[str | None, typer.Argument(help="Text to speak; '-' or no text reads standard input.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output file: .wav, .flac or .ogg.")] = Path("out.wav"),
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the text from this file.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the demo voice.")] = None,
+    voice: Annotated[str | None, typer.Option(help="Name of the voice; default: the checkpoint's first.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Speak with the voice of this recording (1 to 60 s).")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same sound; default: random.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Evaluations of the velocity network per frame, 1..64.")] = None,
+    solver: Annotated[str, typer.Option(help="euler, or ab2, which needs fewer steps.")] = "euler",
+    cfg: Annotated[float, typer.Option(help="Strength of the classifier-free guidance; 1 is none.")] = CFG_ALPHA,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
+    backend: Annotated[str, typer.Option(help="triton (kernels), torch, or auto: triton on a GPU.")] = "auto",
+    max_frames: Annotated[int | None, typer.Option(help="Frame limit (80 ms each), per part of a long text.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Write the file while the speech is generated.")] = False,
+    play: Annotated[bool, typer.Option("--play", help="Play the speech too, while it is generated.")] = False,
 ) -> None:
-    """Speak a text into a sound file."""
+    """Generate speech for a text, and write it to a sound file."""
     with _plain_errors():
         words = _text(text, file)
         if voice is not None and clip is not None:
             raise ValueError("give --voice or --clip, not both")
-        sound_format(output)  # before the work, not after it
+        sound_format(output)  # a wrong suffix must fail before the work, not after it
         if not output.parent.is_dir():
             raise ValueError(f"{output.parent}: no such folder")
         with err.status("loading"):
@@ -105,7 +105,7 @@ def say(
         f"{output}: {audio.seconds:.2f} s of sound in {audio.timings.total:.2f} s, "
         f"first after {audio.timings.first_sound:.2f} s, "
         f"real-time factor {audio.real_time_factor:.2f}, seed {audio.seed}"
-        + ("" if audio.ended else "; cut off before the model said END"),
+        + ("" if audio.ended else "; cut off at the frame limit, before the model generated END"),
         highlight=False,
         soft_wrap=True,
     )
@@ -114,10 +114,10 @@ def say(
 @app.command()
 def info(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    batch: Annotated[int, typer.Option(help="Requests side by side.")] = 1,
-    seconds: Annotated[float, typer.Option(help="Length of each.")] = 60.0,
+    batch: Annotated[int, typer.Option(help="Requests that run side by side.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Seconds of speech per request.")] = 60.0,
 ) -> None:
-    """What a checkpoint holds, and the memory it needs."""
+    """Show what a checkpoint holds, and how much memory it needs."""
     with _plain_errors():
         if batch < 1 or seconds <= 0:
             raise ValueError(f"batch and seconds must be positive, got {batch} and {seconds}")
@@ -140,7 +140,7 @@ def info(
         ("voices", ", ".join(voices) or "none"),
         ("weights", _size(weights)),
         ("KV cache", f"{_size(cache)} for {batch} x ({seconds:g} s and a voice)"),
-        ("memory", f"{_size(weights + cache)} and the activations"),
+        ("memory", f"{_size(weights + cache)} plus activations"),
     ):
         table.add_row(name, value)
     out.print(table)
@@ -148,7 +148,7 @@ def info(
 
 @app.command()
 def doctor() -> None:
-    """What this machine has, and which backend would run."""
+    """Show this machine's hardware and versions, and the backend that would run."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     triton = importlib.util.find_spec("triton") is not None
     table = Table(show_header=False, box=None)
@@ -166,14 +166,14 @@ def doctor() -> None:
 
 @app.command()
 def make(
-    folder: Annotated[Path, typer.Argument(help="Where to write.")],
-    full: Annotated[bool, typer.Option("--full", help="The exact public shapes, 8.0 GB in bf16.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-    encoder: Annotated[bool, typer.Option("--encoder", help="With the codec's encoder.")] = False,
-    moe: Annotated[bool, typer.Option("--moe", help="Tiny, with a mixture of experts in the backbone.")] = False,
-    velocity_mlp: Annotated[bool, typer.Option("--velocity-mlp", help="With an AdaLN MLP for a flow head.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    full: Annotated[bool, typer.Option("--full", help="Use the exact public shapes: 8.0 GB in bf16.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    encoder: Annotated[bool, typer.Option("--encoder", help="Include the codec's encoder.")] = False,
+    moe: Annotated[bool, typer.Option("--moe", help="Use a mixture of experts in the tiny backbone.")] = False,
+    velocity_mlp: Annotated[bool, typer.Option("--velocity-mlp", help="Use an AdaLN MLP as the flow head.")] = False,
 ) -> None:
-    """Make a checkpoint of random weights in the true format. What it says is noise."""
+    """Write a checkpoint of random weights in the true format; its speech is noise."""
     with _plain_errors(), err.status("drawing weights"):
         if moe and full:
             raise ValueError("give --full or --moe, not both: the public model has no experts")
@@ -185,13 +185,13 @@ def make(
 @app.command()
 def warmup(
     source: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or hub id; the public shapes if none.")
+        str | None, typer.Argument(help="Checkpoint folder or hub id; default: the public shapes.")
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="Such as sm_90; this machine's GPU by default.")] = None,
-    max_batch: Annotated[int, typer.Option(help="Requests side by side, as for load().")] = 1,
+    arch: Annotated[str | None, typer.Option(help="GPU architecture such as sm_90; default: this GPU's.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Requests that run side by side, as for load().")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
-    """Compile all kernels of a model now, also for a GPU that is not here. Its weights are not read."""
+    """Compile all kernels of a model in advance, also for a GPU that this machine lacks. The weights are not read."""
     from .warmup import warm_up
 
     with _plain_errors():
@@ -201,7 +201,7 @@ def warmup(
         if arch is None:
             if not torch.cuda.is_available():
                 raise ValueError("there is no GPU here: name one with --arch, such as --arch sm_90")
-            properties = torch.cuda.get_device_properties(0)  # AMD's names have features behind a colon
+            properties = torch.cuda.get_device_properties(0)  # an AMD architecture's name has features after a colon
             amd = torch.version.hip is not None
             arch = properties.gcnArchName.split(":")[0] if amd else f"sm_{properties.major}{properties.minor}"
         params = public_params() if source is None else read_params(find_folder(source))
@@ -213,20 +213,20 @@ def warmup(
 
 
 def _backend(has_triton: bool) -> str:
-    """What load() takes without being told, and why."""
+    """Return the backend that load() takes by default, with the reason."""
     if not has_triton:
         return "torch: triton is not installed"
     if torch.cuda.is_available():
         return "triton: the kernels"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return "triton: the kernels, in Triton's interpreter (slow: it proves, it does not perform)"
+        return "triton: the kernels, in Triton's interpreter (slow, for tests)"
     return "torch: there is no GPU for the kernels"
 
 
 def _write_chunks(
     chunks: Iterator[Audio], path: Path, sampling_rate: int, play: bool, on_chunk: Callable[[int], None]
 ) -> Audio:
-    """Write, and play, chunks as they come; `on_chunk` is called with the frames of each. All of them in one."""
+    """Write, and play, each chunk as it arrives, call `on_chunk` with its number of frames, and return all joined."""
     import soundfile
 
     spoken = []
@@ -257,7 +257,7 @@ def _experts(backbone: BackboneConfig) -> str:
         return ""
     shared = f" and {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
     n_layers = sum(map(moe.in_layer, range(backbone.n_layers)))
-    return f", {n_layers} with {moe.num_experts} experts: a token has {moe.num_experts_per_tok}{shared}"
+    return f", {n_layers} with {moe.num_experts} experts: a token uses {moe.num_experts_per_tok}{shared}"
 
 
 def _text(text: str | None, file: Path | None) -> str:

@@ -1,7 +1,7 @@
-"""A GPU that is not here: a driver under which Triton compiles the library's own launches, and starts none.
+"""Compile kernels for a GPU that this machine lacks, with a Triton driver that compiles launches and runs none.
 
-The launchers run as they are, on meta tensors at the public shapes; what they asked for and what the compiler made of
-it is recorded. Needs a process without ``TRITON_INTERPRET``.
+The library's own launch functions run unchanged, on meta tensors. Each launch is recorded, with the machine code that
+the compiler made for it. The process must run without ``TRITON_INTERPRET``.
 """
 
 import re
@@ -23,17 +23,17 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass
 class Binary:
-    """The machine code of one kernel with one set of constants.
+    """Holds the machine code of one kernel with one set of constants.
 
     Attributes:
         kernel: name of the Triton function.
-        hash: of its source and constants, Triton's own.
-        arch: such as ``sm_90``.
-        shared: bytes of shared memory of a block.
-        warps: of a block.
-        stages: of the software pipeline.
+        hash: Triton's hash of source and constants.
+        arch: architecture, such as ``sm_90``.
+        shared: bytes of shared memory per block.
+        warps: warps per block.
+        stages: stages of the software pipeline.
         constants: the kernel's constexprs by name.
-        files: what the compiler wrote, by file name.
+        files: paths of the files that the compiler wrote, by file name.
     """
 
     kernel: str
@@ -47,7 +47,7 @@ class Binary:
 
     @cached_property
     def listing(self) -> str:
-        """The machine code as text: NVIDIA's disassembled, with resource usage; AMD's as the compiler wrote it."""
+        """The machine code as text: disassembled, with resource usage (NVIDIA), or as the compiler wrote it (AMD)."""
         by_kind = {Path(path).suffix: path for path in self.files.values()}
         if ".amdgcn" in by_kind:
             return Path(by_kind[".amdgcn"]).read_text()
@@ -57,17 +57,20 @@ class Binary:
 
 @dataclass
 class CompiledLaunch:
-    """One launch: which binary, on which grid."""
+    """Records the binary and the grid of one launch."""
 
     binary: Binary
     grid: tuple[int, int, int]
 
 
 class CompileOnlyDriver:
-    """Stands where Triton's driver stands. Each architecture is a device of its own, with compile caches of its own."""
+    """Replaces Triton's active driver: compiles kernels for one architecture, records their launches, and runs none.
+
+    Each architecture is a device of its own to Triton, with its own compile caches.
+    """
 
     def __init__(self, arch: str) -> None:
-        """Be one GPU of architecture `arch`, one of ``ARCHITECTURES``."""
+        """`arch`: the architecture to compile for, one of ``ARCHITECTURES``."""
         self.arch = arch
         self.launches: list[CompiledLaunch] = []
         self.utils = self
@@ -75,34 +78,34 @@ class CompileOnlyDriver:
         self.target = GPUTarget("cuda", int(cuda[1]), 32) if cuda else GPUTarget("hip", arch, 64)
 
     def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
+        """Return the target to compile for."""
         return self.target
 
     def get_current_device(self) -> int:
-        """A number of its own for each architecture, since Triton caches by it."""
+        """Return a number that differs between architectures, because Triton caches binaries by it."""
         return ARCHITECTURES.index(self.arch)
 
     def get_current_stream(self, device: int) -> int:
-        """None."""
+        """Return 0, since there is no stream."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where tensors stand."""
+        """Return the device of tensors, which is meta."""
         return torch.device("meta")
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """No limit on shared memory: the ledger judges that, and reports by how much."""
+        """Return a limit of shared memory that no kernel reaches; the ledger reports what exceeds the true limit."""
         return {"max_shared_mem": 1 << 30}
 
     def load_binary(self, name: str, code: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
-        """Nothing is loaded."""
+        """Load nothing; return (module, function, registers, spills, most threads per block) as Triton expects them."""
         return None, None, 0, 0, 1024
 
     def unload_module(self, module: None) -> None:
-        """Nothing was."""
+        """Do nothing, because no module was loaded."""
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Called for every binary, maybe again; returns what Triton calls for every launch of it."""
+        """Return the function that Triton calls for each launch of a binary; Triton may call this several times."""
         constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
         binary = Binary(
             metadata.name, metadata.hash, self.arch, metadata.shared, metadata.num_warps, metadata.num_stages, constants
@@ -110,20 +113,20 @@ class CompileOnlyDriver:
         self.loading = binary
 
         def launch(x: int, y: int, z: int, *_: Any) -> None:
-            # Triton keeps a binary for the next driver of its architecture
+            # the active driver may not be `self`: Triton reuses a binary under a later driver of the same architecture
             active: Any = triton.runtime.driver.active
             active.launches.append(CompiledLaunch(binary, (x, y, z)))
 
         return launch
 
     def keep_files(self, module: Any, function: Any, name: str, files: dict[str, str], key: str) -> None:
-        """Triton's hook before a binary is loaded."""
+        """Store the files of the binary that is being loaded; Triton calls this hook before it loads a binary."""
         self.loading.files = files
 
 
 @contextmanager
 def compiling_for(arch: str) -> Iterator[list[CompiledLaunch]]:
-    """Within the block, kernels launched on meta tensors are compiled for `arch` and recorded in the list it yields.
+    """Compile the kernels that the block launches on meta tensors for `arch`; yield the list that records the launches.
 
     Raises:
         ValueError: `arch` is not one of ``ARCHITECTURES``.

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in the true format: a tiny one for tests, and the exact public shapes."""
+"""Make checkpoints of random weights in the true format: a tiny one for tests, or one with the exact public shapes."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ from torch import Tensor
 from .checkpoint import write_checkpoint
 from .reference import Config, VoxtralTTS
 
-N_SPECIAL_TOKENS = 64  # of the tiny tokenizer; the public one has 1000
+N_SPECIAL_TOKENS = 64  # special tokens of the tiny tokenizer; the public one has 1000
 SPECIAL_TOKENS = {
     0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 5: "[AVAILABLE_TOOLS]", 6: "[/AVAILABLE_TOOLS]",
     7: "[TOOL_RESULTS]", 8: "[/TOOL_RESULTS]", 9: "[TOOL_CALLS]", 10: "[IMG]", 11: "<pad>", 12: "[IMG_BREAK]",
@@ -29,20 +29,23 @@ PUBLIC_VOICES = {
 }  # fmt: skip
 TINY_VOICES = {"ada": 5, "bob": 9}
 
-# the tiny model's second layer as a mixture, with every key of the native form
+# a mixture of experts in the tiny model's second layer, with every key of Mistral's own format
 TINY_MOE = {
     "num_experts": 12, "num_experts_per_tok": 3, "num_shared_experts": 1, "expert_hidden_dim": 48,
     "first_k_dense_replace": 1, "route_every_n": 1, "routed_scale": 1.0, "num_expert_groups": 1,
     "num_expert_groups_per_tok": 1,
 }  # fmt: skip
 
-# heads of the other kind; the large one is as wide as MAR-H's and VibeVoice-1.5B's
+# flow heads with a residual MLP; the large one is as wide as those of MAR-H and VibeVoice-1.5B
 TINY_MLP = {"kind": "adaln_mlp", "use_biases": True, "input_dim": 64, "dim": 48, "n_layers": 2, "hidden_dim": 80}
 FULL_MLP = {"kind": "adaln_mlp", "use_biases": True, "input_dim": 3072, "dim": 1536, "n_layers": 3, "hidden_dim": 1536}
 
 
 def public_params(velocity_mlp: bool = False) -> dict[str, Any]:
-    """``params.json`` of Voxtral-4B-TTS-2603, as far as it is known and used, or with a flow head of the other kind."""
+    """Return the known and used part of Voxtral-4B-TTS-2603's ``params.json``.
+
+    `velocity_mlp` replaces the flow head's velocity network by a residual MLP.
+    """
     return _params(
         backbone={
             "dim": 3072, "n_layers": 26, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32, "n_kv_heads": 8,
@@ -61,7 +64,10 @@ def public_params(velocity_mlp: bool = False) -> dict[str, Any]:
 
 
 def tiny_params(velocity_mlp: bool = False) -> dict[str, Any]:
-    """A model of 0.6 M parameters with the public one's structure; its 62 semantic codes let END come by chance."""
+    """Return the ``params.json`` of a model with the public structure and 0.6 M parameters.
+
+    It has only 62 semantic codes, so that END comes by chance. `velocity_mlp` is that of :func:`public_params`.
+    """
     return _params(
         backbone={
             "dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "n_heads": 4, "n_kv_heads": 2,
@@ -89,16 +95,16 @@ def make_checkpoint(
     overrides: dict[str, Any] | None = None,
     velocity_mlp: bool = False,
 ) -> Path:
-    """Write a checkpoint of random weights. What it says is noise.
+    """Write a checkpoint of random weights; its speech is noise.
 
     Args:
-        folder: made if need be.
-        full: the public shapes (8.0 GB in bf16) instead of a tiny model.
-        seed: of the weights.
-        dtype: of every tensor.
-        encoder: with the codec's encoder, which the public checkpoint lacks.
+        folder: the folder to write, created if it is missing.
+        full: True makes the public shapes (8.0 GB in bf16), False a tiny model.
+        seed: seed of the weights.
+        dtype: dtype of every tensor.
+        encoder: whether to include the codec's encoder, which the public checkpoint lacks.
         overrides: top-level keys of ``params.json`` to replace.
-        velocity_mlp: a flow head whose velocity network is a residual MLP instead of the public transformer.
+        velocity_mlp: whether the flow head's velocity network is a residual MLP instead of the public transformer.
 
     Returns:
         `folder`.
@@ -115,13 +121,13 @@ def make_checkpoint(
         name: torch.randn(length, config.backbone.dim, generator=generator).to(dtype)
         for name, length in lengths.items()
     }
-    # a public-size random model reads the same small tokenizer: its ids lie within any vocabulary
+    # a random model of public size takes the same small tokenizer, because its ids are within any vocabulary
     write_checkpoint(folder, params, state, json.dumps(byte_tokenizer(lengths)), voices)
     return folder
 
 
 def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Weights under which activations keep their size, so that codes spread over all levels."""
+    """Return random weights that keep the size of activations, so that codes spread over all levels."""
     if name.endswith("cluster_usage"):
         return torch.rand(shape, generator=generator) * 9 + 1
     noise = torch.randn(shape, generator=generator)
@@ -137,7 +143,7 @@ def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> T
 
 
 def byte_tokenizer(voices: dict[str, int]) -> dict[str, Any]:
-    """A ``tekken.json`` whose text tokens are the 256 bytes."""
+    """Return a ``tekken.json`` with the 256 bytes as text tokens; `voices` has the prefix length of each voice."""
     return {
         "config": {
             "pattern": "(?s).+",

@@ -1,4 +1,4 @@
-"""Text and voice to the backbone's first input, by mistral-common's tokenizer and speech request."""
+"""Encode text and voice to token ids, with mistral-common's tokenizer and speech request; split long texts."""
 
 import re
 from collections.abc import Mapping
@@ -10,19 +10,19 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from .checkpoint import CheckpointError
 
-MAX_CHARS = 400  # some 30 s of English
+MAX_CHARS = 400  # about 30 s of English
 ENDS = (
-    # of sentences, Arabic, Urdu and Hindi ones too; after Chinese and Japanese ones there is no space
+    # ends of sentences, also in Arabic, Urdu and Hindi; in Chinese and Japanese no space follows them
     re.compile(r"""[.!?…؟۔।]+["'”’»)\]]*\s+|[。！？]+["'”’»」』)）\]]*\s*|\n\s*"""),
-    re.compile(r"[,;:،؛—]\s+|[，、；：]\s*"),  # of clauses
-    re.compile(r"\s+"),  # of words
+    re.compile(r"[,;:،؛—]\s+|[，、；：]\s*"),  # ends of clauses
+    re.compile(r"\s+"),  # ends of words
 )
 
 
 class PromptEncoder:
     """Encodes requests as ``[BOS] [BEGIN_AUDIO] [AUDIO] x N [NEXT_AUDIO_TEXT] text [REPEAT_AUDIO_TEXT] [BEGIN_AUDIO]``.
 
-    The N rows of [AUDIO] are where the voice's N embeddings go. The text is encoded as it is: nothing is normalised.
+    The embeddings of the N [AUDIO] tokens are replaced by those of the voice. The text is not normalised.
     """
 
     def __init__(self, path: Path, voices: Mapping[str, int]) -> None:
@@ -30,14 +30,14 @@ class PromptEncoder:
 
         Args:
             path: the file.
-            voices: prefix length N of each voice; where the file knows the voice it must agree.
+            voices: prefix length N of each voice. It must equal the file's length for that voice, if the file has one.
 
         Raises:
-            CheckpointError: no tokenizer for speech, or another length of a voice.
+            CheckpointError: the file is no tokenizer for speech, or has another length for a voice.
         """
         try:
             self.tokenizer = MistralTokenizer.from_file(path).instruct_tokenizer
-        except Exception as error:  # mistral-common raises whatever a wrong file makes it stumble over
+        except Exception as error:  # mistral-common raises many kinds of exception for a wrong file
             raise CheckpointError(f"{path}: cannot be read as a tekken tokenizer ({error!r})") from error
         encoder = self.tokenizer.audio_encoder
         if encoder is None:
@@ -46,17 +46,19 @@ class PromptEncoder:
         for name, length in voices.items():
             if known.get(name, length) != length:
                 raise CheckpointError(f"{path}: voice {name!r} has {known[name]} tokens, its embedding {length} rows")
-        self.voices = encoder.audio_config.voice_num_audio_tokens = dict(voices)  # one dict, which add() writes to
+        # this object and the tokenizer share one dict, so that add() extends both
+        self.voices = encoder.audio_config.voice_num_audio_tokens = dict(voices)
 
     def add(self, voice: str, length: int) -> None:
-        """Know one more voice, of `length` rows."""
+        """Add a voice with a prefix of `length` rows."""
         self.voices[voice] = length
 
     def encode(self, text: str, voice: str) -> list[int]:
-        """Token ids of a request.
+        """Return the token ids of a request.
 
         Raises:
-            ValueError: an empty text, or an unknown voice.
+            ValueError: `text` is empty, or `voice` is unknown.
+            TypeError: `text` is not a string.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
@@ -69,20 +71,21 @@ class PromptEncoder:
 
 
 def split_text(text: str, max_chars: int | None) -> list[str]:
-    """Parts of a text, cut at the ends of sentences; as few as fit.
+    """Split a text at the ends of sentences, into as few parts as possible.
 
-    A sentence that is too long by itself is cut after commas and the like, and a clause between words; a word never.
-    An abbreviation's full stop counts as an end, which matters only where a part is full there.
+    A sentence that is too long for a part is split at the ends of its clauses, such as commas. A clause that is too
+    long is split between words, and a word never. An abbreviation's full stop counts as the end of a sentence, which
+    matters only where a part is full.
 
     Args:
-        text: to be split where it is longer than `max_chars`.
-        max_chars: of a part; None never splits.
+        text: the text; it is returned as it is if it has at most `max_chars` characters.
+        max_chars: most characters of a part, unless one word is longer; None never splits.
 
     Returns:
-        At least one part. But for the space between parts, they are the text.
+        One part or more. Joined, they are the text, except for the white space around each part.
 
     Raises:
-        TypeError: `text` is no string.
+        TypeError: `text` is not a string.
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, got {type(text).__name__}")
@@ -97,7 +100,7 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
 
 
 def _pieces(text: str, max_chars: int, ends: tuple[re.Pattern[str], ...]) -> list[str]:
-    """Cut at the first kind of end, and what is still too long at the next."""
+    """Cut `text` at the first kind of end, and pieces that are still too long at the next kinds."""
     if len(text.rstrip()) <= max_chars or not ends:
         return [text]
     cuts = [0, *(match.end() for match in ends[0].finditer(text)), len(text)]

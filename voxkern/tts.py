@@ -1,4 +1,4 @@
-"""Text to speech: ``load`` a checkpoint, ``generate`` or ``stream`` sound."""
+"""Text to speech: :func:`load` a checkpoint, then ``generate``, ``stream`` or ``submit`` texts."""
 
 import itertools
 import math
@@ -31,10 +31,10 @@ from .voice import read_recording, voice_prefix
 if TYPE_CHECKING:
     from .fused.backbone import FusedBackbone  # needs Triton
 
-MAX_FRAMES = 2048  # 164 s: where vLLM-Omni cuts off as well
-PROMPT_TOKENS = 512  # of voice and text, for which the KV cache has memory beside MAX_FRAMES by default
+MAX_FRAMES = 2048  # 164 s, the limit of vLLM-Omni as well
+PROMPT_TOKENS = 512  # tokens of voice and text that the KV cache's default size allows a request beside MAX_FRAMES
 CFG_ALPHA = 1.2
-DEMO = Path(__file__).with_name("demo")  # the voice that comes with the package
+DEMO = Path(__file__).with_name("demo")  # the checkpoint that comes with the package
 
 
 def load(
@@ -46,25 +46,30 @@ def load(
     cache_tokens: int | None = None,
     graphs: bool = True,
 ) -> "TTS":
-    """Load a model.
+    """Load a checkpoint, and return a model that generates speech from text.
+
+    The same seed gives the same sound on one machine, with the same backend, dtype, `max_batch` and versions.
 
     Args:
-        source: a checkpoint folder or a hub id; None takes the demo voice, which says numbers, days, months and
-            greetings.
-        device: None takes the GPU if there is one.
-        dtype: "bfloat16", "float16", "float32" or a torch dtype; None keeps the checkpoint's.
-        backend: "triton", the kernels; "torch", the reference modules; "auto" takes the kernels on a GPU, and in
-            Triton's interpreter (TRITON_INTERPRET=1) too.
-        max_batch: requests that run side by side, up to 64 on kernels. A sound belongs to its seed, backend, dtype and
-            this number: with another one products are made in another order.
-        cache_tokens: of keys and values that all requests together may have, 80 ms each; a request waits while they are
-            short. None is 2560 for each of `max_batch`, or the model's length where that is less.
-        graphs: on a GPU, a frame is one CUDA graph, captured when its steps and solver are first asked for. False makes
-            its launches one by one: the same bits, slower.
+        source: a checkpoint folder, or a Hugging Face hub id (OWNER/NAME), which is downloaded. None loads the demo
+            voice, which comes with the package and speaks numbers, weekdays, months and greetings.
+        device: such as "cpu" or "cuda". None takes the GPU if torch finds one, and the CPU otherwise.
+        dtype: "bfloat16", "float16", "float32" or the torch dtype of the weights. None keeps the checkpoint's.
+        backend: "triton" runs the kernels, "torch" the reference modules. "auto" takes the kernels on a GPU and in
+            Triton's interpreter (TRITON_INTERPRET=1), if Triton is installed.
+        max_batch: requests that run side by side, at most 64 on kernels. More requests wait in a queue. Another
+            `max_batch` may change the last bits of a sound, because products are summed in another order.
+        cache_tokens: tokens of keys and values that all running requests together may reserve, at least 64. A request
+            reserves its prompt's tokens and one for each of its `max_frames` (80 ms), and waits until all are free.
+            None allows 2560 for each of `max_batch` requests, or the model's length where that is less.
+        graphs: True captures a frame on a GPU as one CUDA graph, when a request first uses its steps and solver. False
+            launches the frame's kernels one by one: the same bits, slower. It has no effect without kernels.
 
     Raises:
-        ValueError: an argument, or a checkpoint (:class:`CheckpointError`, :class:`ConfigError`), that cannot be used.
-        RuntimeError: "triton" without Triton.
+        ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the
+            error is a :class:`CheckpointError` or a :class:`ConfigError`.
+        TypeError: `max_batch` or `cache_tokens` is not an integer.
+        RuntimeError: `backend` is "triton", but Triton is not installed.
     """
     check_int("max_batch", max_batch, 1, None)
     if cache_tokens is not None:
@@ -76,11 +81,13 @@ def load(
 
 
 class TTS:
-    """A loaded model.
+    """Generates speech with a loaded model; :func:`load` makes one.
+
+    Its methods may be called from several threads at once: their requests then run side by side.
 
     Attributes:
-        model: the module, a reference :class:`VoxtralTTS`.
-        voices: the prefix of each voice, [N, dim].
+        model: the :class:`VoxtralTTS` module that holds the weights.
+        voices: by name, the embeddings of each voice in a prompt: [N, dim] in the model's dtype.
         max_batch: requests that run side by side.
     """
 
@@ -92,7 +99,6 @@ class TTS:
         cache_tokens: int | None = None,
         graphs: bool = True,
     ) -> None:
-        """Use :func:`load`."""
         self.model: VoxtralTTS = checkpoint.model
         self.voices = checkpoint.voices
         self.max_batch = max_batch
@@ -107,24 +113,25 @@ class TTS:
 
     @property
     def backend(self) -> str:
-        """ "triton" while the model is accelerated, "torch" otherwise."""
+        """The backend in use: "triton" while the model is accelerated, "torch" otherwise."""
         return "torch" if self._fused_backbone is None else "triton"
 
     @property
     def sampling_rate(self) -> int:
-        """Samples a second of what is generated."""
+        """Samples per second of the generated sound."""
         return self.model.config.codec.sampling_rate
 
     def add_voice(self, name: str, path: str | Path) -> None:
-        """Make a voice of a recording, which `generate` then knows by its name.
+        """Make a voice from a recording, and add it to ``voices`` under a name.
 
         Args:
-            name: lower case, as the checkpoint's voices are; a name that is taken is an error.
-            path: a sound file of 1 to 60 s; its channels are averaged and another rate is resampled.
+            name: the new voice's name, in lower case like the checkpoint's. It must not be taken.
+            path: a sound file of 1 to 60 s. Its channels are averaged, and another sampling rate is resampled.
 
         Raises:
-            ValueError: the name is empty or taken, the file cannot be used (see :func:`read_recording`), or the
-                checkpoint has no codec encoder, as the public one has none.
+            ValueError: the name is empty, not in lower case or taken; the file cannot be used (see
+                :func:`read_recording`); or the checkpoint has no codec encoder, which the public one lacks.
+            TypeError: `name` is not a string.
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {type(name).__name__}")
@@ -179,30 +186,32 @@ class TTS:
         max_chars: int | None = MAX_CHARS,
         on_frame: Callable[[int], None] | None = None,
     ) -> Audio | list[Audio]:
-        """Speak one text, or a list of them side by side.
+        """Generate speech for one text, or for a list of texts side by side.
 
-        Beside a list of texts, `voice`, `seed`, `cfg_alpha` and `max_frames` may be lists of the same length. Texts
-        are spoken as they are: no numbers or abbreviations are written out. A long one is split at the ends of
-        sentences into parts, which are spoken like texts of their own, each with the text's seed, and joined with
-        nothing between. Nothing runs if any argument is wrong.
+        With a list of texts, `voice`, `seed`, `cfg_alpha` and `max_frames` may be lists of the same length. A text is
+        spoken as it is: numbers and abbreviations are not written out. A text longer than `max_chars` is split into
+        parts at the ends of sentences. Each part is generated like a text of its own, with the text's seed, and their
+        sounds are joined without a pause. All arguments are checked before anything runs.
 
         Args:
-            text: what to say.
-            voice: whose voice; None takes the checkpoint's first.
-            seed: 0 .. 2^64 - 1; None draws one for each text, found in ``Audio.seed``.
-            steps: evaluations of the velocity a frame, 1..64; None takes the checkpoint's (7).
-            solver: "euler", or "ab2", the two-step Adams-Bashforth method, which asks for fewer steps.
-            cfg_alpha: strength of the guidance; 1 is none.
-            max_frames: 80 ms each, where a part is cut off; None is 2048, or what the model's length leaves.
-            max_chars: of a part, see :func:`split_text`; None never splits.
-            on_frame: called with the number of frames done after each.
+            text: the text to speak, or a list of texts.
+            voice: name of the voice, one of ``voices``. None takes the checkpoint's first.
+            seed: 0 .. 2^64 - 1. The same seed gives the same sound, alone or beside other texts. None draws one for
+                each text and reports it in ``Audio.seed``.
+            steps: evaluations of the velocity network per frame, 1..64. None takes the checkpoint's number (7).
+            solver: "euler", or "ab2", the two-step Adams-Bashforth method, which needs fewer steps.
+            cfg_alpha: strength of the classifier-free guidance; 1 is none.
+            max_frames: most frames of a part, 80 ms each; longer speech is cut off. None allows 2048, or as many as the
+                model's length leaves after the prompt.
+            max_chars: most characters of a part, see :func:`split_text`. None never splits.
+            on_frame: called after each frame that this call runs, with the number of those frames so far.
 
         Returns:
-            An Audio for a text, a list of them for a list.
+            One Audio for a text; for a list, a list of them in the same order.
 
         Raises:
-            ValueError: an argument out of range, named.
-            TypeError: an argument of the wrong kind, named.
+            ValueError: an argument has a value that cannot be used; the message names it.
+            TypeError: an argument has the wrong type; the message names it.
         """
         if isinstance(text, str):
             single = {"voice": voice, "seed": seed, "cfg_alpha": cfg_alpha, "max_frames": max_frames}
@@ -242,29 +251,32 @@ class TTS:
         first_chunk: int = 1,
         chunk: int = 25,
     ) -> SpeechStream:
-        """Speak one text in chunks, as they are made. Joined, they are what :meth:`generate` says, to the last bit.
+        """Generate speech for one text, and return it in chunks while it is generated.
 
-        Chunks have `first_chunk` frames, then twice as many each time up to `chunk`. The last may be empty; its `ended`
-        is the text's. Closing the iterator, or dropping it, ends the work and frees its memory.
+        The chunks, joined, equal the sound of :meth:`generate` to the last bit. The first chunk has `first_chunk`
+        frames, and each next one twice as many, up to `chunk`. The last chunk of a text, or of a part of it, may have
+        fewer, and the text's last may be empty. All arguments are checked by this call; generation starts when the
+        first chunk is requested. Closing or dropping the iterator stops the generation and frees its memory.
 
         Args:
-            text: what to say; see :meth:`generate` for it and what is not named here.
-            voice: whose voice.
-            seed: 0 .. 2^64 - 1.
-            steps: evaluations of the velocity a frame.
+            text: the text to speak. It and the arguments up to `max_chars` are described at :meth:`generate`.
+            voice: name of the voice; None takes the checkpoint's first.
+            seed: 0 .. 2^64 - 1; None draws one.
+            steps: evaluations of the velocity network per frame, 1..64.
             solver: "euler" or "ab2".
-            cfg_alpha: strength of the guidance.
-            max_frames: where a part is cut off.
-            max_chars: of a part.
-            first_chunk: frames of the first chunk, 1 or more; 80 ms each.
-            chunk: frames of a chunk, at most; not less than `first_chunk`.
+            cfg_alpha: strength of the classifier-free guidance; 1 is none.
+            max_frames: most frames of a part, 80 ms each.
+            max_chars: most characters of a part; None never splits.
+            first_chunk: frames of the first chunk, at least 1.
+            chunk: most frames of a chunk, at least `first_chunk`.
 
         Returns:
-            An iterator of Audio, with ``close()``. Each one's timings are its own, but for ``first_sound``.
+            An iterator of Audio, with a ``close()`` method. The ``timings`` of a chunk are its own, but ``first_sound``
+            is the first chunk's in all of them. ``ended`` is the text's in the last chunk, and False before.
 
         Raises:
-            ValueError: an argument out of range, named, before anything runs.
-            TypeError: an argument of the wrong kind, named.
+            ValueError: an argument has a value that cannot be used; the message names it.
+            TypeError: an argument has the wrong type; the message names it.
         """
         n_steps = self._steps(steps, solver)
         check_int("first_chunk", first_chunk, 1, None)
@@ -275,20 +287,30 @@ class TTS:
     async def submit(
         self, text: str, voice: str | None = None, seed: int | None = None, **arguments: Any
     ) -> AsyncIterator[Audio]:
-        """:meth:`stream` for asyncio: the same arguments, and an async iterator of the same chunks.
+        """Generate speech for one text in chunks, for asyncio: ``async for chunk in await tts.submit(text)``.
 
-        The work is done in threads, for all requests by one of them at a time. Leaving the iteration early, or
-        cancelling the task that is in it, ends the work and frees its memory.
+        This is :meth:`stream` as an async iterator of the same chunks. Each iterator has a thread of its own, so the
+        event loop never waits for a frame; one of these threads at a time runs a frame for all requests. Leaving the
+        iteration early, or cancelling the task that iterates, stops the generation and frees its memory.
+
+        Args:
+            text: the text to speak.
+            voice: name of the voice; None takes the checkpoint's first.
+            seed: 0 .. 2^64 - 1; None draws one.
+            **arguments: the keyword arguments of :meth:`stream`, from `steps` to `chunk`.
+
+        Returns:
+            An async iterator of Audio.
 
         Raises:
-            ValueError: an argument out of range, named, before anything runs.
-            TypeError: an argument of the wrong kind, named.
+            ValueError: an argument has a value that cannot be used; the message names it. Nothing has run then.
+            TypeError: an argument has the wrong type, or is unknown; the message names it.
         """
         return iterate_in_thread(self.stream(text, voice, seed, **arguments))
 
     @property
     def engine(self) -> Engine:
-        """What runs the requests; another one where the model was accelerated, restored or moved since."""
+        """The engine that runs the requests; a new one if the model was accelerated, restored, cast or moved since."""
         fused_backbone, weight = self._fused_backbone, self.model.norm.weight
         key = (fused_backbone, self.max_batch, weight.dtype, weight.device)
         with self._engine_lock:
@@ -314,12 +336,12 @@ class TTS:
 
     @property
     def _positions(self) -> int:
-        """Tokens that the model is made, and prepared, for."""
+        """Most tokens of a request: the model's length, or what its fused backbone is prepared for if that is less."""
         positions = self.model.config.backbone.max_seq_len
         return positions if self._fused_backbone is None else min(positions, self._fused_backbone.max_seq_len)
 
     def _steps(self, steps: int | None, solver: str) -> int:
-        """Check how the flow is to be solved; the number of steps."""
+        """Check `solver` and `steps`, and return the number of steps."""
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
         n_steps = self.model.config.acoustic_transformer.n_decoding_steps if steps is None else steps
@@ -337,7 +359,7 @@ class TTS:
         steps: int,
         solver: str,
     ) -> list[Request]:
-        """Make the requests of a text's parts, which are spoken one after the other."""
+        """Make one request for each part of a text, in order."""
         if max_chars is not None:
             check_int("max_chars", max_chars, 1, None)
         seed = secrets.randbits(64) if seed is None else seed
@@ -356,7 +378,7 @@ class TTS:
         steps: int,
         solver: str,
     ) -> Request:
-        """Check one request's arguments and embed its prompt."""
+        """Check the arguments of one request, and embed its prompt."""
         if voice is None:
             if not self.voices:
                 raise ValueError("the checkpoint has no voices (no files in voice_embedding)")
@@ -370,14 +392,14 @@ class TTS:
         n_left = positions - len(tokens)
         if n_left < 1:
             raise ValueError(
-                f"text is too long: its prompt of {len(tokens)} tokens leaves no frame in the model's {positions} "
-                "positions; split it"
+                f"text is too long: its prompt of {len(tokens)} tokens leaves none for a frame, since a request may "
+                f"have {positions} (the model's length, or cache_tokens); split the text or lower max_chars"
             )
         if max_frames is None:
             max_frames = min(MAX_FRAMES, n_left)
         check_int("max_frames", max_frames, 1, n_left)
         voice_rows, audio = self.voices[voice], self.model.config.audio.audio_token_id
-        n_shared = tokens.index(audio) + len(voice_rows)  # up to the voice's last row, prompts of a voice are the same
+        n_shared = tokens.index(audio) + len(voice_rows)  # all prompts of a voice are equal up to its last row
         prefix_key = PrefixKey.of(voice_rows, self.engine.runner.weights_version(), n_shared)
         prompt = self._embed_prompt(tokens, voice_rows)
         return Request(prompt, seed, float(cfg_alpha), max_frames, steps, solver, prefix_key)
@@ -387,7 +409,7 @@ class TTS:
         return vars(self.model).get("hidden_states")
 
     def _embed_prompt(self, tokens: list[int], prefix: Tensor) -> Tensor:
-        """The prompt's embeddings, [T, dim]: the [AUDIO] rows are the voice's."""
+        """Return the prompt's embeddings, [T, dim]; the voice's embeddings `prefix` replace the rows of [AUDIO]."""
         ids = torch.tensor(tokens, device=prefix.device)
         vocabulary = self.model.config.backbone.vocab_size
         if max(tokens) >= vocabulary:
@@ -398,8 +420,8 @@ class TTS:
 
 
 def _joined(parts: list[Audio]) -> Audio:
-    """A text's parts as one sound, in which nothing is heard before all of it is there."""
+    """Join the parts of a text; ``first_sound`` lasts until the last part is done, as no part is returned earlier."""
     joined, first = Audio.join(parts), parts[0].timings
-    waited = first.first_sound - first.total  # for a place, before anything was done for it
+    waited = first.first_sound - first.total  # seconds in the queue before the first part was admitted
     timings = replace(joined.timings, first_sound=waited + joined.timings.total)
     return replace(joined, ended=all(part.ended for part in parts), timings=timings)

@@ -1,4 +1,4 @@
-"""Checks of arguments that several calls share."""
+"""Argument checks that several public functions share."""
 
 import importlib.util
 import os
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 def check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    """Raise unless `value` is an integer of at least `low`, and of at most `high` if there is one.
+    """Raise an error unless the argument `name` is an integer in `low`..`high`; `high` None is no limit.
 
     Raises:
-        TypeError: it is none.
-        ValueError: it is out of range.
+        TypeError: `value` is not an integer.
+        ValueError: `value` is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -26,10 +26,10 @@ def check_int(name: str, value: Any, low: int, high: int | None) -> None:
 
 
 def per_text(name: str, value: T | Sequence[T], n: int) -> Sequence[T]:
-    """One value for each of `n` texts: a list's own, or the same for all.
+    """Return one value of the argument `name` for each of `n` texts: the list itself, or a single value `n` times.
 
     Raises:
-        ValueError: a list of another length.
+        ValueError: `value` is a list of another length.
     """
     if not isinstance(value, list):
         return [cast(T, value)] * n
@@ -39,10 +39,10 @@ def per_text(name: str, value: T | Sequence[T], n: int) -> Sequence[T]:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device that is asked for; None takes the GPU if there is one.
+    """Return the torch device of an argument; None takes the GPU if torch finds one, and the CPU otherwise.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: torch does not know the device, or finds no GPU for "cuda".
     """
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -54,10 +54,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def use_kernels(backend: str, device: torch.device) -> bool:
-    """Whether a model on `device` shall run on kernels.
+    """Return whether a model on `device` runs on kernels.
 
     Raises:
-        ValueError: an unknown backend, or kernels where they cannot run.
+        ValueError: `backend` is unknown, or is "triton" on a device that runs no kernels.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
@@ -73,10 +73,10 @@ def use_kernels(backend: str, device: torch.device) -> bool:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype that models come in, by itself or by name; None for None.
+    """Return the torch dtype of an argument, which is a dtype or its name; None stays None.
 
     Raises:
-        ValueError: any other.
+        ValueError: `dtype` is not bfloat16, float16 or float32.
     """
     for known in (torch.bfloat16, torch.float16, torch.float32):
         if dtype in (known, str(known).removeprefix("torch.")):

@@ -1,4 +1,4 @@
-"""A voice from a recording: read it, encode it, and embed its codes as the backbone embeds what it says itself."""
+"""Make a voice from a recording: read it, encode it, and embed its codes as the backbone embeds generated codes."""
 
 from pathlib import Path
 
@@ -11,25 +11,25 @@ from torch import Tensor
 from .reference import VoxtralTTS
 from .reference.config import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_CODES
 
-SHORTEST, LONGEST = 1.0, 60.0  # seconds; the public model's own voices come from 5 to 18
-LOUDEST = 100.0  # times full scale: integers that were never scaled down are no recording
+SHORTEST, LONGEST = 1.0, 60.0  # seconds; the public model's own voices come from 5 to 18 s of sound
+LOUDEST = 100.0  # times full scale; louder samples are integers that were never scaled, not a recording
 
 
 def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
-    """One channel of sound at a rate.
+    """Read a sound file as one channel at a given sampling rate.
 
-    Channels are averaged, and another rate is resampled (soxr, very high quality). Loudness is left as it is.
+    Channels are averaged, and another rate is resampled (soxr, very high quality). The loudness is not changed.
 
     Args:
         path: a file that libsndfile reads: .wav, .flac, .ogg, .mp3 and others.
-        sampling_rate: wanted.
+        sampling_rate: samples per second of the result.
 
     Returns:
         float32 [n].
 
     Raises:
-        ValueError: no such file or no sound file; a value that is not finite or far beyond full scale; silence; shorter
-            than 1 s or longer than 60 s; or another rate, where soxr is not installed.
+        ValueError: the file is missing or is no sound file; a sample is not finite or beyond 100 times full scale; the
+            sound is silent, shorter than 1 s or longer than 60 s; or its rate differs and soxr is not installed.
     """
     import soundfile
 
@@ -43,7 +43,7 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
     seconds = len(channels) / rate
     if not SHORTEST <= seconds <= LONGEST:
         raise ValueError(f"{path}: is {seconds:.2f} s long, a voice needs {SHORTEST:g} to {LONGEST:g} s")
-    if not (np.abs(channels) <= LOUDEST).all():  # NaN is not, either
+    if not (np.abs(channels) <= LOUDEST).all():  # this comparison is false for NaN too
         raise ValueError(f"{path}: holds a sample that is not finite, or beyond {LOUDEST:g} times full scale")
     samples = channels.mean(1)
     if not samples.any():
@@ -53,11 +53,11 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
 
 @torch.no_grad()
 def voice_prefix(model: VoxtralTTS, samples: NDArray[np.float32]) -> Tensor:
-    """The embeddings that stand for a voice in a prompt: of its codes, and of an END frame after them.
+    """Return the embeddings of a voice for a prompt: those of its codes, and of an END frame after them.
 
     Args:
-        model: with the codec's encoder.
-        samples: float32 [n] at the codec's rate.
+        model: a model with the codec's encoder.
+        samples: float32 [n] at the codec's sampling rate.
 
     Returns:
         [ceil(n / samples_per_frame) + 1, dim] in the model's dtype.

@@ -1,7 +1,7 @@
-"""Compile before anybody waits: every kernel of a model in every form that a frame or a prompt asks for.
+"""Compile all kernels of a model in advance, with every set of constants that a frame or a prompt needs.
 
-Triton keeps what it compiles on disk, by source, constants and architecture, so this may run where there is no GPU of
-that architecture: launches are made as always, on tensors without memory, under a driver that starts none.
+Triton keeps compiled kernels on disk, by source, constants and architecture. So no GPU of that architecture is needed
+here: the usual launches are made on tensors without memory, under a driver that compiles them and runs none.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from .accelerate import accelerate
 from .engine.kv_cache import PAGE_SIZE, KVCache
 from .reference import Config, VoxtralTTS
 
-ROWS = (1, 2, 3, 8)  # of a batch, and of a prompt: other numbers make no other binaries, which the ledger checks
+ROWS = (1, 2, 3, 8)  # rows of a batch, and of a prompt; the ledger checks that other numbers need no other binaries
 
 
 @torch.inference_mode()
@@ -24,21 +24,22 @@ def warm_up(
     dtype: torch.dtype = torch.bfloat16,
     on_binary: Callable[[str], None] | None = None,
 ) -> int:
-    """Compile what :func:`voxkern.load` with the same `max_batch` and `dtype` launches.
+    """Compile the kernels that a model from :func:`voxkern.load` launches with the same `max_batch` and `dtype`.
 
     Args:
-        config: of the model; weights are not needed.
-        arch: such as "sm_90", see ``ARCHITECTURES`` of :mod:`voxkern.compile_only`.
-        max_batch: the most requests side by side, 1..64.
-        dtype: of the weights.
-        on_binary: called with the name of a kernel for each binary that is ready, compiled or found on the disk.
+        config: the model's configuration; weights are not needed.
+        arch: architecture such as "sm_90", one of ``ARCHITECTURES`` in :mod:`voxkern.compile_only`.
+        max_batch: the most requests that run side by side, 1..64.
+        dtype: dtype of the weights.
+        on_binary: called with a kernel's name for each binary that is ready, compiled or found on disk.
 
     Returns:
-        How many there are.
+        The number of binaries that are ready.
 
     Raises:
-        ValueError: `arch` or `max_batch` is none that there is.
-        RuntimeError: Triton is not installed, or interprets.
+        ValueError: `arch` is unknown, or `max_batch` is not in 1..64.
+        ImportError: Triton is not installed.
+        RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET=1).
     """
     from triton import knobs
 
@@ -65,7 +66,7 @@ def warm_up(
             kv_cache = KVCache(config.backbone, 2, dtype, torch.device("meta"))
             decode_batch = DecodeBatch(
                 model, max_batch, kv_cache, PAGE_SIZE, 2, "euler"
-            )  # two steps: the last has kernels of its own
+            )  # two steps, because the last step has kernels of its own
             batches = sorted({min(n, max_batch) for n in ROWS})
             for n in batches:
                 decode_batch.launch(n)

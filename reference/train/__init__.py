@@ -1,1 +1,1 @@
-"""How the demo voice is made: speech from flite, a small codec on it, then a backbone and a head on its codes."""
+"""Training of the demo voice: a small codec on flite's speech, then a backbone and a flow head on its codes."""

@@ -1,4 +1,4 @@
-"""First stage: the codec, sound to codes and back; its semantic code learns to name the word and frame it hears."""
+"""Train the demo voice's codec (first stage); its semantic codes learn to name the word and the frame in the word."""
 
 import math
 
@@ -13,25 +13,35 @@ from .data import FRAME, VOICES, WordBank, make_bank, random_words
 from .params import PARAMS
 from .stage import TrainingStage, arguments
 
-CROP = 32  # frames of an example
+CROP = 32  # frames per example
 BATCH = 4
-SILENCED = 0.15  # of the examples have no acoustic codes
-NOISE = 0.12  # added to acoustic latents, whose levels are 0.1 apart
-FLOOR = 1e-3  # quieter than this is silence: of full scale
-WINDOWS = (2048, 1024, 512, 256, 128)
+SILENCED = 0.15  # share of examples that are decoded without their acoustic codes
+NOISE = 0.12  # standard deviation of the noise on acoustic latents; their levels are 0.1 apart
+FLOOR = 1e-3  # RMS below which sound counts as silence; full scale is 1
+WINDOWS = (2048, 1024, 512, 256, 128)  # samples
 
 
 class CodecTrainer(nn.Module):
-    """The codec with its semantic codebook as a parameter: learnt by gradient, where the public one took averages."""
+    """The codec in training, with its semantic codebook as a parameter that is learnt by gradient.
+
+    The public model's codebook was learnt by moving averages. :meth:`store` writes the codebook to the codec's buffers.
+    """
 
     def __init__(self, codec: AudioTokenizer) -> None:
-        """`codec` keeps its buffers until :meth:`store`."""
         super().__init__()
         self.codec = codec
         self.codebook = nn.Parameter(torch.randn_like(codec.quantizer.semantic_codebook.embedding_sum))
 
     def forward(self, sound: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sound [B, 1, n] back, the loss of its semantic codes against labels [B, T], and the share of right ones."""
+        """Encode and decode sound.
+
+        Args:
+            sound: [B, 1, n].
+            labels: int64 [B, T], the semantic code that each frame must get.
+
+        Returns:
+            The decoded sound fp32, the cross-entropy of the semantic codes, and the share of right semantic codes.
+        """
         dim = self.codebook.shape[1]
         latents = self.codec.latents(sound).float()
         semantic, acoustic = latents[:, :dim].transpose(1, 2), latents[:, dim:].tanh()
@@ -41,8 +51,8 @@ class CodecTrainer(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.01)
         half = (self.codec.quantizer.levels - 1) / 2
         rounded = acoustic + (((acoustic * half).round() / half) - acoustic).detach()
-        # noise asks for codes that bear being a level or two off, and silence of some examples' acoustic codes for
-        # semantic ones that suffice to be understood
+        # noise makes the decoder robust to acoustic codes that are one or two levels off; examples without acoustic
+        # codes make the semantic codes alone intelligible
         noisy = rounded + NOISE * torch.randn_like(rounded)
         kept = (torch.rand(len(sound), 1, 1) > SILENCED).float()
         quantised = torch.cat((self.codebook[codes].transpose(1, 2), noisy * kept), dim=1)
@@ -50,7 +60,7 @@ class CodecTrainer(nn.Module):
 
     @torch.no_grad()
     def store(self) -> AudioTokenizer:
-        """The codec, with the codebook in its buffers."""
+        """Return the codec after writing the codebook to its buffers."""
         book = self.codec.quantizer.semantic_codebook
         book.embedding_sum.copy_(self.codebook)
         book.cluster_usage.fill_(1.0)
@@ -58,9 +68,19 @@ class CodecTrainer(nn.Module):
 
 
 def spectral_loss(a: Tensor, b: Tensor, step: int) -> Tensor:
-    """L1 of log magnitudes and relative error of magnitudes, over windows of five lengths (arXiv 1910.11480)."""
+    """Return the L1 of log magnitudes plus the relative error of magnitudes of `a` against `b` (arXiv 1910.11480).
+
+    Args:
+        a: decoded sound, [B, n].
+        b: the original sound, [B, n].
+        step: number of the step, which selects two of the five window lengths.
+
+    Returns:
+        [], the mean over the two window lengths.
+    """
     total = a.new_zeros(())
-    lengths = np.random.default_rng(step).permutation(WINDOWS)[:2].tolist()  # two a step: they cost half of it
+    # only two window lengths per step, because two already take half of the step's time
+    lengths = np.random.default_rng(step).permutation(WINDOWS)[:2].tolist()
     for n in lengths:
         window = torch.hann_window(n)
         x, y = (torch.stft(s, n, n // 4, window=window, return_complex=True) for s in (a, b))
@@ -71,7 +91,11 @@ def spectral_loss(a: Tensor, b: Tensor, step: int) -> Tensor:
 
 
 def batch(bank: WordBank, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Random strings cut to CROP frames: sounds [BATCH, CROP FRAME], labels [BATCH, CROP]."""
+    """Return random strings of words, cut or padded with silence to CROP frames.
+
+    Returns:
+        Sounds [BATCH, CROP FRAME] and labels int64 [BATCH, CROP].
+    """
     sounds, labels = [], []
     for _ in range(BATCH):
         sound, label = bank.speak(int(generator.integers(len(VOICES))), random_words(generator, CROP // 6))
@@ -85,7 +109,7 @@ def batch(bank: WordBank, generator: np.random.Generator) -> tuple[Tensor, Tenso
 
 
 def main() -> None:
-    """Train for some minutes, from where the last run stopped; leaves ``codec.pt``."""
+    """Train for the given minutes, continue an earlier run if one was saved, and write ``codec.pt``."""
     args = arguments(__doc__, minutes=25)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
-"""What the demo voice can say, and the speech it learns from: flite's words, each in whole frames.
+"""The demo voice's vocabulary and training speech: words spoken by flite, each padded to whole frames.
 
-Every word is spoken by itself and filled up with silence to whole frames of 80 ms, so a text's sound is its words'
-sounds one after another. That keeps a word's codes nearly the same wherever it stands: a few million parameters
-and an hour of one core are enough for them, as they are not for running speech.
+Every word is spoken by itself and padded with silence to whole frames of 80 ms. A text's sound is the concatenation of
+its words' sounds. A word therefore has nearly the same codes at every position in a text. A few million parameters
+and an hour of one core are enough to learn such codes, but not enough for running speech.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-RATE, FRAME = 24000, 1920
+RATE, FRAME = 24000, 1920  # samples per second and per frame
 VOICES = ("slt", "rms")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
@@ -28,19 +28,21 @@ MONTHS = ("january", "february", "march", "april", "may", "june", "july", "augus
 GREETINGS = ("hello", "goodbye", "good", "morning", "afternoon", "evening", "night", "thanks", "please", "welcome")
 SMALL = ("yes", "no", "today", "tomorrow")
 WORDS = DIGITS + TEENS + TENS + WEEKDAYS + MONTHS + GREETINGS + SMALL
-DIGITS_SHARE = 0.4  # of random strings are of digits alone
-QUIET = 0.004  # of full scale: nothing of the word is heard below it
+DIGITS_SHARE = 0.4  # share of random strings that are digits only
+QUIET = 0.004  # amplitude below which a word is inaudible; full scale is 1
 
 
 @dataclass(frozen=True)
 class WordBank:
-    """Every word's sound in every voice.
+    """The sound of every word in every voice, and the labels of its frames.
+
+    A frame's label is the word's first label plus the frame's number, counted from the word's first audible frame. The
+    quiet frames before it have label 0.
 
     Attributes:
         sounds: [voice][word], fp32 [n FRAME].
-        first: the first label of each word; a frame's label is that + its number among the word's frames from
-            the first that is heard; 0 is silence.
-        n_labels: how many there are.
+        first: the first label of each word.
+        n_labels: number of labels, label 0 included.
     """
 
     sounds: list[list[Tensor]]
@@ -48,19 +50,19 @@ class WordBank:
     n_labels: int
 
     def speak(self, voice: int, words: list[int]) -> tuple[Tensor, Tensor]:
-        """Sound [T FRAME] and labels int64 [T] of a string of words."""
+        """Return the sound fp32 [T FRAME] and the labels int64 [T] of a string of words."""
         sounds = [self.sounds[voice][word] for word in words]
         return torch.cat(sounds), torch.cat([self.labels(voice, word) for word in words])
 
     def labels(self, voice: int, word: int) -> Tensor:
-        """A word's labels, int64 [n]."""
+        """Return the labels of a word's frames, int64 [n]."""
         sound = self.sounds[voice][word]
         n_quiet = quiet_frames(sound)
         return F.pad(torch.arange(len(sound) // FRAME - n_quiet) + self.first[word], (n_quiet, 0))
 
 
 def flite(text: str, voice: str) -> NDArray[np.float32]:
-    """What flite makes of a text: fp32 [n] at 24 kHz."""
+    """Synthesise a text with flite, fp32 [n] at 24 kHz."""
     import soxr
 
     with tempfile.TemporaryDirectory() as folder:
@@ -72,18 +74,18 @@ def flite(text: str, voice: str) -> NDArray[np.float32]:
 
 
 def whole_frames(sound: NDArray[np.float32]) -> Tensor:
-    """Fill up with silence to whole frames."""
+    """Pad a sound [n] with silence to whole frames."""
     return torch.from_numpy(np.pad(sound, (0, -len(sound) % FRAME)))
 
 
 def quiet_frames(sound: Tensor) -> int:
-    """How many frames pass before there is something to hear."""
+    """Return the number of frames before the first audible frame."""
     loud = (sound.view(-1, FRAME).abs().amax(1) > QUIET).nonzero()
     return int(loud[0])
 
 
 def make_bank() -> WordBank:
-    """Ask flite for every word; it takes seconds."""
+    """Synthesise every word in every voice; this takes seconds."""
     sounds = [[whole_frames(flite(word, voice)) for word in WORDS] for voice in VOICES]
     first, n = [], 1
     for i in range(len(WORDS)):
@@ -93,6 +95,6 @@ def make_bank() -> WordBank:
 
 
 def random_words(generator: np.random.Generator, n: int) -> list[int]:
-    """A string of n words, or of n digits."""
+    """Return the numbers of n random words, or of n random digits."""
     known = len(DIGITS) if generator.random() < DIGITS_SHARE else len(WORDS)
     return [int(i) for i in generator.integers(0, known, n)]

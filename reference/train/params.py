@@ -1,4 +1,4 @@
-"""``params.json`` of the demo voice: the public structure, small."""
+"""The ``params.json`` of the demo voice, a small model of the public model's structure."""
 
 from typing import Any
 
@@ -72,10 +72,10 @@ PARAMS: dict[str, Any] = {
 
 
 def spellings(word: str) -> tuple[str, ...]:
-    """A word as a text may have it: at its start or after a space, small or capital."""
+    """Return the spellings of a word in a text: at the start or after a space, in lower case or capitalised."""
     return word, " " + word, word.capitalize(), " " + word.capitalize()
 
 
 def word_id(word: int) -> int:
-    """Token id of the first spelling of a word of the vocabulary; the 256 bytes come before the words."""
+    """Return the token id of a word's first spelling, by the word's number; the ids follow those of the 256 bytes."""
     return N_SPECIAL_TOKENS + 256 + len(spellings("")) * word

@@ -1,4 +1,4 @@
-"""Second stage: backbone and flow head, on the codec's codes of strings that are made as training goes."""
+"""Train the demo voice's backbone and flow head (second stage) on the codec's codes of random strings of words."""
 
 from dataclasses import dataclass
 
@@ -18,25 +18,26 @@ from .stage import TrainingStage, arguments
 
 BATCH = 16
 MAX_WORDS = 7
-VARIANTS = 5  # of each word's codes; the first is for the start of a text
-PREFIX = (13, 20)  # frames of a voice's clip, from and to
-DRAWS = 640  # frames a step whose flow is trained
-GUIDED = (2, 3)  # layers whose first two heads are told which word to look at
-COUNTING = 1  # the layer after which the number of the word is asked for
+VARIANTS = 5  # code sequences per voice and word; the first is for the start of a text
+PREFIX = (13, 20)  # shortest and longest voice clip, in frames
+DRAWS = 640  # frames per step, drawn at random, for the flow loss
+GUIDED = (2, 3)  # in these layers the first two heads are trained to attend to the current word's token
+COUNTING = 1  # the layer, from 0, that is trained to output the number of the current word
 BOS, AUDIO, BEGIN_AUDIO, REPEAT, NEXT = 1, 24, 25, 35, 36
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts and frames of B texts, S positions each, and what is to be said after every position.
+    """The inputs and targets of B texts, each with S positions.
 
     Attributes:
-        ids: int64 [B, S], tokens of the text; AUDIO where a frame stands.
-        codes: int64 [B, S, 37] with the +2 offset.
-        next: int64 [B, S, 37], the frame after each position; EMPTY where nothing is asked.
-        word: int64 [B, S], the number of the word that is spoken next, or that a text token is; -1 elsewhere.
-        pointer: int64 [B, S], the position of that word's token; -1 elsewhere. The end points at the token after the
-            text.
+        ids: int64 [B, S], token ids; AUDIO at the positions of frames.
+        codes: int64 [B, S, 37] with the +2 offset, the frames at these positions.
+        next: int64 [B, S, 37], the frame to generate after each position; EMPTY where no frame is generated.
+        word: int64 [B, S], number in the text of the word that is spoken next, or of the word that a text token is; -1
+            elsewhere. Where END comes next, and at the token after the text, it is the number of words.
+        pointer: int64 [B, S], position of the token of the word that is spoken next; -1 elsewhere. Where END comes
+            next, it is the position of the token after the text.
     """
 
     ids: Tensor
@@ -48,7 +49,13 @@ class Batch:
 
 @torch.no_grad()
 def code_bank(codec: AudioTokenizer, bank: WordBank, generator: np.random.Generator) -> list[list[list[Tensor]]]:
-    """[voice][word][variant]: codes [n, 37] with the offset, after nothing (variant 0) or after some other word."""
+    """Encode VARIANTS variants of every word in every voice.
+
+    Variant 0 is the word at the start of a text. In the others, the word follows a random word.
+
+    Returns:
+        [voice][word][variant], int64 codes [n, 37] with the +2 offset.
+    """
     out = []
     for voice in range(len(VOICES)):
         of_voice = []
@@ -68,7 +75,18 @@ def code_bank(codec: AudioTokenizer, bank: WordBank, generator: np.random.Genera
 def prompt_and_frames(
     codes: list[list[list[Tensor]]], words: list[int], voice: int, generator: np.random.Generator
 ) -> tuple[list[int], list[Tensor], list[int]]:
-    """The prompt's ids; the voice's frames and the spoken ones, an END after each; the spoken frames' word numbers."""
+    """Make the prompt and the frames of one example.
+
+    Args:
+        codes: from :func:`code_bank`.
+        words: numbers of the words of the text.
+        voice: number of the voice.
+        generator: draws the voice's clip and the variants.
+
+    Returns:
+        The prompt's token ids; the frames of the voice's clip and of the text, an END frame after each; and, for each
+        frame of the text, the number in the text of its word.
+    """
     clip = torch.cat([codes[voice][w][1] for w in random_words(generator, 3)])
     start = int(generator.integers(0, 8))
     clip = clip[start : start + int(generator.integers(PREFIX[0], PREFIX[1] + 1))]
@@ -82,7 +100,7 @@ def prompt_and_frames(
 
 
 def make_batch(codes: list[list[list[Tensor]]], generator: np.random.Generator) -> Batch:
-    """BATCH random strings of one number of words."""
+    """Return a batch of BATCH random strings, all with the same random number of words."""
     n_words = int(generator.integers(1, MAX_WORDS + 1))
     examples = []
     for _ in range(BATCH):
@@ -109,7 +127,14 @@ def make_batch(codes: list[list[list[Tensor]]], generator: np.random.Generator) 
 
 
 def corrupt(codes: Tensor) -> Tensor:
-    """History as it may come to be: most frames with some codes off, some with a wrong semantic code."""
+    """Return codes with errors such as a generated history may contain.
+
+    Most frames get acoustic codes that are off by some levels, and 6 % of frames get a random semantic code. END and
+    EMPTY frames stay.
+
+    Args:
+        codes: int64 [B, S, 37] with the +2 offset.
+    """
     strength = torch.rand(codes.shape[:2]).unsqueeze(-1) * 0.5
     off = (torch.randn(codes.shape) * 1.5).round().long() * (torch.rand(codes.shape) < strength)
     noisy = (codes + off).clamp(N_SPECIAL_CODES, 20 + N_SPECIAL_CODES)
@@ -121,10 +146,13 @@ def corrupt(codes: Tensor) -> Tensor:
 
 
 class SpeechTrainer(nn.Module):
-    """The model, and what is asked of it besides codes: which word it is at, and what its frame is."""
+    """The model in training, with two auxiliary heads that are discarded afterwards.
+
+    `count` predicts the number of the current word after layer COUNTING. `acoustic` predicts the next frame's acoustic
+    latents from the backbone's hidden state.
+    """
 
     def __init__(self, model: VoxtralTTS) -> None:
-        """Probes are thrown away afterwards."""
         super().__init__()
         self.model = model
         dim = model.config.backbone.dim
@@ -132,7 +160,7 @@ class SpeechTrainer(nn.Module):
         self.acoustic = nn.Linear(dim, model.config.audio.n_acoustic_codebook)
 
     def embed(self, batch: Batch) -> Tensor:
-        """[B, S, dim]."""
+        """Embed a batch's tokens and its corrupted frames, [B, S, dim]."""
         model = self.model
         table = model.mm_audio_embeddings.audio_codebook_embeddings
         is_frame = batch.ids == AUDIO
@@ -143,7 +171,7 @@ class SpeechTrainer(nn.Module):
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses by name, and the share of semantic codes that are right."""
+        """Return the losses by name, and under "right" the share of right semantic codes."""
         model = self.model
         u = self.embed(batch)
         S, config = u.shape[1], model.backbone_config
@@ -186,7 +214,16 @@ class SpeechTrainer(nn.Module):
 
 
 def flow_loss(model: VoxtralTTS, h: Tensor, x: Tensor) -> Tensor:
-    """Squared error of the velocity, x - noise on the straight way between them (arXiv 2210.02747)."""
+    """Return the mean squared error of the velocity at DRAWS random frames (arXiv 2210.02747).
+
+    The target is ``x - noise``, the velocity on the straight line from noise to x. In 10 % of the draws the hidden
+    state is zero, to train the unconditional branch of the guidance.
+
+    Args:
+        model: the model.
+        h: [N, dim], hidden states.
+        x: [N, K], the acoustic latents of their frames, in -1..1.
+    """
     i = torch.randint(len(h), (DRAWS,))
     h, x = h[i] * (torch.rand(DRAWS, 1) > 0.1), x[i]
     noise, t = torch.randn_like(x), torch.rand(DRAWS)
@@ -195,7 +232,7 @@ def flow_loss(model: VoxtralTTS, h: Tensor, x: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Train for some minutes, from where the last run stopped; leaves ``speech.pt``."""
+    """Train for the given minutes, continue an earlier run if one was saved, and write ``speech.pt``."""
     args = arguments(__doc__, minutes=40)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -204,13 +241,13 @@ def main() -> None:
     model.audio_tokenizer.requires_grad_(False)
     table = model.mm_audio_embeddings.audio_codebook_embeddings.embeddings.weight
     with torch.no_grad():
-        table[model.config.audio.embedding_offsets[1] :] *= 0.15  # 36 of them are added to one semantic row
+        table[model.config.audio.embedding_offsets[1] :] *= 0.15  # a frame adds 36 of these rows to one semantic row
     trainer = SpeechTrainer(model)
     stage = TrainingStage(args.folder / "speech_training.pt", trainer, args.minutes, rate=1e-3)
     generator = np.random.default_rng(stage.step)
     codes = code_bank(model.audio_tokenizer, make_bank(), generator)
     while not stage.ended:
-        # torch's own small attention is the faster one for the head's three tokens: measured, with its backward
+        # the MATH backend is the faster one for the head's three tokens, measured with the backward pass
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             losses = trainer(make_batch(codes, generator))
         loss = losses["semantic"] + losses["flow"] + losses["frame"] + 0.3 * losses["look"] + 0.3 * losses["count"]

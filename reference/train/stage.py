@@ -1,4 +1,4 @@
-"""What both stages of training have in common: a clock, a learning rate that follows it, and going on after a stop."""
+"""The code that both training stages share: command line, time limit, learning rate, and saved state."""
 
 import argparse
 import math
@@ -8,30 +8,38 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-SHOWN_EVERY = 100  # steps; the state is saved then, too
-WARM_UP = 100  # steps
+SHOWN_EVERY = 100  # steps between printed lines; the state is saved then, too
+WARM_UP = 100  # steps over which the learning rate rises linearly
 
 
 def arguments(description: str | None, minutes: float) -> argparse.Namespace:
-    """The command line of a stage."""
+    """Parse the command line of a training stage."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("folder", type=Path, help="where the stages keep their files, outside the repository")
+    parser.add_argument("folder", type=Path, help="folder for the files of both stages, outside the repository")
     parser.add_argument(
-        "--minutes", type=float, default=minutes, help="of processor time in all, earlier runs included"
+        "--minutes", type=float, default=minutes, help="minutes of processor time in total, earlier runs included"
     )
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
 class TrainingStage:
-    """Trains for some minutes of processor time, whatever else the machine does, with AdamW on a cosine of that time.
+    """Trains a module with AdamW for a number of minutes of processor time.
+
+    The learning rate follows a cosine of the spent processor time, so the load of the machine does not change it. If
+    `path` exists, training continues from its state.
+
+    Args:
+        path: file of the saved state.
+        trainer: the module to train.
+        minutes: processor time in total, earlier runs included.
+        rate: the highest learning rate.
 
     Attributes:
-        step: steps done, earlier runs included.
+        step: number of steps done, earlier runs included.
     """
 
     def __init__(self, path: Path, trainer: nn.Module, minutes: float, rate: float) -> None:
-        """Begin, or go on from `path`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.step, self._seconds, self._limit = 0, 0.0, minutes * 60
         self._path, self._trainer, self._rate = path, trainer, rate
@@ -50,11 +58,19 @@ class TrainingStage:
 
     @property
     def ended(self) -> bool:
-        """The time is up."""
+        """Whether the processor time is spent."""
         return self._seconds >= self._limit
 
     def learn(self, loss: Tensor, figures: dict[str, Tensor]) -> bool:
-        """One step down `loss`, and a line of the means of `figures` now and then; whether a state was saved."""
+        """Take one optimiser step on `loss`, and print the means of `figures` every SHOWN_EVERY steps.
+
+        Args:
+            loss: [].
+            figures: values of this step by name, each [].
+
+        Returns:
+            Whether the state was saved, which happens every SHOWN_EVERY steps and at the end.
+        """
         progress = self._seconds / self._limit
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2
         for group in self._optimizer.param_groups:

@@ -1,6 +1,6 @@
-"""Decode every request's frame to samples, on the reference codec or on the fused one.
+"""Decode the frames of all requests to samples, on the reference codec or on the fused codec.
 
-``generate`` and ``stream`` decode in the same way, so a stream's chunks, whatever their sizes, are the samples of
+``generate`` and ``stream`` decode in the same way. So the chunks of a stream, whatever their sizes, equal the sound of
 ``generate`` to the last bit.
 """
 
@@ -17,10 +17,10 @@ from .runner import FrameOutput, block_rows
 
 
 class CapturedCodecStream:
-    """A stream of the fused codec that decodes one frame by a CUDA graph of its own."""
+    """Decodes one frame of a fused codec stream by replaying a CUDA graph."""
 
     def __init__(self, stream: Any, capture: Capture) -> None:
-        """`stream`: a :class:`voxkern.fused.codec.FusedCodecStream`, none of whose requests has begun."""
+        """`stream`: a :class:`voxkern.fused.codec.FusedCodecStream` in which no request has begun."""
         past_frames = stream.state.past_frames
         self.state, self.restart = stream.state, stream.restart
         self._codes = past_frames.new_zeros(len(past_frames), 1 + stream.codec.config.acoustic_dim, 1)
@@ -28,7 +28,15 @@ class CapturedCodecStream:
         self._replay, self._samples = capture(lambda: stream.chunk(self._codes, self._new_frames))
 
     def decode(self, codes: Tensor, new_frames: Tensor) -> Tensor:
-        """Decode one frame, as the stream does, into memory that the next frame writes again."""
+        """Decode one frame, as the stream does, into memory that the next frame overwrites.
+
+        Args:
+            codes: int64 [B, 37, 1] without the +2 offset.
+            new_frames: int64 [B], 1 for each request with a new frame, else 0.
+
+        Returns:
+            fp32 [B, 1, samples_per_frame], or fp64 if the model is.
+        """
         self._codes.copy_(codes)
         self._new_frames.copy_(new_frames)
         self._replay()
@@ -37,28 +45,28 @@ class CapturedCodecStream:
 
 
 class CodecRunner:
-    """The codec for many requests, a frame at a time.
+    """Decodes one frame of many requests at a time.
 
-    The reference codec runs in blocks of a fixed number of rows. The fused codec, whose bits do not depend on the
-    number of rows, runs all rows in one block.
+    The reference codec runs in blocks of a fixed number of rows. The fused codec runs all rows in one block,
+    because its bits do not depend on the number of rows.
 
     Attributes:
-        sampling_rate: of the samples.
+        sampling_rate: samples per second.
     """
 
     def __init__(self, model: VoxtralTTS, n_slots: int, capture: Capture | None = None) -> None:
-        """For `n_slots` slots; `capture` makes a frame a graph, if the codec is fused."""
+        """Make streams for `n_slots` slots; with `capture`, a frame of a fused codec is captured as a graph."""
         is_fused = "stream" in vars(model.audio_tokenizer)
         self.sampling_rate = model.config.codec.sampling_rate
         self._codec, self._n_slots = model.audio_tokenizer, n_slots
         self._rows = n_slots if is_fused else block_rows(n_slots)
         self._n_blocks, self._capture = -(-n_slots // self._rows), capture if is_fused else None
-        self._streams: list[Any] = []  # of the reference, fused, or captured
+        self._streams: list[Any] = []  # reference, fused or captured streams, one per block
         self._weights: Any = None
         self.refresh_weights()
 
     def refresh_weights(self) -> None:
-        """Called when no request is running: restart the streams, or make them anew if the codec's weights changed."""
+        """Restart all streams, or rebuild them if the codec's weights changed; called when no request is running."""
         folded, addresses = self._codec.folded_weights(), weight_addresses(self._codec)
         if self._streams and folded is self._weights[0] and addresses == self._weights[1]:
             every_row = torch.ones(self._rows, dtype=torch.bool, device=folded.weights[0].device)
@@ -71,12 +79,12 @@ class CodecRunner:
             self._streams = [CapturedCodecStream(stream, self._capture) for stream in self._streams]
 
     def restart(self, slot: int) -> None:
-        """Forget the past of a slot: another request begins in it."""
+        """Clear the past of a slot, in which another request begins."""
         stream, row = self._streams[slot // self._rows], slot % self._rows
         stream.restart(torch.arange(self._rows, device=stream.state.past_frames.device) == row)
 
     def decode(self, output: FrameOutput, slots: list[int]) -> Tensor:
-        """Decode a frame to samples, fp32 or fp64 [slots, samples]; zeros where the output is not valid.
+        """Decode a frame to samples, fp32 [slots, samples_per_frame]; zeros where the output is not valid.
 
         Rows other than those of `slots` are not meaningful.
         """

@@ -1,10 +1,10 @@
 """The scheduler: many requests share a model, frame by frame, and join and leave between frames.
 
-There is no thread behind it. A caller that waits for a frame runs it for all requests; the callers in other threads
-wait until that frame is done. Calls from several threads are safe, and there is nothing to shut down.
+No background thread runs. A caller that waits for a frame runs it for all requests, and the callers in other threads
+wait until that frame is done. Calls from several threads are safe, and nothing needs to be shut down.
 
-Requests are admitted in their order, each with all pages that it may ever need: no request holds pages while it waits
-for more, and none is overtaken, so all are served.
+Requests are admitted in order, each with all pages that it may ever need. So no request holds pages while it waits for
+more, none is overtaken, and all are served.
 """
 
 import itertools
@@ -27,42 +27,41 @@ from .runner import FrameOutput, ModelRunner
 
 
 class Engine:
-    """Requests that share a model.
+    """Runs requests that share a model.
 
     Attributes:
-        runner: runs the model's frames.
+        runner: runs the model's prompts and frames.
         codec: decodes frames to samples.
-        prefix_cache: prompts' prefixes in the KV cache.
-        n_codebooks: codes a frame.
+        prefix_cache: the prefixes of prompts in the KV cache.
+        n_codebooks: codes per frame.
         running: admitted requests by slot.
     """
 
     def __init__(self, runner: ModelRunner, codec: CodecRunner, n_codebooks: int) -> None:
-        """No request is queued or running."""
         self.runner, self.codec, self.n_codebooks = runner, codec, n_codebooks
         self.prefix_cache = PrefixCache(runner.kv_cache)
         self.running: dict[int, RequestState] = {}
         self._queue: deque[RequestState] = deque()
         self._cancelled: deque[RequestState] = deque()
-        self._pending: list[PendingOutput] = []  # one at the most
+        self._pending: list[PendingOutput] = []  # outputs that are not read yet, at most one
         self._frame_lock = threading.Lock()  # held by the thread that runs a frame
         self._frame_done, self._epoch = threading.Condition(), 0
 
     @property
     def n_waiting(self) -> int:
-        """Requests that are not admitted yet."""
+        """Number of requests that are not admitted yet."""
         return len(self._queue)
 
     @property
     def n_running(self) -> int:
-        """Requests that are admitted."""
+        """Number of requests that are admitted and not finished."""
         return len(self.running)
 
     def submit(self, request: Request) -> RequestState:
-        """Queue a request; it runs while a caller waits.
+        """Queue a request, and return its state; it runs while a caller waits for frames.
 
         Raises:
-            ValueError: it could never be admitted.
+            ValueError: the request has more tokens than the runner allows, so it could never be admitted.
         """
         if request.n_tokens > self.runner.max_seq_len:
             raise ValueError(
@@ -75,22 +74,24 @@ class Engine:
         return state
 
     def cancel(self, state: RequestState) -> None:
-        """Stop a request and free its memory: now, or at the end of the frame that is being run.
+        """Stop a request and free its memory: now, or at the end of the frame in flight.
 
-        Never waits: a collected iterator may call it at any time, in any thread.
+        The call never waits, because a garbage-collected iterator may make it at any time and in any thread.
         """
         self._cancelled.append(state)
         self._free_cancelled()
 
     def generate(self, requests: Sequence[Request], on_frame: Callable[[int], None] | None = None) -> list[Audio]:
-        """Run requests until they are finished; where one fails, all are cancelled.
+        """Run requests side by side until all are finished, and return their audio in order.
+
+        If one request fails, all are cancelled.
 
         Args:
-            requests: to run side by side.
-            on_frame: called with the number of frames run, after each.
+            requests: the requests; those without a free slot wait in the queue.
+            on_frame: called after each frame that this call runs, with the number of those frames so far.
 
         Raises:
-            BaseException: what the computation of a request raised.
+            BaseException: the error that the computation of a request raised.
         """
         states: list[RequestState] = []
         n_frames = itertools.count(1)
@@ -110,17 +111,19 @@ class Engine:
         return [state.take() for state in states]
 
     def wait(self, state: RequestState, n: int) -> None:
-        """Run frames until `n` of a request's can be taken, or it is finished.
+        """Run frames until `n` frames of a request can be taken, or the request is finished.
 
         Raises:
-            BaseException: what its own computation raised.
+            BaseException: the error that the request's computation raised.
         """
         self.run_until(lambda: state.finished or len(state.codes) >= n)
         if state.error is not None:
             raise state.error
 
     def run_until(self, ready: Callable[[], bool], on_frame: Callable[[], None] | None = None) -> None:
-        """Run frames, or wait while another thread runs one, until `ready`; `on_frame` is called after each own frame.
+        """Run frames until `ready` returns True, and wait while another thread runs one.
+
+        `on_frame` is called after each frame that this call runs.
 
         Raises:
             RuntimeError: no request is queued or running, and `ready` is still false.
@@ -129,7 +132,7 @@ class Engine:
 
         def run() -> None:
             nonlocal ran
-            ran = not ready()  # looked at again: another thread's frame may have ended it just now
+            ran = not ready()  # checked again with the lock held: another thread's frame may have made it true
             if ran and not self.running and not self._queue:
                 raise RuntimeError("no request is queued or running, but the awaited frames are missing")
             if ran:
@@ -143,15 +146,15 @@ class Engine:
                     on_frame()
                 continue
             with self._frame_done:
-                self._frame_done.wait_for(lambda: self._epoch != seen)  # noqa: B023, it is called at once
+                self._frame_done.wait_for(lambda: self._epoch != seen)  # noqa: B023, the lambda is called at once
 
     def _free_cancelled(self) -> None:
-        """Drop cancelled requests, unless another thread runs a frame: it does so when the frame is done."""
+        """Drop cancelled requests; if another thread runs a frame, that thread drops them when the frame is done."""
         while self._cancelled and self._try_exclusively(self._drop_cancelled):
             pass
 
     def _try_exclusively(self, work: Callable[[], None]) -> bool:
-        """Do some work, unless another thread does some; whether it was done."""
+        """Run `work` unless another thread holds the frame lock, and return whether it ran."""
         if not self._frame_lock.acquire(blocking=False):
             return False
         try:
@@ -165,14 +168,18 @@ class Engine:
 
     @torch.inference_mode()
     def run_frame(self) -> None:
-        """Drop cancelled requests, admit waiting ones, generate, decode and deliver one frame of each running one."""
+        """Run one frame for all requests.
+
+        Cancelled requests are dropped and waiting ones are admitted. Then one frame of each running request is
+        generated, decoded and delivered.
+        """
         start = time.perf_counter()
         self._drop_cancelled()
         self._admit()
         if self.running:
             try:
                 self._generate_and_deliver(start)
-            except BaseException as error:  # of work that all requests share: it cannot be laid to one of them
+            except BaseException as error:  # all requests share this work, so its error is the error of each
                 for state in list(self.running.values()):
                     self._finish(state, error)
                 if not isinstance(error, Exception):
@@ -181,12 +188,12 @@ class Engine:
             state.queue_seconds += time.perf_counter() - start
 
     def _generate_and_deliver(self, start: float) -> None:
-        """One frame of every running request, from codes to delivery; `start` is when the engine's frame began."""
+        """Generate, decode and deliver a frame for each running request; `start` is when the engine's frame began."""
         output = self.runner.generate_frame()
         generated = time.perf_counter()
         samples = self.codec.decode(output, sorted(self.running))
         pending = [*self._pending, PendingOutput(dict(self.running), output, samples)]
-        # a request's first frame is read at once, which is worth a wait for the device
+        # a request's first frame is read at once: an early first sound is worth a wait for the device
         deferred = self.runner.deferred and all(state.n_frames for state in self.running.values())
         self._pending = [pending.pop()] if deferred else []
         read = [line for one in pending for line in one.read()]
@@ -195,7 +202,7 @@ class Engine:
             state.frame_seconds += generated - start
             state.codec_seconds += end - generated
         for state, codes, frame_samples in read:
-            if not state.finished:  # it may have been cancelled, or have ended, before this frame
+            if not state.finished:  # the request may have been cancelled, or have ended, before this frame
                 self._deliver(state, codes, frame_samples)
 
     def _deliver(self, state: RequestState, codes: NDArray[np.int16] | None, samples: NDArray[np.float32]) -> None:
@@ -208,7 +215,7 @@ class Engine:
             self._finish(state)
 
     def _admit(self) -> None:
-        """Admit the next requests in the queue, while there are slots, and pages for the first of them."""
+        """Admit requests in the queue's order, until the slots are full or the first request must wait for pages."""
         while self._queue and len(self.running) < self.runner.n_slots:
             state, start = self._queue[0], time.perf_counter()
             try:
@@ -220,11 +227,11 @@ class Engine:
                     raise
             else:
                 state.prefill_seconds = time.perf_counter() - start
-                state.frame_seconds = -state.prefill_seconds  # which the frame's own time has in it
+                state.frame_seconds = -state.prefill_seconds  # the frame's own time includes the prefill
             self._queue.remove(state)
 
     def _start(self, state: RequestState) -> bool:
-        """Give a request its pages, run its prompt, and give it a slot; False if it must wait for pages."""
+        """Allocate a request's pages, run its prompt and put it into a slot; return False if it must wait for pages."""
         request, runner = state.request, self.runner
         if not self.running:
             runner.refresh_weights()
@@ -259,7 +266,7 @@ class Engine:
                 self._finish(state)
 
     def _finish(self, state: RequestState, error: BaseException | None = None) -> None:
-        """Finish a request, queued or running, and free what it holds."""
+        """Finish a queued or running request, and free its pages and its slot."""
         self.runner.kv_cache.free(state.pages)
         state.pages, slot, state.slot = [], state.slot, None
         try:
@@ -268,15 +275,15 @@ class Engine:
                 self.runner.remove(slot)
             if not self.running:
                 self._pending = []
-        finally:  # even on a GPU that is lost no caller waits for ever
-            state.error, state.finished = error, True  # the last: another thread may be looking
+        finally:  # no caller may wait forever, even if the GPU is lost
+            state.error, state.finished = error, True  # `finished` last: another thread may read it
 
 
 class PendingOutput:
-    """A frame's output on its way from the device to the CPU; reading it waits for the copy."""
+    """Holds a frame's output while it is copied from the device to the CPU."""
 
     def __init__(self, states: dict[int, RequestState], output: FrameOutput, samples: Tensor) -> None:
-        """`states` by slot, as they were when the frame was generated."""
+        """`states`: the running requests by slot when the frame was generated."""
         self._states = states
         self._on_host = [_to_host(x) for x in (output.codes - N_SPECIAL_CODES, output.valid, samples)]
         self._ready = torch.cuda.Event() if samples.is_cuda else None  # type: ignore[no-untyped-call]
@@ -284,7 +291,7 @@ class PendingOutput:
             self._ready.record(torch.cuda.current_stream(samples.device))
 
     def read(self) -> list[tuple[RequestState, NDArray[np.int16] | None, NDArray[np.float32]]]:
-        """Each request's codes, None for an END, and samples."""
+        """Wait for the copy, and return each request's codes, int16 [37], or None for END, and its samples."""
         if self._ready is not None:
             self._ready.synchronize()
         codes, valid, samples = (x.numpy() for x in self._on_host)
@@ -296,5 +303,5 @@ class PendingOutput:
 
 def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
-        return x.clone()  # the next frame may write over it before it is read
+        return x.clone()  # a copy, because the next frame may overwrite `x` before it is read
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

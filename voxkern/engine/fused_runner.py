@@ -1,7 +1,7 @@
-"""Run requests on fused modules: static rows, a frame of which is launches without a read by the host.
+"""Run requests on fused modules, in static memory: a frame is kernel launches, without a read by the host.
 
-Lengths, frame numbers and codes stay on the device. A request that generates END, or reaches its limit, gets length 0
-there; the host learns of it one frame later, which costs that frame's time and nothing else.
+Lengths, frame numbers and codes stay on the device. A request that generates END, or reaches its frame limit, gets
+length 0 there. The host reads this one frame later, which costs the time of that frame and nothing else.
 """
 
 from collections.abc import Hashable
@@ -21,18 +21,20 @@ from .kv_cache import KVCache, pages_for
 from .request import Request
 from .runner import FrameOutput, backbone_weights_version
 
-MAX_DECODE_BATCHES = 4  # numbers of steps and solvers whose rows, and graphs, are kept while no request has them
+MAX_DECODE_BATCHES = 4  # pairs of steps and solver with memory and graphs, above which idle ones are dropped
 
 
 class DecodeBatch:
-    """Static rows of requests with one number of steps and one solver.
+    """Generates the frames of all requests that have the same number of steps and the same solver, in static memory.
+
+    Each slot has one row in each tensor.
 
     Attributes:
-        slots: that hold a request.
-        lengths: int32 [slots], tokens of each with the next frame's; 0 is free, or has ended.
-        n_frames: int64 [slots], frames generated.
-        codes: int64 [slots, 37], the last frame of each with the +2 offset.
-        valid: int64 [slots], 1 where it is new.
+        slots: the slots that hold a request of this batch.
+        lengths: int32 [slots], tokens of each request in the KV cache; 0 where the slot is free or its request is over.
+        n_frames: int64 [slots], frames generated so far.
+        codes: int64 [slots, 37], the last frame of each request with the +2 offset.
+        valid: int64 [slots], 1 where `codes` is a new frame, else 0.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class DecodeBatch:
         solver: str,
         capture: Capture | None = None,
     ) -> None:
-        """Make `n_slots` free rows; with `capture`, a frame is a graph, which is captured here."""
+        """Allocate `n_slots` free rows; with `capture`, a frame is captured as a graph here."""
         self._backbone, self._flow_head = fused_modules_of(model)
         self._kv, self._steps, self._solver = kv_cache.kv, steps, solver
         weight = model.norm.weight
@@ -63,7 +65,7 @@ class DecodeBatch:
         self._run = self.launch if capture is None else BatchGraphs(self.launch, n_slots, capture)
 
     def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
-        """Write a request into its row."""
+        """Write a request into the row of its slot."""
         self.slots.add(slot)
         self._block_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         self._seeds[slot : slot + 1] = seed_tensor([request.seed])
@@ -72,20 +74,20 @@ class DecodeBatch:
         self.lengths[slot], self.n_frames[slot] = len(request.prompt), 0
 
     def remove(self, slot: int) -> None:
-        """Free a row."""
+        """Free the row of a slot."""
         self.slots.discard(slot)
         self.lengths[slot] = self.valid[slot] = 0
 
     def generate_frame(self) -> FrameOutput:
-        """Generate a frame of all requests, in the first rows up to the last that is taken.
+        """Generate a frame for all requests; it runs all rows up to the last one in use.
 
-        The output lies in memory that the next frame writes again.
+        The output is in memory that the next frame overwrites.
         """
         self._run(max(self.slots) + 1)
         return FrameOutput(self.codes, self.valid)
 
     def launch(self, rows: int) -> None:
-        """Launch a frame of the first rows: launches and nothing else, once a frame of as many rows has been run."""
+        """Launch a frame of the first `rows` rows; after a first frame of as many rows, it only launches kernels."""
         hidden, lengths = self._hidden[:rows], self.lengths[:rows]
         codes, next_embedding = self._flow_head.generate_codes(
             hidden, self._cfg_alpha[:rows],
@@ -99,14 +101,14 @@ class DecodeBatch:
 
 
 class FusedRunner:
-    """:class:`voxkern.engine.runner.ModelRunner` on fused modules: a batch for each number of steps and solver."""
+    """Implements :class:`voxkern.engine.runner.ModelRunner` on fused modules, a batch per pair of steps and solver."""
 
     deferred = True
 
     def __init__(
         self, model: VoxtralTTS, n_slots: int, kv_cache: KVCache, max_seq_len: int, capture: Capture | None = None
     ) -> None:
-        """Make `n_slots` slots, at most as many as the model is accelerated for; `capture` makes graphs of frames."""
+        """Make `n_slots` slots, at most the `max_batch` of the accelerated model; with `capture`, frames are graphs."""
         self.model, self.n_slots, self.kv_cache, self.max_seq_len = model, n_slots, kv_cache, max_seq_len
         self._capture, self._addresses = capture, weight_addresses(model)
         self._backbone, self._flow_head = fused_modules_of(model)
@@ -114,24 +116,24 @@ class FusedRunner:
         self._block_table = torch.zeros(1, pages_for(max_seq_len), dtype=torch.int32, device=kv_cache.kv.device)
 
     def refresh_weights(self) -> None:
-        """Rebuild the flow head's tables, and drop graphs if weights have moved."""
+        """Rebuild the flow head's tables, and drop all batches and graphs if weights have another address or dtype."""
         self._flow_head.refresh()
         if (found := weight_addresses(self.model)) != self._addresses:
             self._batches, self._addresses = {}, found
 
     def weights_version(self) -> Hashable:
-        """See :func:`voxkern.engine.runner.backbone_weights_version`."""
+        """Return the version of the backbone's weights, see :func:`voxkern.engine.runner.backbone_weights_version`."""
         return backbone_weights_version(self.model)
 
     def prefill(self, embeddings: Tensor, pages: list[int], n_past: int) -> Tensor:
-        """Run a prompt in six launches a layer; a prompt in parts has the bits of the whole."""
+        """Run a prompt in six launches per layer; a prompt in parts gives the same bits as the whole."""
         self._block_table[0, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         batch = TokenBatch.of([len(embeddings)], [n_past + len(embeddings)], embeddings.device)
         states = self._backbone.prefill(embeddings, batch, self.kv_cache.kv, self._block_table)
         return self._backbone.norm(states[-1:])[0]
 
     def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
-        """Put a request into the batch of its steps and solver."""
+        """Put a request into the batch of its steps and solver, which is made if it is missing."""
         key = (request.steps, request.solver)
         if key not in self._batches:
             idle = [known for known, batch in self._batches.items() if not batch.slots]
@@ -143,13 +145,13 @@ class FusedRunner:
         self._batches[key].add(slot, request, hidden, pages)
 
     def remove(self, slot: int) -> None:
-        """Free a slot, in whichever batch it is."""
+        """Free a slot in the batch that holds it."""
         for batch in self._batches.values():
             if slot in batch.slots:
                 batch.remove(slot)
 
     def generate_frame(self) -> FrameOutput:
-        """Generate a frame batch by batch."""
+        """Generate a frame of each batch that has requests, and merge their outputs."""
         outputs = [batch.generate_frame() for batch in self._batches.values() if batch.slots]
         if len(outputs) == 1:
             return outputs[0]
@@ -159,7 +161,7 @@ class FusedRunner:
 
 
 def fused_modules_of(model: VoxtralTTS) -> tuple[FusedBackbone, FusedHead[Any, Any, Any]]:
-    """The fused backbone and flow head of an accelerated model."""
+    """Return the fused backbone and the fused flow head of an accelerated model."""
     backbone, flow_head = model.hidden_states, model.acoustic_transformer.forward
     assert isinstance(backbone, FusedBackbone)
     assert isinstance(flow_head, FusedHead)

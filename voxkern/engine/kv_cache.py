@@ -8,20 +8,22 @@ from torch import Tensor
 
 from ..reference.config import BackboneConfig
 
-PAGE_SIZE = 64  # tokens a page; a request wastes half a page on average, 3.4 MB of the public model's keys and values
+PAGE_SIZE = 64  # tokens per page; a request wastes half a page on average: 3.4 MB in the public model
 
 
 class KVCache:
-    """Pages of keys and values. A page may be shared by several requests, and is free when none uses it.
+    """Holds pages of keys and values, and counts the references to each page.
+
+    Several requests may share a page. A page without references is free.
 
     Attributes:
-        kv: [layers, pages, 2, Hkv, PAGE, D], keys at index 0 and values at 1.
-        n_pages: of them all.
-        ref_counts: of each page, how often it was allocated or retained and not freed since.
+        kv: [layers, pages, 2, Hkv, PAGE, D] in the given dtype, keys at index 0 and values at 1.
+        n_pages: number of all pages.
+        ref_counts: references to each page: how often it was allocated or retained, and not freed since.
     """
 
     def __init__(self, config: BackboneConfig, n_pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate `n_pages` pages of ``PAGE_SIZE`` tokens; a CPU gives memory only to those that are written."""
+        """Allocate `n_pages` pages of ``PAGE_SIZE`` tokens; on a CPU only pages that are written take memory."""
         shape = (config.n_layers, n_pages, 2, config.n_kv_heads, PAGE_SIZE, config.head_dim)
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.n_pages, self.ref_counts = n_pages, [0] * n_pages
@@ -29,14 +31,14 @@ class KVCache:
 
     @property
     def n_free(self) -> int:
-        """Pages that no request and no prefix uses."""
+        """Number of pages that no request and no cached prefix uses."""
         return len(self._free)
 
     def allocate(self, n_pages: int) -> list[int]:
-        """Take free pages; each has a reference count of 1.
+        """Take `n_pages` free pages, each with a reference count of 1, and return them.
 
         Raises:
-            RuntimeError: fewer are free.
+            RuntimeError: fewer pages are free.
         """
         if n_pages > len(self._free):
             raise RuntimeError(f"the KV cache has {len(self._free)} free pages, {n_pages} are needed")
@@ -44,16 +46,16 @@ class KVCache:
         return self.retain(pages)
 
     def retain(self, pages: list[int]) -> list[int]:
-        """Count one more reference to each of these pages, and return them."""
+        """Add one reference to each of these pages, and return them."""
         for page in pages:
             self.ref_counts[page] += 1
         return pages
 
     def free(self, pages: list[int]) -> None:
-        """Count one reference less to each of these pages; a page without references is free.
+        """Remove one reference from each of these pages; a page without references becomes free.
 
         Raises:
-            RuntimeError: a page has none.
+            RuntimeError: a page has no references.
         """
         for page in pages:
             if not self.ref_counts[page]:
@@ -63,7 +65,7 @@ class KVCache:
                 self._free.append(page)
 
     def copy(self, source: int, target: int) -> None:
-        """Copy keys and values of a page into another one, in all layers."""
+        """Copy the keys and values of page `source` to page `target`, in all layers."""
         self.kv[:, target].copy_(self.kv[:, source])
 
 
@@ -72,10 +74,10 @@ class PrefixKey:
     """Identifies the first tokens of a prompt, which all prompts of one voice share.
 
     Attributes:
-        embeddings: of the voice, [N, dim].
-        version: of the embeddings, when the prompt was made.
-        weights_version: of the model's weights, when the prompt was made.
-        n_tokens: of the prefix.
+        embeddings: [N, dim], the voice's embeddings.
+        version: torch's version counter of the embeddings when the prompt was made.
+        weights_version: version of the model's weights when the prompt was made.
+        n_tokens: tokens of the prefix.
     """
 
     embeddings: Tensor
@@ -85,25 +87,25 @@ class PrefixKey:
 
     @classmethod
     def of(cls, embeddings: Tensor, weights_version: Hashable, n_tokens: int) -> "PrefixKey":
-        """Make the key of embeddings as they are now.
+        """Make a key for the embeddings as they are now.
 
-        What is written to embeddings made in inference mode leaves no trace.
+        A later write to the embeddings gives another key, unless the embeddings were made in inference mode.
         """
         return cls(embeddings, 0 if embeddings.is_inference() else embeddings._version, weights_version, n_tokens)
 
     @property
     def identity(self) -> tuple[int, int, int]:
-        """Equal for two prefixes that have the same keys and values under the same weights."""
+        """A tuple that is equal for two prefixes with the same keys and values under the same weights."""
         return id(self.embeddings), self.version, self.n_tokens
 
 
 @dataclass(frozen=True, eq=False)
 class CachedPrefix:
-    """A prefix in the KV cache.
+    """Holds the pages of a prefix in the KV cache.
 
     Attributes:
-        key: of the prefix; holding it also keeps the id of its embeddings from being reused.
-        pages: of its tokens; the last may be filled partly.
+        key: the prefix's key. It keeps the embeddings alive, so that Python does not reuse their id.
+        pages: the pages of its tokens; the last may be partly filled.
     """
 
     key: PrefixKey
@@ -111,14 +113,15 @@ class CachedPrefix:
 
 
 class PrefixCache:
-    """Prefixes of prompts: computed once, shared by all requests with the same voice, evicted when pages are short.
+    """Keeps prefixes of prompts in the KV cache.
+
+    A prefix is computed once, shared by all requests with the same voice, and evicted when pages are short.
 
     Attributes:
         entries: prefixes in the KV cache, least recently used first.
     """
 
     def __init__(self, kv_cache: KVCache) -> None:
-        """The cache is empty."""
         self.entries: dict[tuple[int, int, int], CachedPrefix] = {}
         self._kv_cache = kv_cache
         self._weights_version: Hashable = None
@@ -126,19 +129,19 @@ class PrefixCache:
     def allocate_request(
         self, key: PrefixKey | None, n_tokens: int, weights_version: Hashable, fill: Callable[[list[int]], object]
     ) -> list[int] | None:
-        """Allocate pages for a request, in which its prefix is already.
+        """Allocate the pages of a request, with its prefix already filled in.
 
-        Nothing is shared where the weights are others than when the prompt was made, or where the whole cache is too
-        small for the prefix beside the request.
+        The prefix is not shared if the weights have changed since the prompt was made. Neither is it shared if the
+        whole KV cache is too small for the prefix beside the request.
 
         Args:
-            key: of the request's prefix; None shares nothing.
-            n_tokens: all that the request may ever have.
-            weights_version: now; prefixes that other weights made are evicted.
-            fill: writes the prefix's keys and values into pages.
+            key: key of the request's prefix; None shares nothing.
+            n_tokens: most tokens that the request may ever have.
+            weights_version: version of the weights now; prefixes from other weights are evicted.
+            fill: writes the prefix's keys and values into the given pages.
 
         Returns:
-            The pages, which the caller frees; None if too few are free.
+            The pages, which the caller frees; None if too few pages are free.
         """
         if weights_version != self._weights_version:
             self.clear()
@@ -157,7 +160,7 @@ class PrefixCache:
         if prefix is None:
             prefix = CachedPrefix(key, self._allocate_filled(n_prefix, fill))
         self.entries.pop(key.identity, None)
-        self.entries[key.identity] = prefix  # the last is the most recently used
+        self.entries[key.identity] = prefix  # the last entry is the most recently used
         shared, partly_filled = prefix.pages[:n_full], prefix.pages[n_full:]
 
         def copy(own: list[int]) -> None:
@@ -168,7 +171,7 @@ class PrefixCache:
         return self._kv_cache.retain(shared) + own
 
     def clear(self) -> None:
-        """Evict all; pages that running requests share stay allocated."""
+        """Evict all prefixes; pages that running requests share stay allocated."""
         for prefix in self.entries.values():
             self._kv_cache.free(prefix.pages)
         self.entries.clear()
@@ -183,7 +186,7 @@ class PrefixCache:
         return pages
 
     def _evict_for(self, n_pages: int, keep: CachedPrefix | None = None) -> bool:
-        """Evict unused prefixes until `n_pages` are free, but none if that would not be enough."""
+        """Evict unused prefixes until `n_pages` pages are free; evict none and return False if that is not enough."""
         unused = [prefix for prefix in self.entries.values() if prefix is not keep and self._unused(prefix)]
         if n_pages > self._kv_cache.n_free + sum(len(prefix.pages) for prefix in unused):
             return False
@@ -197,11 +200,11 @@ class PrefixCache:
 
 
 def pages_for(n_tokens: int) -> int:
-    """Pages that hold `n_tokens` tokens."""
+    """Return the number of pages that hold `n_tokens` tokens."""
     return -(-n_tokens // PAGE_SIZE)
 
 
 def cache_bytes(config: BackboneConfig, n_tokens: int, dtype: torch.dtype) -> int:
-    """Memory of a request's keys and values."""
+    """Return the bytes that the keys and values of a request take, in whole pages."""
     row = 2 * config.n_kv_heads * config.head_dim * dtype.itemsize
     return config.n_layers * pages_for(n_tokens) * PAGE_SIZE * row

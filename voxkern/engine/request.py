@@ -1,4 +1,4 @@
-"""A request, and its state: what is to be generated, and how far that has come."""
+"""A request, and the state of a submitted request."""
 
 from dataclasses import dataclass, field
 
@@ -12,16 +12,16 @@ from .kv_cache import PrefixKey
 
 @dataclass(frozen=True)
 class Request:
-    """One utterance to speak.
+    """Describes one utterance to generate.
 
     Attributes:
-        prompt: [T, dim], embeddings of voice and text.
-        seed: of its noise.
-        cfg_alpha: strength of the guidance.
-        max_frames: where it is cut off.
-        steps: evaluations of the velocity a frame.
+        prompt: [T, dim], embeddings of voice and text in the model's dtype.
+        seed: 0 .. 2^64 - 1, the seed of the noise.
+        cfg_alpha: strength of the classifier-free guidance; 1 is none.
+        max_frames: most frames to generate.
+        steps: evaluations of the velocity network per frame.
         solver: "euler" or "ab2".
-        prefix: what the prompt's first rows are made of; None for a prompt in one part.
+        prefix: key of the prompt's first rows, which requests with the same voice share; None shares nothing.
     """
 
     prompt: Tensor
@@ -34,30 +34,30 @@ class Request:
 
     @property
     def n_tokens(self) -> int:
-        """The most tokens that the request ever has in the KV cache."""
+        """Most tokens that the request ever has in the KV cache."""
         return len(self.prompt) + self.max_frames
 
 
 @dataclass(eq=False)
 class RequestState:
-    """A submitted request.
+    """Holds what a submitted request has generated so far. "Taken" is what :meth:`take` has returned.
 
     Attributes:
-        request: what is to be generated.
-        sampling_rate: of the samples.
-        n_codebooks: codes a frame.
-        codes: int16 [n_codebooks] of each frame that was not taken yet.
-        samples: float32 of each frame that was not taken yet.
-        n_frames: generated so far, taken or not.
-        ended: the model generated END.
-        finished: nothing more will be generated.
-        error: why, if something went wrong.
-        slot: its place in the runner, or None.
-        pages: of the KV cache that it holds.
-        queue_seconds: of work for other requests before it was admitted.
-        prefill_seconds: of its own prompt's work, that was not taken yet.
-        frame_seconds: of frames, that was not taken yet.
-        codec_seconds: of the codec, that was not taken yet.
+        request: the request itself.
+        sampling_rate: samples per second.
+        n_codebooks: codes per frame.
+        codes: int16 [n_codebooks] of each frame that is not taken yet, without the +2 offset.
+        samples: float32 [samples per frame] of each frame that is not taken yet.
+        n_frames: number of frames generated so far, taken or not.
+        ended: whether the model has generated END.
+        finished: whether generation is over: by END, the frame limit, a cancel or an error.
+        error: the error that the request's computation raised, or None.
+        slot: the request's slot in the runner; None while it is not running.
+        pages: the pages of the KV cache that it holds.
+        queue_seconds: seconds of frames for other requests before this one was admitted.
+        prefill_seconds: seconds of its prompt's work, not taken yet.
+        frame_seconds: seconds of generating frames, not taken yet.
+        codec_seconds: seconds of decoding frames, not taken yet.
     """
 
     request: Request
@@ -77,7 +77,10 @@ class RequestState:
     codec_seconds: float = 0.0
 
     def take(self, n: int | None = None) -> Audio:
-        """Remove the next `n` frames, or all that there are; `ended` counts for the last of them all."""
+        """Remove the next `n` frames, or all that are ready, and return them.
+
+        ``Audio.ended`` is True only if END followed the last frame that is returned.
+        """
         codes, self.codes = self.codes[:n], self.codes[len(self.codes[:n]) :]
         samples, self.samples = self.samples[:n], self.samples[len(self.samples[:n]) :]
         prefill, frames, codec = self.prefill_seconds, self.frame_seconds, self.codec_seconds

@@ -1,9 +1,9 @@
-"""Model runners: what the engine drives, and how the reference modules do it.
+"""Model runners: the interface that the engine drives, and its implementation on the reference modules.
 
-Same seed, same sound: rows run in zero-padded blocks of a fixed number of rows, and attention request by request, so
-nothing that a request computes depends on the other requests. (On a CPU, ``F.linear`` in fp32 gives a row other bits in
-a batch of 2 than alone, and in a batch of 6 other bits at the last two places: measured.) For the same reason a prompt
-is always run in two parts, its prefix and the rest, whether or not the prefix is in the cache already.
+The same seed gives the same sound, because a request's results do not depend on the other requests. To that end rows
+run in zero-padded blocks of a fixed number of rows, and attention runs request by request. On a CPU, ``F.linear`` in
+fp32 gives a row other bits in a batch of 2 than alone, and other bits in the last two rows of a batch of 6 (measured).
+For the same reason a prompt always runs in two parts, its prefix and the rest, whether or not the cache has the prefix.
 """
 
 from collections.abc import Hashable, Iterator
@@ -21,16 +21,16 @@ from ..reference.noise import noise, seed_tensor
 from .kv_cache import KVCache
 from .request import Request
 
-BLOCK_ROWS = 4  # requests a block when several may run; the flow head then sees 24 rows, a whole number of tiles
+BLOCK_ROWS = 4  # rows of a block if several requests may run; the flow head then has 24 rows, a whole number of tiles
 
 
 @dataclass(frozen=True)
 class FrameOutput:
-    """A frame of all slots, on the device.
+    """Holds one frame of all slots, on the device.
 
     Attributes:
         codes: int64 [slots, 37] with the +2 offset; meaningful where `valid` is 1.
-        valid: int64 [slots], 1 or 0: the slot is free, or its request has ended.
+        valid: int64 [slots], 1 for a new frame, 0 where the slot is free or its request has ended.
     """
 
     codes: Tensor
@@ -38,13 +38,13 @@ class FrameOutput:
 
 
 class ModelRunner(Protocol):
-    """Runs prompts and frames of the requests in its slots.
+    """Runs the prompts and the frames of the requests in its slots.
 
     Attributes:
-        n_slots: requests that run side by side.
-        kv_cache: whose pages the engine allocates.
-        max_seq_len: that a request may have.
-        deferred: a frame's output is best read when the next frame has been launched.
+        n_slots: number of slots: requests that run side by side.
+        kv_cache: the KV cache; the engine allocates its pages.
+        max_seq_len: most tokens of a request.
+        deferred: whether a frame's output is best read after the next frame has been launched.
     """
 
     n_slots: int
@@ -53,36 +53,36 @@ class ModelRunner(Protocol):
     deferred: bool
 
     def refresh_weights(self) -> None:
-        """Called when no request is running: rebuild everything derived from the weights."""
+        """Rebuild everything derived from the weights; the engine calls this when no request is running."""
 
     def weights_version(self) -> Hashable:
-        """A value that changes when the weights of the backbone do."""
+        """Return a value that changes when the backbone's weights change."""
 
     def prefill(self, embeddings: Tensor, pages: list[int], n_past: int) -> Tensor:
-        """Run the rows [T, dim] of a prompt that come after `n_past` tokens; the last's hidden state, [dim]."""
+        """Run the rows [T, dim] of a prompt that follow `n_past` tokens; return the last row's hidden state, [dim]."""
 
     def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
-        """Put a request whose prompt has been run into a free slot."""
+        """Put a request into a free slot; `hidden` is the hidden state that :meth:`prefill` returned for its prompt."""
 
     def remove(self, slot: int) -> None:
         """Free a slot; the output of its last frame is not read."""
 
     def generate_frame(self) -> FrameOutput:
-        """Generate a frame of every request that has neither ended nor reached its limit."""
+        """Generate a frame for every request that has neither ended nor reached its frame limit."""
 
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request in a slot of :class:`TorchRunner`.
+    """Holds the state of a request in a slot of :class:`TorchRunner`.
 
     Attributes:
-        request: what is to be generated.
-        slot: its place.
+        request: the request itself.
+        slot: the number of its slot.
         hidden: [dim], the backbone's last hidden state.
-        pages: int32, of the cache.
-        length: tokens in the cache.
-        n_frames: generated so far.
-        codes: [37], the last frame.
+        pages: int32 [n], its pages of the KV cache.
+        length: number of its tokens in the KV cache.
+        n_frames: number of frames generated so far.
+        codes: int64 [37], the last frame with the +2 offset.
     """
 
     request: Request
@@ -95,41 +95,41 @@ class RunningRequest:
 
 
 class TorchRunner:
-    """:class:`ModelRunner` on the reference modules."""
+    """Implements :class:`ModelRunner` on the reference modules."""
 
     deferred = False
 
     def __init__(self, model: VoxtralTTS, n_slots: int, kv_cache: KVCache, max_seq_len: int) -> None:
-        """Make `n_slots` slots; a single one runs in blocks of one row, which is the fastest."""
+        """Make `n_slots` slots; a single slot runs in blocks of one row, which is the fastest."""
         self.model, self.n_slots, self.kv_cache, self.max_seq_len = model, n_slots, kv_cache, max_seq_len
         self._rows = block_rows(n_slots)
         self._running: dict[int, RunningRequest] = {}
 
     def refresh_weights(self) -> None:
-        """Do nothing: weights are read in every product, and nothing is derived from them."""
+        """Do nothing: every product reads the weights, and nothing is derived from them."""
 
     def weights_version(self) -> Hashable:
-        """See :func:`backbone_weights_version`."""
+        """Return the version of the backbone's weights, see :func:`backbone_weights_version`."""
         return backbone_weights_version(self.model)
 
     def prefill(self, embeddings: Tensor, pages: list[int], n_past: int) -> Tensor:
-        """Run a prompt by itself: in a batch, its bits would depend on the other prompts' lengths."""
+        """Run a prompt alone, because in a batch its bits would depend on the lengths of the other prompts."""
         device = embeddings.device
         table = torch.tensor([pages], dtype=torch.int32, device=device)
         lengths = torch.tensor([n_past + len(embeddings)], device=device)
         return self.model.hidden_states(embeddings.unsqueeze(0), PagedCache(self.kv_cache.kv, table, lengths))[0, -1]
 
     def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
-        """Its first frame is generated from `hidden`."""
+        """Put a request into a free slot; its first frame is generated from `hidden`."""
         table = torch.tensor(pages, dtype=torch.int32, device=hidden.device)
         self._running[slot] = RunningRequest(request, slot, hidden, table, len(request.prompt))
 
     def remove(self, slot: int) -> None:
-        """Free a slot; its request may have ended, and left it, already."""
+        """Free a slot, unless its request has ended and left it already."""
         self._running.pop(slot, None)
 
     def generate_frame(self) -> FrameOutput:
-        """Feed back the last frame of each request that has one, then generate the next of all, block by block."""
+        """Run the backbone on the last frame of each request that has one, then generate the next frame of all."""
         for block in blocks([r for r in self._running.values() if r.n_frames], self._rows):
             decode_block(self.model, self.kv_cache.kv, block, self._rows)
         weight = self.model.norm.weight
@@ -147,20 +147,20 @@ class TorchRunner:
 
 
 def generate_block(model: VoxtralTTS, block: list[RunningRequest], rows: int, steps: int, solver: str) -> None:
-    """Generate a frame of codes, or END, from the hidden state of each request in a block."""
+    """Generate a frame of codes, or END, for each request in a block, from its hidden state."""
     device, padding = block[0].hidden.device, [0] * (rows - len(block))
     seeds = seed_tensor([r.request.seed for r in block] + padding).to(device)
     frames = torch.tensor([r.n_frames for r in block] + padding, device=device)
     alpha = torch.tensor([r.request.cfg_alpha for r in block] + padding, dtype=torch.float32, device=device)
     x = noise(seeds, frames, model.config.audio.n_acoustic_codebook)
     codes = model.acoustic_transformer(_padded([r.hidden for r in block], rows), alpha, x, steps, solver)
-    for r, row in zip(block, codes, strict=False):  # padding rows have codes too
+    for r, row in zip(block, codes, strict=False):  # drops the codes of the padding rows
         r.codes = row
         r.n_frames += 1
 
 
 def decode_block(model: VoxtralTTS, kv: Tensor, block: list[RunningRequest], rows: int) -> None:
-    """Feed back the last frame of each request in a block, and keep the new hidden state."""
+    """Run the backbone on the last frame of each request in a block, and store the new hidden state."""
     for r in block:
         r.length += 1
     codes = _padded([r.codes for r in block], rows)
@@ -174,20 +174,20 @@ def decode_block(model: VoxtralTTS, kv: Tensor, block: list[RunningRequest], row
 
 
 def block_rows(n: int) -> int:
-    """Rows a block where `n` requests may run."""
+    """Return the number of rows of a block if `n` requests may run."""
     return BLOCK_ROWS if n > 1 else 1
 
 
 def blocks(running: list[RunningRequest], rows: int) -> Iterator[list[RunningRequest]]:
-    """Consecutive runs of at most `rows`."""
+    """Split `running` into consecutive blocks of at most `rows` requests."""
     for start in range(0, len(running), rows):
         yield running[start : start + rows]
 
 
 def backbone_weights_version(model: VoxtralTTS) -> Hashable:
-    """Another one when a weight that prompts go through is another tensor, or was written to.
+    """Return a value that changes when a weight of the layers or embeddings is replaced or written to.
 
-    What is written through ``.data``, or to weights made in inference mode, leaves no trace.
+    Writes through ``.data``, or to weights that were made in inference mode, are not detected.
     """
     weights = (*model.layers.parameters(), *model.mm_audio_embeddings.parameters())
     return tuple((id(w), w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype) for w in weights)
@@ -198,5 +198,5 @@ def _steps_and_solver(running: RunningRequest) -> tuple[int, str]:
 
 
 def _padded(rows: list[Tensor], n: int) -> Tensor:
-    """Stack, and fill up with zero rows to `n`."""
+    """Stack `rows`, and append zero rows up to `n`."""
     return torch.stack(rows + [torch.zeros_like(rows[0])] * (n - len(rows)))

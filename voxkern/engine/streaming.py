@@ -1,4 +1,4 @@
-"""Deliver a request's audio in chunks, as its frames are generated; also for asyncio."""
+"""Deliver a request's audio in chunks while its frames are generated, also for asyncio."""
 
 import asyncio
 from collections import deque
@@ -12,10 +12,10 @@ from .request import Request, RequestState
 
 
 def chunk_sizes(first: int, most: int) -> Iterator[int]:
-    """Frames of each chunk: `first`, then twice as many each time, up to `most`.
+    """Yield the number of frames of each chunk: `first`, then twice as many each time, up to `most`.
 
-    The first chunk is then ready early, and each next one is ready before the last has been played if a frame takes
-    less than half of its own length.
+    So the first chunk is ready early. Each next chunk is ready before the one before it has been played, if a frame is
+    generated in less than half of its 80 ms.
     """
     while True:
         yield first
@@ -23,28 +23,28 @@ def chunk_sizes(first: int, most: int) -> Iterator[int]:
 
 
 class SpeechStream:
-    """Requests run one after the other, delivered in chunks; the last chunk may be empty, and has how the whole ended.
+    """Runs requests one after the other, and returns their audio in chunks.
 
-    Nothing runs before the first chunk is requested. Closing the stream, or dropping it, ends the work and frees its
-    memory.
+    The last chunk may be empty. Its `ended` is True if the model ended every request by END; that of all other chunks
+    is False. Nothing runs before the first chunk is requested. Closing the stream, or dropping it, stops the work and
+    frees its memory.
     """
 
     def __init__(self, engine: Engine, requests: list[Request], sizes: Iterator[int]) -> None:
-        """`sizes`: frames of each chunk; a request's last may have fewer."""
+        """`sizes`: frames of each chunk; the last chunk of a request may have fewer."""
         self._engine, self._requests, self._sizes = engine, deque(requests), sizes
         self._state: RequestState | None = None
         self._ended, self._closed = True, False
         self._first_sound: float | None = None
 
     def __iter__(self) -> Iterator[Audio]:
-        """Return the stream itself."""
         return self
 
     def __next__(self) -> Audio:
-        """Run frames until the next chunk is complete."""
+        """Run frames until the next chunk is complete, and return it."""
         while not self._closed and (self._state is not None or self._requests):
             state = self._state = self._state or self._engine.submit(self._requests.popleft())
-            if self._closed:  # in another thread, just now
+            if self._closed:  # another thread has closed the stream just now
                 self._engine.cancel(state)
                 break
             size = next(self._sizes)
@@ -67,13 +67,12 @@ class SpeechStream:
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the stream; from any thread, at any time."""
+        """Stop the stream; any thread may call this at any time."""
         self._closed, state = True, self._state
         if state is not None:
             self._engine.cancel(state)
 
     def __del__(self) -> None:
-        """Close a stream that is dropped."""
         self.close()
 
     def _timed(self, chunk: Audio) -> Audio:
@@ -83,9 +82,9 @@ class SpeechStream:
 
 
 async def iterate_in_thread(stream: SpeechStream) -> AsyncIterator[Audio]:
-    """Iterate over a stream's chunks, each of which is run in a thread; what ends the iteration closes the stream.
+    """Iterate over a stream's chunks, each computed in a thread, and close the stream when the iteration ends.
 
-    The thread is the stream's own: asyncio's common threads are few, and a stream that waits for one would stall.
+    Each stream has a thread of its own: asyncio's shared threads are few, and a stream that waits for one would stall.
     """
     own = ThreadPoolExecutor(1, "voxkern")
     try:

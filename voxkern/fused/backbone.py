@@ -1,7 +1,9 @@
-"""The fused backbone: five launches a layer (eight with experts), on the backbone's own weights, over a paged KV cache.
+"""The fused backbone: it runs a backbone's layers through kernels, on the backbone's weights and a paged KV cache.
 
-Decode is one token a request, in memory that is made once; a prefill is many tokens of several requests side by side,
-with tiles as large as the matrix units want them. Which of the two it is decides the settings, never the rows at hand.
+A decode step runs one token of each request, in memory that is allocated once. It takes five launches per layer, or
+eight where the layer has experts. A prefill runs many tokens of several requests, concatenated, with
+tiles as large as the matrix units need. The launch configs depend on which of the two runs, never on the number of
+rows in a call.
 """
 
 from dataclasses import dataclass
@@ -27,24 +29,25 @@ from ..reference.moe import MoEBlock
 from .moe import FusedMoE
 
 MAX_BATCH = 64
-MAX_SEQ_LEN = 16_384  # 20 minutes of speech: as many as 64 spans of 256 tokens hold
-PREFILL_ROWS = 1 << 20  # prepared for: in a prefill the settings depend on no rows at all
-MOE_ROWS = 1024  # tokens of a prefill that go through the experts at once
+MAX_SEQ_LEN = 16_384  # 64 attention spans of 256 tokens; 20 minutes of speech
+PREFILL_ROWS = 1 << 20  # max_rows of a prefill's launches; no launch config of the prefill phase depends on it
+MOE_ROWS = 1024  # the most tokens of a prefill that one run of the experts takes
 NAME = "the accelerated backbone"
-PAGE_SIZE = 64  # of a cache made for a call without one
+PAGE_SIZE = 64  # tokens per page of the cache that a call without a cache allocates
 
 
 @dataclass(frozen=True)
 class BackboneBuffers:
-    """Memory of one token each of B requests: views of what `max_batch` take.
+    """The memory that one decode step of B requests needs: views of the memory for `max_batch` requests.
 
     Attributes:
         stream: [B, dim], the residual stream.
-        q: [B, H * D].
-        attended: [B, H * D].
-        gated: [B, hidden].
+        q: [B, H * D], the rotated queries.
+        attended: [B, H * D], the result of the attention.
+        gated: [B, hidden], the feed-forward's hidden activations.
         hidden: [B, dim], the result, after the final norm.
-        scratch: of the attention, see :func:`voxkern.kernels.paged_attention.paged_attention_scratch`.
+        scratch: scratch memory of the attention, see
+            :func:`voxkern.kernels.paged_attention.paged_attention_scratch`.
     """
 
     stream: Tensor
@@ -57,14 +60,14 @@ class BackboneBuffers:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """New tokens of several requests, side by side.
+    """The new tokens of B requests, concatenated into R rows.
 
     Attributes:
-        n_new: new tokens of each request.
-        cu_seqlens: int32 [B + 1], each request's first row.
-        request_ids: int32 [R], each row's request.
-        positions: int32 [R], each row's place in its request, -1 for one that holds nothing.
-        lengths: int32 [B], tokens of each request with the new ones.
+        n_new: number of new tokens of each request.
+        cu_seqlens: int32 [B + 1], the first row of each request, and R at the end.
+        request_ids: int32 [R], the request of each row.
+        positions: int32 [R], the position of each row in its request; -1 marks a row without a request.
+        lengths: int32 [B], tokens of each request including the new ones; 0 marks a row without a request.
     """
 
     n_new: list[int]
@@ -75,7 +78,7 @@ class TokenBatch:
 
     @classmethod
     def of(cls, n_new: list[int], lengths: list[int], device: torch.device) -> "TokenBatch":
-        """`n_new` tokens of each request, which then has `lengths`; length 0 holds no request."""
+        """Make a batch from the new tokens and the total tokens of each request, with tensors on `device`."""
         request_ids = [b for b, n in enumerate(n_new) for _ in range(n)]
         positions = [
             length - n + t if length else -1 for n, length in zip(n_new, lengths, strict=True) for t in range(n)
@@ -85,16 +88,21 @@ class TokenBatch:
 
 
 class FusedBackbone:
-    """Replaces a backbone's ``hidden_states``: same arguments, same states up to rounding.
+    """Replaces a backbone's ``hidden_states``, with the same arguments and, up to rounding, the same results.
 
     Attributes:
-        module: the backbone, whose weights are read anew in every call.
-        max_batch: requests that it is prepared for.
-        max_seq_len: tokens a request that it is prepared for. How attention is split, and so a last bit, belongs to it.
+        module: the backbone. Every call reads the weights that the module holds at that time.
+        max_batch: the most requests of a decode step. The launch configs depend on it, and so do a result's last bits.
+        max_seq_len: the most tokens of a request. It decides how attention is split, and so a result's last bits.
     """
 
     def __init__(self, module: Backbone, max_batch: int, max_seq_len: int | None = None) -> None:
-        """`max_seq_len`: None takes the config's, or 16,384 where that is more.
+        """Prepare for a backbone.
+
+        Args:
+            module: the backbone.
+            max_batch: the most requests of a decode step, 1..64.
+            max_seq_len: the most tokens of a request, at least 1; None is the config's, but at most 16,384.
 
         Raises:
             ValueError: a number is out of range.
@@ -111,13 +119,14 @@ class FusedBackbone:
         self._rope: Tensor | None = None
 
     def __call__(self, u: Tensor, cache: PagedCache | None = None) -> Tensor:
-        """Run the layers over T tokens of each request, as :meth:`Backbone.hidden_states` says it.
+        """Run the layers over T tokens of each request, see :meth:`Backbone.hidden_states`.
 
-        One token a request is always a decode, though it be the last of a prompt in parts: its bits are a decode's,
-        summed in other tiles than a prefill's. :meth:`prefill` takes any number of tokens and has the whole's bits.
+        T = 1 is always a decode step, even for the last token of a prompt in parts. A decode step sums in other tiles
+        than a prefill, so the result's last bits differ. :meth:`prefill` runs any number of tokens, 1 included, and a
+        prompt in parts has the same bits there as the whole prompt.
 
         Raises:
-            RuntimeError: gradients are asked for.
+            RuntimeError: a gradient is needed.
             ValueError: a shape is wrong, or there are more requests than `max_batch` or tokens than `max_seq_len`.
             TypeError: a dtype is wrong.
         """
@@ -134,18 +143,25 @@ class FusedBackbone:
         return self.norm(states).view(B, T, dim)
 
     def decode(self, u: Tensor, kv: Tensor, block_table: Tensor, lengths: Tensor, out: Tensor | None = None) -> Tensor:
-        """One token a request, in launches and nothing else once a call of as many requests has been made.
+        """Run one token of each request.
+
+        The first call with B requests allocates memory; later ones only launch kernels.
 
         Args:
-            u: [B, dim], embeddings, in the weights' dtype.
-            kv: [layers, pages, 2, Hkv, PAGE, D].
-            block_table: int32 [B, max_pages].
-            lengths: int32 [B], with the new token; 0 holds no request.
-            out: contiguous [B, dim], takes the result.
+            u: [B, dim], embeddings in the weights' dtype.
+            kv: [layers, pages, 2, Hkv, PAGE, D], the cache; the tokens' keys and values are written to it.
+            block_table: int32 [B, max_pages], the pages of each request in order.
+            lengths: int32 [B], tokens of each request including the new one; 0 marks a row without a request.
+            out: contiguous [B, dim], the memory for the result; None is this object's own memory.
 
         Returns:
-            [B, dim] after the final norm: `out`, or memory that the next call of as many requests writes again.
-            Rows of length 0 hold nothing of meaning.
+            [B, dim] after the final norm. Without `out`, the next call with B requests overwrites it. The values of
+            rows of length 0 are undefined.
+
+        Raises:
+            RuntimeError: a gradient is needed.
+            ValueError: a shape is wrong, or there are more requests than `max_batch` or tokens than `max_seq_len`.
+            TypeError: a dtype is wrong.
         """
         self._check(u, kv, block_table, lengths)
         if len(u) > self.max_batch:
@@ -168,18 +184,23 @@ class FusedBackbone:
         return out
 
     def prefill(self, u: Tensor, batch: TokenBatch, kv: Tensor, block_table: Tensor) -> Tensor:
-        """Many tokens of several requests, in launches but for the memory they need; six launches a layer.
+        """Run many tokens of several requests, in six launches per layer (more where the layer has experts).
 
-        A prompt may come in parts: the result is that of the whole, bit by bit.
+        Every call allocates its memory. A prompt may be run in parts: the result has the same bits as in one call.
 
         Args:
-            u: [R, dim], embeddings.
+            u: [R, dim], embeddings in the weights' dtype.
             batch: the requests and positions of the rows.
-            kv: [layers, pages, 2, Hkv, PAGE, D].
-            block_table: int32 [B, max_pages].
+            kv: [layers, pages, 2, Hkv, PAGE, D], the cache; the tokens' keys and values are written to it.
+            block_table: int32 [B, max_pages], the pages of each request in order.
 
         Returns:
-            [R, dim], before the final norm: mostly a prompt's last row alone is wanted.
+            [R, dim] before the final norm, because usually only a prompt's last row is needed; see :meth:`norm`.
+
+        Raises:
+            RuntimeError: a gradient is needed.
+            ValueError: a shape is wrong, or there are more tokens than `max_seq_len`.
+            TypeError: a dtype is wrong.
         """
         self._check(u, kv, block_table, batch.lengths)
         config, R, many = self.module.backbone_config, len(u), (PREFILL_ROWS, "prefill")
@@ -212,7 +233,7 @@ class FusedBackbone:
         return stream
 
     def _feed_forward(self, layer: TransformerBlock | MoEBlock, stream: Tensor, gated: Tensor, *prepared: Any) -> None:
-        """``stream += feed_forward(RMSNorm(stream))``; `prepared` for so many rows, and the phase."""
+        """Compute ``stream += feed_forward(RMSNorm(stream))``; `prepared` is the launches' max_rows and phase."""
         if isinstance(layer, MoEBlock):
             mixture = self._fused_moe(layer, *prepared)
             for start in range(0, len(stream), mixture.max_rows):
@@ -223,7 +244,7 @@ class FusedBackbone:
         launch_linear(stream, gated, feed.w2.weight, None, stream, *prepared)
 
     def _fused_moe(self, layer: MoEBlock, max_rows: int, phase: str) -> FusedMoE:
-        """Of a layer with experts; all of a phase share the memory between their launches."""
+        """Return the fused mixture of a layer with experts; all layers share one scratch memory per phase."""
         weight = layer.gate.weight
         kind = (phase, weight.dtype, weight.device)
         layers = self._moe_layers.setdefault(kind, {})
@@ -233,14 +254,17 @@ class FusedBackbone:
         return layers[layer]
 
     def norm(self, states: Tensor) -> Tensor:
-        """The final norm of what :meth:`prefill` returns, or of some of its rows."""
+        """Compute the final norm of rows that :meth:`prefill` returned: [rows, dim] -> [rows, dim]."""
         out = torch.empty_like(states)
         with on_device(NAME, states):
             launch_rms_norm(out, states, self.module.norm.weight, self._eps)
         return out
 
     def buffers(self, u: Tensor, kv: Tensor) -> BackboneBuffers:
-        """The memory of as many requests as `u` has rows; made at the first call, for any number of them."""
+        """Return the memory for a decode step with the rows of `u`.
+
+        The first call allocates the memory for `max_batch` requests; all calls return views of it.
+        """
         config, key = self.module.backbone_config, (u.dtype, u.device)
         if self._key != key:
             q = u.new_zeros(self.max_batch, config.n_heads * config.head_dim)
@@ -262,10 +286,10 @@ class FusedBackbone:
         return self._buffers[B]
 
     def rope(self, device: torch.device) -> Tensor:
-        """The table of rotations, fp32 [positions, 2, D / 2]; made at the first call, in fp64.
+        """Return the table of RoPE's cosines and sines, fp32 [positions, 2, D / 2].
 
-        It ends where the last page may, of the largest there are: a cache has whole pages, and a request may fill its
-        last beyond `max_seq_len`.
+        The first call computes the table in fp64. It has `max_seq_len` positions, rounded up to whole pages of the
+        largest size, because a request may fill its last page beyond `max_seq_len`.
         """
         if self._rope is None or self._rope.device != device:
             config, rows = self.module.backbone_config, -(-self.max_seq_len // PAGE_SIZES[-1]) * PAGE_SIZES[-1]
@@ -282,7 +306,7 @@ class FusedBackbone:
         return self.module.backbone_config.norm_eps
 
     def _own_cache(self, B: int, T: int, u: Tensor) -> PagedCache:
-        """For a call without one: requests of T tokens, from position 0."""
+        """Allocate a cache for a call without one: B requests of T tokens, from position 0."""
         config, pages = self.module.backbone_config, -(-T // PAGE_SIZE)
         shape = (config.n_layers, B * pages, 2, config.n_kv_heads, PAGE_SIZE, config.head_dim)
         table = torch.arange(B * pages, dtype=torch.int32, device=u.device).view(B, pages)
@@ -292,13 +316,13 @@ class FusedBackbone:
         weight, config = self.module.norm.weight, self.module.backbone_config
         if torch.is_grad_enabled() and (u.requires_grad or weight.requires_grad):
             raise RuntimeError(
-                "gradients are asked of an accelerated backbone, and kernels have none: call it under "
+                "an accelerated backbone computes no gradients: call it under "
                 "torch.inference_mode(), or voxkern.restore() the model to train it"
             )
         if u.ndim != 2 or u.shape[1] != config.dim or not u.is_contiguous():
             raise ValueError(f"u must be contiguous [rows, {config.dim}], got {list(u.shape)}, strides {u.stride()}")
         if u.dtype != weight.dtype or u.device != weight.device or kv.dtype != weight.dtype:
-            raise TypeError(f"u is {u.dtype} on {u.device} and kv {kv.dtype}, the weights are {weight.dtype}")
+            raise TypeError(f"u is {u.dtype} on {u.device} and kv is {kv.dtype}, but the weights are {weight.dtype}")
         layer = [config.n_layers, kv.shape[1], 2, config.n_kv_heads, *kv.shape[4:5], config.head_dim]
         if kv.ndim != 6 or list(kv.shape) != layer:
             raise ValueError(f"kv must be [layers, pages, 2, Hkv, PAGE, D] = {layer}, got {list(kv.shape)}")
@@ -306,11 +330,11 @@ class FusedBackbone:
             raise ValueError(f"kv has pages of {kv.shape[4]} tokens but must have 16, 32, 64 or 128")
         if block_table.dtype != torch.int32 or lengths.dtype != torch.int32 or len(block_table) != len(lengths):
             raise ValueError(
-                f"block_table and lengths must be int32 of as many rows, got {block_table.dtype} "
+                f"block_table and lengths must be int32 with the same number of rows, got {block_table.dtype} "
                 f"{list(block_table.shape)} and {lengths.dtype} {list(lengths.shape)}"
             )
         if (block_table.shape[1] - 1) * kv.shape[4] >= self.max_seq_len:
             raise ValueError(
-                f"block_table has {block_table.shape[1]} pages of {kv.shape[4]} tokens a request, the backbone is "
-                f"prepared for {self.max_seq_len} tokens (max_seq_len)"
+                f"block_table has {block_table.shape[1]} pages of {kv.shape[4]} tokens per request, but the backbone "
+                f"is prepared for {self.max_seq_len} tokens (max_seq_len)"
             )

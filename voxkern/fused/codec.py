@@ -1,7 +1,9 @@
-"""The fused codec decoder: a chunk of frames in five launches a layer, on the codec's own weights.
+"""The fused codec decoder: it decodes chunks of frames through kernels, on the codec's weights.
 
-Settings depend on nothing that varies, and attention's tiles lie where the request's rows do, so that a sound is the
-same to the last bit in chunks of any size; a chunk's work is launches on memory that is made once.
+A transformer layer takes five launches. A chunk only launches kernels, in memory that is allocated once.
+
+The audio has the same bits for chunks of any size. The launch configs therefore do not depend on the chunk, and the
+attention's tiles begin at fixed positions of a request, not of the chunk.
 """
 
 from dataclasses import dataclass
@@ -23,19 +25,19 @@ from ..reference.layers import upcast
 
 NAME = "the accelerated codec"
 MAX_BATCH = 64
-MAX_CHUNK_FRAMES = 25  # frames a chunk, at most: 2 s, as servers send them
-CONFIG_ROWS = 32  # the linear family's settings: a chunk has 1 to 200 rows, and few are the common case
+MAX_CHUNK_FRAMES = 25  # the most frames of a chunk: 2 s, the chunk that servers send
+CONFIG_ROWS = 32  # max_rows of the linear kernels: a chunk has 1 to 200 rows per request, usually few
 
 
 @dataclass(frozen=True)
 class FusedCodecState:
-    """What a chunk needs of the past, twice: see :mod:`voxkern.kernels.codec`.
+    """The streaming state of B requests, double-buffered: a chunk reads index `parity` and writes the other index.
 
     Attributes:
-        past_frames: int64 [B], decoded so far.
-        parity: int32 [1].
-        conv_state: of each convolution, [2, B, rows, channels].
-        kv_window: of each layer, [2, 2, B, window, H D].
+        past_frames: int64 [B], frames decoded so far.
+        parity: int32 [1], 0 or 1.
+        conv_state: the last input rows of each convolution, [2, B, rows, channels].
+        kv_window: the last keys and values of each layer, [2, 2, B, window, H * D].
     """
 
     past_frames: Tensor
@@ -45,21 +47,21 @@ class FusedCodecState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole state."""
+        """Size of the whole state in bytes."""
         return sum(t.nbytes for t in (self.past_frames, self.parity, *self.conv_state, *self.kv_window))
 
 
 @dataclass(frozen=True)
 class CodecBuffers:
-    """Memory of a chunk of MAX_CHUNK_FRAMES frames; a shorter one uses the first rows.
+    """The memory that a chunk of MAX_CHUNK_FRAMES frames needs; a shorter chunk uses the first rows.
 
     Attributes:
-        latents: [rows, latent_dim].
-        streams: of each transformer, [rows, dim], what the convolution before it makes.
-        qkv: [rows, 3 dim].
-        attended: [rows, dim].
-        gated: [rows, hidden].
-        sound: wide [rows, patch].
+        latents: [rows, latent_dim], the dequantised codes.
+        streams: of each convolution but the last, [rows, dim], its output and the residual stream of the next layers.
+        qkv: [rows, 3 * H * D], q | k | v.
+        attended: [rows, H * D], the result of the attention.
+        gated: [rows, hidden], the feed-forward's hidden activations.
+        sound: fp32 [rows, patch], the samples.
     """
 
     latents: Tensor
@@ -71,18 +73,18 @@ class CodecBuffers:
 
 
 class FusedCodec:
-    """Replaces a codec's ``stream``: the streams that it starts decode through kernels.
+    """Replaces a codec's ``stream`` by streams that decode through kernels.
 
     Attributes:
-        module: the codec, whose weights are read anew in every chunk, but for the folded ones, which a stream takes as
-            it starts.
+        module: the codec. Every chunk reads the weights that the module holds at that time. The convolutions are an
+            exception: their weights, with the weight norm folded in, are those at the start of a stream.
     """
 
     def __init__(self, module: AudioTokenizer) -> None:
         """Prepare for a codec.
 
         Raises:
-            ValueError: a window or kernel that the kernels do not do.
+            ValueError: the codec has an attention window or a convolution that the kernels do not support.
         """
         self.module = module
         rows = module.config.samples_per_frame // module.config.pretransform_patch_size
@@ -91,13 +93,13 @@ class FusedCodec:
             raise ValueError(f"the codec's windows are {windows}, kernels do 1..{MAX_WINDOW}: use the reference")
         if rows <= module.output_proj.padding or any(conv.padding < 1 for conv in convolutions(module)):
             raise ValueError(
-                f"the codec makes {rows} rows a frame from kernels of "
-                f"{[conv.conv.kernel_size[0] for conv in convolutions(module)]}: kernels need more rows than the last "
-                "one pads, and no kernel shorter than two strides: use the reference"
+                f"the codec has {rows} rows per frame and convolutions of sizes "
+                f"{[conv.conv.kernel_size[0] for conv in convolutions(module)]}, but the kernels need more rows per "
+                "frame than the last convolution pads, and convolutions longer than their stride: use the reference"
             )
 
     def __call__(self, batch: int = 1) -> "FusedCodecStream":
-        """Start `batch` requests, 1..64, whose codes are decoded as they come."""
+        """Start a stream of `batch` requests, 1..64."""
         return FusedCodecStream(self.module, batch, self.module.folded_weights().weights)
 
 
@@ -105,14 +107,19 @@ class FusedCodecStream:
     """Decodes a batch of requests chunk by chunk; see :class:`voxkern.reference.codec_stream.CodecStream`.
 
     Attributes:
-        state: written in place, so its addresses stay.
-        max_chunk_frames: the most frames of a chunk; bits do not depend on how many it has.
+        state: the streaming state, which is written in place, so its addresses never change.
+        max_chunk_frames: the most frames of a chunk; the audio's bits do not depend on the size of the chunks.
     """
 
     max_chunk_frames = MAX_CHUNK_FRAMES
 
     def __init__(self, module: AudioTokenizer, batch: int, weights: list[Tensor]) -> None:
-        """Start `batch` requests on folded weights.
+        """Start a stream.
+
+        Args:
+            module: the codec.
+            batch: number of requests, 1..64.
+            weights: the convolutions' weights, see :meth:`AudioTokenizer.folded_weights`.
 
         Raises:
             ValueError: `batch` is not in 1..64.
@@ -123,15 +130,18 @@ class FusedCodecStream:
         self.state, self._buffers = _new_state(module, batch), _new_buffers(module, batch)
 
     def restart(self, rows: Tensor) -> None:
-        """Begin anew where `rows`, bool [B], is true; what was remembered there is never looked at."""
+        """Start a new request in each row where `rows`, bool [B], is true; the row's old state is not read again."""
         self.state.past_frames.masked_fill_(rows, 0)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, new_frames: Tensor | None = None) -> Tensor:
-        """The sound of the next frames, as :meth:`CodecStream.decode` says it; at most MAX_CHUNK_FRAMES of them.
+        """Decode the next 1..MAX_CHUNK_FRAMES frames, see :meth:`CodecStream.decode`.
+
+        Returns:
+            fp32 [B, 1, samples_per_frame * T].
 
         Raises:
-            ValueError: a shape is wrong, or there are more frames than MAX_CHUNK_FRAMES.
+            ValueError: a shape or the number of frames is wrong.
         """
         self.codec.check_codes(codes)
         B, T = len(codes), codes.shape[2]
@@ -143,11 +153,14 @@ class FusedCodecStream:
         return self.chunk(codes.contiguous(), new_frames).clone()
 
     def chunk(self, codes: Tensor, new_frames: Tensor) -> Tensor:
-        """The same in launches and nothing else: `codes` contiguous, of 1..MAX_CHUNK_FRAMES frames, `new_frames` int64
-        [B].
+        """Decode the next frames like :meth:`decode`, without checks or allocations: only kernels are launched.
+
+        Args:
+            codes: int64 [B, 1 + K, T], contiguous, without the +2 offset; T in 1..MAX_CHUNK_FRAMES.
+            new_frames: int64 [B], how many of the T frames each request has.
 
         Returns:
-            wide [B, 1, samples_per_frame T], in memory that the next chunk writes again.
+            fp32 [B, 1, samples_per_frame * T], which the next chunk overwrites.
         """
         module, memory, b = self.codec, self.state, self._buffers
         config, codebook, rows = module.config, module.quantizer.semantic_codebook, self.batch * codes.shape[2]
@@ -175,7 +188,7 @@ class FusedCodecStream:
     def _run_layers(
         self, transformer: CodecTransformer, x: Tensor, kv_window: Any, state: tuple[Tensor, Tensor, Tensor], rate: int
     ) -> None:
-        """All layers of one rate, into `x`: 5 launches each."""
+        """Run all layers of one transformer on `x`, in place: 5 launches each; `rate` is its rows per frame."""
         b, config, M = self._buffers, self.codec.config, len(x)
         qkv, attended, gated = b.qkv[:M], b.attended[:M], b.gated[:M]
         for layer in cast(list[CodecBlock], list(transformer.layers)):

@@ -1,4 +1,4 @@
-"""What all fused flow heads share: a frame from hidden state to codes, its memory, its tables, its checks."""
+"""The base class of the fused flow heads, which turn hidden states into one frame of codes through kernels."""
 
 import itertools
 from collections.abc import Callable
@@ -15,20 +15,20 @@ from ..reference.flow_head import FlowHead
 from ..reference.noise import quantile_table
 from ..reference.solver import step_ratios, time_grid
 
-MAX_BATCH = 64  # six rows a request in the transformer, and the linear family is made for 512
+MAX_BATCH = 64  # the transformer head has six rows per request, and the linear kernels take at most 512 rows
 
 
 @dataclass(frozen=True)
 class HeadBuffers:
-    """Memory of a frame of B requests.
+    """The memory that one frame of B requests needs in every head.
 
     Attributes:
         x: fp32 [B, K], the flow's state.
-        v_last: fp32 [B, K], the last step's velocity.
-        semantic: int64 [B].
-        argmax_scratch: scratch of the semantic head.
+        v_last: fp32 [B, K], the velocity of the previous step.
+        semantic: int64 [B], the semantic codes.
+        argmax_scratch: int64 [max_batch, tiles], scratch memory of the semantic head.
         codes: int64 [B, 1 + K], the result.
-        next_embedding: [B, E], the result's embedding.
+        next_embedding: [B, E], the sum of the codes' embeddings.
     """
 
     x: Tensor
@@ -41,13 +41,14 @@ class HeadBuffers:
 
 @dataclass(frozen=True)
 class StepTables:
-    """What depends on weights, solver and steps alone.
+    """Values that depend only on the weights, the solver and the number of steps.
 
     Attributes:
-        weights: that it was made from.
-        key: what they were then.
+        weights: the weights that the tables were computed from.
+        key: addresses, versions, dtypes and devices of the weights at that time.
         dt: length of each step.
-        ab2_ratio: of each step, see :func:`voxkern.reference.solver.integrate`.
+        ab2_ratio: weight of the velocity's last change in each step, see
+            :func:`voxkern.reference.solver.step_ratios`.
     """
 
     weights: list[Tensor]
@@ -56,24 +57,30 @@ class StepTables:
     ab2_ratio: list[float]
 
 
-NoiseSource = tuple[Tensor | None, Tensor | None, Tensor | None]  # seed and frame, or noise
+NoiseSource = tuple[Tensor | None, Tensor | None, Tensor | None]  # seed, frame, noise: either noise, or seed and frame
 ModuleT = TypeVar("ModuleT", bound=FlowHead)
 BuffersT = TypeVar("BuffersT", bound=HeadBuffers)
 TablesT = TypeVar("TablesT", bound=StepTables)
 
 
 class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
-    """Replaces a flow head's ``forward`` and ``solve``: same arguments, same results up to rounding.
+    """Replaces a flow head's ``forward`` and ``solve``, with the same arguments and, up to rounding, the same results.
 
-    The fused head of a velocity network is a subclass that adds the methods that raise NotImplementedError here.
+    The fused head of a velocity network is a subclass with the methods that raise NotImplementedError here.
 
     Attributes:
-        module: the flow head, whose weights are read anew in every frame.
-        max_batch: requests that it is prepared for.
+        module: the flow head. Every frame reads the weights that the module holds at that time.
+        embeddings: the embedding table of the codes, or None.
+        max_batch: the most requests of a frame. The launch configs depend on it, and so do a result's last bits.
     """
 
     def __init__(self, module: ModuleT, max_batch: int, embeddings: nn.Embedding | None = None) -> None:
-        """`embeddings`: the table of codes, for the next input of the backbone; without it there is none.
+        """Prepare for a flow head.
+
+        Args:
+            module: the flow head.
+            max_batch: the most requests of a frame, 1..64.
+            embeddings: the embedding table of the codes, to compute the backbone's next input; None computes none.
 
         Raises:
             ValueError: `max_batch` is not in 1..64.
@@ -93,10 +100,10 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         steps: int | None = None,
         solver: str = "euler",
     ) -> Tensor:
-        """One frame of codes, as :meth:`FlowHead.forward` says them.
+        """Return one frame of codes, int64 [B, 1 + K]; see :meth:`FlowHead.forward`.
 
         Raises:
-            RuntimeError: gradients are asked for.
+            RuntimeError: a gradient is needed.
             ValueError: a shape is wrong, or there are more requests than `max_batch`.
             TypeError: a dtype is wrong.
         """
@@ -108,9 +115,10 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         return codes.clone()
 
     def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
-        """The frame's acoustic latents before they are quantised, as :meth:`FlowHead.solve` says them: fp32 [B, K].
+        """Return a frame's acoustic latents before they are quantised, fp32 [B, K]; see :meth:`FlowHead.solve`.
 
-        A whole frame is run, its codes too. After a :meth:`generate_codes` they stand in the ``x`` of its buffers.
+        The whole frame runs, including its codes. After :meth:`generate_codes`, ``x`` of its :meth:`buffers` holds the
+        same latents.
         """
         alpha, noise = cfg_alpha.float().contiguous(), noise.float().contiguous()
         self.generate_codes(h, alpha, steps=steps, solver=solver, noise=noise)
@@ -127,20 +135,28 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         seed: Tensor | None = None,
         frame: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One frame, in launches and nothing else once a call of as many requests and steps has been made.
+        """Generate one frame of codes.
+
+        The first call with B requests, or with a new solver or number of steps, allocates memory. Later ones only
+        launch kernels.
 
         Args:
-            h: [B, input_dim] in the weights' dtype.
-            cfg_alpha: fp32 [B].
-            steps: evaluations of the velocity; None takes the config's.
+            h: [B, input_dim], the backbone's hidden state in the weights' dtype.
+            cfg_alpha: fp32 [B], strength of the guidance; 1 is none.
+            steps: evaluations of the velocity, 1..64; None is the config's number.
             solver: "euler" or "ab2".
-            noise: fp32 [B, K]; None draws it from `seed` and `frame`.
+            noise: fp32 [B, K] standard normals; None draws them from `seed` and `frame`.
             seed: int64 [B], see :func:`voxkern.reference.noise.seed_tensor`.
-            frame: int64 [B].
+            frame: int64 [B], the number of the frame, counted from 0 in each request.
 
         Returns:
-            Codes int64 [B, 1 + K] and the next input [B, E] (E = 0 without embeddings), in memory that the next frame
-            of as many requests writes again.
+            The codes, int64 [B, 1 + K], and the backbone's next input, [B, E] (E = 0 without embeddings). The next
+            frame of B requests overwrites both.
+
+        Raises:
+            RuntimeError: a gradient is needed.
+            ValueError: a shape is wrong, a number is out of range, or there is neither `noise` nor `seed` and `frame`.
+            TypeError: a dtype or device is wrong.
         """
         steps = self.module.config.n_decoding_steps if steps is None else steps
         self._check(h, cfg_alpha, noise, seed, frame)
@@ -152,14 +168,14 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         return buffers.codes, buffers.next_embedding
 
     def buffers(self, B: int, dtype: torch.dtype, device: torch.device) -> BuffersT:
-        """The memory of a frame of `B` requests; made at the first call."""
+        """Return the memory for a frame of `B` requests, which the first call allocates."""
         if (B, dtype, device) not in self._buffers:
 
             def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
                 return torch.zeros(shape, dtype=dtype, device=device)
 
             K = self.module.audio.n_acoustic_codebook
-            with torch.inference_mode(False):  # to be written in any mode
+            with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
                 common = HeadBuffers(
                     x=zeros(B, K, dtype=torch.float32),
                     v_last=zeros(B, K, dtype=torch.float32),
@@ -174,26 +190,27 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         return self._buffers[B, dtype, device]
 
     def step_tables(self, solver: str, steps: int) -> TablesT:
-        """The tables of a solver's steps; made anew when a weight that they come from is seen to have changed.
+        """Return the tables of a solver's steps; rebuild them if a weight that they were computed from has changed.
 
-        What is written through ``.data``, or to weights made in inference mode, leaves no trace: :meth:`refresh` then.
+        Writes through ``.data``, and writes to weights made in inference mode, cannot be detected. Call
+        :meth:`refresh` after them.
         """
         weights = self._step_table_weights()
         key = _key(weights)
         known = self._step_tables.get((solver, steps))
-        # the tensors themselves, too: a new one may lie where an old one lay
+        # compare the tensor objects too: a new tensor may have the address of an old one
         if known is None or known.key != key or any(a is not b for a, b in zip(known.weights, weights, strict=True)):
             self._step_tables[solver, steps] = self._new_step_tables(solver, steps, weights, key)
         return self._step_tables[solver, steps]
 
     def refresh(self) -> None:
-        """Make the tables anew from the weights as they are."""
+        """Rebuild all tables from the current weights."""
         weights = self._step_table_weights()
         for solver, steps in self._step_tables:
             self._step_tables[solver, steps] = self._new_step_tables(solver, steps, weights, _key(weights))
 
     def _new_step_tables(self, solver: str, steps: int, weights: list[Tensor], key: tuple[Any, ...]) -> TablesT:
-        """Where old ones lie, if they fit: a captured graph reads them there."""
+        """Compute the tables, in the memory of the old ones where it fits: a captured graph reads that memory."""
         times = time_grid(solver, steps)
         lengths = [end - start for start, end in itertools.pairwise(times)]
         with torch.inference_mode(False), torch.no_grad():
@@ -205,24 +222,24 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
             return made if known is None else replace(made, **_written_over(vars(known), vars(made)))
 
     def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> BuffersT:
-        """The network's own memory beside what is `common`; `zeros` makes tensors."""
+        """Allocate the memory for a frame of B requests: the `common` part, and the network's own through `zeros`."""
         raise NotImplementedError
 
     def _step_table_weights(self) -> list[Tensor]:
-        """What the tables of times are made from."""
+        """Return the weights that the step tables are computed from."""
         raise NotImplementedError
 
     def _make_step_tables(self, tables: StepTables, projected: Tensor) -> TablesT:
-        """The network's own tables, from the projected times [steps, dim]."""
+        """Add the network's own tables to `tables`; `projected` are the projected times, [steps, dim]."""
         raise NotImplementedError
 
     def _flow(self, b: BuffersT, tables: TablesT, h: Tensor, cfg_alpha: Tensor, noise_source: NoiseSource) -> None:
-        """Launch all of a frame but its semantic codes."""
+        """Launch all kernels of a frame except those of the semantic codes."""
         raise NotImplementedError
 
     @property
     def _hidden_projection(self) -> nn.Linear:
-        """The module's projection of the hidden state."""
+        """The module's linear layer that projects the hidden state."""
         raise NotImplementedError
 
     @property
@@ -231,7 +248,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
 
     @property
     def _codebooks(self) -> tuple[int, Tensor | None, int]:
-        """Levels of an acoustic code, the embeddings of codes, and the semantic codebook's size."""
+        """Levels of an acoustic code, the codes' embedding table, and size of the semantic codebook."""
         audio = self.module.audio
         embeddings = None if self.embeddings is None else self.embeddings.weight
         return audio.acoustic_codebook_size, embeddings, audio.semantic_codebook_size
@@ -252,11 +269,11 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         if not 1 <= B <= self.max_batch:
             raise ValueError(f"h has {B} rows, the flow head is prepared for 1..{self.max_batch} (max_batch)")
         if h.dtype != weight.dtype or h.device != weight.device:
-            raise TypeError(f"h is {h.dtype} on {h.device}, the weights are {weight.dtype} on {weight.device}")
+            raise TypeError(f"h is {h.dtype} on {h.device}, but the weights are {weight.dtype} on {weight.device}")
         if h.stride(1) != 1:
             raise ValueError(f"h has strides {h.stride()} but its last dimension must have stride 1")
         if noise is None and (seed is None or frame is None):
-            raise ValueError("give noise, or seed and frame to draw it from")
+            raise ValueError("noise is missing: pass noise, or seed and frame to draw it from")
         shapes = {"cfg_alpha": (cfg_alpha, [B]), "noise": (noise, [B, audio.n_acoustic_codebook])}
         shapes |= {"seed": (seed, [B]), "frame": (frame, [B])}
         for name, (tensor, shape) in shapes.items():
@@ -266,13 +283,15 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
             if tensor.dtype != dtype or tensor.device != h.device:
                 raise TypeError(f"{name} is {tensor.dtype} on {tensor.device} but must be {dtype} on {h.device}")
             if list(tensor.shape) != shape or not tensor.is_contiguous():
-                raise ValueError(f"{name} must be contiguous {shape}, got {list(tensor.shape)}, {tensor.stride()}")
+                raise ValueError(
+                    f"{name} must be contiguous {shape}, got {list(tensor.shape)}, strides {tensor.stride()}"
+                )
 
     def _check_gradients(self, *arguments: Tensor) -> None:
         tensors = (*arguments, self._hidden_projection.weight)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(
-                "gradients are asked of an accelerated flow head, and kernels have none: call it under "
+                "an accelerated flow head computes no gradients: call it under "
                 "torch.inference_mode(), or voxkern.restore() the model to train it"
             )
 
@@ -282,7 +301,7 @@ def _key(weights: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _written_over(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The old tensors, by name, that can hold the new ones and now do."""
+    """Copy new tensors into the old ones of the same name, shape, dtype and device; return these old ones by name."""
     pairs = {name: (old[name], tensor) for name, tensor in new.items() if isinstance(tensor, Tensor)}
     return {
         name: a.copy_(b)

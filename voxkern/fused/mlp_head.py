@@ -1,9 +1,12 @@
-"""The fused MLP head: a frame in 2 launches a block and one a step, on the head's own weights.
+"""The fused MLP head: it runs the velocity MLP through kernels, on the head's weights.
 
-Modulations hang on time and hidden state together, ``silu(time + state)``, so they cannot be split into a table and a
-frame's part; but all times are known when a frame begins. One launch makes those of every step, and reads their
-weights, two thirds of the network where the blocks are as wide inside as outside, once instead of once a step. Without
-a hidden state they depend on weights alone: those are a table.
+An evaluation takes two launches per block, and one for the solver's step.
+
+The modulations depend on the time and the hidden state together, as ``silu(time + state)``. They can therefore not be
+split into a table and a part per frame. But all times are known when a frame begins, so one launch computes the
+modulations of every step. It reads their weights once per frame instead of once per step. These are two thirds of the
+network where a block is as wide inside as outside. Without a hidden state, the modulations depend only on the weights,
+so they are a table.
 """
 
 from collections.abc import Callable
@@ -21,12 +24,12 @@ from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
 
 @dataclass(frozen=True)
 class MLPHeadBuffers(HeadBuffers):
-    """Memory of a frame; of 2B rows those with condition come first.
+    """The memory that one frame of B requests needs; of 2B rows, those with the condition come first.
 
     Attributes:
         stream: [2B, dim], the residual stream.
-        gated: [2B, hidden], inside a block.
-        states: [B, dim], the hidden states' part of the condition.
+        gated: [2B, hidden], the hidden activations of a block.
+        states: [B, dim], the projected hidden states, one of the two terms of the condition.
     """
 
     stream: Tensor
@@ -36,12 +39,13 @@ class MLPHeadBuffers(HeadBuffers):
 
 @dataclass(frozen=True)
 class MLPHeadTables(StepTables):
-    """Tables of the times, and memory for what a frame adds to them.
+    """The tables of the flow times, and memory for the modulations of one frame.
 
     Attributes:
-        projected: [steps, dim], the times' part of the condition.
-        modulations: [steps, 1 + max_batch, W], every block's shift, scale and gate and the final layer's shift and
-            scale, side by side. The first row of a step is the table, without condition; the others are a frame's.
+        projected: [steps, dim], the projected times, the other term of the condition.
+        modulations: [steps, 1 + max_batch, W], the concatenated shift, scale and gate of every block, then shift and
+            scale of the final layer. The first row of a step is the table for the branch without a hidden state; every
+            frame overwrites the other rows.
     """
 
     projected: Tensor
@@ -49,7 +53,7 @@ class MLPHeadTables(StepTables):
 
 
 class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables]):
-    """Of a head whose velocity network is the MLP."""
+    """The fused head of a velocity network that is a residual MLP with adaptive layer norm."""
 
     def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> MLPHeadBuffers:
         config = self.module.config
@@ -99,8 +103,9 @@ class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables
         return self.module.config.norm_eps
 
     def _modulate(self, tables: MLPHeadTables, states: Tensor, out: Tensor) -> None:
-        """Modulations of all steps, [steps, R, W], from the states [R, dim]."""
-        # prepared for any number of steps: settings by the steps at hand would be another binary, in mid-service
+        """Compute the modulations of all steps, `out` [steps, R, W], from the projected hidden states [R, dim]."""
+        # Prepared for MAX_STEPS steps: a launch config that depended on the number of steps would compile
+        # another binary while requests run.
         max_rows = MAX_STEPS * self.max_batch
         launch_adaln_modulation(out, tables.projected, states, self._weights, self._biases, max_rows)
 
@@ -120,7 +125,7 @@ class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables
             self._step(b, tables, modulation[:, -2 * module.config.dim :], cfg_alpha, step)
 
     def _run_layers(self, b: MLPHeadBuffers, modulation: Tensor) -> None:
-        """All blocks of one evaluation, 2 launches each."""
+        """Run all blocks of one evaluation, 2 launches each."""
         dim, max_rows = self.module.config.dim, 2 * self.max_batch
         for i, block in enumerate(self._blocks):
             mine = modulation[:, 3 * i * dim : 3 * (i + 1) * dim]
@@ -129,7 +134,7 @@ class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables
             launch_gated_linear(b.stream, b.gated, down.weight, down.bias, mine[:, 2 * dim :], b.stream, max_rows)
 
     def _step(self, b: MLPHeadBuffers, tables: MLPHeadTables, modulation: Tensor, cfg_alpha: Tensor, step: int) -> None:
-        """The solver's step and the next stream, or the codes."""
+        """Run the solver's step and compute the next evaluation's stream or, after the last step, the codes."""
         module, dt, ratio = self.module, tables.dt[step], tables.ab2_ratio[step]
         final = module.final_layer.linear
         common = (b.stream, modulation, final.weight, final.bias, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last)

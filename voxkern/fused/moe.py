@@ -1,7 +1,15 @@
-"""A layer's mixture of experts through kernels, on the layer's own weights: 5 launches, 6 for many rows.
+"""The fused mixture of experts: it runs one layer's mixture through kernels, on the layer's weights.
 
-They are RMSNorm + gate; routing, which also groups tokens by expert (many rows in a launch of its own); RMSNorm + gate
-and up of the experts; down; and the sum with the residual. Shared experts ride along as experts of weight 1.
+A run takes five launches:
+
+1. RMSNorm and the router's gate.
+2. Routing, which also groups the tokens by expert. For many rows (more than 64 of up to 128 experts) grouping is a
+   sixth launch.
+3. RMSNorm, and the gate and up projections of the experts.
+4. The down projections of the experts.
+5. The sum of the experts' results and the residual.
+
+A shared expert runs in the same launches, as an expert that every token uses with weight 1.
 """
 
 from dataclasses import dataclass, fields
@@ -26,16 +34,19 @@ from ..reference.moe import MoEBlock
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory between the launches; layers of the same sizes may share one, as they run one after the other.
+    """The memory between the launches; layers of the same sizes run one after the other, so they may share it.
+
+    R = max_rows, and P = experts of a token, the shared ones included. A pair is a token and one of its P experts; see
+    ``kernels/moe_routing.py`` for `ids`, `weights`, `pairs` and `tiles`.
 
     Attributes:
-        logits: fp32 [R, E] for R = max_rows.
-        ids: int32 [R, P], P = k + shared experts; see ``kernels/moe_routing.py`` for it and the next three.
-        weights: fp32 [R, P].
-        pairs: int32 [R * P].
-        tiles: int32 [T, 3].
-        gated: [R * P, hidden].
-        parts: fp32 [R * P, dim].
+        logits: fp32 [R, E], the router's logits.
+        ids: int32 [R, P], the experts of each token.
+        weights: fp32 [R, P], the experts' weights.
+        pairs: int32 [R * P], the numbers of the pairs, grouped by expert.
+        tiles: int32 [T, 3], expert, first and end of each tile of `pairs`.
+        gated: [R * P, hidden], the experts' hidden activations.
+        parts: fp32 [R * P, dim], the experts' weighted results.
     """
 
     logits: Tensor
@@ -48,27 +59,29 @@ class Scratch:
 
 
 class FusedMoE:
-    """``stream += experts(RMSNorm(stream))`` of one layer: what a dense layer does by norm_swiglu and linear.
+    """Computes ``stream += experts(RMSNorm(stream))`` of one layer: the feed-forward of a layer with experts.
 
     Attributes:
-        layer: whose weights it reads; they may be loaded, moved or replaced between runs.
-        max_rows: the most tokens of a run.
-        phase: "decode", where an expert that is hit is read once; or "prefill", where tiles are as many tokens as an
-            expert may get. Settings, and so the last bits of a result, belong to it and to `max_rows`.
-        scratch: which other layers' fused mixtures may share.
+        layer: the module. Its weights may be loaded, moved or replaced between runs.
+        max_rows: the most tokens of a run. The launch configs depend on it and on `phase`, and so do a result's last
+            bits.
+        phase: "decode" or "prefill". In decode, a tile is so large that the weights of a used expert are read once. In
+            prefill, it has about twice an expert's mean number of tokens, at most 64.
+        scratch: memory between the launches, which the fused mixtures of other layers may share.
     """
 
     def __init__(self, layer: MoEBlock, max_rows: int, phase: str = "decode", scratch: Scratch | None = None) -> None:
-        """Prepare for 1..`max_rows` tokens.
+        """Prepare for a layer.
 
         Args:
             layer: the module.
-            max_rows: prepared for, 1..512 at decode, where more than 64 make experts be read more than once.
+            max_rows: the most tokens of a run. In decode 1..512; with more than 64, an expert's weights may be read
+                more than once.
             phase: "decode" or "prefill".
-            scratch: that of another layer's FusedMoE with the same sizes, `max_rows` and `phase`; None makes one.
+            scratch: memory of another layer's FusedMoE with the same sizes, `max_rows` and `phase`; None allocates it.
 
         Raises:
-            ValueError: `phase` is unknown, `max_rows` is out of range, or `scratch` is of other sizes.
+            ValueError: `phase` is unknown, `max_rows` is out of range, or `scratch` has other sizes.
         """
         expect_rows(1, max_rows, phase)
         self.layer, self.max_rows, self.phase = layer, max_rows, phase
@@ -89,14 +102,17 @@ class FusedMoE:
                 )
 
     def run(self, stream: Tensor) -> None:
-        """Add the mixture to `stream`, in launches and nothing else once it has run with these weights.
+        """Add the mixture's result to `stream`.
+
+        The first run, and the first after weights have moved, builds tables of the weights' addresses. Other runs only
+        launch kernels.
 
         Args:
-            stream: [M, dim] in the weights' dtype, written in place; rows may lie apart.
+            stream: [M, dim] in the weights' dtype, written in place; only its last dimension must be contiguous.
 
         Raises:
-            ValueError: a shape is wrong, or there are more rows than `max_rows`.
-            TypeError: the dtype is not that of the weights.
+            ValueError: a shape is wrong, or M is not in 1..max_rows.
+            TypeError: the dtype differs from the weights', or from that of the weights at preparation.
         """
         layer, gate, norm = self.layer, self.layer.gate, self.layer.ffn_norm
         if stream.ndim != 2 or stream.shape[1] != gate.in_features or stream.stride(1) != 1:
@@ -128,13 +144,13 @@ class FusedMoE:
         return cast(list[FeedForward], list(self.layer.experts))
 
     def _weights(self) -> tuple[PointerTable, PointerTable, PointerTable]:
-        """The pointer tables of gates, ups and downs, kept so that a captured graph's live as long as this object."""
+        """Return the pointer tables of w1, w3 and w2, which are kept because captured graphs read them."""
         addresses = tuple(linear.weight.data_ptr() for linear in self._linears)
         if self._addresses != addresses:
             experts, layer = self._experts, self.layer
             w1, w3, w2 = [e.w1.weight for e in experts], [e.w3.weight for e in experts], [e.w2.weight for e in experts]
             hidden = len(w1[0])
-            for i in range(0, layer.n_shared * hidden, hidden):  # they stand side by side in one
+            for i in range(0, layer.n_shared * hidden, hidden):  # one tensor holds all shared experts
                 w1.append(layer.shared_experts.w1.weight[i : i + hidden])
                 w3.append(layer.shared_experts.w3.weight[i : i + hidden])
                 w2.append(layer.shared_experts.w2.weight[:, i : i + hidden])

@@ -1,8 +1,13 @@
-"""The fused transformer head: a frame in 13 launches a step (16 for more than one request), on the head's own weights.
+"""The fused transformer head: it runs the flow-matching transformer through kernels, on the head's weights.
 
-Beside fusing, it does not compute what is known: the time tokens and their first layer's queries, keys and values are a
-table; those of the hidden state are made once a frame; without the condition they are exactly zero; before the first
-layer the x token has no branch; and in the last layer only the x tokens go on past keys and values.
+An evaluation of the public model's three layers takes 13 launches, or 16 if the head is prepared for more than one
+request. The fused head also computes less than the module:
+
+- The t tokens, and their queries, keys and values in the first layer, depend only on the weights. They are a table.
+- The h tokens, and their queries, keys and values in the first layer, are computed once per frame. Without the
+  condition they are exactly zero.
+- Before the first layer, the x token is the same with and without the condition, so it is computed once.
+- In the last layer only the x tokens need more than keys and values.
 """
 
 from collections.abc import Callable
@@ -20,21 +25,25 @@ from ..reference.attention import TransformerBlock
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
 
-MAX_FUSED_ROWS = 8  # up to here wo attends for itself; from 16 rows on a stage of it holds too little of the weights
+MAX_FUSED_ROWS = 8  # the most rows with attention fused into wo; from 16 on, a stage would hold too few weight bytes
 
 
 @dataclass(frozen=True)
 class TransformerHeadBuffers(HeadBuffers):
-    """Memory of a frame; rows are token-major, row = token * 2B + branch * B + request.
+    """The memory that one frame of B requests needs.
+
+    Rows are token-major: row = token * 2B + branch * B + request. Tokens are x, t and h, branches are with and without
+    the condition, and W = (H + 2 Hkv) * D.
 
     Attributes:
-        tokens: [6B, dim], what enters the first layer. The last B rows, no condition, are zero and stay so.
-        stream: [6B, dim], what the layers make of it.
+        tokens: [6B, dim], the input of the first layer. The last B rows, the h tokens without the condition, are always
+            zero.
+        stream: [6B, dim], the residual stream of the layers.
         x_qkv: [B, W], q | k | v of the x tokens in the first layer.
-        h_qkv: [2B, W], of the hidden states there; the second half is zero and stays so.
-        qkv: [6B, W], of all tokens in later layers.
-        attended: [6B, H * D].
-        gated: [6B, hidden].
+        h_qkv: [2B, W], q | k | v of the h tokens in the first layer; the second half is always zero.
+        qkv: [6B, W], q | k | v of all tokens in the later layers.
+        attended: [6B, H * D], the result of the attention.
+        gated: [6B, hidden], the feed-forward's hidden activations.
     """
 
     tokens: Tensor
@@ -48,11 +57,11 @@ class TransformerHeadBuffers(HeadBuffers):
 
 @dataclass(frozen=True)
 class TransformerHeadTables(StepTables):
-    """Tables of the times.
+    """The tables of the flow times.
 
     Attributes:
         tokens: [steps, dim], the t tokens.
-        qkv: [steps, W], their first layer's q | k | v.
+        qkv: [steps, W], q | k | v of the t tokens in the first layer.
     """
 
     tokens: Tensor
@@ -60,7 +69,7 @@ class TransformerHeadTables(StepTables):
 
 
 class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHeadBuffers, TransformerHeadTables]):
-    """Of the public model's head."""
+    """The fused head of the public model's velocity network, a transformer over the tokens x, t and h."""
 
     def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> TransformerHeadBuffers:
         config = self.module.config
@@ -119,7 +128,7 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
     def _start(
         self, b: TransformerHeadBuffers, tables: TransformerHeadTables, h: Tensor, noise_source: NoiseSource
     ) -> None:
-        """The hidden states' tokens, and the first x and t tokens: 3 launches."""
+        """Compute the h tokens, the noise, and the first x and t tokens: 3 launches."""
         module, B = self.module, len(h)
         hidden = b.tokens[4 * B : 5 * B]
         launch_linear(hidden, h, module.llm_projection.weight, None, None, self._max_rows)
@@ -135,13 +144,14 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
         )  # fmt: skip
 
     def _run_layers(self, b: TransformerHeadBuffers, t_qkv: Tensor | None) -> None:
-        """All layers of one evaluation: 4 launches each, 5 when prepared for more than one request.
+        """Run all layers of one evaluation: 4 launches each, or 5 if prepared for more than one request.
 
-        `t_qkv` is the table's row; without one nothing is known of the tokens, and they stand in the stream.
+        `t_qkv` is a row of the table: the first layer then reads ``b.tokens`` and ``b.h_qkv``. Without it, the first
+        layer computes q | k | v of all tokens from ``b.stream``.
         """
         B, layers = len(b.x), self._blocks
         for i, layer in enumerate(layers):
-            rows = 2 * B if i == len(layers) - 1 else 6 * B  # in the last layer only the x tokens ask
+            rows = 2 * B if i == len(layers) - 1 else 6 * B  # the last layer needs the x tokens' queries only
             if i == 0 and t_qkv is not None:
                 self._qkv(b.x_qkv, b.tokens[:B], layer, B)
                 self._attend(b, b.tokens[:rows], b.x_qkv, t_qkv, b.h_qkv, layer)
@@ -163,7 +173,7 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
         h_qkv: Tensor,
         layer: TransformerBlock,
     ) -> None:
-        """``stream = residual + wo(attention)`` on the residual's rows."""
+        """Compute ``stream = residual + wo(attention)`` for the first ``len(residual)`` rows."""
         config, wo, rows = self.module.config, layer.attention.wo.weight, len(residual)
         heads = (config.n_heads, config.n_kv_heads)
         if self._max_rows <= MAX_FUSED_ROWS and wo.dtype != torch.float32:
@@ -174,7 +184,7 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
         launch_linear(b.stream[:rows], attended, wo, None, residual, self._max_rows)
 
     def _step(self, b: TransformerHeadBuffers, tables: TransformerHeadTables, cfg_alpha: Tensor, step: int) -> None:
-        """The solver's step and the next tokens, or the codes."""
+        """Run the solver's step and compute the next evaluation's tokens or, after the last step, the codes."""
         module, dt, ratio = self.module, tables.dt[step], tables.ab2_ratio[step]
         norm, w_out = module.norm.weight, module.acoustic_codebook_output.weight
         if step + 1 < len(tables.dt):

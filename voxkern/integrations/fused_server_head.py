@@ -1,7 +1,7 @@
-"""A public server's flow head on kernels: its own calls, with their arguments and results.
+"""Fused flow heads for public servers: the servers' own methods, with their arguments and results, through kernels.
 
-Servers hand in what they have, in the weights' dtype, for any number of requests, and take one frame's codes. What is
-theirs to decide stays theirs: their noise, their guidance, their graphs.
+A server passes its tensors in the weights' dtype, for any number of requests, and receives the codes of one frame. The
+server still decides its noise, its guidance and its CUDA graphs.
 """
 
 from typing import Any
@@ -18,23 +18,24 @@ from ..reference.transformer_head import FlowMatchingAudioTransformer
 
 
 class FusedServerHead(FusedTransformerHead):
-    """Of a server's head; batches above `max_batch` run in groups.
+    """The fused head of a server's flow head; a batch above `max_batch` runs in groups of at most `max_batch`.
 
     Attributes:
-        server: the module itself; `module` is a view of it, see :func:`voxkern.integrations.server_heads.as_reference`.
+        server: the server's module.
+        module: a reference module made of the server's layers, see
+            :func:`voxkern.integrations.server_heads.as_reference`.
     """
 
     def __init__(self, module: FlowMatchingAudioTransformer, server: nn.Module, max_batch: int) -> None:
-        """`module` is made of `server`'s own layers."""
         super().__init__(module, max_batch)
         self.server: Any = server
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make the tables from the weights as they are now, and compile what there is to compile.
+        """Rebuild the tables from the current weights, and compile the kernels by running them once.
 
         Raises:
-            RuntimeError: weights are where no kernel runs.
+            RuntimeError: the weights are on a device on which kernels cannot run.
         """
         self.refresh()
         weight = self._hidden_projection.weight
@@ -52,28 +53,29 @@ class FusedServerHead(FusedTransformerHead):
         seed: Tensor | None = None,
         frame: Tensor | None = None,
     ) -> Tensor:
-        """One frame of codes, as the server's own call gives them.
+        """Generate one frame of codes, as the server's own ``forward`` does.
 
         Args:
-            llm_hidden: [B, input_dim] in the weights' dtype.
-            cfg_alpha: [B], each request's guidance; None takes the server's own number, where it has one.
-            noise: [B, K] to begin with; None draws it as the server does, unless there are `seed` and `frame`.
-            seed: int64 [B], see :func:`voxkern.reference.noise.seed_tensor`: a request's codes then depend on nothing
-                but its own arguments.
-            frame: int64 [B], counted from 0 in each request.
+            llm_hidden: [B, input_dim], the backbone's hidden state in the weights' dtype.
+            cfg_alpha: [B], strength of each request's guidance; None is the server's own ``_cfg_alpha``, if it has one.
+            noise: [B, K] standard normals. None draws them from `seed` and `frame`; without these, it draws them as the
+                server does.
+            seed: int64 [B], see :func:`voxkern.reference.noise.seed_tensor`. With a seed, a request's codes depend only
+                on its own arguments.
+            frame: int64 [B], the number of the frame, counted from 0 in each request.
 
         Returns:
-            int64 [B, 1 + K].
+            int64 [B, 1 + K], the codes.
 
         Raises:
-            RuntimeError: gradients are asked for.
-            TypeError: the server's head has no guidance of its own, and none is given; or a dtype is wrong.
+            RuntimeError: a gradient is needed.
+            TypeError: `cfg_alpha` is missing and the server's head has no ``_cfg_alpha``, or a dtype is wrong.
             ValueError: a shape is wrong.
         """
         B = len(llm_hidden)
         if cfg_alpha is None:
             if not hasattr(self.server, "_cfg_alpha"):
-                raise TypeError("cfg_alpha is missing: this head has none of its own")
+                raise TypeError("cfg_alpha is missing, and this head has no _cfg_alpha of its own: pass cfg_alpha")
             cfg_alpha = llm_hidden.new_full((B,), self.server._cfg_alpha, dtype=torch.float32)
         if noise is None and seed is None:
             noise = self._draw(llm_hidden)
@@ -85,7 +87,15 @@ class FusedServerHead(FusedTransformerHead):
         return codes
 
     def run(self, out: Tensor, h: Tensor, cfg_alpha: Tensor, steps: int, noise_source: NoiseSource) -> None:
-        """Fill `out`, int64 [B, 1 + K], in groups of at most `max_batch`; the others as in :meth:`generate_codes`."""
+        """Generate one frame in groups of at most `max_batch` requests, and write the codes to `out`.
+
+        Args:
+            out: int64 [B, 1 + K], written.
+            h: [B, input_dim], see :meth:`generate_codes`, also for `cfg_alpha`, `steps` and errors.
+            cfg_alpha: fp32 [B].
+            steps: evaluations of the velocity.
+            noise_source: `seed`, `frame` and `noise` of :meth:`generate_codes`.
+        """
         for first in range(0, len(h), self.max_batch):
             rows = slice(first, first + self.max_batch)
             seed, frame, noise = (None if tensor is None else tensor[rows] for tensor in noise_source)
@@ -93,7 +103,7 @@ class FusedServerHead(FusedTransformerHead):
             out[rows].copy_(codes)
 
     def velocity_of_projected(self, x_t: Tensor, llm_proj: Tensor, t_proj: Tensor) -> Tensor:
-        """The velocity of R rows that know nothing of each other: vLLM-Omni's ``_predict_velocity``.
+        """Compute the velocity of R independent rows, as vLLM-Omni's ``_predict_velocity`` does.
 
         Args:
             x_t: [R, K], the flow's state.
@@ -102,6 +112,9 @@ class FusedServerHead(FusedTransformerHead):
 
         Returns:
             [R, K] in the weights' dtype.
+
+        Raises:
+            RuntimeError: a gradient is needed.
         """
         self._check_gradients(x_t, llm_proj, t_proj)
         velocity = llm_proj.new_empty(x_t.shape)
@@ -112,13 +125,28 @@ class FusedServerHead(FusedTransformerHead):
         return velocity
 
     def velocity_of_embedded(self, x_t: Tensor, llm_output: Tensor, t_emb: Tensor) -> Tensor:
-        """The same from the hidden state [R, input_dim] and the time's sinusoids [R, dim]: SGLang-Omni's."""
+        """Compute the velocity of R independent rows, as SGLang-Omni's ``_predict_velocity`` does.
+
+        Args:
+            x_t: [R, K], the flow's state.
+            llm_output: [R, input_dim], the backbone's hidden state.
+            t_emb: [R, dim], the sinusoids of the flow time.
+
+        Returns:
+            [R, K] in the weights' dtype.
+
+        Raises:
+            RuntimeError: a gradient is needed.
+        """
         return self.velocity_of_projected(
             x_t, self.module.llm_projection(llm_output), self.module.time_projection(t_emb)
         )
 
     def _velocity(self, out: Tensor, x: Tensor, time: Tensor, hidden: Tensor) -> None:
-        """Fill `out`, [R, K]. Layers take rows in pairs: an odd one's other half is left as it was."""
+        """Compute the velocity of R rows into `out`, [R, K].
+
+        The layers take rows in pairs. If R is odd, the last pair's second row keeps its old values, which are not used.
+        """
         module, R = self.module, len(x)
         b = self.buffers((R + 1) // 2, hidden.dtype, hidden.device)
         x_tokens, t_tokens, h_tokens = (part[:R] for part in b.stream.chunk(3))
@@ -130,7 +158,7 @@ class FusedServerHead(FusedTransformerHead):
         launch_norm_linear(out, b.stream[:R], module.norm.weight, w_out, self._eps, self._max_rows)
 
     def _draw(self, h: Tensor) -> Tensor:
-        """Noise [B, K] from torch's generator where the server draws it: on the CPU where it has one guidance."""
+        """Draw noise [B, K] on the device on which the server draws it: on the CPU if the server has ``_cfg_alpha``."""
         shape = len(h), self.module.audio.n_acoustic_codebook
         if hasattr(self.server, "_cfg_alpha"):
             noise = torch.randn(shape, device="cpu").to(h.device, h.dtype)
@@ -140,14 +168,14 @@ class FusedServerHead(FusedTransformerHead):
 
 
 class CapturableFrame:
-    """Stands in for what vLLM-Omni captures in its graphs, ``_forward_cudagraph_compatible``.
+    """Replaces ``_forward_cudagraph_compatible``, the method that vLLM-Omni captures in its CUDA graphs.
 
-    It allocates nothing for the batch sizes that it was made for: results lie in memory that the next call of as many
-    requests writes again, as a graph's do.
+    A call allocates nothing for the batch sizes that this object was prepared for. The next call with the same batch
+    size overwrites the results, as a graph does.
     """
 
     def __init__(self, head: FusedServerHead, steps: int, sizes: list[int]) -> None:
-        """`steps` evaluations, for batches of `sizes`."""
+        """Allocate the memory for batches of each of `sizes`, and the tables for `steps` evaluations."""
         self.head, self.steps = head, steps
         self._memory: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         weight, most = head.module.llm_projection.weight, head.max_batch
@@ -158,15 +186,16 @@ class CapturableFrame:
         head.step_tables("euler", steps)
 
     def __call__(self, hidden_states: Tensor, cfg_alpha: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """One frame.
+        """Generate one frame of codes.
 
         Args:
-            hidden_states: [B, input_dim].
-            cfg_alpha: [B, 1].
-            noise: [B, K].
+            hidden_states: [B, input_dim], the backbone's hidden state in the weights' dtype.
+            cfg_alpha: [B, 1], strength of each request's guidance.
+            noise: [B, K] standard normals.
 
         Returns:
-            [B] in the hidden states' dtype, 1 where a request has ended and 0 elsewhere; its codes, int64 [B, 1 + K].
+            [B] in the hidden states' dtype, 1 where a request has ended and 0 elsewhere, and the codes, int64
+            [B, 1 + K].
         """
         alpha, x, ended, codes = self._of(len(hidden_states), hidden_states)
         alpha.copy_(cfg_alpha[:, 0])
@@ -176,10 +205,10 @@ class CapturableFrame:
         return ended, codes
 
     def _of(self, B: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """fp32 [B] and [B, K], what comes in; [B] and int64 [B, 1 + K], what goes out."""
+        """Return the memory of B requests: guidance fp32 [B], noise fp32 [B, K], ends [B], codes int64 [B, 1 + K]."""
         if B not in self._memory:
             K = self.head.module.audio.n_acoustic_codebook
-            with torch.inference_mode(False):  # written in any mode
+            with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
                 self._memory[B] = (
                     like.new_zeros(B, dtype=torch.float32),
                     like.new_zeros((B, K), dtype=torch.float32),

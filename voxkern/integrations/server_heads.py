@@ -1,8 +1,9 @@
-"""Flow heads of public servers, recognised by what they are made of; no server is imported.
+"""Accelerate the flow heads of public servers, recognised by their attributes; no server is imported.
 
-vLLM-Omni's and SGLang-Omni's heads have the checkpoint's names for their layers, and more in common: the numbers in
-``model_args`` and ``acoustic_transformer_args``, the flow's times in ``_timesteps``. vLLM-Omni captures one in graphs
-through a wrapper that is no module and repeats the head's computation in ``_forward_cudagraph_compatible``.
+The layers of vLLM-Omni's and SGLang-Omni's heads have the checkpoint's names. Both heads also have their sizes in
+``model_args`` and ``acoustic_transformer_args``, and the flow times in ``_timesteps``. vLLM-Omni captures its head in
+CUDA graphs through a wrapper, which is not a module. The wrapper repeats the head's computation in
+``_forward_cudagraph_compatible``.
 """
 
 import inspect
@@ -22,30 +23,32 @@ if TYPE_CHECKING:
     from .fused_server_head import FusedServerHead
 
 CAPTURED_METHOD, VELOCITY_METHOD = "_forward_cudagraph_compatible", "_predict_velocity"
-REPLACED_METHODS = "_voxkern_replaced"  # names of the methods that were replaced on an object
+REPLACED_METHODS = "_voxkern_replaced"  # attribute with the names of the methods that were replaced on an object
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class UnsupportedHead(ValueError):
-    """A flow head by its names, but not one that kernels can stand in for; it says why."""
+    """A module is named like a flow head, but kernels cannot replace it; the message gives the reason."""
 
 
 def is_server_head(module: nn.Module) -> bool:
-    """Whether it has the two outputs by which a flow head is known, and is none of ours."""
+    """Return whether `module` has the two output layers of a flow head and is not one of voxkern's own heads."""
     outputs = {"semantic_codebook_output", "acoustic_codebook_output"}
     return outputs <= dict(module.named_children()).keys() and not isinstance(module, FlowHead)
 
 
 def is_graph_wrapper(thing: object) -> bool:
-    """Whether it captures a flow head as vLLM-Omni's wrapper does."""
+    """Return whether `thing` captures a flow head in CUDA graphs as vLLM-Omni's wrapper does."""
     return hasattr(thing, CAPTURED_METHOD) and isinstance(getattr(thing, "acoustic_transformer", None), nn.Module)
 
 
 def as_reference(module: nn.Module) -> FlowMatchingAudioTransformer:
-    """A server's head as one of ours, made of its own layers: nothing is copied, and weights that change are seen.
+    """Return a reference head made of the layers of a server's head.
+
+    No weight is copied, so later changes of the server's weights take effect in the reference head too.
 
     Raises:
-        UnsupportedHead: a name, a number, a shape or a dtype is not as in the public model's head.
+        UnsupportedHead: a name, a number, a shape or a dtype differs from the public model's head.
     """
     config, audio = _configs(module)
     with torch.device("meta"):
@@ -63,16 +66,24 @@ def as_reference(module: nn.Module) -> FlowMatchingAudioTransformer:
         if next(layer.children(), None) is None:
             (owner, _, child), own = name.rpartition("."), module.get_submodule(name)
             if getattr(own, "eps", None) not in (None, config.norm_eps):
-                raise UnsupportedHead(f"{name}.eps is {own.eps} but must be {config.norm_eps}, as the config says")
+                raise UnsupportedHead(f"{name}.eps is {own.eps} but must be {config.norm_eps}, the config's norm_eps")
             setattr(head.get_submodule(owner), child, own)
     return head
 
 
 def accelerate_servers(model: object, max_batch: int) -> tuple[list[str], dict[str, str]]:
-    """Rebind the methods of every server's head in `model`, and of every wrapper that captures one.
+    """Replace the methods of every server's flow head in `model`, and of every wrapper that captures one.
+
+    Args:
+        model: a module that contains servers' heads, or vLLM-Omni's wrapper.
+        max_batch: the most requests that run together, 1..64; larger batches run in groups.
 
     Returns:
-        Names of what was replaced; names of what was left as it is, with the reason.
+        Names of the methods that were replaced, and names of those that were not, each with the reason.
+
+    Raises:
+        ValueError: `max_batch` is out of range.
+        RuntimeError: a head's weights are on a device on which kernels cannot run.
     """
     replaced: list[str] = []
     left: dict[str, str] = {}
@@ -88,7 +99,7 @@ def accelerate_servers(model: object, max_batch: int) -> tuple[list[str], dict[s
 
 
 def restore_servers(model: object) -> list[str]:
-    """Undo :func:`accelerate_servers`; names of what was put back."""
+    """Undo :func:`accelerate_servers`, and return the names of the methods that were restored."""
     restored = []
     for name, thing in _find_servers(model):
         for method in vars(thing).get(REPLACED_METHODS, ()):
@@ -99,7 +110,7 @@ def restore_servers(model: object) -> list[str]:
 
 
 def _find_servers(model: object) -> Iterator[tuple[str, Any]]:
-    """Servers' heads and wrappers in `model`, which may be one itself, with their names."""
+    """Yield the name and object of each server's head and wrapper in `model`; `model` itself may be one."""
     if is_graph_wrapper(model):
         yield "acoustic_transformer", model.acoustic_transformer  # type: ignore[attr-defined]
         yield type(model).__name__, model
@@ -123,7 +134,7 @@ def _configs(module: Any) -> tuple[AcousticTransformerConfig, AudioModelConfig]:
     except (AttributeError, TypeError, ValueError) as why:
         raise UnsupportedHead(str(why)) from None
     even = torch.tensor(grid, dtype=torch.float64, device=times.device)
-    if not torch.allclose(times.double(), even, rtol=0, atol=4e-3):  # they may have been rounded to bf16
+    if not torch.allclose(times.double(), even, rtol=0, atol=4e-3):  # the times may have been rounded to bf16
         raise UnsupportedHead(f"its _timesteps are {times.tolist()} but must be even steps from 0 to 1")
     return config, AudioModelConfig(*sizes)
 
@@ -136,7 +147,7 @@ def _accelerate_head(module: Any, max_batch: int) -> tuple[list[str], dict[str, 
         raise UnsupportedHead("its forward has been replaced already, by something else")
     forward = _parameters(type(module).forward)
     if forward not in (["llm_hidden", "cfg_alpha"], ["llm_hidden"]):
-        raise UnsupportedHead(f"its call takes ({', '.join(forward)}) but must take (llm_hidden, cfg_alpha)")
+        raise UnsupportedHead(f"its forward takes ({', '.join(forward)}) but must take (llm_hidden, cfg_alpha)")
     if fused is None or fused.max_batch != max_batch:
         fused = FusedServerHead(as_reference(module), module, max_batch)
     fused.prepare()
@@ -148,7 +159,7 @@ def _accelerate_head(module: Any, max_batch: int) -> tuple[list[str], dict[str, 
         if tuple(taken) in ways:
             methods[VELOCITY_METHOD] = ways[tuple(taken)]
         else:
-            left[VELOCITY_METHOD] = f"it takes ({', '.join(taken)})"
+            left[VELOCITY_METHOD] = f"its arguments ({', '.join(taken)}) are not those of a known server"
     return _bind(module, methods), left
 
 
@@ -159,11 +170,12 @@ def _accelerate_wrapper(wrapper: Any, max_batch: int) -> tuple[list[str], dict[s
     taken = _parameters(getattr(type(wrapper), CAPTURED_METHOD))
     if fused is None or taken != ["hidden_states", "cfg_alpha", "noise"]:
         raise UnsupportedHead(
-            f"what it captures takes ({', '.join(taken)}), of a head that is {'known' if fused else 'not'}"
+            f"its captured method takes ({', '.join(taken)}) but must take (hidden_states, cfg_alpha, noise), and its "
+            f"head, which must be accelerated, is {'accelerated' if fused else 'not'}"
         )
     if wrapper.graphs:
         if REPLACED_METHODS not in vars(wrapper):
-            raise UnsupportedHead("it has captured its graphs already, and they stay as they are")
+            raise UnsupportedHead("it has captured its CUDA graphs already, so a new method would not change them")
         return list(vars(wrapper)[REPLACED_METHODS]), {}
     return _bind(wrapper, {CAPTURED_METHOD: CapturableFrame(fused, wrapper.n_steps, wrapper.capture_sizes)}), {}
 
@@ -180,6 +192,6 @@ def _fused_head_of(module: nn.Module) -> "FusedServerHead | None":
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
-    """Names of what a caller gives; of ours, what the servers' own have beside is left out."""
+    """Return the names of a function's arguments, without `self` and keyword-only ones, which only voxkern adds."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.name != "self" and p.kind is not p.KEYWORD_ONLY]

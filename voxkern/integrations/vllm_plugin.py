@@ -1,9 +1,9 @@
-"""A plugin of vLLM: vLLM-Omni's Voxtral TTS with its flow head on kernels, in every worker.
+"""A vLLM plugin that accelerates the flow head of vLLM-Omni's Voxtral TTS in every worker.
 
-vLLM finds :func:`register` by the entry point group ``vllm.general_plugins`` and calls it in each of its processes. It
-does nothing unless the environment has ``VOXKERN_VLLM=1``. Then the head is accelerated as soon as its weights are
-loaded, and what vLLM-Omni captures of it as soon as there is something to capture with. One line in vLLM's log says
-what was done or why it was not; either way the server goes on.
+vLLM finds :func:`register` through the entry point group ``vllm.general_plugins`` and calls it in each of its
+processes. It does nothing unless the environment has ``VOXKERN_VLLM=1``. The head is then accelerated as soon as its
+weights are loaded. The method that vLLM-Omni captures in CUDA graphs is replaced as soon as its wrapper is made. One
+line in vLLM's log reports what was accelerated, or why nothing was. The server runs in both cases.
 """
 
 import functools
@@ -17,13 +17,13 @@ from ..accelerate import accelerate
 
 SWITCH = "VOXKERN_VLLM"
 SERVER_PACKAGE = "vllm_omni.model_executor.models.voxtral_tts"
-MAX_BATCH = 32  # the most requests that vLLM-Omni captures a graph for; more run in groups
+MAX_BATCH = 32  # the largest batch that vLLM-Omni captures a CUDA graph for; larger batches run in groups
 
-log = logging.getLogger("vllm.plugins.voxkern")  # below vLLM's own logger, which decides where it is written
+log = logging.getLogger("vllm.plugins.voxkern")  # a child of vLLM's logger, which decides where messages are written
 
 
 def register() -> None:
-    """Hook into vLLM-Omni's classes, once a process."""
+    """Patch vLLM-Omni's classes so that a flow head is accelerated; a second call in a process changes nothing."""
     if os.environ.get(SWITCH, "0") in ("", "0"):
         return
     try:
@@ -35,12 +35,12 @@ def register() -> None:
         ).CUDAGraphAcousticTransformerWrapper
         _call_after(model, "load_weights", _accelerate_head)
         _call_after(wrapper, "__init__", _accelerate_captured)
-    except Exception as why:  # a server that runs without voxkern must run
+    except Exception as why:  # an error of voxkern must never stop the server
         _tell_why_not("vLLM-Omni", why)
 
 
 def _call_after(owner: type, name: str, then: Callable[[Any], None]) -> None:
-    """Have `then` called with the object after each call of the method."""
+    """Patch method `name` of class `owner` so that each call is followed by ``then(self)``."""
     method = getattr(owner, name)
     if hasattr(method, "_voxkern"):
         return
@@ -50,7 +50,7 @@ def _call_after(owner: type, name: str, then: Callable[[Any], None]) -> None:
         result = method(self, *args, **kwargs)
         try:
             then(self)
-        except Exception as why:  # as above
+        except Exception as why:  # an error of voxkern must never stop the server
             _tell_why_not(type(self).__name__, why)
         return result
 
@@ -60,11 +60,11 @@ def _call_after(owner: type, name: str, then: Callable[[Any], None]) -> None:
 
 def _accelerate_head(model: Any) -> None:
     replaced = accelerate(model, MAX_BATCH)
-    log.info("voxkern runs %s of %s, and what is captured of it", " and ".join(replaced), type(model).__name__)
+    log.info("voxkern accelerates %s of %s, also inside CUDA graphs", " and ".join(replaced), type(model).__name__)
 
 
 def _accelerate_captured(wrapper: Any) -> None:
-    if "forward" in vars(wrapper.acoustic_transformer):  # otherwise it was told already why not
+    if "forward" in vars(wrapper.acoustic_transformer):  # otherwise the log has the reason already
         accelerate(wrapper, MAX_BATCH)
 
 
