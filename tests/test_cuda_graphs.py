@@ -84,12 +84,18 @@ def test_replayed_graphs_equal_launches(tiny_folder: Path, recording: Recording)
     assert recording.n_replays == 2 * replays
 
 
-def test_padded_rows_do_not_change_the_others(tiny_folder: Path, recording: Recording) -> None:
-    """Five requests start in the graph of five rows; the row of a request that has ended stays in it, empty."""
-    seeds = [1, 2, 3, 4, 5]
-    arguments: dict[str, Any] = {"steps": 1, "max_frames": [2, 3, 2, 1, 2], "seed": seeds}
+def test_padded_rows_do_not_change_the_others(
+    tiny_folder: Path, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three requests run in the graph of four rows; the fourth row held another request before."""
+    rows: list[int] = []
+    replay = BatchGraphs.__call__
+    monkeypatch.setattr(BatchGraphs, "__call__", lambda self, n: (rows.append(n), replay(self, n))[1])
+    arguments: dict[str, Any] = {"steps": 1, "max_frames": [3, 3, 3, 1, 1], "seed": [1, 2, 3, 4, 5]}
     plain = load(tiny_folder, max_batch=5, graphs=False).generate(["one"] * 5, **arguments)
     assert_same(load(tiny_folder, max_batch=5).generate(["one"] * 5, **arguments), plain)
+    assert 3 in rows
+    assert 4 not in rows
 
 
 def test_the_codec_has_a_graph_of_its_own(tiny_folder: Path, recording: Recording) -> None:
