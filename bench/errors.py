@@ -26,9 +26,10 @@ from torch import Tensor
 from bench.registry import DTYPES, ROOT
 from bench.results import FILE, ResultRow, append, provenance, read, with_provenance
 from voxkern.checkpoint import read_checkpoint
+from voxkern.generation_params import CFG_ALPHA
 from voxkern.reference.config import END_AUDIO, N_SPECIAL_CODES
 from voxkern.reference.noise import noise, seed_tensor
-from voxkern.tts import CFG_ALPHA, DEMO, TTS
+from voxkern.tts import DEMO, TTS
 
 TEXTS = ("seven three", "zero nine", "five two", "eight one", "four six")
 N_TEXTS = 2  # a text takes 80 s on one core

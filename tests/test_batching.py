@@ -16,6 +16,7 @@ from voxkern.engine.engine import Engine
 from voxkern.engine.kv_cache import PrefixKey
 from voxkern.engine.request import Request, RequestState
 from voxkern.engine.runner import TorchRunner
+from voxkern.generation_params import GenerationParams
 
 ARGUMENTS = {"steps": 2, "max_frames": 24}
 WORDS = ["one two", "three", "x" * 40, "yes", "five six", "seven", "no", "nine ten"]
@@ -41,7 +42,7 @@ def each_alone(tts: voxkern.TTS) -> list[Audio]:
 
 def requests_of(tts: voxkern.TTS, steps: int = 2, max_frames: int = 24) -> list[Request]:
     return [
-        tts._make_request(text, voice, i, 1.2, max_frames, steps, "euler")
+        tts._make_requests(text, GenerationParams(voice, i, 1.2, max_frames, steps, "euler", None))[0]
         for i, (text, voice) in enumerate(zip(WORDS, VOICES, strict=True))
     ]
 
@@ -102,7 +103,10 @@ def test_output_is_the_same_with_and_without_shared_prefixes(tiny_folder: Path, 
     tts.voices["ada"] = torch.cat([tts.voices["bob"], tts.voices["ada"]] * 8)[:70]
     tts._prompt.add("ada", 70)
     n = 30 if backend == "torch" else 3
-    first, second = (tts._make_request(text, "ada", 5, 1.2, n, 1, "euler") for text in ("one", "two three"))
+    first, second = (
+        tts._make_requests(text, GenerationParams("ada", 5, 1.2, n, 1, "euler", None))[0]
+        for text in ("one", "two three")
+    )
     assert first.prefix is not None
     assert first.prefix.n_tokens == 72
     prefills: list[int] = []
@@ -272,7 +276,10 @@ def test_on_kernels(tiny_folder: Path) -> None:
     del tts.model.audio_tokenizer.stream  # the reference codec decodes: the fused codec has tests of its own
     arguments = {"voice": "ada", "max_frames": 4}
     expected = [tts.generate(text, seed=i, steps=1 + i % 2, **arguments) for i, text in enumerate(WORDS[:3])]
-    requests = [tts._make_request(text, "ada", i, 1.2, 4, 1 + i % 2, "euler") for i, text in enumerate(WORDS[:3])]
+    requests = [
+        tts._make_requests(text, GenerationParams("ada", i, 1.2, 4, 1 + i % 2, "euler", None))[0]
+        for i, text in enumerate(WORDS[:3])
+    ]
     engine = tts.engine
     first, doomed = engine.submit(requests[0]), engine.submit(replace(requests[2], seed=77))
     engine.run_until(lambda: first.finished or first.n_frames == 2)

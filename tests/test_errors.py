@@ -12,9 +12,10 @@ from bench.errors import Flips, conditions, generate_histories, measured, next_f
 from bench.recognition import Score
 from bench.results import ResultRow, read
 from voxkern.checkpoint import read_checkpoint
+from voxkern.generation_params import CFG_ALPHA
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.noise import noise, seed_tensor
-from voxkern.tts import CFG_ALPHA, TTS
+from voxkern.tts import TTS
 
 
 def frames(n: int) -> torch.Tensor:

@@ -23,10 +23,11 @@ from . import __version__
 from .audio import Audio, sound_format
 from .checkpoint import WEIGHTS, find_folder, read_params, read_voices, tensor_table
 from .engine.kv_cache import cache_bytes
+from .generation_params import CFG_ALPHA
 from .random_checkpoint import TINY_MOE, make_checkpoint, public_params
 from .reference import Config
 from .reference.config import BackboneConfig
-from .tts import CFG_ALPHA, load
+from .tts import load
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(), Console(stderr=True)

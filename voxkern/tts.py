@@ -1,7 +1,6 @@
 """Text to speech: :func:`load` a checkpoint, then ``generate``, ``stream`` or ``submit`` texts."""
 
 import itertools
-import math
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Hashable
@@ -22,8 +21,8 @@ from .engine.kv_cache import PAGE_SIZE, KVCache, PrefixKey, pages_for
 from .engine.request import Request
 from .engine.runner import TorchRunner
 from .engine.streaming import SpeechStream, chunk_sizes, iterate_in_thread
+from .generation_params import CFG_ALPHA, GenerationParams
 from .reference import VoxtralTTS
-from .reference.solver import MAX_STEPS, SOLVERS
 from .text import MAX_CHARS, PromptEncoder, split_text
 from .validation import check_int, per_text, resolve_device, resolve_dtype, use_kernels
 from .voice import read_recording, voice_prefix
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 2048  # 164 s, the limit of vLLM-Omni as well
 PROMPT_TOKENS = 512  # tokens of voice and text that the KV cache's default size allows a request beside MAX_FRAMES
-CFG_ALPHA = 1.2
 DEMO = Path(__file__).with_name("demo")  # the checkpoint that comes with the package
 
 
@@ -221,11 +219,9 @@ class TTS:
         elif not isinstance(text, list):
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
         texts = [text] if isinstance(text, str) else text
-        n_steps = self._steps(steps, solver)
-        requests = [
-            self._make_requests(*arguments, max_chars, n_steps, solver)
-            for arguments in zip(
-                texts,
+        params = [
+            GenerationParams(*of_text, steps, solver, max_chars)
+            for of_text in zip(
                 per_text("voice", voice, len(texts)),
                 per_text("seed", seed, len(texts)),
                 per_text("cfg_alpha", cfg_alpha, len(texts)),
@@ -233,6 +229,7 @@ class TTS:
                 strict=True,
             )
         ]
+        requests = [self._make_requests(*one) for one in zip(texts, params, strict=True)]
         audios = iter(self.engine.generate(list(itertools.chain(*requests)), on_frame))
         joined = [_joined([next(audios) for _ in of_text]) for of_text in requests]
         return joined[0] if isinstance(text, str) else joined
@@ -278,10 +275,10 @@ class TTS:
             ValueError: an argument has a value that cannot be used; the message names it.
             TypeError: an argument has the wrong type; the message names it.
         """
-        n_steps = self._steps(steps, solver)
         check_int("first_chunk", first_chunk, 1, None)
         check_int("chunk", chunk, first_chunk, None)
-        requests = self._make_requests(text, voice, seed, cfg_alpha, max_frames, max_chars, n_steps, solver)
+        params = GenerationParams(voice, seed, cfg_alpha, max_frames, steps, solver, max_chars)
+        requests = self._make_requests(text, params)
         return SpeechStream(self.engine, requests, chunk_sizes(first_chunk, chunk))
 
     async def submit(
@@ -340,54 +337,16 @@ class TTS:
         positions = self.model.config.backbone.max_seq_len
         return positions if self._fused_backbone is None else min(positions, self._fused_backbone.max_seq_len)
 
-    def _steps(self, steps: int | None, solver: str) -> int:
-        """Check `solver` and `steps`, and return the number of steps."""
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-        n_steps = self.model.config.acoustic_transformer.n_decoding_steps if steps is None else steps
-        check_int("steps", n_steps, 1, MAX_STEPS)
-        return n_steps
+    def _make_requests(self, text: str, params: GenerationParams) -> list[Request]:
+        """Make one request for each part of a text, in order; a missing seed is drawn for all of them."""
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        steps = self.model.config.acoustic_transformer.n_decoding_steps if params.steps is None else params.steps
+        return [self._make_request(part, params, seed, steps) for part in split_text(text, params.max_chars)]
 
-    def _make_requests(
-        self,
-        text: str,
-        voice: str | None,
-        seed: int | None,
-        cfg_alpha: float,
-        max_frames: int | None,
-        max_chars: int | None,
-        steps: int,
-        solver: str,
-    ) -> list[Request]:
-        """Make one request for each part of a text, in order."""
-        if max_chars is not None:
-            check_int("max_chars", max_chars, 1, None)
-        seed = secrets.randbits(64) if seed is None else seed
-        return [
-            self._make_request(part, voice, seed, cfg_alpha, max_frames, steps, solver)
-            for part in split_text(text, max_chars)
-        ]
-
-    def _make_request(
-        self,
-        text: str,
-        voice: str | None,
-        seed: int,
-        cfg_alpha: float,
-        max_frames: int | None,
-        steps: int,
-        solver: str,
-    ) -> Request:
-        """Check the arguments of one request, and embed its prompt."""
-        if voice is None:
-            if not self.voices:
-                raise ValueError("the checkpoint has no voices (no files in voice_embedding)")
-            named = [name for name in self.model.config.voices if name in self.voices]
-            voice = named[0] if named else next(iter(self.voices))
+    def _make_request(self, text: str, params: GenerationParams, seed: int, steps: int) -> Request:
+        """Embed the prompt of one part of a text, and check what depends on the prompt's length."""
+        voice = self._default_voice() if params.voice is None else params.voice
         tokens = self._prompt.encode(text, voice)
-        check_int("seed", seed, 0, 2**64 - 1)
-        if isinstance(cfg_alpha, bool) or not isinstance(cfg_alpha, int | float) or not math.isfinite(cfg_alpha):
-            raise ValueError(f"cfg_alpha must be a finite number, got {cfg_alpha!r}")
         positions = self.engine.runner.max_seq_len
         n_left = positions - len(tokens)
         if n_left < 1:
@@ -395,14 +354,20 @@ class TTS:
                 f"text is too long: its prompt of {len(tokens)} tokens leaves none for a frame, since a request may "
                 f"have {positions} (the model's length, or cache_tokens); split the text or lower max_chars"
             )
-        if max_frames is None:
-            max_frames = min(MAX_FRAMES, n_left)
+        max_frames = min(MAX_FRAMES, n_left) if params.max_frames is None else params.max_frames
         check_int("max_frames", max_frames, 1, n_left)
         voice_rows, audio = self.voices[voice], self.model.config.audio.audio_token_id
         n_shared = tokens.index(audio) + len(voice_rows)  # all prompts of a voice are equal up to its last row
         prefix_key = PrefixKey.of(voice_rows, self.engine.runner.weights_version(), n_shared)
         prompt = self._embed_prompt(tokens, voice_rows)
-        return Request(prompt, seed, float(cfg_alpha), max_frames, steps, solver, prefix_key)
+        return Request(prompt, seed, float(params.cfg_alpha), max_frames, steps, params.solver, prefix_key)
+
+    def _default_voice(self) -> str:
+        """Return the first of the config's voices that the checkpoint has, or else its first voice."""
+        if not self.voices:
+            raise ValueError("the checkpoint has no voices (no files in voice_embedding)")
+        named = [name for name in self.model.config.voices if name in self.voices]
+        return named[0] if named else next(iter(self.voices))
 
     @property
     def _fused_backbone(self) -> "FusedBackbone | None":

@@ -1,0 +1,43 @@
+"""How a text is to be spoken: the arguments of ``generate``, ``stream`` and ``submit`` that its requests share."""
+
+import math
+from dataclasses import dataclass
+
+from .reference.solver import MAX_STEPS, SOLVERS
+from .validation import check_int
+
+CFG_ALPHA = 1.2  # strength of the guidance by default
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """The arguments of :meth:`voxkern.TTS.generate` for one text; they are described there.
+
+    Attributes:
+        voice: name of the voice; None takes the checkpoint's first.
+        seed: 0 .. 2^64 - 1; None draws one.
+        cfg_alpha: strength of the classifier-free guidance; 1 is none.
+        max_frames: most frames of a part; None takes the default.
+        steps: evaluations of the velocity network per frame, 1..64; None takes the checkpoint's number.
+        solver: "euler" or "ab2".
+        max_chars: most characters of a part; None never splits.
+    """
+
+    voice: str | None
+    seed: int | None
+    cfg_alpha: float
+    max_frames: int | None
+    steps: int | None
+    solver: str
+    max_chars: int | None
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        limits = {"steps": (1, MAX_STEPS), "seed": (0, 2**64 - 1), "max_chars": (1, None)}
+        for name, (low, high) in limits.items():
+            if (value := getattr(self, name)) is not None:
+                check_int(name, value, low, high)
+        alpha = self.cfg_alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"cfg_alpha must be a finite number, got {alpha!r}")
