@@ -59,15 +59,15 @@ def _codec_dequantise_kernel(
     DIM: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PAD_K: tl.constexpr,
 ):  # fmt: skip
     i_t, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    there = i_t < tl.load(p_new_frames + i_b)  # codes of later frames may be anything: code 0 replaces them
+    is_valid = i_t < tl.load(p_new_frames + i_b)  # codes of later frames may be anything: code 0 replaces them
     p_code, p_row = p_codes + i_b * (1 + K) * T + i_t, p_z + (i_b * T + i_t) * (DIM + K)
     scale = tl.full([], scale, tl.float32)
     o_d, o_k = tl.arange(0, COLUMNS), tl.arange(0, PAD_K)
-    semantic = tl.where(there, tl.load(p_code), 0)
+    semantic = tl.where(is_valid, tl.load(p_code), 0)
     usage = tl.maximum(tl.load(p_usage + semantic).to(tl.float32), 1e-5)
     b_sum = tl.load(p_sum + semantic * DIM + o_d, mask=o_d < DIM, other=0.0).to(tl.float32)
     tl.store(p_row + o_d, cast(b_sum / usage, p_z.dtype.element_ty), mask=o_d < DIM)
-    b_code = tl.where(there, tl.load(p_code + (1 + o_k).to(tl.int64) * T, mask=o_k < K, other=0), 0)
+    b_code = tl.where(is_valid, tl.load(p_code + (1 + o_k).to(tl.int64) * T, mask=o_k < K, other=0), 0)
     tl.store(p_row + DIM + o_k, cast(b_code.to(tl.float32) * scale - 1.0, p_z.dtype.element_ty), mask=o_k < K)
 
 

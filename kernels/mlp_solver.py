@@ -231,15 +231,15 @@ def launch_mlp_finish(
     semantic_size: int, max_batch: int,
 ) -> None:  # fmt: skip
     """Run :func:`mlp_finish` into `out`, codes [B, 1 + K] and next [B, E], without checking the arguments."""
-    codes, following = out
+    codes, next_embedding = out
     B, (K, N) = x.shape[0], w_out.shape
-    E = following.shape[1]
+    E = next_embedding.shape[1]
     constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | padded(N, K)
     constants |= {"E": E, "PAD_E": triton.next_power_of_2(max(E, 1)), "PIPE": constants["num_stages"]}
     constants |= {"LEVELS": levels, "SEMANTIC_SIZE": semantic_size}
     del constants["BLOCK_N"]  # a size of the input projection, which this kernel does not compute
     _mlp_finish_kernel[(B,)](
-        stream, modulation, w_out, b_out, cfg_alpha, x, v_last, semantic, embeddings, codes, following,
+        stream, modulation, w_out, b_out, cfg_alpha, x, v_last, semantic, embeddings, codes, next_embedding,
         B, modulation.stride(0), eps, dt, ab2_ratio, **constants,
     )  # fmt: skip
 
