@@ -6,24 +6,24 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 
-# command -> help text. Every command but `ledger` is a module of that name in this folder, with a `main(arguments)`.
+# command -> help text. Each command except `ledger` is a module of that name in this folder with a `main(arguments)`.
 COMMANDS = {
-    "ledger": "compile every kernel for every architecture and write bench/ledger.csv; --check compares instead",
+    "ledger": "compile every kernel for every architecture and write bench/ledger.csv; --check compares with that file",
     "run": "time operators, whole frames and single modules",
-    "report": "measure what this machine can, then write the page, the pictures and the README's tables",
+    "report": "measure on this machine, then write the page, the pictures and the README's tables",
     "tune": "search launch configs for this machine's GPU",
 }
 
 
 def main() -> int:
-    """Run the command that the command line names. The exit status is 1 if a check fails."""
+    """Run the command that the command line names, and return the command's exit status."""
     lines = "\n".join(f"  {name:10s} {what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, epilog=f"commands:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's; COMMAND --help lists them")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's arguments; see COMMAND --help")
     options = parser.parse_args()
     if options.command == "ledger":
         return _ledger(options.arguments)

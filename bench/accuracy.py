@@ -1,4 +1,4 @@
-"""The accuracy rule for kernels: an error of at most twice plain PyTorch's in the same dtype, against fp64."""
+"""The accuracy rule for kernels: the error against fp64 is at most twice plain PyTorch's in the same dtype."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ class Verdict:
     """The error of an output against the fp64 result ("truth"), and the limits of that error.
 
     Attributes:
-        error: the largest absolute error. It is infinite where the output has a NaN, and fp64's largest number where
-            it is infinite.
+        error: the largest absolute error. It is infinite if the output has a NaN. It is fp64's largest number if the
+            output has an infinite value but no NaN.
         limit: the most that `error` may be, 2 x plain PyTorch's largest error + 1e-6 x RMS(truth).
         ratio: RMS of the error / RMS of the truth.
         ceiling: the limit of `ratio`, by dtype: 5e-3 (bf16), 1e-3 (fp16), 1e-5 (fp32).
@@ -47,8 +47,8 @@ def judge(out: Tensor, plain: Tensor, truth: Tensor) -> Verdict:
     """
     if truth.dtype != torch.float64 or out.dtype != plain.dtype or not out.shape == plain.shape == truth.shape:
         raise ValueError(f"out is {out.dtype} {list(out.shape)}, plain is {plain.dtype} {list(plain.shape)} and truth "
-                         f"is {truth.dtype} {list(truth.shape)}: the shapes must be equal, out and plain of one dtype, "
-                         "truth of fp64")  # fmt: skip
+                         f"is {truth.dtype} {list(truth.shape)}: the shapes must be equal, out and plain must have "
+                         "the same dtype, and truth must be fp64")  # fmt: skip
     rms = truth.square().mean().sqrt().item()
     error = (out.double() - truth).abs().nan_to_num(nan=float("inf"))
     ratio = error.square().mean().sqrt().item() / max(rms, 1e-30)

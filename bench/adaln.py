@@ -18,7 +18,7 @@ from voxkern.reference.solver import MAX_STEPS
 def adaln_modulation_reference(
     times: Tensor, states: Tensor, weights: list[Tensor], biases: list[Tensor], max_rows: int
 ) -> Tensor:
-    """Compute sum, SiLU and product layer by layer, rounding after each operation."""
+    """Compute SiLU(`times` + `states`) and then each layer's linear product, rounding after each operation."""
     c = F.silu(times[:, None] + states)
     return torch.cat([F.linear(c, *layer) for layer in zip(weights, biases, strict=True)], dim=-1)
 
@@ -47,7 +47,7 @@ def own_rows(modulation: Tensor, M: int) -> Tensor:
 def adaln_linear_silu_reference(
     x: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor, eps: float, max_rows: int
 ) -> Tensor:
-    """Compute norm and modulation, rounded once, then the product, then SiLU."""
+    """Compute the modulated norm, rounded once, then the linear product and SiLU, each rounded."""
     shift, scale = own_rows(modulation, len(x))[:, : 2 * x.shape[1]].chunk(2, dim=1)
     return F.silu(F.linear(modulated_norm(x, shift, scale, eps), weight, bias))
 
@@ -67,14 +67,14 @@ def adaln_linear_silu_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def gated_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None, max_rows: int
 ) -> Tensor:
-    """Compute product, gate and sum, rounding after each operation."""
+    """Compute the linear product, the gate and the sum with the residual, rounding after each operation."""
     y = F.linear(x, weight, bias)
     y = y if gate is None else own_rows(gate, len(x)) * y
     return y if residual is None else residual + y
 
 
 def gated_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return arguments, with gate and residual if `s.gated` is not 0; half of the rows have their own gate."""
+    """Return arguments; with `s.gated` other than 0 they have a residual, and half of the rows have their own gate."""
     return {
         "x": make(s.M, s.K),
         "weight": make(s.N, s.K, std=s.K**-0.5),
@@ -86,7 +86,7 @@ def gated_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def split_stage(c: Any) -> int:
-    """Return the weight elements that one stage of the pipeline loads, for all SPLIT chains of sums."""
+    """Return the number of weight elements that one stage of the pipeline loads, for all SPLIT partial sums along K."""
     return c["SPLIT"] * c["BLOCK_N"] * c["BLOCK_K"]  # type: ignore[no-any-return]
 
 
@@ -105,7 +105,7 @@ ENTRIES = [
             Case("mar-b32", {**ALL, "R": 32, "max_rows": 32 * MAX_STEPS}, public=True, dtypes=("bf16",)),
         ),
         rows="R",
-        read_once=(),  # the weights are lists, which tests/test_adaln.py counts
+        read_once=(),  # the weights are in lists; tests/test_adaln.py counts their bytes
     ),
     Entry(
         op=adaln_linear_silu,

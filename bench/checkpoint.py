@@ -1,8 +1,8 @@
-"""Time to load a checkpoint, with and without the scan for values that are not finite.
+"""Time to load a checkpoint, with and without the scan for NaN and infinite values.
 
 ``python -m bench.checkpoint DIR`` prints medians of 3 rounds, in seconds, for a file in the page cache and on disk.
-Without the scan one byte of every page is read instead, because a mapped file is loaded only where it is read. To load
-from disk, the file is dropped from the page cache first. Loads with and without the scan alternate.
+Without the scan, one byte of every page is read instead: a mapped file is loaded only in the pages that are read.
+Before each load from disk, the file is dropped from the page cache. Loads with and without the scan alternate.
 """
 
 import os
@@ -21,7 +21,7 @@ ROUNDS = 3
 
 
 def main() -> None:
-    """Print one line for each place that the file is loaded from."""
+    """Time the loads, and print one line for the page cache and one for the disk."""
     folder = Path(sys.argv[1])
     for place in ("page cache", "disk"):
         seconds: dict[str, list[float]] = {"scanned": [], "touched": []}
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def touch(x: Tensor) -> bool:
-    """Read one byte of each page of 4096 bytes, and return True, as the scan does for finite values."""
+    """Read one byte of each page of 4096 bytes, and return True, the scan's result for finite values."""
     bytes_ = x.reshape(-1).view(torch.uint8) if x.numel() else x
     bytes_[::4096].sum()
     return True

@@ -15,7 +15,8 @@ from voxkern.reference.layers import upcast
 def chunk_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Return the frame counts and the parity of a chunk.
 
-    Requests have decoded 0, 1 or 32 frames so far, in turn, and have `s.T` down to 0 frames in the chunk.
+    The requests in turn have decoded 0, 1 or 32 frames before the chunk. In the chunk they in turn have `s.T`,
+    `s.T` - 1 and so on down to 0 frames.
     """
     i = torch.arange(s.B)
     made = {
@@ -29,7 +30,7 @@ def chunk_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def codec_dequantise_reference(
     codes: Tensor, new_frames: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
 ) -> Tensor:
-    """Dequantise codes as the reference's quantiser does; codes after a request's own frames count as 0."""
+    """Dequantise codes as the reference's quantiser does; codes beyond a request's new frames count as 0."""
     is_valid = torch.arange(codes.shape[2], device=codes.device) < new_frames.unsqueeze(1)
     codes = codes.where(is_valid.unsqueeze(1), 0)
     semantic = upcast(embedding_sum)[codes[:, 0]] / upcast(cluster_usage)[codes[:, 0]].clamp(min=1e-5).unsqueeze(-1)
@@ -38,7 +39,7 @@ def codec_dequantise_reference(
 
 
 def codec_dequantise_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return valid codes, with invalid ones after each request's own frames; one codebook vector has usage 0."""
+    """Return arguments with invalid codes beyond each request's new frames, and a codebook vector with usage 0."""
     new_frames = chunk_inputs(s, make)["new_frames"]
     b, k, t = torch.meshgrid(torch.arange(s.B), torch.arange(1 + s.K), torch.arange(s.T), indexing="ij")
     codes = (7 * b + 3 * k + 5 * t) % min(s.size, 21)
@@ -64,7 +65,10 @@ def codec_conv_reference(
     rate: int,
     pad_mode: str,
 ) -> None:
-    """Concatenate the rows before the chunk and its own rows, and multiply windows of n + 1 rows by the weight."""
+    """Convolve a chunk: multiply each window of n + 1 rows by the weight. The first windows begin before the chunk.
+
+    The results are written to `y`, and the last n rows to `conv_state`.
+    """
     B, n, K = conv_state.shape[1:]
     now, x = int(parity), x.view(B, -1, K)
     missing = {
@@ -82,10 +86,10 @@ def codec_conv_reference(
 
 
 def codec_conv_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return arguments for a convolution over a row and the `s.n` rows before it.
+    """Return arguments for a convolution over each row and the `s.n` rows before it.
 
-    `s.pad_mode` is an index into PAD_MODES. With `s.narrow` other than 0, the rows are bf16 whatever the weight's dtype
-    is.
+    `s.pad_mode` is an index into PAD_MODES. With `s.narrow` other than 0, `x` and `conv_state` are bf16, and the weight
+    keeps its dtype.
     """
     M, narrow = s.B * s.T * s.rate, getattr(s, "narrow", 0)
     x, conv_state = make(M, s.K), make(2, s.B, s.n, s.K)

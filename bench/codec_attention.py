@@ -24,7 +24,10 @@ def codec_attention_reference(
     eps: float,
     n_heads: int,
 ) -> None:
-    """Compute the norms of queries and keys, each rounded, and the reference's attention over a chunk."""
+    """Compute the norms of queries and keys, each rounded, then attention over a chunk with the reference's function.
+
+    The results are written to `out`, and the last keys and values to `kv_window`.
+    """
     B, now = len(past_frames), int(parity)
     q, k, v = qkv.view(B, -1, qkv.shape[1]).chunk(3, dim=2)
     parts = (rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v)

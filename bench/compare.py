@@ -1,8 +1,9 @@
 """Timings of this tree beside those of a git revision, on one machine.
 
-The revision is checked out into a temporary worktree. Its own operators are timed there by this tree's timer. The order
-is old, new, new, old, each in a new process. Of a tree's two medians the lower one counts, because other work on the
-machine only adds time. Nothing is measured while tests of the operators fail: a fast wrong kernel is no gain.
+The revision is checked out into a temporary worktree, and this tree's timer times the revision's operators there. The
+trees are measured in the order old, new, new, old, each time in a new process. The lower one of a tree's two medians
+counts, because other work on the machine only adds time. Nothing is measured while tests of the operators fail, because
+a fast wrong kernel is no gain.
 """
 
 import os
@@ -19,11 +20,12 @@ from pathlib import Path
 from bench.registry import ROOT
 from bench.results import ResultRow, append, read
 
-# The modules of bench/ that measure: they are copied over the revision's. The registry and its entries are not, because
-# the revision's operators have their own names and arguments.
+# The modules of bench/ that measure, which replace the revision's. The registry and the entries are not replaced,
+# because the revision's operators may have other names and arguments.
 TIMER = ("__init__", "__main__", "run", "compare", "timing", "providers", "modules", "traffic", "results", "accuracy")
 PYTEST = Path(sys.executable).with_name("pytest")
-# timed module -> pytest's -k expression for its tests; an operator needs none, since its tests' names contain its name
+# timed module -> pytest's -k expression for the module's tests. For an operator, the operator's name is the expression,
+# because the names of its tests contain it.
 OF_MODULES = {
     "frame": "test_frame or test_generate", "flow_head": "test_flow", "backbone": "test_backbone",
     "codec_chunk": "test_codec", "moe_block": "test_moe",
@@ -47,7 +49,7 @@ def compare(rev: str, subjects: Sequence[str], arguments: Sequence[str], file: P
         file: the table of results; None writes nothing.
 
     Returns:
-        The exit status: 1 if tests of the subjects fail, so that nothing was measured.
+        The exit status: 1 if the subjects' tests do not pass, and therefore nothing was measured; else 0.
     """
     asked = without(arguments, "--compare", "--csv")
     complaint = failing_tests(subjects)
@@ -64,20 +66,20 @@ def compare(rev: str, subjects: Sequence[str], arguments: Sequence[str], file: P
 
 
 def failing_tests(names: Sequence[str]) -> str:
-    """Run the tests of these operators and modules, or all tests, and return a message if they do not pass.
+    """Run the tests of these operators and modules, or all tests, and return a message if tests do not pass.
 
-    The message is empty if they pass.
+    The message is empty if all tests pass.
     """
     chosen = ["-k", " or ".join(OF_MODULES.get(name, name) for name in names)] if names else []
     command = [str(PYTEST), "-q", "-x", "tests", *chosen]
-    # not passed on: tests/conftest.py chooses the interpreter and imports bench itself
+    # tests/conftest.py sets TRITON_INTERPRET, and imports bench without PYTHONPATH, so both are removed
     hidden = {"PYTHONPATH", "TRITON_INTERPRET"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     if done.returncode == 0:
         return ""
     last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
-    what = "there are no tests of" if done.returncode == 5 else "tests are red of"
+    what = "there are no tests of" if done.returncode == 5 else "tests fail for"
     of = ", ".join(names) or "the operators"
     return f"nothing is measured: {what} {of} (pytest {shlex.join(command[1:])}: {' '.join(last)})"
 
@@ -86,7 +88,8 @@ def failing_tests(names: Sequence[str]) -> str:
 def worktree(rev: str) -> Iterator[Path]:
     """Check `rev` out into a temporary folder, copy this tree's timer into it, and remove the folder afterwards.
 
-    A revision in which operators have their old names keeps its own timer, because that one knows the old names.
+    If the revision's operators have the names in :data:`OLD_NAMES`, the revision's timer is kept, because it uses those
+    names.
 
     Raises:
         SystemExit: git has no revision `rev`.
@@ -106,7 +109,7 @@ def worktree(rev: str) -> Iterator[Path]:
 
 
 def has_old_names(tree: Path) -> bool:
-    """Return whether the operators of the checkout `tree` have their names of :data:`OLD_NAMES`."""
+    """Return whether the operators of the checkout `tree` have the old names in :data:`OLD_NAMES`."""
     return not (tree / "kernels" / "launch_config.py").exists()
 
 
@@ -131,10 +134,10 @@ def measure_interleaved(
 
 
 def faster(one: ResultRow, other: ResultRow) -> ResultRow:
-    """Return the better one of two measurements of a figure: of times the lower, of bandwidths the higher.
+    """Return the better one of two measurements of a figure: the lower time, or the higher bandwidth.
 
     Raises:
-        ValueError: the rows are of different figures.
+        ValueError: the rows belong to different figures.
     """
     if one.key != other.key:
         raise ValueError(f"two runs of one tree differ in their figures: {one.key} was measured, and then {other.key}")
@@ -142,7 +145,7 @@ def faster(one: ResultRow, other: ResultRow) -> ResultRow:
 
 
 def measure(tree: Path, asked: Sequence[str]) -> list[ResultRow]:
-    """Run the timer in `tree`, and return its rows with the operators' present names.
+    """Run the timer in `tree`, and return the rows, with the present names of the operators.
 
     Raises:
         SystemExit: the timer failed, or a provider's results were wrong.
@@ -152,7 +155,7 @@ def measure(tree: Path, asked: Sequence[str]) -> list[ResultRow]:
         old_names = OLD_NAMES if has_old_names(tree) else {}
         words = [old_names.get(word, word) for word in asked]
         command = [sys.executable, "-m", "bench", "run", *words, "--csv", str(file)]
-        # the tree precedes installed packages, so that its own voxkern, kernels and reference are imported
+        # PYTHONPATH precedes installed packages, so that voxkern, kernels and reference are imported from the tree
         environment = os.environ | {"PYTHONPATH": str(tree)}
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, env=environment)
         if done.returncode or not file.exists():
@@ -169,7 +172,7 @@ def measure(tree: Path, asked: Sequence[str]) -> list[ResultRow]:
 
 
 def table(rev: str, rows: Mapping[str, Sequence[ResultRow]]) -> list[str]:
-    """Return the printed lines: a head, and one line for each time that both trees have."""
+    """Return the lines to print: a head, and one line for each time that was measured in both trees."""
     old = {row.key: row for row in rows["old"] if row.unit == "us"}
     lines = [f"{'us':52s} {rev[:12]:>12s} {'this tree':>12s}  new / old"]
     for row in rows["new"]:

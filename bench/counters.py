@@ -1,8 +1,8 @@
-"""Counts of launches, of their bytes from DRAM and of bytes read again, made in Triton's interpreter.
+"""Count launches, the DRAM bytes of launches and the bytes that blocks access again, in Triton's interpreter.
 
-DRAM bytes are those at distinct addresses. One block alone shows its addresses at the true N and K, and blocks of a
-regular grid differ only in their addresses. So a launch of thousands of blocks is counted by running the first, second
-and last block along each axis. Needs ``TRITON_INTERPRET=1``.
+DRAM bytes are those at distinct addresses. Tensors have their true N and K, but not all blocks need to run: blocks of a
+regular grid differ only in their addresses. A launch of thousands of blocks is therefore counted by running the first,
+second and last block along each axis. Counting needs ``TRITON_INTERPRET=1``.
 """
 
 import bisect
@@ -34,7 +34,7 @@ class Block:
         self.touched[name].append(np.unique(addresses))
 
     def n_accesses(self, name: str) -> int:
-        """Return how many elements of an argument were accessed, once for each load or store."""
+        """Return the number of accesses to an argument's elements. Each load or store of an element counts."""
         return sum(map(len, self.touched[name]))
 
     def distinct(self, name: str) -> np.ndarray:
@@ -48,7 +48,7 @@ class Traffic:
 
     Attributes:
         dram: bytes at distinct addresses: the DRAM traffic with a perfect cache.
-        again: bytes accessed beyond the first access to their address: L2 traffic.
+        again: bytes of all accesses to an address after the first: L2 traffic.
     """
 
     dram: int
@@ -63,7 +63,7 @@ class CountedLaunch:
         kernel: name of the Triton function.
         grid: blocks along x, y and z.
         constants: the kernel's constexprs by name.
-        blocks: place in the grid -> the block's accesses, of the blocks that were run.
+        blocks: position in the grid -> accesses of the block at this position, for the blocks that were run.
         item_sizes: argument -> bytes of an element.
         pointers: argument -> address of its first element.
     """
@@ -76,11 +76,11 @@ class CountedLaunch:
     pointers: dict[str, int] = field(default_factory=dict)
 
     def of(self, tensor: Tensor) -> Traffic:
-        """Return the traffic of the argument that `tensor` was passed as."""
+        """Return the traffic of `tensor`, which must be an argument or one of the `indirect` tensors."""
         return self._traffic(next(name for name, pointer in self.pointers.items() if pointer == tensor.data_ptr()))
 
     def traffic(self) -> dict[str, Traffic]:
-        """Return the whole launch's traffic by argument."""
+        """Return the traffic of the whole launch, as argument -> traffic."""
         names = {name for block in self.blocks.values() for name in block.touched}
         return {name: self._traffic(name) for name in sorted(names)}
 
@@ -93,11 +93,11 @@ class CountedLaunch:
         return self._bytes(name, dram, n_accesses)
 
     def _scaled(self, name: str) -> Traffic:
-        # Along each axis all blocks access the same addresses, or each block accesses its own. The last block may be
-        # smaller, because its tile may end past the tensor.
+        # Along each axis, either all blocks access the same addresses, or no two blocks share an address. The last
+        # block may access fewer, because its tile may end past the tensor.
         first, n_accesses_first = self.blocks[0, 0, 0].distinct(name), self.blocks[0, 0, 0].n_accesses(name)
         if not n_accesses_first:
-            raise ValueError(f"{self.kernel}: the first block does not access {name}; count with whole=True")
+            raise ValueError(f"{self.kernel}: the first block does not access {name}; use whole=True")
         dram, n_accesses = float(len(first)), float(n_accesses_first)
         for axis, n in enumerate(self.grid):
             if n == 1:
@@ -120,10 +120,10 @@ def counting(whole: bool = False, indirect: Sequence[Tensor] = ()) -> Iterator[l
     """Count every launch within the ``with`` block, and yield the list of counted launches.
 
     Args:
-        whole: run all blocks of a launch. Otherwise only the first, second and last along each axis run, and results
-            are NOT computed: no launch may then depend on what an earlier one wrote.
-        indirect: tensors that are no arguments themselves; a table that is an argument holds their addresses.
-            Each is counted like an argument, and ``CountedLaunch.of`` returns its traffic.
+        whole: run all blocks of a launch. If False, only the first, second and last block along each axis run, and
+            results are NOT computed. No launch may then depend on the results of an earlier launch.
+        indirect: tensors that a kernel accesses through an argument with a table of addresses. Each of these tensors is
+            counted like an argument, and ``CountedLaunch.of`` returns its traffic.
     """
     launches: list[CountedLaunch] = []
     call = interpreter.GridExecutor.__call__
@@ -196,7 +196,7 @@ class _Watch:
 
     @contextmanager
     def installed(self, builder: Any) -> Iterator[None]:
-        # inside the interpreter, unmasked loads and stores and those of descriptors call the masked ones
+        # in the interpreter, unmasked accesses and accesses through descriptors call these masked functions too
         masks: dict[str, Callable[..., Any]] = {
             "create_masked_load": lambda ptrs, mask, *_, **__: self.touch(ptrs, mask),
             "create_masked_store": lambda ptrs, value, mask, *_, **__: self.touch(ptrs, mask),
@@ -213,7 +213,10 @@ class _Watch:
 
 
 class _NoWork(TorchDispatchMode):
-    """Raises at every aten operator but views: it would start a kernel, allocate, or make the CPU wait."""
+    """Raises an error at every aten operator except views.
+
+    Other operators start a kernel, allocate memory, or make the CPU wait.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view:
@@ -222,7 +225,10 @@ class _NoWork(TorchDispatchMode):
 
 
 class _NoCopies(TorchFunctionMode):
-    """Raises at copies between tensors and Python or NumPy: of a CPU tensor they reach no dispatcher."""
+    """Raises an error at copies between tensors and Python or NumPy.
+
+    :class:`_NoWork` does not catch these, because copies of a CPU tensor do not reach the dispatcher.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ in ("tolist", "numpy", "__array__", "tensor", "as_tensor", "from_numpy"):
@@ -232,12 +238,12 @@ class _NoCopies(TorchFunctionMode):
 
 @contextmanager
 def launches_only(whole: bool = True, indirect: Sequence[Tensor] = ()) -> Iterator[list[CountedLaunch]]:
-    """Count launches as :func:`counting` does, and raise at anything that is neither a launch nor a view.
+    """Count launches as :func:`counting` does, and allow only launches and views within the ``with`` block.
 
-    A frame must be launches only, so that one CUDA graph holds all of it.
+    A frame must consist of launches only, so that one CUDA graph can hold the whole frame.
 
     Raises:
-        RuntimeError: an operator, an allocation or a read by the CPU within the ``with`` block.
+        RuntimeError: the ``with`` block calls an operator, allocates memory, or reads a tensor's values on the CPU.
     """
     with counting(whole, indirect) as launches, _NoCopies(), _NoWork():
         yield launches

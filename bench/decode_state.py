@@ -25,7 +25,7 @@ def update_decode_state_reference(
 
 
 def update_decode_state_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return arguments in which requests in turn continue, are absent, end with END, and end at their limit."""
+    """Return arguments in which requests in turn continue, are absent, end with END, and end at `max_frames`."""
     i = torch.arange(s.B)
     codes = (i[:, None] + torch.arange(s.K)) % 20 + 2
     codes[i % 4 == 2, 0] = END_AUDIO

@@ -15,7 +15,7 @@ from voxkern.reference.train.data import VOICES, WORDS, make_bank
 from voxkern.reference.train.params import PARAMS, spellings, word_id
 from voxkern.voice import voice_prefix
 
-CLIP = tuple(range(3))  # numbers of the words in a voice's clip
+CLIP = tuple(range(3))  # indices of the words in a voice's clip
 CLIP_FRAMES = 16
 WORD_PATTERN = r"\s?\p{L}+|(?s:.)"  # matches a word with the space before it, or one character
 
@@ -24,7 +24,7 @@ def tokenizer(voices: dict[str, int]) -> dict[str, Any]:
     """Return ``tekken.json``: the byte tokenizer with one more token for every spelling of every word.
 
     Args:
-        voices: name -> number of rows of the voice's prefix.
+        voices: name -> number of rows in the voice's prefix.
     """
     tekken = byte_tokenizer(voices)
     for word in WORDS:
@@ -43,7 +43,7 @@ def write(work: Path, folder: Path) -> None:
     model = VoxtralTTS(Config.from_params(PARAMS), encoder=True)
     model.load_state_dict(torch.load(work / "speech.pt"))
     rows = model.mm_audio_embeddings.tok_embeddings.weight
-    for i in range(len(WORDS)):  # training used only the first spelling: the others get its embedding
+    for i in range(len(WORDS)):  # training used only the first spelling of a word; the others get that embedding
         first, n = word_id(i), len(spellings(""))
         rows[first + 1 : first + n] = rows[first]
     model.bfloat16()

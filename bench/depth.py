@@ -1,17 +1,17 @@
-"""The flow head's cost against a depth transformer's: a few evaluations, or 36 codes one after another.
+"""Compare the cost of the flow head, with a few evaluations, and of a depth transformer, with 36 codes in sequence.
 
 Other speech models generate the codes of a frame one by one with a small causal transformer, a depth transformer. See
-RQ-Transformer (arXiv 2203.01941) and Moshi (arXiv 2410.00037). Here a depth transformer of the flow head's width and
-layers generates the same 36 acoustic codes from the same hidden state and semantic code. Both need the semantic code,
-so it is left out on both sides. Only the architectures are compared, at equal size. Published depth transformers are
-often narrower, and how the two would sound is not compared.
+RQ-Transformer (arXiv 2203.01941) and Moshi (arXiv 2410.00037). Here a depth transformer has the flow head's width and
+number of layers. Both generate 36 acoustic codes from the same hidden state and semantic code. The cost of generating
+the semantic code is left out on both sides. Only the architectures are compared, at equal size. Published depth
+transformers are often narrower. The quality of the sound is not compared.
 
 ``python -m bench.depth`` prints figures for one request: the bytes of weights that a frame streams, launches, the time
-that bench/roofline.py predicts, and the time in plain PyTorch on this machine, measured in turn.
+that bench/roofline.py predicts, and the time in plain PyTorch on this machine. The two are timed in turn.
 
-Launches are the kernels of our fused modules. The flow head has a fused head. The depth transformer has none, and is
-counted as follows: 5 launches a layer and 1 norm for each code, as in our fused backbone; 2 for a codebook's output and
-its argmax, as for the semantic code; 1 to gather the next input; and 1 a frame for the hidden state.
+The flow head's launches are those of its fused module. The depth transformer has no fused module. Its launches for each
+code are counted like those of other fused modules: 5 a layer and 1 norm, as in the backbone; 2 for the logits and their
+argmax, as for the semantic code; and 1 to gather the next input. Once a frame, 1 launch projects the hidden state.
 """
 
 import statistics
@@ -41,14 +41,14 @@ DEPTH = "depth transformer"
 
 
 class DepthTransformer(nn.Module):
-    """A depth transformer: it generates a frame's acoustic codes in order, from the hidden state and earlier codes."""
+    """Generates a frame's acoustic codes one after another, from the hidden state and the codes before."""
 
     cos: Tensor
     sin: Tensor
     offsets: Tensor
 
     def __init__(self, config: AcousticTransformerConfig, audio: AudioModelConfig) -> None:
-        """Make the flow head's layers, and for each codebook an embedding and an output head."""
+        """Make layers of the flow head's sizes, and an embedding and an output layer for each codebook."""
         super().__init__()
         self.config, self.audio = config, audio
         self.llm_projection = nn.Linear(config.input_dim, config.dim, bias=False)
@@ -111,7 +111,10 @@ class DepthTransformer(nn.Module):
         return torch.stack(codes, dim=1), torch.stack(logits, dim=1)
 
     def _attend(self, memory: Tensor, i: int) -> Attend:
-        """Return the attention of token `i`; it writes the token's keys and values to `memory` [2, B, K, Hkv, D]."""
+        """Return the attention function of token `i`, which also writes the token's keys and values to `memory`.
+
+        `memory` is [2, B, K, Hkv, D].
+        """
         cos, sin = self.cos[i : i + 1], self.sin[i : i + 1]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ class DepthTransformer(nn.Module):
 
 
 def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: int) -> list[Work]:
-    """Return a frame's launches of the depth transformer for `B` requests: with three layers 19 a code, and 1."""
+    """Return the depth transformer's launches in a frame of `B` requests: with three layers, 19 for each code and 1."""
     K, levels, dim = audio.n_acoustic_codebook, audio.acoustic_codebook_size, config.dim
     first, last = semantic_head(dim, levels, K, B)
     return [
@@ -132,7 +135,7 @@ def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: in
         ),
         Work(operator="depth input", times=K, rows=B, prepared=B, moved=3 * BF16 * B * dim),
         *decoder(config, K, B, (K + 1) / 2),
-        # its own name, which the ledger does not have: it is one tile or two, the ledger's semantic_argmax is 129
+        # a name that the ledger does not have: this output has one or two tiles, the ledger's semantic_argmax has 129
         replace(first, operator="depth output"),
         last,
     ]  # fmt: skip
@@ -152,7 +155,7 @@ def candidates(B: int = 1) -> dict[tuple[str, str], list[Work]]:
 
 
 def reduced() -> AcousticTransformerConfig:
-    """Return a config with a quarter of the public head's width, and as many layers."""
+    """Return a config with a quarter of the public head's width, and the same number of layers."""
     config = public().acoustic_transformer
     assert isinstance(config, AcousticTransformerConfig)
     return replace(config, input_dim=768, dim=768, hidden_dim=2304, n_heads=8, n_kv_heads=2)
@@ -189,7 +192,7 @@ def calls(
 
 @torch.inference_mode()
 def alternate(calls: dict[tuple[str, str], Callable[[], object]], rounds: int) -> dict[tuple[str, str], list[float]]:
-    """Time the calls in turn, and return the milliseconds of each round by name. A first round warms up."""
+    """Time the calls in turn, and return the milliseconds of each round by name. The first round only warms up."""
     times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
@@ -214,7 +217,7 @@ def arithmetic_rows() -> list[ResultRow]:
 
 
 def measured_rows(width: str) -> list[ResultRow]:
-    """Measure on this machine, and return times at the ``reduced`` width in fp32 or the ``public`` one in bf16."""
+    """Time one frame on this machine, at the width ``reduced`` in fp32 or ``public`` in bf16, and return the rows."""
     config = reduced() if width == "reduced" else public().acoustic_transformer
     assert isinstance(config, AcousticTransformerConfig)
     dtype, name = (torch.float32, "fp32") if width == "reduced" else (torch.bfloat16, "bf16")
@@ -234,7 +237,7 @@ def rows() -> list[ResultRow]:
 def _row(
     subject: str, steps: str, metric: str, value: float, unit: str, how: str, shape: str = "frame-b1"
 ) -> ResultRow:
-    provider = "" if subject == DEPTH else "voxkern"  # voxkern has no kernels of a depth transformer
+    provider = "" if subject == DEPTH else "voxkern"  # voxkern has no kernels for a depth transformer
     return ResultRow(
         "depth", subject, metric, value, unit, how, COMMAND, provider=provider, shape=shape, dtype="bf16", steps=steps
     )

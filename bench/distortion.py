@@ -1,8 +1,8 @@
 """The demo voice's quality with fewer evaluations of the velocity: distance to a fine solution, and words recognised.
 
 ``python -m bench.distortion`` solves the demo voice's flow head with 2 to 16 evaluations on generate()'s time grids. It
-starts from the backbone's states after the voice's own frames, and compares with 256 evaluations of the two-step
-method. Then a speech recogniser transcribes sentences generated with each solver, and with those 256 evaluations.
+starts from the backbone's states after frames that the voice generated, and compares with 256 evaluations of the
+two-step method. Then a speech recogniser transcribes sentences generated with each solver, and with 256 evaluations.
 Everything runs in plain PyTorch, fp32, on a CPU.
 """
 
@@ -41,9 +41,9 @@ RMSE = f"RMSE from {FINE} steps"
 
 
 def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[ResultRow]:
-    """Return rows of the RMSE of x before quantisation and of the codes that differ, by solver and evaluations."""
+    """Return rows for each solver and number of evaluations: RMSE of x before quantisation, and codes that differ."""
     h, x = spoken(tts)
-    head = cast(FlowMatchingAudioTransformer, tts.model.acoustic_transformer)  # for the type only: any head works
+    head = cast(FlowMatchingAudioTransformer, tts.model.acoustic_transformer)  # for the type checker: any head works
     levels = tts.model.config.audio.acoustic_codebook_size
     exact = solve(head, h, x, "ab2", [1 - (1 - k / FINE) ** 1.5 for k in range(FINE + 1)])
     found = []
@@ -76,19 +76,22 @@ def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[Resu
 
 
 def spoken(tts: TTS) -> tuple[Tensor, Tensor]:
-    """Return the backbone states [N, dim] after which a frame follows, not END, and the frames' noise [N, K]."""
+    """Return the backbone states [N, dim] after which the model generates a frame, and the frames' noise [N, K].
+
+    States after which the model generates END are left out.
+    """
     h, x = conditions(tts, generate_histories(tts, list(TEXTS)))
     goes_on = lowest_argmax(tts.model.acoustic_transformer.semantic_logits(h)) != END_AUDIO
     return h[goes_on], x[goes_on]
 
 
 def recognition_rows(tts: TTS, n_sentences: int, seeds: int) -> list[ResultRow]:
-    """Return rows of the words and sentences recognised, by solver and evaluations, and of flite's own sound."""
+    """Return rows of the words and sentences recognised, for each solver and number of evaluations and for flite."""
     recogniser, texts = Recogniser(WORDS), sentences(n_sentences)
     found = []
     if shutil.which("flite"):
         found += score_rows(listen(flite_whole, texts, [0], recogniser), "flite", "flite", n_sentences, 1)
-    # generate() refuses more than MAX_STEPS evaluations, and 256 are more
+    # generate() raises an error above MAX_STEPS = 64 evaluations, so the limit is raised to 256 here
     with mock.patch.object(solver_module, "MAX_STEPS", FINE), mock.patch.object(voxkern.tts, "MAX_STEPS", FINE):
         for solver, steps in RECOGNISED:
             score = listen(Speaker(tts, solver, steps), texts, list(range(seeds)), recogniser)
@@ -120,14 +123,14 @@ def missing() -> list[str]:
 
 
 def rows(n_sentences: int = SENTENCES, seeds: int = SEEDS, folder: Path = DEMO) -> list[ResultRow]:
-    """Return all figures that this machine can measure: without pocketsphinx, the distances only."""
+    """Return all figures that can be measured on this machine. Without pocketsphinx these are only the distances."""
     tts = TTS(read_checkpoint(folder, torch.float32), MAX_BATCH)
     found = distances(tts)
     return found + (recognition_rows(tts, n_sentences, seeds) if importlib.util.find_spec("pocketsphinx") else [])
 
 
 def table(rows: list[ResultRow]) -> str:
-    """Return the printed table, a line for each solver and number of evaluations. A missing figure is a dash."""
+    """Return the table to print, a line for each solver and number of evaluations. A missing figure is a dash."""
     by_solver: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         by_solver.setdefault((row.subject, row.steps), {})[row.metric] = row.value
@@ -143,7 +146,7 @@ def table(rows: list[ResultRow]) -> str:
 
 
 def share(of: dict[str, float], metric: str, whole: str) -> str:
-    """Return a percentage with its denominator, such as "2.5 % of 80", or a dash if it is missing."""
+    """Return the percentage `metric` with its denominator, such as "2.5 % of 80", or a dash without the metric."""
     return f"{of[metric]:.1f} % of {of[whole]:.0f}" if metric in of else "-"
 
 

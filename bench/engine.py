@@ -1,8 +1,8 @@
-"""The engine with many requests on this machine: frames a second, time to the first sound under load, and memory.
+"""Measure the engine with many requests: frames per second, time to the first sound under load, and memory.
 
-``python -m bench.engine`` runs the torch backend in one thread, on the demo voice and on a random checkpoint of
-the sizes of `mid_size_params`. No request ends too early: random models seldom generate END, and the demo voice
-does not generate it before everything is measured.
+``python -m bench.engine`` runs the torch backend in one thread, with the demo voice and with a random checkpoint of
+the sizes in `mid_size_params`. No request ends before the measurement does: random models seldom generate END, and
+the demo voice generates END later.
 """
 
 import copy
@@ -29,7 +29,7 @@ TEXT = "seven three one nine five two"  # about sixty frames in the demo voice
 
 
 def mid_size_params() -> dict[str, Any]:
-    """Return the entries of ``params.json`` that differ from the tiny model's: 8 layers 768 wide, and a head of 3."""
+    """Return entries of ``params.json`` that replace the tiny model's: 8 layers 768 wide, and a head of 3 layers."""
     dims = {"dim": 768, "head_dim": 64, "hidden_dim": 2304, "n_heads": 12, "n_kv_heads": 4}
     multimodal = copy.deepcopy(tiny_params()["multimodal"])
     multimodal["audio_model_args"]["acoustic_transformer_args"] |= {"input_dim": 768, "n_layers": 3, **dims}
@@ -37,7 +37,7 @@ def mid_size_params() -> dict[str, Any]:
 
 
 def frames_a_second(folder: Path, batch: int) -> float:
-    """Return the frames per second of `batch` requests together, without the time of their prompts."""
+    """Return the frames per second of `batch` requests together. The time of the prompts is not included."""
     tts = voxkern.load(folder, backend="torch", max_batch=batch)
     times: list[float] = []
     tts.generate(
@@ -72,15 +72,15 @@ def first_sound(folder: Path, batch: int, others: int) -> float:
 
 
 def peak_memory() -> int:
-    """Return this process's peak memory in bytes. ``getrusage`` would include the peak of its parent process."""
+    """Return this process's peak memory in bytes. ``getrusage`` would include the parent process's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def rows() -> list[ResultRow]:
-    """Measure the demo voice and a random model of medium size, print each figure when it is measured, and return rows.
+    """Measure the demo voice and a random model of medium size at each batch size, print the figures, and return rows.
 
-    Each batch size runs in its own process, so that its peak memory does not include another's.
+    Each model and batch size runs in a new process, so that the peak memory of one does not include another's.
     """
     with (
         tempfile.TemporaryDirectory() as name,
@@ -101,7 +101,7 @@ def rows_of(model: str, folder: Path, batch: int) -> list[ResultRow]:
 
     Args:
         model: the model's name in the rows.
-        folder: its checkpoint.
+        folder: the model's checkpoint.
         batch: requests that run at once.
     """
     torch.set_num_threads(1)
@@ -126,7 +126,8 @@ def rows_of(model: str, folder: Path, batch: int) -> list[ResultRow]:
         )
         for metric, (value, unit) in figures.items()
     ]  # fmt: skip
-    here = provenance()  # taken in this process because it records the number of threads, which is 1 here only
+    # provenance() records the number of threads, which is 1 only in this process
+    here = provenance()
     return [with_provenance(row, here) for row in found]
 
 

@@ -1,12 +1,12 @@
 """The error of each dtype against fp64, in the model's own units: codes flipped, and noise in the sound.
 
 ``python -m bench.errors`` first generates a few strings with the demo voice in fp32. Under teacher forcing, each model
-then receives these frames as its past, and generates the next frame after each of them. The truth is the same
-checkpoint in fp64. fp16 also has the error of weights that it cannot represent.
+then receives these frames as its past, and generates the next frame after each of them. The truth is the result of the
+same checkpoint in fp64. Results in fp16 also have the error of weights that fp16 cannot represent.
 
-``torch`` is plain PyTorch. ``voxkern`` is the kernels in Triton's interpreter, on a CPU; the backbone computes all
-states in one pass, as it does for a prompt. The sound's noise comes from the codec alone, because every codec decodes
-the same codes.
+``torch`` is plain PyTorch. ``voxkern`` is the kernels in Triton's interpreter, on a CPU. The backbone computes all
+states in one pass, as it does for a prompt. The noise in the sound comes from the codec alone, because the codec of
+every model decodes the same codes.
 """
 
 import argparse
@@ -36,8 +36,8 @@ N_TEXTS = 2  # a text takes 80 s on one core
 STEPS, MAX_FRAMES = 7, 15
 ROWS = 64  # states in one call of the flow head: 16 of each of 4 histories (2 texts in 2 voices)
 # The interpreter's time depends on the number of operations, not on their size. With these tiles 2 steps of 32 states
-# take 3.3 s on one core, many times less than with the tests' small tiles. Their order of summation is a different one,
-# as it is on each architecture.
+# take 3.3 s on one core, many times less than with the tests' small tiles. The order of summation depends on the tiles,
+# and therefore differs from a GPU's, as it differs between architectures.
 TILES = {
     "norm_linear": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
     "norm_swiglu": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
@@ -57,9 +57,9 @@ class History:
     """The frames of one request, generated once and given to every model as its past.
 
     Attributes:
-        text: of the request.
-        voice: of the request.
-        seed: of the request.
+        text: the request's text.
+        voice: name of the request's voice.
+        seed: the request's seed.
         codes: int64 [T, 37], the frames' codes with the +2 offset.
     """
 
@@ -74,10 +74,10 @@ class Flips:
     """Counts of the codes that differ from the truth's.
 
     Attributes:
-        acoustic: acoustic codes compared, those of frames that are END on neither side.
-        by: acoustic codes that differ by 1 level, by 2, and by more.
-        semantic: semantic codes compared, END included.
-        semantic_flipped: semantic codes that differ.
+        acoustic: number of acoustic codes compared. Frames that are END in either result are left out.
+        by: numbers of acoustic codes that differ by 1 level, by 2 levels, and by more.
+        semantic: number of semantic codes compared, END included.
+        semantic_flipped: number of semantic codes that differ.
     """
 
     acoustic: int
@@ -95,7 +95,7 @@ class Flips:
 
 
 def generate_histories(tts: TTS, texts: list[str], max_frames: int = MAX_FRAMES) -> list[History]:
-    """Generate every text in every voice, with seeds 0, 1, 2, and return the histories."""
+    """Generate every text in every voice, with seeds 0, 1, 2 and so on, and return the histories."""
     asked = [(text, voice) for text in texts for voice in tts.voices]
     said, voices = zip(*asked, strict=True)
     seeds = list(range(len(asked)))
@@ -110,7 +110,7 @@ def generate_histories(tts: TTS, texts: list[str], max_frames: int = MAX_FRAMES)
 def conditions(tts: TTS, histories: list[History]) -> tuple[Tensor, Tensor]:
     """Return the backbone's states [N, dim] and the next frames' noise [N, K].
 
-    The states are those after each history's prompt, and after each of its frames.
+    The states are those after each history's prompt, and after each frame of the history.
     """
     model, states, draws = tts.model, [], []
     for history in histories:
@@ -132,7 +132,7 @@ def next_frames(tts: TTS, histories: list[History]) -> Tensor:
 
 
 def sound(tts: TTS, histories: list[History]) -> Tensor:
-    """Decode the histories' codes with the model's codec: fp64 [n], the histories one after another."""
+    """Decode the histories' codes with the model's codec, and return the samples of all histories joined, fp64 [n]."""
     chunks = []
     for history in histories:
         stream = tts.model.audio_tokenizer.stream()
@@ -144,7 +144,7 @@ def sound(tts: TTS, histories: list[History]) -> Tensor:
 
 
 def snr(found: Tensor, truth: Tensor) -> float:
-    """Return the signal-to-noise ratio in dB: the energy of `truth` over that of the error; infinite without error."""
+    """Return the signal-to-noise ratio in dB: energy of `truth` / energy of the error, inf without an error."""
     added = float((found.double() - truth).square().sum())
     return 10 * math.log10(float(truth.square().sum()) / added) if added else math.inf
 
@@ -152,13 +152,13 @@ def snr(found: Tensor, truth: Tensor) -> float:
 def measured(
     folder: Path, n_texts: int, dtypes: tuple[str, ...] = tuple(DTYPES), max_frames: int = MAX_FRAMES
 ) -> list[ResultRow]:
-    """Measure each dtype and provider, and return their rows. Needs a process that interprets kernels.
+    """Measure each dtype and provider, and return their rows. The process must run with ``TRITON_INTERPRET=1``.
 
     Args:
         folder: the checkpoint.
-        n_texts: how many of :data:`TEXTS` to generate.
-        dtypes: bf16, fp16 or fp32.
-        max_frames: the most frames of a history.
+        n_texts: number of :data:`TEXTS` to generate.
+        dtypes: names of dtypes: bf16, fp16 or fp32.
+        max_frames: the most frames in a history.
     """
     from bench.interpreter import patch_once_per_launch  # needs Triton
 
@@ -213,7 +213,7 @@ def large_tiles() -> Iterator[None]:
 def rows(n_texts: int = N_TEXTS) -> list[ResultRow]:
     """Measure all figures in a new process, and return their rows.
 
-    The new process interprets kernels, which is decided when Triton is imported.
+    The new process runs kernels in the interpreter, which Triton selects when it is imported.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.csv"
@@ -224,7 +224,7 @@ def rows(n_texts: int = N_TEXTS) -> list[ResultRow]:
 
 
 def table(rows: list[ResultRow]) -> str:
-    """Return the printed table: for each dtype and provider a line of counts and shares."""
+    """Return the table to print: for each dtype and provider a line of counts and shares."""
     lines = ["dtype  provider  acoustic codes flipped     by 1    2  more   semantic codes flipped   waveform SNR"]
     by_model: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
@@ -246,7 +246,7 @@ def table(rows: list[ResultRow]) -> str:
 def main() -> None:
     """Print the table, and write the rows if ``--csv`` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--texts", type=int, default=N_TEXTS, choices=range(1, len(TEXTS) + 1), help="how many strings")
+    parser.add_argument("--texts", type=int, default=N_TEXTS, choices=range(1, len(TEXTS) + 1), help="how many texts")
     parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"append the rows to {FILE.name}, or to CSV")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") != "1":

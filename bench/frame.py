@@ -2,8 +2,8 @@
 
 ``python -m bench.frame`` runs the fused modules' own code in the interpreter, with the tiles of sm_90. It counts on a
 head and a backbone layer of the public shapes, and on a head with the MLP as its velocity network, 1536 wide. Launches
-of regular grids are counted by their first, second and last blocks, so no results are computed. The fewest bytes of a
-launch are each weight that it uses once, and each activation that it reads or writes once.
+of regular grids are counted by their first, second and last blocks, so no results are computed. In the fewest bytes of
+a launch, each weight that the launch uses counts once, and so does each activation that it reads or writes.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the counters watch the interpreter
+os.environ["TRITON_INTERPRET"] = "1"  # set before triton is imported, because the counters need the interpreter
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 STEPS = 7
 LAYERS = 26
 MAX_SEQ_LEN, PAGE = 4096, 64
-# launchers with blocks that differ only in their addresses along each axis; of other launchers all blocks are counted
+# Launchers with a regular grid: along each axis, blocks differ only in their addresses. Of other launchers all blocks
+# are counted.
 REGULAR_GRID = {
     "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_argmax", "rms_norm", "adaln_modulation",
     "adaln_linear_silu", "gated_linear",
@@ -56,7 +57,8 @@ ONCE_A_FRAME = {
     "adaln_modulation",
 }
 SEMANTIC = {"flow_finish": 10, "mlp_finish": 11}  # index of the semantic codes among the launcher's arguments
-BEFORE_STEPS = {"norm_qkv": 1, "linear": 1, "gated_linear": 1}  # calls before the steps, on the hidden states
+# launcher -> number of its calls before the steps; these calls run on the hidden states
+BEFORE_STEPS = {"norm_qkv": 1, "linear": 1, "gated_linear": 1}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Cost:
 
     Attributes:
         launches: kernels launched.
-        multiply_adds: of the matrix products.
+        multiply_adds: multiply-adds of the matrix products.
         dram: DRAM bytes.
         fewest: the fewest DRAM bytes possible.
     """
@@ -84,13 +86,13 @@ def frame_cost(
 ) -> Cost:
     """Return the cost of a head's frame of 7 steps for `B` requests, with `B` as max_batch.
 
-    A frame of two steps is run and counted. What repeats in each step is then multiplied.
+    A frame of two steps is run and counted. The counts that repeat in each step are then scaled to 7 steps.
 
     Args:
-        head: the flow head, of either kind.
-        B: requests.
-        embeddings: the table of codes, for the backbone's next input.
-        count_bytes: count DRAM bytes too. Without it the head may be on the meta device.
+        head: the flow head, with a transformer or an MLP as its velocity network.
+        B: number of requests.
+        embeddings: embeddings of the codes, which are summed to the backbone's next input.
+        count_bytes: count DRAM bytes too. If False, the head may be on the meta device.
     """
     calls: dict[str, list[Cost]] = defaultdict(list)
     fused: fused_flow_head.FusedHead[Any, Any, Any]
@@ -106,7 +108,8 @@ def frame_cost(
     with torch.inference_mode(), launch_config.target_arch("sm_90"), recorded(calls, modules, count_bytes):
         tables = (fused_transformer_head, "launch_norm_qkv"), (fused_mlp_head, "launch_adaln_modulation")
         with mock.patch.object(*tables[0]), mock.patch.object(*tables[1]):
-            fused.step_tables("euler", 2)  # made once and not in each frame, so its launches are not counted
+            # the tables are made once, not in each frame, so their launches are not counted
+            fused.step_tables("euler", 2)
         fused.generate_codes(h, alpha, seed=seed, frame=frame, steps=2)
     total = [0, 0, 0, 0]
     for name, costs in calls.items():
@@ -123,9 +126,9 @@ def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
     """Return the cost of one token of `B` requests through 26 layers, without the bytes of attention.
 
     Args:
-        backbone: a backbone with one layer; 26 of it are counted.
-        B: requests, and max_batch.
-        count_bytes: count DRAM bytes too. Without it the backbone may be on the meta device.
+        backbone: a backbone with one layer, which is counted 26 times.
+        B: number of requests, and max_batch.
+        count_bytes: count DRAM bytes too. If False, the backbone may be on the meta device.
     """
     calls: dict[str, list[Cost]] = defaultdict(list)
     fused, weight = fused_backbone.FusedBackbone(backbone, B, MAX_SEQ_LEN), backbone.norm.weight
@@ -150,9 +153,10 @@ class CacheTraffic:
 
     Attributes:
         kv: DRAM bytes of keys and values.
-        again: bytes of keys and values that blocks read again: one block per query head would read each key four times.
-        fewest: the fewest bytes that keys and values can take.
-        parts: DRAM bytes of the partial results that spans of the context write.
+        again: bytes of keys and values that blocks read again. With one block per query head, each key would be read
+            four times.
+        fewest: the fewest bytes of keys and values that can be read.
+        parts: DRAM bytes of the partial results, which are written for each span of the context.
     """
 
     kv: int
@@ -162,9 +166,9 @@ class CacheTraffic:
 
 
 def cache_traffic(context: int, dtype: torch.dtype = torch.bfloat16) -> CacheTraffic:
-    """Count one layer's attention over one request of `context` tokens at the public shapes.
+    """Count the bytes of one layer's attention over one request of `context` tokens, at the public shapes.
 
-    B requests cost B times as much.
+    The bytes of B such requests are B times these.
     """
     H, HKV, D, pages = 32, 8, 128, -(-context // PAGE)
     q, out = torch.zeros(1, H * D, dtype=dtype), torch.empty(1, H * D, dtype=dtype)
@@ -185,8 +189,8 @@ def recorded(calls: dict[str, list[Cost]], modules: Sequence[ModuleType], count_
     """Count the launchers that `modules` call within the ``with`` block, and append each call's cost to `calls`.
 
     Args:
-        calls: launcher's name without ``launch_`` -> costs, in the order of the calls.
-        modules: the Python modules of fused modules that import the launchers.
+        calls: the launcher's name without ``launch_`` -> costs, in the order of the calls.
+        modules: the Python modules that define fused modules and import the launchers.
         count_bytes: count DRAM bytes too.
     """
     found = [(module, name) for module in modules for name in vars(module) if name.startswith("launch_")]
@@ -206,9 +210,10 @@ def _recorder(
         launches = 2 if name == "semantic_argmax" else 1
         dram = fewest = 0
         if name in SEMANTIC and count_bytes:
-            # the semantic codes are row numbers of the embeddings, and their launch wrote none: few of its blocks ran
+            # The semantic codes must be valid row numbers of the embeddings. Their launch did not write them, because
+            # only a few of its blocks ran.
             args[SEMANTIC[name]].zero_()
-        if count_bytes and name != "paged_attention":  # see cache_traffic
+        if count_bytes and name != "paged_attention":  # cache_traffic counts its bytes
             dram = sum(_dram(one, *some) for one, some in parts(name, launch, args))
             fewest = _fewest(name, args)
         calls[name].append(Cost(launches, multiply_adds(name, args), dram, fewest))
@@ -217,21 +222,24 @@ def _recorder(
 
 
 def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> tuple[Any, ...]:
-    """Return the arguments for all steps of a frame: modulations are made in one launch, but here 2 steps are run."""
+    """Return the arguments for all steps of a frame.
+
+    One launch makes the modulations of all steps, but only 2 steps are run.
+    """
     modulations = out.new_zeros(STEPS, *out.shape[1:])
     return modulations, times.new_zeros(STEPS, times.shape[1]), states, *weights
 
 
 def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
-    """Split a launch on an irregular grid into launches of regular grids with the same bytes.
+    """Split a launch on an irregular grid into launches on regular grids with the same bytes.
 
-    q | k | v in one grid become three launches, and the layers of a modulation one each; tests/test_frame.py checks
-    that the bytes are the same.
+    The launch of q, k and v becomes three launches. The launch of the modulations becomes one launch for each layer.
+    tests/test_frame.py checks that the bytes are the same.
 
     Args:
-        name: of the launcher, without ``launch_``.
+        name: the launcher's name without ``launch_``.
         launch: the launcher.
-        args: its arguments.
+        args: the launcher's arguments.
 
     Returns:
         (name, (launcher, *arguments)) of each launch.
@@ -241,11 +249,11 @@ def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list
         out, times, states, weights, biases, max_rows = args
         for weight, bias in zip(weights, biases, strict=True):
             result = out.new_empty(*out.shape[:2], len(weight))
-            # the second weight is empty: the kernel takes at least two
+            # the second weight is empty, because the kernel takes at least two weights
             alone = result, times, states, [weight, weight[:0]], [bias, bias[:0]], max_rows
             found.append((name, (launch, *alone)))
         return found
-    if name == "norm_qkv_append":  # it writes k and v to the cache, not to a result
+    if name == "norm_qkv_append":  # this launch writes k and v to the cache, not to a result
         x, norm, wq, wk, wv, *_, q, _, eps, max_rows = args
         out, q_rows = q, len(x)
     elif name == "norm_qkv":
@@ -270,7 +278,7 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
     for arg in args:
         tensors += [t for t in (arg if isinstance(arg, tuple | list) else (arg,)) if isinstance(t, Tensor)]
     sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # a tensor updated in place counts once
-    if name == "norm_qkv_append":  # one token of the cache for each request; the tables are kilobytes, left out
+    if name == "norm_qkv_append":  # counts one token of the cache for each request; the tables, kilobytes, are left out
         x, _, _, wk, *_, rope, block_table, lengths, _, kv_cache, _, _ = args
         for tensor in (rope, block_table, lengths):
             sizes.pop(tensor.data_ptr())
@@ -278,10 +286,10 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
     if name == "norm_qkv":  # q of the first q_rows rows only; `_dram` counts x and the norm in each of three launches
         out, _, _, wq, *_, q_rows, _ = args
         sizes[out.data_ptr()] -= (len(out) - q_rows) * len(wq) * out.element_size()
-    if name == "semantic_argmax":  # not the weight's padding rows past n_codes, but the partial results (scratch)
+    if name == "semantic_argmax":  # without the weight's padding rows past n_codes; the scratch counts
         _, _, weight, n_codes, *_ = args
         sizes[weight.data_ptr()] = n_codes * weight.shape[1] * weight.element_size()
-    if name == "flow_finish":  # 37 rows of the embeddings for each request, and the x tokens of y
+    if name == "flow_finish":  # counts 37 rows of the embeddings for each request, and the x tokens of y
         _, y, _, w_out, *_, embeddings, _, _ = args
         B = len(args[8])
         sizes[embeddings.data_ptr()] = (1 + len(w_out)) * B * embeddings.shape[1] * embeddings.element_size()
@@ -290,9 +298,9 @@ def _fewest(name: str, args: tuple[Any, ...]) -> int:
         _, _, _, w_out, *_, embeddings, _, _ = args
         each = (1 + len(w_out)) * embeddings.shape[1] * embeddings.element_size()
         sizes[embeddings.data_ptr()] = len(args[9]) * each
-    if name == "adaln_linear_silu":  # it reads shift and scale, two thirds of the modulation; the next one reads gates
+    if name == "adaln_linear_silu":  # reads shift and scale, two thirds of the modulation; the next launch reads gates
         sizes[args[2].data_ptr()] = args[2].numel() * args[2].element_size() * 2 // 3
-    if name in ("flow_start", "flow_step"):  # the x and t tokens, 4B of 6B rows; those of the hidden state stay
+    if name in ("flow_start", "flow_step"):  # writes the x and t tokens, 4B of 6B rows, and keeps the h tokens
         tokens = args[-2]
         sizes[tokens.data_ptr()] = tokens.numel() * tokens.element_size() * 4 // 6
     if name == "flow_step":
@@ -306,8 +314,8 @@ def multiply_adds(name: str, args: tuple[Any, ...]) -> int:
     """Return the multiply-adds of a launcher's matrix products, rows x N x K each.
 
     Args:
-        name: of the launcher, without ``launch_``.
-        args: its arguments.
+        name: the launcher's name without ``launch_``.
+        args: the launcher's arguments.
     """
     if name == "norm_qkv_append":
         return len(args[0]) * sum(weight.numel() for weight in args[2:5])
@@ -341,9 +349,9 @@ def multiply_adds(name: str, args: tuple[Any, ...]) -> int:
 
 
 def plain_multiply_adds(head: FlowHead, B: int) -> int:
-    """Return the multiply-adds of a head's frame as it is usually written.
+    """Return the multiply-adds of a frame in a usual implementation of the head.
 
-    In every step 6B rows (2B in the MLP) then pass through the whole velocity network.
+    In such an implementation, 6B rows (2B in the MLP) pass through the whole velocity network in every step.
     """
     if isinstance(head, FlowMatchingAudioMLP):
         step = sum(p.numel() for name, p in head.named_parameters() if name.startswith(("input", "res_", "final")))
@@ -361,7 +369,7 @@ def public_head(device: str = "cpu", velocity_mlp: bool = False) -> tuple[Any, t
     """Return a flow head and the embeddings of codes at the public shapes, in bf16, all zeros.
 
     Args:
-        device: "meta" leaves them without memory.
+        device: the device of both. On "meta" their tensors have no memory.
         velocity_mlp: whether the head's velocity network is the MLP.
     """
     config = Config.from_params(public_params(velocity_mlp))
@@ -380,7 +388,7 @@ def public_head(device: str = "cpu", velocity_mlp: bool = False) -> tuple[Any, t
 def public_backbone(device: str = "cpu") -> Backbone:
     """Return a backbone of the public shapes with one layer and a vocabulary of 64, in bf16, all zeros.
 
-    On the device "meta" it has no memory.
+    On the device "meta" the backbone has no memory.
     """
     params = public_params() | {"n_layers": 1, "vocab_size": 64}
     config = Config.from_params(params)
@@ -394,7 +402,7 @@ def public_backbone(device: str = "cpu") -> Backbone:
 
 
 def rows() -> list[ResultRow]:
-    """Count all figures, print each when it is counted, and return the rows. It takes three minutes."""
+    """Count all figures, print each when it is counted, and return the rows. Counting takes three minutes."""
     patch_once_per_launch()
     found = []
     for velocity_mlp, B in itertools.product((False, True), (1, 32)):

@@ -1,8 +1,8 @@
-"""A patch that makes Triton's interpreter a quarter faster: ``triton.language`` is patched once a launch.
+"""A patch that saves a quarter of the time in Triton's interpreter: ``triton.language`` is patched once a launch.
 
-To interpret a kernel, Triton replaces the functions of ``triton.language`` until the launch ends. Triton 3.9.0 does so
-again at each call of one ``@triton.jit`` function by another, although the replacements are the same. This took a
-quarter of the time of a whole request in the tests.
+To interpret a kernel, Triton replaces the functions of ``triton.language`` until the launch ends. Triton 3.9.0 replaces
+them again each time that one ``@triton.jit`` function calls another, although the replacements are the same. In the
+tests, this took a quarter of the time of a whole request.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from triton.runtime import interpreter
 
 
 def patch_once_per_launch() -> None:
-    """Make the interpreter patch ``triton.language`` once a launch, from now on. Calling it again changes nothing."""
+    """Make the interpreter patch ``triton.language`` once a launch. A second call of this function has no effect."""
     if interpreter._patch_lang.__module__ == __name__:
         return
     patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched = set[tuple[bool, bool]]()  # pairs seen in this launch: whether a function's module has tl, and tl.core
+    patched = set[tuple[bool, bool]]()  # pairs patched in this launch: whether a function's module has tl, and tl.core
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         patched.clear()

@@ -1,8 +1,8 @@
-"""The ledger: registers, shared memory and instructions of every kernel, compiled for eight GPUs without having one.
+"""The ledger: registers, shared memory and instructions of every kernel, compiled without a GPU for 8 architectures.
 
 Each operator's own launcher runs at its public shapes on a stub driver (``voxkern/compile_only.py``). The ledger has a
-row for each launch and architecture. ``python -m bench ledger --check`` computes it again and compares it with the
-committed ``bench/ledger.csv``. A change of machine code is therefore in the diff of the commit that causes it.
+row for each launch and architecture. ``python -m bench ledger --check`` computes the ledger again, and compares it with
+the committed ``bench/ledger.csv``. A change of machine code is therefore in the diff of the commit that causes it.
 """
 
 import csv
@@ -32,11 +32,12 @@ class LedgerRow:
 
     Attributes:
         operator: name of the operator.
-        case: name of its case (its shapes) in the registry.
+        case: name of the operator's case (its shapes) in the registry.
         dtype: bf16, fp16 or fp32.
-        arch: the architecture that it is compiled for, such as ``sm_90``.
+        arch: the architecture that the launch is compiled for, such as ``sm_90``.
         launch: "i:kernel", the launch's index among those of one call, and the kernel's name.
-        binaries: different binaries compiled for this launch, over calls with 1 row to as many as the case has.
+        binaries: number of different binaries that calls with different numbers of rows, up to the case's, compile for
+            this launch.
         grid: blocks along x, y and z.
         warps: warps of a block.
         stages: stages of the software pipeline.
@@ -48,7 +49,7 @@ class LedgerRow:
         in_flight: bytes of weights in flight per multiprocessor, min(resident, grid / multiprocessors) x (stages - 1) x
             bytes a stage.
         loads: kinds of loads from memory with their widths in bits, those that load most bytes first. LDGSTS is the
-            asynchronous copy; a narrow LDG beside it stalls the loop that contains it.
+            asynchronous copy. A narrow LDG in a loop with LDGSTS stalls the loop.
         matrix: the matrix instructions, or ``-``.
         code: bytes of machine code.
     """
@@ -78,7 +79,7 @@ class LedgerRow:
         return " ".join((self.operator, self.case, self.dtype, self.arch, self.launch))
 
     def faults(self, uses_matrix_unit: bool = True) -> list[str]:
-        """Return a message for each rule of all kernels that this launch breaks.
+        """Return a message for each of the kernels' rules that this launch breaks.
 
         Args:
             uses_matrix_unit: whether the operator's first launch must use matrix instructions in bf16 and fp16.
@@ -91,19 +92,19 @@ class LedgerRow:
         if self.resident == 0 and self.shared <= self.limit:
             found.append(f"does not fit: {self.warps} warps of {self.registers} registers")
         if self.binaries != 1:
-            found.append(f"{self.binaries} binaries where there may be one: an argument is specialised on")
+            found.append(f"{self.binaries} binaries where only one is allowed: Triton specialised on an argument")
         nvidia = self.arch.startswith("sm_")
         if self.dtype == "fp32" and (self.matrix != "-" if nvidia else "xf32" in self.matrix):
-            found.append(f"multiplies fp32 as TF32 ({self.matrix})")  # NVIDIA's matrix units take no other fp32
+            found.append(f"multiplies fp32 as TF32 ({self.matrix})")  # NVIDIA's matrix units take fp32 only as TF32
         if self.dtype != "fp32" and uses_matrix_unit and self.launch.startswith("0:") and self.matrix == "-":
             found.append("multiplies without a matrix instruction")
         return found
 
 
 def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[LedgerRow]:
-    """Compile the launches of one call of an operator, and of calls with fewer rows, and return a row for each launch.
+    """Compile an operator's launches, and return a row for each launch.
 
-    The rows are those of the largest call; their column `binaries` covers all calls.
+    The rows describe the call with the most rows. Their column `binaries` also covers calls with fewer rows.
     """
     most = case.sizes[entry.rows]
     with compiling_for(arch) as launches:
@@ -122,7 +123,7 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[LedgerRow]:
 
 
 def compute(archs: Iterable[str] = MACHINES, processes: int = 2) -> list[LedgerRow]:
-    """Compute the whole ledger: the registry's operators, cases and dtypes in its order, each for all `archs`.
+    """Compute the whole ledger: all operators, public cases and dtypes in the registry's order, each for all `archs`.
 
     Args:
         archs: architectures to compile for.
@@ -136,7 +137,7 @@ def compute(archs: Iterable[str] = MACHINES, processes: int = 2) -> list[LedgerR
 
 
 def faults(rows: Iterable[LedgerRow]) -> list[str]:
-    """Return a message for each rule that one of the rows breaks, see :meth:`LedgerRow.faults`."""
+    """Return a message for each rule that a row breaks, see :meth:`LedgerRow.faults`."""
     uses_matrix_unit = {entry.name: entry.uses_matrix_unit for entry in entries()}
     return [f"{row.key}: {fault}" for row in rows for fault in row.faults(uses_matrix_unit.get(row.operator, True))]
 
@@ -144,7 +145,7 @@ def faults(rows: Iterable[LedgerRow]) -> list[str]:
 def changes(committed: Iterable[LedgerRow], rows: Iterable[LedgerRow]) -> list[str]:
     """Return a message for each row that differs between the committed ledger and `rows`."""
     old, new = ({row.key: row for row in part} for part in (committed, rows))
-    found = [f"{key}: no longer there" for key in old if key not in new]
+    found = [f"{key}: no longer compiled" for key in old if key not in new]
     for key, row in new.items():
         if key not in old:
             found.append(f"{key}: not in the committed ledger")
@@ -180,7 +181,7 @@ def read(text: str) -> tuple[str, list[LedgerRow]]:
 def check(file: Path = FILE) -> list[str]:
     """Compute the ledger again, and return a message for each broken rule and each difference from `file`.
 
-    Differences are left out if another version of Triton made the file.
+    Differences are left out if `file` was made with another version of Triton.
     """
     version, committed = read(file.read_text())
     rows = compute()
@@ -206,9 +207,10 @@ def _of_arch(arch: str) -> list[LedgerRow]:
 
 
 def _second_request(arg: Any, n: int) -> Any:
-    """Return a tensor of `n` requests' numbers that is not aligned to 16 bytes; any other argument unchanged.
+    """Return a tensor with a number for each of `n` requests at an address not aligned to 16 bytes.
 
-    So are the numbers of a second request in memory, and they must not need another binary.
+    Any other argument is returned unchanged. In memory, the number of a second request has such an address. It must not
+    need another binary.
     """
     if isinstance(arg, Tensor) and arg.ndim == 1 and len(arg) in (n, n + 1):
         return arg.new_empty(len(arg) + 1)[1:]
@@ -248,7 +250,7 @@ def _resources(binary: Binary) -> tuple[int, int, int]:
 
 
 def _loads(listing: str) -> str:
-    """Return every kind of load with its width in bits, those that load most bytes first, such as "LDGSTS.128"."""
+    """Return the kinds of loads with their widths in bits, such as "LDGSTS.128", those that load most bytes first."""
     carried: dict[str, int] = {}
     for name in re.findall(r"\bLDG(?:STS)?\.[\w.]+|\b(?:global|buffer)_load_\w+", listing):
         words = re.search(r"dword(?:x([234]))?", name)

@@ -37,7 +37,7 @@ def norm_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def norm_swiglu_reference(
     x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
 ) -> Tensor:
-    """Compute the gated half of the reference's feed-forward, rounding after each operation."""
+    """Compute the reference's feed-forward up to the gated product, rounding after each operation."""
     n = rms_norm(x, norm, eps)
     return F.silu(F.linear(n, w1)) * F.linear(n, w3)
 
@@ -63,7 +63,7 @@ def linear_reference(
     max_rows: int,
     phase: str = "decode",
 ) -> Tensor:
-    """Compute product, scale and sum, rounding after each operation."""
+    """Compute the linear product, the scale and the sum with the residual, rounding after each operation."""
     y = F.linear(x, weight)
     y = y if scale is None else scale * y
     return y if residual is None else residual + y

@@ -1,7 +1,7 @@
-"""The limits of the GPUs that the ledger compiles for, as far as occupancy depends on them.
+"""The limits that determine occupancy, for the GPUs that the ledger compiles for.
 
-The figures are the makers': the compute-capability tables of NVIDIA's CUDA C++ programming guide, and AMD's CDNA 3 and
-CDNA 4 architecture papers. None was measured, because none of these GPUs was available.
+The figures are from the makers: the compute-capability tables in NVIDIA's CUDA C++ programming guide, and AMD's CDNA 3
+and CDNA 4 architecture papers. No figure was measured, because none of these GPUs was available.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Machine:
     block_reserve: int = 1024
 
     def resident_blocks(self, warps: int, registers: int, shared: int) -> int:
-        """Return how many blocks one multiprocessor holds at once.
+        """Return the number of blocks that one multiprocessor holds at once.
 
         Args:
             warps: warps of a block.

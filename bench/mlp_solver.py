@@ -40,7 +40,7 @@ def mlp_start_reference(
     seed: Tensor, frame: Tensor, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, b_in: Tensor,
     x: Tensor, stream: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Start a frame: set `x` to `noise`, or to drawn noise if it is None, and write both branches' rows of `stream`."""
+    """Start a frame: set `x` to `noise`, or to drawn noise if that is None, and write `stream` for both branches."""
     x.copy_(draw(seed, frame, x.shape[1]) if noise is None else noise)
     stream.copy_(F.linear(x.to(w_in.dtype), w_in, b_in).repeat(2, 1))
 
@@ -49,7 +49,7 @@ def mlp_step_reference(
     stream: Tensor, modulation: Tensor, w_out: Tensor, b_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float,
     ab2_ratio: float, x: Tensor, v_last: Tensor, w_in: Tensor, b_in: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Run one step, then write `stream` for the next evaluation."""
+    """Run one solver step, then write `stream` for the next evaluation."""
     solver_step(stream, modulation, w_out, b_out, eps, cfg_alpha, dt, ab2_ratio, x, v_last)
     stream.copy_(F.linear(x.to(w_in.dtype), w_in, b_in).repeat(2, 1))
 
@@ -59,13 +59,13 @@ def mlp_finish_reference(
     ab2_ratio: float, x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int,
     max_batch: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run the last step, and return the codes and the sum of their embeddings."""
+    """Run the last solver step, and return the codes and the sum of their embeddings."""
     solver_step(stream, modulation, w_out, b_out, eps, cfg_alpha, dt, ab2_ratio, x, v_last)
     return codes_of(x, semantic, levels, embeddings, semantic_size)
 
 
 def mlp_start_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return the arguments at the start of a frame, with noise if `s.given` is not 0, else with noise to be drawn."""
+    """Return the arguments at the start of a frame. With `s.given` = 0 the noise is None, and will be drawn."""
     return {
         "seed": integers(make, s.B, -3 << 40, 0x5DEECE66D1234),
         "frame": integers(make, s.B, 2047, 3),
@@ -82,8 +82,8 @@ def mlp_start_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def final_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Return the arguments that every step needs.
 
-    The guidance is 1.2, 1.0 (none), 0.8 and so on down to 0 in turn. With `s.given` other than 0, the step uses the
-    previous velocity.
+    The requests in turn have a guidance of 1.2, 1.0 (none), 0.8 and so on down to 0. With `s.given` other than 0, the
+    step uses the previous velocity.
     """
     return {
         "stream": make(2 * s.B, s.N, mean=1.0, std=4.0),
@@ -139,7 +139,7 @@ def _entry(op: Any, reference: Any, inputs: Any, once: tuple[str, ...]) -> Entry
         rows="B",
         stage=lambda c: c.get("BLOCK_K", 0) * c["N"],
         read_once=once,
-        uses_matrix_unit=False,  # one row of state per request: sums over weights, not matrix products
+        uses_matrix_unit=False,  # with one row of state per request, the kernels compute sums, not matrix products
     )
 
 

@@ -1,8 +1,8 @@
-"""Whole frames and single modules to time: those of the demo voice, and of the public sizes with random weights.
+"""Whole frames and single modules to time: the demo voice's, and modules of the public sizes with random weights.
 
-Calls run on one copy of the weights. Those of the public head and layer are larger than any cache, those of the demo
-voice are not. Bytes per second are not given, because a head reads its weights once a step; ``bench/frame.py`` counts
-the bytes of a frame.
+All calls of a trial use one copy of the weights. The weights of the public head and layer are larger than any cache,
+but the demo voice's are not. Bytes per second are not given, because a head reads its weights once a step;
+``bench/frame.py`` counts the bytes of a frame.
 """
 
 import copy
@@ -31,7 +31,7 @@ from voxkern.reference.model import make_head
 from voxkern.reference.moe import MoEBlock
 
 DEMO = ROOT / "voxkern" / "demo"
-PUBLIC_MODEL_BYTES = 60e9  # bytes of the public model and of its fp64 copy, which checks the results
+PUBLIC_MODEL_BYTES = 60e9  # GPU memory for the public model and for its fp64 copy, which checks the results
 # evaluations of the velocity; tokens in the cache, about 30 s of speech; tokens of a page
 STEPS, CONTEXT, PAGE = 7, 400, 64
 
@@ -57,9 +57,9 @@ class ModuleBench:
     Attributes:
         name: name of the module.
         shape: name of the shape.
-        build: makes the trial of a point.
+        build: function of a :class:`BenchPoint` that returns its trial.
         dtypes: dtypes that the module is timed in.
-        large: whether the module has the public sizes, so that making it takes gigabytes and seconds.
+        large: whether the module has the public sizes. Making such a module takes gigabytes and seconds.
     """
 
     name: str
@@ -84,10 +84,10 @@ def trial_of(
     Args:
         point: subject, shape, dtype and device of the trial.
         module: the reference module.
-        run: computes the results from the module and the arguments.
+        run: function of the module and the arguments that returns the results.
         args: the arguments by name.
         complaint: checks the results, see :class:`bench.providers.Trial`.
-        ours: makes the call on kernels, which has the same arguments and results.
+        ours: makes the call that runs kernels, which has the same arguments and results.
         peers: provider -> its call, with the same arguments and results.
         steps: solver and evaluations, such as ``euler:7``.
     """
@@ -153,7 +153,7 @@ def public_layer(dtype: str, device: str) -> Backbone:
 
 
 def filled(make: Callable[[], nn.Module], dtype: str, device: str) -> Any:
-    """Return the module of `make` with random weights, under which activations keep their magnitude."""
+    """Return the module that `make` makes, with random weights that keep the magnitude of activations."""
     with torch.device("meta"):
         module = make()
     generator = torch.Generator().manual_seed(0)
@@ -166,7 +166,7 @@ def filled(make: Callable[[], nn.Module], dtype: str, device: str) -> Any:
 
 
 def numbers(*shape: int, seed: int = 1) -> Tensor:
-    """Return fp32 normal numbers of this shape, the same at every call with one seed."""
+    """Return random normal numbers in fp32 of this shape. Equal seeds give equal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -187,9 +187,9 @@ def head_trial(
 
     Args:
         point: subject, shape, dtype and device of the trial.
-        make: makes the head in a dtype on a device.
-        B: requests.
-        params: gives the ``params.json`` from which the public server builds the same head.
+        make: function of a dtype and a device that returns the head.
+        B: number of requests.
+        params: returns the contents of the ``params.json`` from which the public server builds the same head.
     """
     head = make(point.dtype, point.device)
     peers = {} if "vllm-omni" in missing(point.device) else {"vllm-omni": LazyCall(lambda: server_head(head, params()))}
@@ -199,19 +199,20 @@ def head_trial(
 
     ours = partial(use_kernels, run, head, B)
     trial = trial_of(point, head, run, head_args(head, B), by_codes, ours, peers, f"euler:{STEPS}")
-    # vLLM-Omni keeps the flow's state in bf16: of the demo voice's 36 codes a frame three differ, with other weights
-    # some differ by several levels
+    # vLLM-Omni keeps the flow's state in bf16. Therefore 3 of the demo voice's 36 codes in a frame differ. With
+    # other weights, some codes differ by several levels.
     return replace(trial, of_peers={"vllm-omni": partial(by_codes, slack=0.1)})
 
 
 def server_head(head: FlowHead, params: dict[str, Any]) -> Callable[..., Tensor]:
-    """Return the call of vLLM-Omni's own module on the same weights. Its draw of noise is replaced by our noise."""
+    """Return the call of vLLM-Omni's own module on the same weights. The module uses our noise and draws none."""
     server = import_module("vllm_omni.model_executor.models.voxtral_tts.voxtral_tts_audio_generation")
     args = copy.deepcopy(params["multimodal"]["audio_model_args"])
     args["acoustic_transformer_args"]["n_decoding_steps"] = STEPS
     theirs = server.FlowMatchingAudioTransformer(args).eval()
     theirs.load_state_dict(head.state_dict(), assign=True, strict=False)
-    theirs.to(head.semantic_codebook_output.weight.device)  # for its table of times: the weights are there already
+    # this moves the table of times; the weights are on the device already
+    theirs.to(head.semantic_codebook_output.weight.device)
 
     def run(h: Tensor, cfg_alpha: Tensor, noise: Tensor) -> Tensor:
         with mock.patch.object(torch, "randn", return_value=noise.to(h.dtype)):
@@ -221,9 +222,9 @@ def server_head(head: FlowHead, params: dict[str, Any]) -> Callable[..., Tensor]
 
 
 def cache_args(backbone: Backbone, B: int) -> dict[str, Tensor]:
-    """Return a KV cache of :data:`CONTEXT` tokens for each request; a step writes the last one of them.
+    """Return a KV cache of :data:`CONTEXT` tokens for each request. A step writes the last of these tokens.
 
-    Its entries are `kv` [layers, pages, 2, n_kv_heads, PAGE, head_dim], `block_table` int32 [B, pages of a request] and
+    The entries are `kv` [layers, pages, 2, n_kv_heads, PAGE, head_dim], `block_table` int32 [B, pages of a request] and
     `lengths` int32 [B].
     """
     config, weight = backbone.backbone_config, backbone.norm.weight
@@ -248,7 +249,10 @@ def backbone_trial(point: BenchPoint, make: Callable[[str, str], Backbone], B: i
 
 
 class CodecFrame:
-    """Decodes a frame of codes of `B` requests to sound, as the first of a stream: every call gives the same result."""
+    """Decodes one frame of codes of `B` requests to sound.
+
+    Every call restarts the streams, so the same codes give the same sound.
+    """
 
     def __init__(self, B: int) -> None:
         self.B, self.streams = B, dict[int, Any]()
@@ -275,8 +279,8 @@ def codec_trial(point: BenchPoint, B: int) -> Trial:
 def frame_trial(point: BenchPoint, make: Callable[[str, str], VoxtralTTS], B: int) -> Trial:
     """Return a trial of a whole frame of `B` requests: codes, their sound, and the next hidden states.
 
-    Sound and hidden states are computed from given codes. If rounding flipped one of the frame's own codes, they could
-    not be compared with fp64's.
+    Sound and hidden states are computed from given codes, not from the codes of the frame. If rounding flipped one of
+    the frame's codes, sound and hidden states could not be compared with fp64's.
     """
     model, sound = make(point.dtype, point.device), CodecFrame(B)
     args = head_args(model.acoustic_transformer, B) | cache_args(model, B)
@@ -298,20 +302,21 @@ def random_codes(B: int) -> Tensor:
     return torch.randint(21, (B, 37), generator=torch.Generator().manual_seed(3))
 
 
-# (dim, hidden_dim, experts). Mistral Small 4's layer is 4096 wide and uses 4 of 128 experts of 2048 and a shared one.
-# Here it has 16 experts, which fit a desktop GPU; on a CPU it is also a quarter as wide.
+# (dim, hidden_dim, experts). Mistral Small 4's layer is 4096 wide. A token uses 4 of 128 experts, and a shared expert;
+# each has 2048 hidden columns. Here the layer has 16 experts, which fit into a desktop GPU's memory. On a CPU, both
+# widths are also a quarter of the model's.
 SMALL_4, SMALL_4_CPU = (4096, 2048, 16), (1024, 512, 16)
 
 
 def moe_trial(point: BenchPoint, sizes: tuple[int, int, int], B: int) -> Trial:
     """Return a trial of a mixture of experts with its norm and residual.
 
-    transformers' block has neither; it is called with our norm before it and our residual after it.
+    The block in Hugging Face's transformers has no norm and no residual. Our norm and residual are added to its call.
 
     Args:
         point: subject, shape, dtype and device of the trial.
         sizes: dim, hidden_dim of an expert, number of experts.
-        B: rows.
+        B: number of rows.
     """
     dim, hidden, n_experts = sizes
     moe = MoEConfig(n_experts, 4, hidden, 1)
@@ -327,7 +332,7 @@ def moe_trial(point: BenchPoint, sizes: tuple[int, int, int], B: int) -> Trial:
 
 
 def fused_moe(layer: Any, B: int) -> Callable[..., Tensor]:
-    """Return the call of the layer on kernels.
+    """Return the call that runs the layer on kernels.
 
     :class:`FusedMoE` is used directly: ``accelerate()`` installs it only inside a fused backbone.
     """
@@ -354,7 +359,7 @@ def transformers_block(layer: Any, moe: MoEConfig, dim: int) -> Callable[..., Te
         num_local_experts=moe.num_experts, num_experts_per_tok=moe.num_experts_per_tok, n_group=1, topk_group=1,
         n_shared_experts=moe.num_shared_experts, routed_scaling_factor=1.0, norm_topk_prob=True, hidden_act="silu",
     )  # fmt: skip
-    config._experts_implementation = "grouped_mm"  # what from_pretrained() chooses
+    config._experts_implementation = "grouped_mm"  # the implementation that from_pretrained() chooses
     theirs = models.Mistral4MoE(config).to(weight).requires_grad_(False)
     experts, shared = layer.experts, layer.shared_experts
     for target, tensors in (
@@ -385,7 +390,7 @@ def modules(device: str) -> list[ModuleBench]:
             ModuleBench("moe_block", f"{mixture}-b{B}", partial(moe_trial, sizes=small_4, B=B), ("bf16",)),
         ]
     if device.startswith("cuda") and torch.cuda.get_device_properties(device).total_memory > PUBLIC_MODEL_BYTES:
-        found += [  # bench/roofline.py finds measured frames by these names, and compares them with its predictions
+        found += [  # bench/roofline.py finds measured frames by these names, and compares them with predictions
             ModuleBench("frame", f"frame-b{B}", partial(frame_trial, make=public_model, B=B), ("bf16",), large=True)
             for B in (1, 8, 32)
         ]

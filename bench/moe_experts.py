@@ -1,7 +1,8 @@
 """Registry entries of the experts' kernels, at the shapes of Mistral Small 4.
 
-That model is 4096 wide; its experts have 2048 hidden columns, and a token uses 4 of 128 experts and a shared one. The
-public cases have only as many experts as their tokens use, so that the bytes of a launch are known.
+That model is 4096 wide, and its experts have 2048 hidden columns. A token uses 4 of 128 experts, and a shared expert.
+The public cases have fewer experts, and their tokens use all of these (in ``small-4-b32``, 62 of 65). The bytes of a
+launch are therefore known.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from voxkern.reference.layers import rms_norm, upcast
 
 
 def _routing(s: Any, make: TensorMaker) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights, pairs and tiles of random tokens; on the meta device they have shapes only."""
+    """Return weights, pairs and tiles of random tokens; on the meta device these tensors have shapes only."""
     s.tile_rows = choose_tile_rows(s.E, s.top_k, make.dtype, s.max_rows, "decode" if s.decode else "prefill")
     for name, value in PLAIN.items():
         setattr(s, name, value)
@@ -43,7 +44,7 @@ def moe_experts_up_reference(
     eps: float,
     tile_rows: int,
 ) -> Tensor:
-    """Compute the gated half of each expert's feed-forward tile by tile, rounding after each operation."""
+    """Compute each expert's feed-forward up to the gated product, tile by tile, rounding after each operation."""
     n, P = rms_norm(x, norm, eps), len(pairs) // len(x)
     y = x.new_zeros(len(pairs), len(w1[0]))
     for expert, rows in _rows(pairs, tiles):
@@ -52,7 +53,7 @@ def moe_experts_up_reference(
 
 
 def moe_experts_up_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return arguments with weights like those of trained experts: their products have RMS 1."""
+    """Return arguments with weights like those of trained experts: the products have RMS 1."""
     _, pairs, tiles = _routing(s, make)
     n = s.E + s.n_shared
     return {
@@ -96,7 +97,10 @@ def moe_experts_down_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 def moe_combine_reference(stream: Tensor, parts: Tensor) -> None:
-    """Add the parts one after the other in fp32, or fp64 for fp64 parts, then the stream, and round once."""
+    """Add the parts one after the other, then the stream, and write the sum to `stream`, rounded once.
+
+    Sums are computed in fp32, or in fp64 for fp64 parts.
+    """
     y = torch.zeros_like(parts[: len(stream)])
     for part in parts.view(len(stream), -1, stream.shape[1]).unbind(1):
         y = y + part

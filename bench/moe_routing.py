@@ -1,4 +1,7 @@
-"""Registry entry of expert routing, at the shapes of Mistral Small 4: 4 of 128 experts and a shared one per token."""
+"""Registry entry of expert routing, at the shapes of Mistral Small 4.
+
+A token uses 4 of 128 experts, and a shared expert.
+"""
 
 from typing import Any
 
@@ -24,7 +27,7 @@ def moe_route_reference(
     tile_rows: int,
     max_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Route with the reference model's function, and sort the pairs by expert; unused tiles are -1 throughout."""
+    """Route with the reference model's function, and sort the pairs by expert. Unused tiles are filled with -1."""
     M, E = logits.shape
     ids, weights = plain_route(logits, Routing(top_k, scoring, n_groups, n_groups_per_tok, renormalise, scale), bias)
     shared = torch.arange(E, E + n_shared, device=ids.device).expand(M, n_shared)
@@ -42,8 +45,8 @@ def moe_route_reference(
 def moe_route_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Return arguments with logits of RMS 2.
 
-    `s.bias` adds a bias, `s.sigmoid` selects sigmoid scores, and `s.plain` leaves the weights without renormalisation
-    and scales them by 2.5.
+    If not 0, `s.bias` adds a bias, and `s.sigmoid` selects sigmoid scores. With `s.plain` other than 0, the weights are
+    not renormalised, but scaled by 2.5.
     """
     return {
         "logits": make(s.M, s.E, std=2.0).float(),

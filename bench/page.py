@@ -45,7 +45,7 @@ def html(tables: Mapping[str, ReportTable], pictures: Mapping[str, bytes], figur
     """Return the page as HTML.
 
     Args:
-        tables: the report's tables by name; missing ones are left out.
+        tables: the report's tables by name. Sections leave out tables that are missing here.
         pictures: PNG files by the names in :data:`SECTIONS`.
         figures: all rows, for the devices and the list of sources.
         triton: version of Triton that made the ledger.

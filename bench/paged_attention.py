@@ -12,7 +12,7 @@ from voxkern.reference import attention as reference
 
 
 def poisoned(kv_cache: Tensor, block_table: Tensor, lengths: list[int]) -> Tensor:
-    """Return `kv_cache` with NaN wherever no token of a request is stored."""
+    """Return a copy of `kv_cache` with NaN at all positions that store no token of a request."""
     if kv_cache.device.type == "meta":
         return kv_cache
     PAGE, kept = kv_cache.shape[3], torch.full_like(kv_cache, torch.nan)
@@ -32,7 +32,7 @@ def paged_attention_reference(
 
 
 def paged_attention_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return arguments with scores of standard deviation 1 and falling lengths; the third request is empty."""
+    """Return arguments with scores of standard deviation 1. Lengths fall from request to request; the third is 0."""
     wanted = lengths_of(s, s.B)
     lengths, table = pages_of(wanted, s.PAGE, make.device)
     pages = 2 * sum(-(-length // s.PAGE) for length in wanted) + 1
@@ -50,7 +50,7 @@ def prefill_attention_reference(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, lengths: Tensor, window: int, max_new: int,
     n_heads: int,
 ) -> Tensor:  # fmt: skip
-    """Compute attention request by request with the reference model's function; rows without a request are zero."""
+    """Compute attention request by request with the reference model's function. Rows of no request are zero."""
     D, out = kv_cache.shape[4], q.new_zeros(len(q), n_heads * kv_cache.shape[4])
     for b, (start, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
         if end > start:
@@ -61,7 +61,7 @@ def prefill_attention_reference(
 
 
 def prefill_attention_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return arguments with R rows q | k | v of three requests; the first request also has `s.past` older tokens."""
+    """Return arguments with R rows q | k | v of three requests. The first also has `s.past` tokens in the cache."""
     new = [s.R - s.R // 3 - s.R // 2, s.R // 3, s.R // 2]
     lengths = [n + (s.past if i == 0 else 0) for i, n in enumerate(new)]
     on_device, table = pages_of(lengths, s.PAGE, make.device)

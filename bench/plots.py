@@ -21,7 +21,7 @@ NAMES = {"euler": "Euler, even times", "ab2": "ab2, warped times"}
 
 
 def frame_times(figures: Figures) -> Figure:
-    """Draw the predicted milliseconds of a frame by part on each GPU, with its floor, and measured times if any."""
+    """Draw the predicted milliseconds of a frame's parts on each GPU, the frame's floor, and measured times if any."""
     gpus, stars = figures.values("subject", bench="roofline", metric="floor"), compare_with_measured(figures.rows)
     plot, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axis, shape in zip(axes, ("frame-b1", "frame-b32"), strict=True):
@@ -48,7 +48,7 @@ def frame_times(figures: Figures) -> Figure:
 
 
 def error_by_steps(figures: Figures) -> Figure:
-    """Draw the distance from a fine solution and the words recognised against the number of evaluations."""
+    """Draw errors by number of evaluations: distance from a fine solution, codes that differ, words recognised."""
     plot, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     metrics = ("RMSE from 256 steps", "codes that differ", "words recognised")
     labels = ("RMSE of x", "% of codes that differ", "% of words recognised right")

@@ -1,8 +1,8 @@
 """The providers to time: voxkern's kernels, plain PyTorch, torch.compile, and installed public implementations.
 
 A :class:`Trial` is one operator or module, at one shape in one dtype, with the calls of all its providers. A provider's
-results are compared with fp64 before it is timed. A wrong provider is reported and not timed. The providers that need a
-GPU have not been run on one.
+results are compared with fp64 before the provider is timed. A wrong provider is reported and not timed. The
+providers that need a GPU have not been run on a GPU.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from bench.accuracy import CEILINGS, judge
 from bench.registry import DTYPES, Case, Entry, TensorMaker, each_tensor, listed, to_dtype
 from bench.traffic import fewest_bytes
 
-# provider -> (packages that it needs, whether it needs a GPU)
+# provider -> (packages that the provider needs, whether it needs a GPU)
 PROVIDERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "voxkern": (("triton",), True),
     "torch": ((), False),
@@ -33,7 +33,7 @@ Check = Callable[[Results, Results, Results], str]
 
 
 def missing(device: str) -> dict[str, str]:
-    """Return provider -> what it lacks, of the providers that cannot run on `device` here."""
+    """Return provider -> what is missing, such as "no GPU", for the providers that cannot run on `device` here."""
     found = {}
     for name, (packages, gpu) in PROVIDERS.items():
         lacks = [f"no {package}" for package in packages if importlib.util.find_spec(package) is None]
@@ -44,7 +44,10 @@ def missing(device: str) -> dict[str, str]:
 
 
 class LazyCall:
-    """A provider's call, built by `make` at its first use, so that an error in building it is the provider's fault."""
+    """A provider's call, built by `make` at the first use.
+
+    An error in `make` is then reported for this provider, and does not prevent the timing of others.
+    """
 
     def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
         self._make = make
@@ -54,7 +57,7 @@ class LazyCall:
         return self._make()
 
     def __call__(self, **args: Any) -> Any:
-        """Run the provider's call, which is built first if it does not exist yet."""
+        """Run the provider's call, after building it if this is the first use."""
         return self._call(**args)
 
 
@@ -68,14 +71,15 @@ class Trial:
         dtype: bf16, fp16 or fp32.
         args: the arguments by name. A call may write to them in place.
         variants: provider -> its call, which takes `args` as keywords.
-        reference: plain PyTorch's call, whether it is timed or not.
+        reference: plain PyTorch's call. It checks the results even if plain PyTorch is not timed.
         exact: computes the fp64 results.
         complaint: (results, plain PyTorch's results, fp64 results) -> a message if the results are wrong, else "".
         nbytes: the fewest bytes that a call moves; 0 if they were not counted.
         mutates: names of the arguments that a call writes to, which are results too.
-        rotates: whether `args` hold all that a call reads, weights included, so that copies of them use other memory.
+        rotates: whether `args` hold all data that a call reads, weights included. Calls on different copies of `args`
+            then use different memory.
         steps: solver and evaluations of the velocity, such as ``euler:7``.
-        of_peers: provider -> its own `complaint`, for providers that compute more coarsely.
+        of_peers: provider -> its own `complaint`, for providers that compute with less precision.
     """
 
     subject: str
@@ -98,11 +102,11 @@ class Trial:
         return " ".join(filter(None, (self.subject, self.shape, self.dtype, self.steps)))
 
     def only(self, providers: Sequence[str]) -> "Trial":
-        """Return this trial with only those of its providers that are in `providers`."""
+        """Return this trial without the providers that are not named in `providers`."""
         return replace(self, variants={name: call for name, call in self.variants.items() if name in providers})
 
     def results(self, call: Callable[..., Any]) -> Results:
-        """Return what a call returns and then what it writes to, on a new copy of the arguments."""
+        """Run a call on a new copy of the arguments, and return its results, then the arguments that it writes to."""
         return results_of(call, self.copies(1)[0], self.mutates)
 
     def copies(self, n: int) -> list[dict[str, Any]]:
@@ -117,7 +121,7 @@ class Trial:
 
     @cached_property
     def truth(self) -> tuple[Results, Results]:
-        """Plain PyTorch's results and the fp64 results, with which every provider's are compared."""
+        """Plain PyTorch's results and the fp64 results, with which the results of every provider are compared."""
         return self.results(self.reference), self.exact()
 
     def fault(self, provider: str) -> str:
@@ -125,7 +129,7 @@ class Trial:
         plain, exact = self.truth
         try:
             found = plain if provider == "torch" else self.results(self.variants[provider])
-        except Exception as error:  # whatever a provider raises, the others must still be timed
+        except Exception as error:  # any error of one provider must leave the others to be timed
             return f"{provider} fails at {self.name}: {type(error).__name__}: {error}"
         what = self.of_peers.get(provider, self.complaint)(found, plain, exact)
         return f"{provider} is wrong at {self.name}: {what}" if what else ""
@@ -157,8 +161,9 @@ def operator_trial(entry: Entry, case: Case, dtype: str, device: str) -> Trial:
 def by_verdict(ceiling: float, found: Results, plain: Results, exact: Results) -> str:
     """Check results by the accuracy rule of kernels (``bench/accuracy.py``). Integers must equal plain PyTorch's.
 
-    The ceiling of the RMS ratio is that of the arguments' dtype. Kernels return some results unrounded in fp32, where
-    plain PyTorch has rounded them; the tests hold kernels to the fp32 ceiling there.
+    `ceiling` is the ceiling of the arguments' dtype. Some results are fp32 for arguments of any dtype. For these, plain
+    PyTorch has rounded intermediate results, and would not pass the fp32 ceiling. The tests check such results of
+    kernels against the fp32 ceiling.
 
     Returns:
         A message if a result is wrong, else an empty string.
@@ -183,7 +188,7 @@ def by_distance(found: Results, plain: Results, exact: Results) -> str:
         rms = _rms(truth)
         ours, torchs = (_rms(one.double() - truth) / max(rms, 1e-30) for one in (out, same_dtype))
         if not ours <= 2 * torchs + 1e-6 or not torchs < 0.05:
-            return f"result {i}: RMS error {ours:.3g} of the RMS where plain torch has {torchs:.3g}"
+            return f"result {i}: the RMS error is {ours:.3g} of the truth's RMS, plain torch's is {torchs:.3g}"
     return ""
 
 
@@ -206,7 +211,7 @@ def by_codes(found: Results, plain: Results, exact: Results, slack: float = 0.02
 
 
 def by_frame(found: Results, plain: Results, exact: Results) -> str:
-    """Check a whole frame: its codes by :func:`by_codes`, and the results of given codes by :func:`by_distance`."""
+    """Check a whole frame: its codes by :func:`by_codes`, and the results from given codes by :func:`by_distance`."""
     codes = by_codes(found[:1], plain[:1], exact[:1])
     return codes or by_distance(found[1:], plain[1:], exact[1:])
 
@@ -216,9 +221,9 @@ def _rms(x: Tensor) -> float:
 
 
 def flashinfer_attention(args: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """Return the call of FlashInfer's paged decode on the same cache, in the layout that FlashInfer calls HND.
+    """Return the call of FlashInfer's paged decode on the same cache, which has the layout that FlashInfer calls HND.
 
-    The plan is made here, so that it is not timed.
+    FlashInfer's plan is made before the call, and is therefore not timed.
     """
     flashinfer = importlib.import_module("flashinfer")
     q, kv_cache, block_table, lengths = (args[name] for name in ("q", "kv_cache", "block_table", "lengths"))

@@ -14,7 +14,7 @@ from voxkern.reference.layers import rms_norm, upcast
 
 
 def rope_of(positions: int, D: int, device: str) -> Tensor:
-    """Return the kernels' table of RoPE's cosines and sines, fp32 [positions, 2, D / 2]."""
+    """Return the table of RoPE cosines and sines that the kernels read, fp32 [positions, 2, D / 2]."""
     if device == "meta":
         return torch.empty(positions, 2, D // 2, device="meta")
     return torch.stack(rope_table(torch.arange(positions), D, 1e4), dim=1).float()
@@ -23,7 +23,7 @@ def rope_of(positions: int, D: int, device: str) -> Tensor:
 def pages_of(lengths: list[int], PAGE: int, device: str) -> tuple[Tensor, Tensor]:
     """Return int32 `lengths` [B] and an int32 block table [B, max_pages].
 
-    The table uses half of the pages, in random order; its unused entries are 0.
+    The table uses about half of the pages, in random order. Unused entries of the table are 0.
     """
     counts = [-(-length // PAGE) for length in lengths]
     order = torch.randperm(2 * sum(counts) + 1, generator=torch.Generator().manual_seed(7)).int().tolist()
@@ -49,7 +49,7 @@ def norm_qkv_reference(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float, q_rows: int, max_rows: int,
     phase: str = "decode",
 ) -> Tensor:  # fmt: skip
-    """Compute RMSNorm and three products, and concatenate them; queries from row `q_rows` on are 0."""
+    """Compute RMSNorm and three products, and concatenate the products. Queries from row `q_rows` on are 0."""
     n = rms_norm(x, norm, eps)
     q = F.linear(n, wq)
     is_query_row = torch.arange(len(x), device=x.device).unsqueeze(1) < q_rows
@@ -57,7 +57,7 @@ def norm_qkv_reference(
 
 
 def norm_qkv_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return arguments like those of a trained layer; `s.query_thirds` thirds of the rows have queries."""
+    """Return arguments with weights like those of a trained layer; `s.query_thirds` thirds of the rows have queries."""
     return {
         "x": make(s.M, s.K),
         "norm": make(s.K, mean=1.0, std=0.1),
@@ -75,7 +75,10 @@ def norm_qkv_append_reference(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, rope: Tensor, block_table: Tensor, lengths: Tensor,
     q: Tensor, kv_cache: Tensor, eps: float, max_rows: int,
 ) -> None:  # fmt: skip
-    """Compute what the reference's layer does before attention, in place, rounding after each operation."""
+    """Compute the part of the reference's layer before attention, rounding after each operation.
+
+    Queries are written to `q`, keys and values to `kv_cache`.
+    """
     n, D = rms_norm(x, norm, eps), kv_cache.shape[4]
     live = lengths > 0
     cos, sin = upcast(
@@ -105,7 +108,7 @@ def norm_qkv_append_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def rope_append_reference(
     rope: Tensor, request_ids: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, kv_cache: Tensor
 ) -> None:
-    """Rotate queries and append keys and values to the cache, row by row, in place."""
+    """Rotate queries in place, and append rotated keys and values to the cache, row by row."""
     _, _, HKV, PAGE, D = kv_cache.shape
     heads = qkv.unflatten(1, (-1, D))
     for i, (request, position) in enumerate(zip(request_ids.tolist(), positions.tolist(), strict=True)):

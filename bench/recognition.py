@@ -1,6 +1,6 @@
 """Word recognition and speed of a voice: ``python -m bench.recognition FOLDER``.
 
-A speech recogniser transcribes the voice's sound, and that of flite, the synthesiser that made its training data.
+A speech recogniser transcribes the voice's sound, and the sound of flite, the synthesiser of the training data.
 """
 
 import argparse
@@ -40,13 +40,13 @@ Say = Callable[[list[Request]], list[NDArray[np.float32]]]  # requests -> the so
 
 @dataclass
 class Score:
-    """Counts of words and strings, and of those that were recognised right.
+    """Counts of the words and texts that were spoken, and of those that were recognised right.
 
     Attributes:
-        words: words in all texts.
+        words: number of words in all texts.
         words_right: words recognised right, see :func:`voxkern.reference.train.recogniser.words_right`.
-        strings: texts.
-        strings_right: texts recognised without an error.
+        strings: number of texts.
+        strings_right: number of texts recognised without an error.
     """
 
     words: int = 0
@@ -55,7 +55,7 @@ class Score:
     strings_right: int = 0
 
     def add(self, said: list[str], heard: list[str]) -> None:
-        """Count one text: its words `said`, and the words `heard` by the recogniser."""
+        """Count one text: its words `said`, and the words `heard`, which the recogniser returned."""
         self.words, self.words_right = self.words + len(said), self.words_right + words_right(said, heard)
         self.strings, self.strings_right = self.strings + 1, self.strings_right + (said == heard)
 
@@ -75,13 +75,13 @@ class Score:
 
 
 def digit_strings(n: int, seed: int = 20250101) -> list[str]:
-    """Return `n` random texts of 1 to 6 digits, spelled out."""
+    """Return `n` random texts of 1 to 6 digits, written as words."""
     generator = np.random.default_rng(seed)
     return [" ".join(generator.choice(DIGITS, generator.integers(1, 7))) for _ in range(n)]
 
 
 def sentences(n: int, seed: int = 20250102) -> list[str]:
-    """Return `n` random texts of 2 to 7 words: greetings, days, months and numbers to ninety-nine."""
+    """Return `n` random texts of 2 to 7 words: greetings, days, months and numbers up to ninety-nine."""
     generator = np.random.default_rng(seed)
 
     def one(words: tuple[str, ...]) -> str:
@@ -107,11 +107,11 @@ def listen(say: Say, texts: list[str], seeds: list[int], recogniser: Recogniser,
     """Recognise every text in every voice with every seed, and return the score.
 
     Args:
-        say: makes the sound of requests.
-        texts: words with spaces between.
-        seeds: of each text in each voice.
+        say: function of requests that returns their sounds.
+        texts: texts of words separated by spaces.
+        seeds: the seeds for each text in each voice.
         recogniser: transcribes the sounds.
-        show: print this many texts that were not recognised right.
+        show: print at most this many texts that were recognised wrong.
     """
     score = Score()
     requests = [(text, voice, seed) for text in texts for voice in VOICES for seed in seeds]
@@ -124,7 +124,7 @@ def listen(say: Say, texts: list[str], seeds: list[int], recogniser: Recogniser,
 
 
 class Speaker:
-    """Generates requests with one solver, and records how they ended.
+    """Generates requests with one solver, and records how each request ended.
 
     Attributes:
         ended: for each request so far, whether it ended with END rather than at the limit of frames.
@@ -148,7 +148,7 @@ class Speaker:
 
     @property
     def lengths(self) -> list[float]:
-        """Each request's frames / the frames of its words as flite speaks them, which the voice was trained on."""
+        """The frames of each request / the frames of flite's sounds of these words, on which the voice was trained."""
         return [
             n / sum(len(whole_frames(word_of_flite(word, voice))) // FRAME for word in text.split())
             for text, voice, n in self._said
@@ -164,7 +164,7 @@ def flite_whole(requests: list[Request]) -> list[NDArray[np.float32]]:
 
 
 def flite_word_by_word(requests: list[Request]) -> list[NDArray[np.float32]]:
-    """Return flite's sounds of each text's single words one after another, which is what the voice was trained on."""
+    """Return for each text flite's sounds of its single words, joined. The voice was trained on such sounds."""
     return [np.concatenate([word_of_flite(word, voice) for word in text.split()]) for text, voice, _ in requests]
 
 
@@ -175,14 +175,14 @@ def rows(
     solvers: tuple[str, ...] = ("euler:7", "ab2:4"),
     show: int = 0,
 ) -> list[ResultRow]:
-    """Measure recognition of digits and of sentences, flite's sound first, and the voice's speed; return the rows.
+    """Measure the recognition of flite's and the voice's sound, and the voice's speed, and return the rows.
 
     Args:
         folder: the voice's checkpoint.
-        strings: texts of digits; there are two sentences for five of them.
-        seeds: of each text of digits; a sentence has one.
-        solvers: solver and evaluations, such as ``euler:7``.
-        show: print this many texts that were not recognised right, for each solver and kind of text.
+        strings: number of texts of digits. For every 5 of them, 2 sentences are recognised too.
+        seeds: number of seeds for each text of digits; a sentence has one seed.
+        solvers: solvers with their evaluations, such as ``euler:7``.
+        show: print at most this many texts that were recognised wrong, for each solver and kind of text.
     """
     torch.set_num_threads(1)
     command = f"{COMMAND} --strings {strings} --seeds {seeds}"
@@ -224,9 +224,9 @@ def score_rows(subject: str, provider: str, shape: str, steps: str, score: Score
 
 
 def ends(speaker: Speaker, shape: str, steps: str, command: str) -> list[ResultRow]:
-    """Print how a speaker's requests ended, and return the rows."""
+    """Print how a speaker's requests ended and how long the longest was, and return the rows."""
     figures = {"ended by itself": (100 * float(np.mean(speaker.ended)), "%"), "longest": (max(speaker.lengths), "1")}
-    print(f"  ended by themselves: {figures['ended by itself'][0]:.1f} %, longest of the natural length: "
+    print(f"  ended by themselves: {figures['ended by itself'][0]:.1f} %, longest / natural length: "
           f"{figures['longest'][0]:.2f}", flush=True)  # fmt: skip
     return [
         ResultRow("recognition", "demo voice", name, value, unit, "measured", command, "torch", shape, "bf16", steps)
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--strings", type=int, default=100, help="texts of digits; 2 sentences for each 5 of them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--solver", nargs="*", default=["euler:7"], help="solvers, such as euler:4 euler:16 ab2:4")
-    parser.add_argument("--show", type=int, default=10, help="print this many texts that were recognised wrong")
+    parser.add_argument("--show", type=int, default=10, help="print at most this many texts that were recognised wrong")
     parser.add_argument("--csv", action="store_true", help="append the rows to bench/results.csv")
     args = parser.parse_args()
     found = rows(args.folder, args.strings, args.seeds, tuple(args.solver), args.show)

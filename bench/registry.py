@@ -28,8 +28,8 @@ class Case:
     Attributes:
         name: the shape's name, unique for the operator.
         sizes: the sizes by name, which :attr:`Entry.inputs` reads as attributes.
-        public: whether the sizes are a model's own. Other shapes are odd, to expose errors at the
-            edges of tiles.
+        public: whether the sizes are those of a published model. Other shapes are odd, to expose errors at the edges of
+            tiles.
         dtypes: the dtypes at which the operator runs with this shape, keys of :data:`DTYPES`.
     """
 
@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Entry:
-    """An operator, with everything that is needed to test and to time it.
+    """An operator, with everything that its tests and benchmarks need.
 
     Attributes:
         op: the operator, a ``voxkern.kernels.operator.Operator``.
@@ -49,9 +49,9 @@ class Entry:
         inputs: function of (sizes, make) that returns the operator's arguments by name. ``make`` is a
             :class:`TensorMaker`.
         cases: at least two odd shapes, and the public shapes at batch 1 and 32.
-        rows: name of the size that varies from call to call. One binary must serve all its values.
-        stage: function of the launch constants that returns the weight elements loaded by one stage of the pipeline.
-        read_once: arguments, usually the weights, of which one row tile may load no byte twice.
+        rows: name of the size that varies from call to call. One binary must serve all values of this size.
+        stage: function of the launch constants that returns how many weight elements one stage of the pipeline loads.
+        read_once: names of arguments, usually weights. One row tile loads each byte of them at most once.
         regular_grid: whether blocks differ only in their addresses, so that bytes can be extrapolated from three blocks
             per axis. Otherwise all blocks are counted, and only at the odd shapes.
         uses_matrix_unit: whether the first launch multiplies matrices, so that bf16 and fp16 must use the matrix units.
@@ -79,7 +79,7 @@ class Entry:
 
 @dataclass
 class TensorMaker:
-    """Makes random tensors of one dtype on one device: ``make(4, 5, std=0.1)``. A seed fixes the tensors."""
+    """Makes random tensors of one dtype on one device: ``make(4, 5, std=0.1)``. Equal seeds give equal tensors."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -112,7 +112,7 @@ def to_dtype(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def each_tensor(change: Callable[[Tensor], Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments with `change` applied to every tensor, in lists too."""
+    """Return the arguments with `change` applied to every tensor, including tensors in lists."""
 
     def changed(arg: Any) -> Any:
         if isinstance(arg, list):
@@ -123,5 +123,5 @@ def each_tensor(change: Callable[[Tensor], Tensor], args: Mapping[str, Any]) -> 
 
 
 def listed(args: Mapping[str, Any]) -> list[Tensor]:
-    """Return the tensors in lists of tensors, which kernels read through a table of addresses."""
+    """Return the tensors of all arguments that are lists. Kernels read such tensors through a table of addresses."""
     return [one for arg in args.values() if isinstance(arg, list) for one in arg]

@@ -1,4 +1,4 @@
-"""The report of all figures: ``python -m bench report`` measures what this machine can, and writes page and pictures.
+"""The report of all figures: ``python -m bench report`` measures on this machine, and writes the page and pictures.
 
 Every part runs in its own process and appends its rows to ``bench/results.csv``. Then ``bench/report.html``,
 ``bench/plots/*.png`` and the tables between the README's markers are made from the newest rows and the ledger. With
@@ -25,18 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, PLOTS, README = ROOT / "bench" / "report.html", ROOT / "bench" / "plots", ROOT / "README.md"
 COUNTED = ("distortion", "frame", "errors", "server_cost", "roofline")  # two run at once, because none measures time
 TIMED = ("depth", "recognition", "engine", "run")  # one runs at a time, because another would slow it down
-PARTS = (*COUNTED, *TIMED)  # modules of bench/ with a function `rows()`, except `run`
+PARTS = (*COUNTED, *TIMED)  # modules of bench/; each except `run` has a function `rows()`
 SAID = "seven three one"  # text that the demo voice speaks, for the README's first picture
-INTERPRETED = ("frame",)  # counted in Triton's interpreter, which is chosen when Triton is imported
+INTERPRETED = ("frame",)  # these need Triton's interpreter, which is chosen when Triton is imported
 MARKED = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure the parts and write the report. The exit status is 1 if a part failed."""
+    """Measure the parts, write the report, and return the exit status: 1 if a part failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
-    parser.add_argument("--no-measure", action="store_true", help="write the page from the existing rows")
+    parser.add_argument("--no-measure", action="store_true", help="measure nothing; write the page from existing rows")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="measure only these parts")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what the process of one part is started with
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # starts the process of one part
     options = parser.parse_args(arguments)
     if options.part:
         results.append(rows_of(options.part))
@@ -48,12 +48,12 @@ def main(arguments: Sequence[str]) -> int:
     write()
     print(f"wrote {PAGE.relative_to(ROOT)}, {PLOTS.relative_to(ROOT)} and the README's tables")
     if failed:
-        print(f"FAILED, with their older rows in the page: {', '.join(failed)}")
+        print(f"FAILED, so the page has their older rows: {', '.join(failed)}")
     return 1 if failed else 0
 
 
 def failures(parts: Sequence[str]) -> list[str]:
-    """Run the parts, and return those that failed."""
+    """Run the parts, and return the names of those that failed."""
     counted, timed = ([part for part in group if part in parts] for group in (COUNTED, TIMED))
     with ThreadPoolExecutor(2) as two:
         well = [*two.map(measured, counted)]
@@ -69,7 +69,7 @@ def rows_of(part: str) -> list[results.ResultRow]:
 
 
 def of_all(seconds: float) -> ResultRow:
-    """Return the row of the time that the whole report took."""
+    """Return a row with the seconds that the whole report took."""
     row = ResultRow("report", "all parts", "time", round(seconds), "s", "measured", "python -m bench report")
     return results.with_provenance(row, results.provenance())
 
@@ -79,7 +79,7 @@ def measured(part: str) -> bool:
     command = ["run", "--quick"] if part == "run" else ["report", "--part", part]
     start = time.perf_counter()
     env = {**os.environ, "TRITON_INTERPRET": str(int(part in INTERPRETED))}
-    if part in COUNTED:  # two parts run at once: with two threads each they would wait for cores most of the time
+    if part in COUNTED:  # two of these parts run at once: with two threads each, they would mostly wait for cores
         env["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([sys.executable, "-m", "bench", *command], cwd=ROOT, env=env, capture_output=True, text=True)
     said = done.stdout[-2000:] + done.stderr[-2000:]
@@ -108,10 +108,10 @@ def write() -> None:
 
 
 def with_tables(text: str, made: dict[str, ReportTable]) -> str:
-    """Return a text with each table between markers replaced by the new one.
+    """Return `text` with each table between markers replaced by the new table.
 
     Args:
-        text: the README.
+        text: the README's text.
         made: the new tables by name.
 
     Raises:
@@ -120,7 +120,7 @@ def with_tables(text: str, made: dict[str, ReportTable]) -> str:
 
     def replace(found: re.Match[str]) -> str:
         if found[1] not in made:
-            raise ValueError(f"the README marks the table {found[1]!r}, there are {', '.join(made)}")
+            raise ValueError(f"the README marks the table {found[1]!r}, but the tables are {', '.join(made)}")
         table = made[found[1]]
         return f"<!-- figures: {found[1]} -->\n{table.markdown()}\n\n`{table.command}`. {table.note}\n<!-- end -->"
 

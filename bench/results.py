@@ -1,6 +1,7 @@
-"""The table of all figures, ``bench/results.csv``: each row has a value, how it was found, where, and by which command.
+"""The table of all figures, ``bench/results.csv``.
 
-Rows are only appended. A figure's current value is its newest row. A cell that does not apply is empty.
+Each row has a figure's value, whether it was measured, counted or predicted, on which device, and by which command.
+Rows are only appended, and the newest row of a figure has the current value. A cell that does not apply is empty.
 """
 
 import csv
@@ -36,13 +37,13 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One figure.
+    """One row of the table: the value of a figure, and how it was found.
 
     Attributes:
         bench: the benchmark that made the figure, such as ``micro`` or ``roofline``.
         subject: what the figure describes: an operator, a module, a GPU.
         metric: what the value is, such as ``time``, ``bytes`` or ``launches``.
-        value: the value; the median if `low` and `high` are given.
+        value: the figure's value; the median if `low` and `high` are given.
         unit: the unit of `value`, `low` and `high`.
         how: measured, counted (in the interpreter, or by arithmetic on shapes), or predicted (by the stated model).
         command: the command that makes the row again.
@@ -79,13 +80,13 @@ class ResultRow:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The columns that identify the figure; rows with the same key are the same figure at different times."""
+        """The columns that identify the figure. Rows with equal keys are values of one figure from different times."""
         what = (self.bench, self.subject, self.provider, self.shape, self.dtype, self.steps, self.metric, self.how)
         return (*what, self.device)
 
 
 def provenance(device: str = "cpu") -> Provenance:
-    """Return the provenance of figures made now, on this machine's `device`, ``cpu`` or ``cuda``."""
+    """Return the provenance of figures that are made now on this machine's `device`, ``cpu`` or ``cuda``."""
     import torch
     import triton
 
@@ -99,7 +100,7 @@ def provenance(device: str = "cpu") -> Provenance:
 
 
 def with_provenance(row: ResultRow, where: Provenance) -> ResultRow:
-    """Return the row with its provenance."""
+    """Return a copy of the row with the provenance `where`."""
     return ResultRow(**{**asdict(row), **asdict(where)})
 
 
@@ -114,7 +115,7 @@ def append(rows: Iterable[ResultRow], file: Path = FILE) -> None:
         file.write_text(",".join(names) + "\n")
     with file.open(newline="") as text:
         if (found := next(csv.reader(text))) != names:
-            raise ValueError(f"{file} has the columns {found}, must have {names}")
+            raise ValueError(f"{file} has the columns {found}, but must have {names}")
     lines = io.StringIO()
     csv.DictWriter(lines, names, lineterminator="\n").writerows(asdict(row) for row in rows)
     with file.open("a", newline="") as text:  # one write, because another process may append at the same time

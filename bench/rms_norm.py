@@ -8,7 +8,7 @@ from voxkern.reference.layers import rms_norm as rms_norm_reference
 
 
 def rms_norm_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return the arguments of ``rms_norm``, with weights near 1."""
+    """Return arguments with weights near 1."""
     return {"x": make(s.M, s.K), "weight": make(s.K, mean=1.0, std=0.1), "eps": 1e-5}
 
 

@@ -1,22 +1,23 @@
-"""A frame's bytes and multiply-adds, the floor of its time, and a predicted time, on GPUs that were not available.
+"""A frame's bytes and multiply-adds, and the floor and prediction of its time, on GPUs that were not available.
 
-``python -m bench.roofline`` prints them for the public shapes in bf16, batch 1 to 64. Nothing in it was run on a GPU.
+``python -m bench.roofline`` prints these figures for the public shapes in bf16, batch 1 to 64. No figure comes from a
+run on a GPU.
 
-The work is a list of launches, by arithmetic on the config's shapes (bench/work.py). **The floor** is a time that no
-implementation can beat if it reads every weight once an evaluation. It is the longer one of two: weights, keys and
-values at the data sheet's bandwidth, or multiply-adds at its dense bf16 rate. **The prediction** is the sum over the
-launches. A launch takes its start, one latency to fill the pipeline, and the time of its waves. A wave is as many
-blocks as fit at once, by the ledger's occupancy. It takes the longest of
+The work is a list of launches, computed from the config's shapes (bench/work.py). **The floor** is a time that no
+implementation can beat if it reads every weight once an evaluation. The floor is the longer of two times: weights, keys
+and values at the data sheet's bandwidth, or multiply-adds at the data sheet's dense bf16 rate. **The prediction** is
+the sum over the launches. The time of a launch is the sum of its start, one latency that fills the pipeline, and its
+waves. A wave is a set of blocks that run at once, by the ledger's occupancy. A wave takes the longest of three times:
 
-- its bytes at the share of the bandwidth that streaming reaches,
+- the wave's bytes, at the share of the bandwidth that streaming reaches,
 - the bytes of one block, of which the ledger's bytes in flight arrive in each latency (Little's law),
-- its multiply-adds at the share of the dense rate that thin tiles reach.
+- the wave's multiply-adds, at the share of the dense rate that thin tiles reach.
 
-The prediction leaves out
+The prediction does not include
 
 - activations that blocks read again from L2, and weights that stay in L2 from one evaluation to the next,
-- rows that tiles pad, and clocks that fall under load,
-- overlap of one launch's end with the next one's start.
+- padding rows of tiles, and clocks that fall under load,
+- the overlap of one launch's end with the start of the next launch.
 """
 
 import functools
@@ -41,15 +42,15 @@ SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU, by its maker's data sheet.
+    """One GPU, with the figures of its maker's data sheet.
 
     Attributes:
-        bandwidth: bandwidth of its memory, bytes/s.
-        flops: dense bf16 operations with fp32 sums, 1/s. Makers print twice that number, with sparsity.
+        bandwidth: bandwidth of the GPU's memory, bytes/s.
+        flops: dense bf16 operations with fp32 sums, 1/s. Some data sheets print twice that number, with sparsity.
         multiprocessors: number of SMs, or of AMD's compute units.
         l2: bytes of the L2 cache, or of AMD's last-level cache.
-        arch: its architecture in the ledger, such as ``sm_90``.
-        device: its name in torch.
+        arch: the GPU's architecture in the ledger, such as ``sm_90``.
+        device: the GPU's name in torch.
     """
 
     bandwidth: float
@@ -82,13 +83,13 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Figures that no data sheet has: round numbers known from streaming kernels, not fitted to measurements.
+    """Figures that no data sheet has. They are round numbers known from streaming kernels, not fitted to measurements.
 
     Attributes:
         latency: seconds of a load from busy memory; about 0.7 us on data-centre GPUs.
         streaming: share of the bandwidth that long copies reach.
         dense: share of the dense rate that tiles of 8 to 64 rows reach.
-        launch: seconds from a kernel's end to the next one's start inside a CUDA graph.
+        launch: seconds from a kernel's end to the start of the next kernel inside a CUDA graph.
     """
 
     latency: float = 0.7e-6
@@ -102,9 +103,9 @@ OPTIMISTIC, PESSIMISTIC = Assumptions(0.5e-6, 0.95, 0.7, 1e-6), Assumptions(1e-6
 
 
 def floor(work: Sequence[Work], gpu: GPU) -> float:
-    """Return the least seconds of the launches.
+    """Return the fewest seconds that the launches can take.
 
-    Weights, keys and values come from memory. Activations come from L2 as far as they fit into it.
+    Weights, keys and values come from memory. Of a launch's activations, only the bytes beyond the size of L2 do.
     """
     streamed = sum(one.times * (one.weights + one.cache + max(0, one.moved - gpu.l2)) for one in work)
     return max(streamed / gpu.bandwidth, 2 * total_multiply_adds(work) / gpu.flops)
@@ -117,7 +118,7 @@ def predict(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL) -> floa
 
 def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
     row, dram_rate = _binary(one, gpu.arch), gpu.bandwidth * assume.streaming
-    flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor
+    flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor, 1/s
     if row is None:
         return max(one.dram / dram_rate, 2 * one.multiply_adds / flop_rate / gpu.multiprocessors)
     shared_by = -(-one.rows // 64) if one.tiled else one.rows  # tiles have up to 64 rows
@@ -141,7 +142,7 @@ def _blocks(one: Work, row: LedgerRow) -> int:
 
 
 def _in_flight(row: LedgerRow) -> float:
-    """Return the bytes that one block has in flight: those of its stages of weights, but at least 16 a thread."""
+    """Return the bytes that one block has in flight: those of the weights' stages, but at least 16 for each thread."""
     machine, (x, y, z) = MACHINES[row.arch], map(int, row.grid.split("x"))
     staged = row.in_flight / min(row.resident, x * y * z / machine.multiprocessors)
     return max(staged, 16 * row.warps * machine.warp_size)
@@ -150,7 +151,8 @@ def _in_flight(row: LedgerRow) -> float:
 def _binary(one: Work, arch: str) -> LedgerRow | None:
     """Return the ledger's row with the launch config of `one`, or None if the ledger does not have the operator.
 
-    Launch configs change at 8, 16 and 32 rows; the flow head has 6 rows a request.
+    Launch configs change at 8, 16 and 32 rows. The flow head has 6 rows a request, so b1, b2 and b4 are cases with 6,
+    12 and 24 rows.
     """
     n = one.prepared
     names = ("b1",) if n <= 8 else ("b2", "b1") if n <= 16 else ("b4", "b32") if n <= 32 else ()
@@ -165,7 +167,7 @@ def _ledger() -> dict[tuple[str, str, str, int], LedgerRow]:
 
 
 def rows() -> list[ResultRow]:
-    """Return rows of the counts of a frame, and of its floor and predicted time on each GPU."""
+    """Return rows with a frame's counts, and with the frame's floor and predicted time on each GPU."""
     found = []
     for steps, evaluations in SOLVERS.items():
         for B in BATCHES:
@@ -197,8 +199,8 @@ def _row(subject: str, metric: str, value: float, unit: str, how: str, B: int, s
 def compare_with_measured(measured: Iterable[ResultRow]) -> list[tuple[ResultRow, float, float]]:
     """Find our frames measured on one of :data:`GPUS`, and return each with its floor and predicted time, in ms.
 
-    These are the newest rows of the provider ``voxkern``, the subject ``frame``, the metric ``time``, bf16 and a shape
-    ``frame-bN``.
+    A measured frame is the newest row with the provider ``voxkern``, the subject ``frame``, the metric ``time``, bf16
+    and a shape ``frame-bN``.
     """
     found = []
     for row in newest(row for row in measured if _is_a_frame(row)):

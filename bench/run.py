@@ -1,8 +1,8 @@
-"""Microbenchmarks: operators at the public shapes, whole frames and single modules, by every provider that has them.
+"""Microbenchmarks of operators at the public shapes, of whole frames and of single modules, for every provider.
 
-``python -m bench run`` prints a line for each timing, and appends rows to ``bench/results.csv``. On a CPU the providers
-that need no GPU are timed, and their times do not apply to the kernels. The GPU's path has been run with a simulated
-clock only, because no GPU was available.
+``python -m bench run`` prints a line for each timing, and appends rows to ``bench/results.csv``. On a CPU, only the
+providers that need no GPU are timed, and their times do not apply to the kernels. The timing on a GPU has been tested
+only with a simulated clock, because no GPU was available.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from voxkern.kernels import launch_config
 ROOF = "copy"  # the variant that moves bytes and computes nothing
 # On a CPU torch.compile runs a C++ compiler for about ten seconds a shape, so it is timed only if --provider names it.
 ON_CPU = tuple(name for name in PROVIDERS if name != "torch.compile")
-# The most bytes of arguments on a CPU. 64 experts are 2 GB; with copies and an fp64 truth they would take 15 GB.
+# The most bytes of arguments on a CPU. The weights of 64 experts are 2 GB; with copies and an fp64 truth they would
+# take 15 GB.
 MOST_ON_CPU = 512 << 20
 
 
@@ -40,7 +41,8 @@ class Selection:
         dtypes: names of dtypes; empty means all that a case has.
         providers: names of providers; empty means all that are available, without torch.compile on a CPU.
         device: ``cpu``, which leaves out shapes of more than 512 MiB, or ``cuda``.
-        quick: time only the first public case of each operator, no module of gigabytes, and no fp16.
+        quick: time only the first public case of each operator, no module of gigabytes, and no fp16 unless `dtypes`
+            names it.
     """
 
     subjects: tuple[str, ...] = ()
@@ -84,7 +86,7 @@ def subjects(device: str) -> list[str]:
 
 
 def trials(selection: Selection) -> Iterator[Trial]:
-    """Yield the selected trials, operators first. A trial is made when it is reached, so one at a time needs memory."""
+    """Yield the selected trials, operators first. Each trial is made when it is reached, so only one takes memory."""
     for entry in entries():
         for case in _public(entry, selection.quick):
             for dtype in case.dtypes:
@@ -110,12 +112,12 @@ def _public(entry: Entry, quick: bool) -> list[Case]:
 
 
 def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str, Measured], list[str]]:
-    """Time those providers of a trial that give right results, and between them a large copy of memory.
+    """Time the providers of a trial that give right results, in turn with a large copy within memory.
 
     Args:
-        trial: its providers are all run once, and timed if their results are right.
+        trial: the trial. Each provider is run once, and is timed if the results are right.
         clock: measures the time.
-        roof: the large copy; None times none.
+        roof: the large copy, or None without one.
 
     Returns:
         Provider -> its timing, and a message for each provider that was not timed.
@@ -123,7 +125,7 @@ def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str,
     faults = {name: trial.fault(name) for name in trial.variants}
     right = [name for name, fault in faults.items() if not fault]
     n = copies_for(clock, trial.nbytes, trial.held) if trial.rotates else 1
-    copies = trial.copies(n)  # one set for all providers: between two calls on one copy all other copies are used
+    copies = trial.copies(n)  # shared by all providers: between two calls on one copy, all other copies are used
     variants: dict[str, list[Call]] = {
         name: [partial(trial.variants[name], **args) for args in copies] for name in right
     }
@@ -135,7 +137,7 @@ def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str,
 def rows_of(
     trial: Trial, found: Mapping[str, Measured], roof: Copy | None, selection: Selection, where: Provenance
 ) -> list[ResultRow]:
-    """Return rows of the time of each provider; with a roof also of bytes per second, and their share of the roof's.
+    """Return rows of each provider's time. With a roof, also return rows of bytes per second and of the roof's share.
 
     Args:
         trial: the trial that was timed.
@@ -180,10 +182,10 @@ def run(selection: Selection, clock: Clock, file: Path | None, where: Provenance
     """
     rows, wrong, roof = list[ResultRow](), list[str](), clock.copy()
     for trial in trials(selection):
-        torch._dynamo.reset()  # torch.compile takes 8 shapes of a function, and runs it uncompiled at any other
+        torch._dynamo.reset()  # torch.compile compiles a function for at most 8 shapes, and runs others uncompiled
         found, faults = time_trial(trial.only(selection.timed), clock, roof)
         made = rows_of(trial, found, roof, selection, where)
-        del trial  # frees its memory before the next trial is made: a public model and its fp64 copy are 48 GB
+        del trial  # frees memory before the next trial is made: a public model and its fp64 copy are 48 GB
         for line in [*map(line_of, made), *(f"WRONG, not timed: {fault}" for fault in faults)]:
             print(line, flush=True)
         if file is not None:
@@ -215,9 +217,9 @@ def selection_of(arguments: Sequence[str]) -> tuple[Selection, argparse.Namespac
     parser.add_argument("--provider", nargs="+", default=(), choices=PROVIDERS, help="default: all that are available")
     devices = ("cpu", "cuda")
     parser.add_argument("--device", default="cpu", choices=devices, help="cpu: torch providers; cuda: kernels too")
-    parser.add_argument("--quick", action="store_true", help="one shape an operator, none of gigabytes, no fp16")
+    parser.add_argument("--quick", action="store_true", help="one shape per operator, no module of gigabytes, no fp16")
     parser.add_argument("--csv", default=str(FILE), metavar="FILE", help="append the rows to FILE; - writes none")
-    parser.add_argument("--compare", metavar="REV", help="also time the git revision REV: old, new, ratio")
+    parser.add_argument("--compare", metavar="REV", help="also time the git revision REV, and print the ratio")
     options = parser.parse_args(arguments)
     clock_of(options.device)  # exits if the device is not available
     known = subjects(options.device)
@@ -230,7 +232,10 @@ def selection_of(arguments: Sequence[str]) -> tuple[Selection, argparse.Namespac
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the microbenchmarks. The exit status is 1 if a provider is wrong, or with ``--compare`` if tests fail."""
+    """Run the microbenchmarks, and return the exit status.
+
+    The exit status is 1 if a provider fails or is wrong, or with ``--compare`` if the tests do not pass; else 0.
+    """
     selection, options = selection_of(arguments)
     clock, absent = clock_of(selection.device), missing(selection.device)
     if absent:
@@ -240,7 +245,7 @@ def main(arguments: Sequence[str]) -> int:
     file = None if options.csv == "-" else Path(options.csv)
     if options.compare:
         return compare(options.compare, selection.subjects, arguments, file)
-    # some operators' inputs depend on the tiles, which depend on the architecture, and a CPU has none
+    # Some operators' inputs depend on the tiles, and tiles depend on the GPU's architecture. A CPU uses those of sm_90.
     with nullcontext() if selection.on_gpu else launch_config.target_arch("sm_90"):
         rows, wrong = run(selection, clock, file, provenance(selection.device))
     print(f"{len(rows)} rows" + (f" appended to {file}" if file else ", written nowhere"))

@@ -13,7 +13,10 @@ from voxkern.reference.layers import upcast
 
 
 def semantic_argmax_reference(h: Tensor, weight: Tensor, n_codes: int, max_batch: int) -> Tensor:
-    """Compute fp32 (or fp64) logits, as the kernel does, mask EMPTY and the padding, and return the lowest argmax."""
+    """Compute logits, mask EMPTY and the padding, and return the lowest index of the greatest logit.
+
+    As in the kernel, logits are fp32; for fp64 inputs they are fp64.
+    """
     logits = F.linear(upcast(h), upcast(weight))
     index = torch.arange(len(weight), device=h.device)
     return lowest_argmax(logits.masked_fill((index == 0) | (index >= n_codes), -torch.inf))

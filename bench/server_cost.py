@@ -1,4 +1,4 @@
-"""Launches and DRAM bytes of a frame of the public server's flow head, beside ours, at the public shapes.
+"""Compare the public server's flow head with ours: launches and DRAM bytes of a frame, at the public shapes.
 
 ``python -m bench.server_cost`` needs vLLM-Omni to count the server's head (README, "Against the public server").
 Without it, the command prints what is missing, and the counts of our kernels and of our plain PyTorch module.
@@ -7,8 +7,8 @@ Kernels are counted by arithmetic on shapes (bench/work.py). PyTorch modules run
 counts as one launch, except views and allocations. These are lower bounds, because one operator may start several
 kernels. One and two requests are run, and the cost of more follows by arithmetic.
 
-An operator's bytes are those of its distinct tensors, in and out, each read or written once. The kernels are counted by
-the same rule. On both sides small tensors may stay in a GPU's L2.
+An operator's bytes are those of its distinct input and output tensors, each read or written once. The kernels are
+counted by the same rule. On both sides, small tensors may stay in a GPU's L2 cache.
 """
 
 import copy
@@ -53,9 +53,9 @@ class Cost:
 
 
 class Counter(TorchDispatchMode):
-    """Adds up the launches and bytes of the operators within the ``with`` block, and separately the bytes of weights.
+    """Adds up the launches, the bytes and the bytes of weights of the operators within the ``with`` block.
 
-    Its argument `weights` is the set of the addresses of the weights' storages.
+    The argument `weights` is the set of the addresses of the weights' storages.
     """
 
     def __init__(self, weights: set[int]) -> None:
@@ -67,7 +67,7 @@ class Counter(TorchDispatchMode):
         if not func.is_view and "empty" not in str(func):
             self.launches += 1
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-            # keyed by its address, so that a tensor updated in place counts once
+            # keyed by address, shape and strides, so that a tensor updated in place counts once
             for tensor in {(t.data_ptr(), t.shape, t.stride()): t for t in tensors}.values():
                 self.dram += distinct_bytes(tensor)
                 if tensor.untyped_storage().data_ptr() in self.storages:
@@ -76,7 +76,7 @@ class Counter(TorchDispatchMode):
 
 
 def distinct_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's elements at distinct addresses: an expanded dimension counts once."""
+    """Return the bytes of a tensor's elements at distinct addresses. An expanded dimension counts as one element."""
     n = tensor.element_size()
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         n *= size if stride else min(size, 1)
@@ -85,14 +85,14 @@ def distinct_bytes(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def counted(call: Callable[[], object], module: nn.Module) -> Cost:
-    """Count the cost of a call, after one call that fills the module's caches.
+    """Count the cost of a call, after a first call that fills the module's caches.
 
-    It does not run in inference mode: a cast would be dispatched as ``aten.to``, which is marked as a view even if it
-    copies.
+    The call does not run in inference mode, which would dispatch a cast as ``aten.to``. This operator is marked as a
+    view even if it copies.
 
     Args:
         call: the call to count.
-        module: the module that holds the weights.
+        module: the module with the weights.
     """
     call()
     storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -144,7 +144,7 @@ def server(B: int) -> dict[str, Cost]:
     head = zeroed(generation.FlowMatchingAudioTransformer(args).bfloat16())
     wrapper = wrapper_class(SimpleNamespace(acoustic_transformer=head), [B])
     dim = args["acoustic_transformer_args"]["input_dim"]
-    # the wrapper warms up on the CPU as on a GPU, but a CPU cannot capture graphs
+    # The wrapper runs its warm-up on the CPU as on a GPU. Only the capture is skipped, because it needs a GPU.
     with (
         mock.patch.object(torch.accelerator, "synchronize"),
         mock.patch.object(wrapper_class, "_capture_graph_for_size"),
@@ -168,7 +168,7 @@ def missing() -> str | None:
 
 
 def costs() -> Iterator[tuple[int, str, str, Cost]]:
-    """Yield (batch, provider, path, cost) of all heads that can run here."""
+    """Yield (batch, provider, path, cost) for all heads that can be counted here."""
     config, audio = public().acoustic_transformer, public().audio
     assert isinstance(config, AcousticTransformerConfig)
     with torch.device("meta"):
@@ -186,7 +186,7 @@ def costs() -> Iterator[tuple[int, str, str, Cost]]:
 
 
 def rows() -> list[ResultRow]:
-    """Count all costs, and return their rows. The heads run on the CPU for half a minute."""
+    """Count all costs, and return rows of them. The heads run on the CPU for half a minute."""
     found = []
     for B, provider, path, cost in costs():
         counts = {"launches": (cost.launches, "1"), "bytes": (cost.dram, "B"), "bytes of weights": (cost.weights, "B")}

@@ -1,7 +1,8 @@
-"""Times of our plain PyTorch flow head and of the public server's module, at the public size, on this machine.
+"""Time our plain PyTorch flow head and the public server's module, at the public size, on this machine.
 
 ``python -m bench.server_head`` needs vLLM-Omni (README, "Against the public server"). Both heads have the same random
-bf16 weights and make 7 evaluations. Their calls alternate; medians and their ratio are printed.
+bf16 weights and make 7 evaluations. The heads are called in turn, and the medians and the ratio of the medians are
+printed.
 """
 
 import copy

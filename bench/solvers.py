@@ -1,9 +1,9 @@
 """The error of solvers with few evaluations of the velocity, as the distance to a fine solution.
 
-``python -m bench.solvers`` trains a small flow head on a synthetic task. Its targets depend on the condition and have
-two modes. It then solves the flow with 2 to 16 evaluations, and compares with 256 steps of the two-step method: RMSE of
-x before quantisation, and the share of codes that differ. The result compares solvers only. It does not apply to the
-public weights, which were not available.
+``python -m bench.solvers`` trains a small flow head on a synthetic task. The task's targets depend on the condition and
+have two modes. The command then solves the flow with 2 to 16 evaluations, and compares with 256 steps of the two-step
+method: RMSE of x before quantisation, and the share of codes that differ. The result only compares solvers. The errors
+do not apply to the public weights, which were not available.
 """
 
 import itertools
@@ -61,9 +61,9 @@ def solve(head: FlowMatchingAudioTransformer, h: Tensor, x: Tensor, solver: str,
 
 
 def train() -> tuple[FlowMatchingAudioTransformer, "Task"]:
-    """Train a head of two layers of 64 by flow matching (arXiv 2210.02747), and return it with its task.
+    """Train a head of two layers 64 wide by flow matching (arXiv 2210.02747), and return the head and its task.
 
-    One condition in ten is replaced by zeros, which trains the flow without condition for guidance.
+    One condition in ten is replaced by zeros, which trains the unconditional flow that guidance needs.
     """
     torch.manual_seed(0)
     config = Config.from_params(tiny_params())
@@ -85,13 +85,13 @@ def train() -> tuple[FlowMatchingAudioTransformer, "Task"]:
 
 
 class Task:
-    """A random task: targets in -1..1 around one of two centres, which depend on the condition."""
+    """A random task. Each target is in -1..1 and near one of two centres, which depend on the condition."""
 
     def __init__(self) -> None:
         self.place, self.side = torch.randn(64, 36) / 8, torch.randn(64, 36) / 8
 
     def __call__(self, h: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw targets [B, 36] for conditions h [B, 64]. A fair coin selects the centre of each request."""
+        """Draw targets [B, 36] for conditions h [B, 64]. A fair coin selects the centre for each condition."""
         coin = torch.randint(2, (len(h), 1), generator=generator) * 2 - 1
         spread = 0.1 * torch.randn(len(h), 36, generator=generator)
         return torch.tanh(0.6 * h @ self.place + 0.5 * coin * torch.tanh(h @ self.side) + spread)

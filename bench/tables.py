@@ -19,7 +19,7 @@ class ReportTable:
 
     Attributes:
         title: title of the table.
-        note: conditions of the figures, which a reader must know.
+        note: the conditions under which the figures hold.
         command: command that makes the rows.
         head: titles of the columns.
         lines: the cells of each line.
@@ -38,16 +38,17 @@ class ReportTable:
 
 
 class Figures:
-    """All rows, to be found by the values of their columns; of rows of the same figure the newest counts.
+    """Finds rows by the values of their columns. Of several rows of one figure, the newest counts.
 
-    Its argument `rows` is ordered from the oldest row to the newest. In the methods, ``wanted`` is column -> value.
+    The argument `rows` is ordered from the oldest row to the newest. In the methods, ``wanted`` is column -> value, and
+    a row fits if it has all these values.
     """
 
     def __init__(self, rows: Iterable[ResultRow]) -> None:
         self.rows = list(rows)
 
     def all(self, **wanted: str) -> list[ResultRow]:
-        """Return the newest row of every figure that fits, on whichever device it was made."""
+        """Return the newest row that fits, of every figure. A figure on several devices counts as one."""
         found: dict[tuple[str, ...], ResultRow] = {}
         for row in self.rows:
             if fits(row, wanted):
@@ -59,7 +60,7 @@ class Figures:
         return list({tuple(getattr(row, n) for n in names): row for row in self.rows if fits(row, wanted)}.values())
 
     def on_each_device(self, **wanted: str) -> list[ResultRow]:
-        """Return the newest row of every figure that fits, for each device on which it was made."""
+        """Return the newest row that fits, of every figure on each device."""
         return newest(row for row in self.rows if fits(row, wanted))
 
     def one(self, **wanted: str) -> ResultRow | None:
@@ -77,7 +78,7 @@ class Figures:
 
 
 def fits(row: ResultRow, wanted: Mapping[str, str]) -> bool:
-    """Return whether a row has all wanted values, `wanted` being column -> value."""
+    """Return whether a row has all values in `wanted`, which is column -> value."""
     return all(getattr(row, name) == value for name, value in wanted.items())
 
 
@@ -112,7 +113,7 @@ def frame(figures: Figures) -> ReportTable:
 
 
 def launches(figures: Figures) -> ReportTable:
-    """Make the table of the launches of a whole frame's two graphs, by part."""
+    """Make the table of a whole frame's launches in each of the two graphs, by part."""
     lines = []
     for shape in ("frame-b1", "frame-b32"):
         parts = [
@@ -285,7 +286,7 @@ def distortion(figures: Figures) -> ReportTable:
 
 def recognition(figures: Figures) -> ReportTable:
     """Make the table of the words and strings that a recogniser recognises."""
-    most: dict[tuple[str, ...], ResultRow] = {}  # of several runs, the one with the most words
+    most: dict[tuple[str, ...], ResultRow] = {}  # the row with the most words among several runs
     for row in figures.all(bench="recognition", metric="words"):
         of = (row.subject, row.steps, "digits" if "digits" in row.shape else "sentences")
         most[of] = max(most.get(of, row), row, key=lambda one: one.value)

@@ -1,8 +1,8 @@
 """Operators timed by pytest-benchmark: ``pytest bench --benchmark-only``.
 
-On a CPU it times six operators in plain PyTorch. On a GPU it times every operator at its first public shape, by each
-available provider; this has not been run on a GPU. Calls run one after another, and the gaps between them are included.
-``python -m bench run`` times calls as in a frame's CUDA graph, without gaps.
+On a CPU, six operators are timed in plain PyTorch. On a GPU, every operator is timed at its first public shape, with
+each available provider; this has not been run on a GPU. Calls run one after another, and the gaps between calls are
+included in the times. ``python -m bench run`` times calls in a CUDA graph, as in a frame, without such gaps.
 """
 
 from contextlib import nullcontext
@@ -18,8 +18,9 @@ from voxkern.kernels import launch_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = [name for name in ("voxkern", "torch", "torch.compile", "flashinfer") if name not in missing(DEVICE)]
-FEW = ("flow_step", "linear", "norm_linear", "paged_attention", "rms_norm", "token_attention")  # operators on a CPU
-ON_CPU = ("torch",)  # without torch.compile, which runs a C++ compiler for ten seconds a shape
+# the operators that are timed on a CPU
+FEW = ("flow_step", "linear", "norm_linear", "paged_attention", "rms_norm", "token_attention")
+ON_CPU = ("torch",)  # excludes torch.compile, which runs a C++ compiler for ten seconds a shape
 
 
 def cases() -> list[Any]:

@@ -1,8 +1,8 @@
-"""The timer: it measures the time of one call of each variant, with the variants interleaved round by round.
+"""The timer, which measures the time of one call of each variant. The variants are interleaved round by round.
 
 A variant is a list of calls that do the same work, each on its own copy of the inputs. A :class:`Clock` runs the calls
 and measures seconds: on a CPU, on a GPU, or simulated in tests. :class:`GPUClock` has all code that needs a GPU, and
-has not been run on one. The rest is tested with a simulated clock.
+has not been run on a GPU. The rest is tested with a simulated clock.
 """
 
 import statistics
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# Bytes that the calls on all copies must move together, so that weights come from memory: 5 times an H100's L2 cache.
+# Total bytes that one round of calls on all copies must move, so that weights come from memory: 5 times an H100's L2.
 COLD = 256 << 20
-# The most copies: with a few kilobytes of activations, 256 MiB would be 50,000 launches a round. Inputs as small as
-# these come from the cache in a frame too, because the launch before has just written them.
+# The most copies. With inputs of a few kilobytes, 256 MiB would be 50,000 launches a round. In a frame, such small
+# inputs come from the cache too, because the launch before has just written them.
 MOST_COPIES = 1024
-MOST_BYTES = 8 << 30  # the most bytes of all copies: some operators use a few rows of tables of 50 MB
+MOST_BYTES = 8 << 30  # the most bytes of all copies: some operators move few bytes, but have tables of 50 MB
 ROUNDS, FEWEST_ROUNDS = 20, 5
 PATIENCE = 0.3  # after this many seconds for each variant, FEWEST_ROUNDS are enough
 
@@ -44,7 +44,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Copy:
-    """One large copy within device memory. Its bandwidth is the highest that other calls can reach.
+    """One large copy within device memory. The copy's bandwidth is the highest that other calls can reach.
 
     Attributes:
         call: makes the copy.
@@ -59,7 +59,7 @@ class Clock(Protocol):
     """Runs calls on one device and measures their time.
 
     Attributes:
-        rotates: whether calls must rotate through many copies of their inputs, so that no cache holds them.
+        rotates: whether calls must rotate through many copies of the inputs, so that no cache holds the inputs.
     """
 
     rotates: bool
@@ -90,10 +90,10 @@ class Measured:
 
 
 def copies_for(clock: Clock, moved: int, held: int) -> int:
-    """Return how many copies of the inputs the calls must rotate through.
+    """Return the number of copies of the inputs that the calls must rotate through.
 
     Args:
-        clock: the clock of the device; without a need to rotate, two copies are enough.
+        clock: the clock of the device. If `clock.rotates` is False, two copies are enough.
         moved: bytes of the inputs that one call moves.
         held: bytes of the inputs.
     """
@@ -105,7 +105,7 @@ def copies_for(clock: Clock, moved: int, held: int) -> int:
 def measure(clock: Clock, variants: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Measured]:
     """Time variants in turn, round by round, so that a slow phase of the machine affects all of them.
 
-    Each round begins with the next variant. Slow variants have fewer rounds, but at least 5.
+    Each round begins with another variant. Slow variants reduce the number of rounds, to no fewer than 5.
 
     Args:
         clock: runs the calls.
@@ -151,8 +151,8 @@ class CPUClock:
 class GPUClock:
     """Times calls on this machine's GPU. A round is one replay of a CUDA graph of the calls on all copies.
 
-    Pairs of events around single short launches would time the gaps between them. A frame in one graph has no such
-    gaps. This class has not been run on a GPU.
+    Pairs of events around single short launches would include the gaps between launches. A frame in one graph has no
+    such gaps. This class has not been run on a GPU.
     """
 
     rotates = True
@@ -160,7 +160,7 @@ class GPUClock:
     def prepare(self, calls: Sequence[Call]) -> tuple[Callable[[], float], str]:
         """Capture the calls in a CUDA graph; see :meth:`Clock.prepare`.
 
-        Calls that wait for the device cannot be captured. They run one after another, which is "no graph".
+        Calls that wait for the device cannot be captured. Such calls run one after another ("no graph").
         """
         for call in calls:
             call()
@@ -180,7 +180,7 @@ class GPUClock:
 
 
 def _expect_written(graph: torch.cuda.CUDAGraph, results: list[object]) -> None:
-    """Check that a replay writes every floating-point result: a graph that captured nothing would seem fast.
+    """Check that a replay writes every floating-point result, because a graph that captured nothing would seem fast.
 
     Raises:
         RuntimeError: a replay leaves a result unwritten.
@@ -195,7 +195,7 @@ def _expect_written(graph: torch.cuda.CUDAGraph, results: list[object]) -> None:
 
 
 def _waits(call: Call) -> bool:
-    # checked before the capture, because a capture that fails leaves the stream in a state that is hard to recover
+    # checked before the capture, because a failed capture leaves the stream in a state that is hard to recover
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

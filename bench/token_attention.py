@@ -25,8 +25,8 @@ def token_attention_reference(
 def token_attention_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Return arguments with scores of standard deviation 1.
 
-    `s.n_x` = 1 shares the x tokens' rows between the branches; `s.n_t` = 0 shares one row of the t tokens between all
-    pairs.
+    With `s.n_x` = 1, both branches share the rows of the x tokens. With `s.n_t` = 0, all pairs of branch and request
+    share one row for the t token.
     """
     W = (s.H + 2 * s.HKV) * s.D
     return {
@@ -50,7 +50,7 @@ def token_attention_linear_reference(
     n_kv_heads: int,
     max_batch: int,
 ) -> Tensor:
-    """Compute attention, product and sum, rounding after each operation."""
+    """Compute attention, the product with wo and the sum with the residual, rounding after each operation."""
     n_tokens = len(residual) // len(h_qkv)
     o = token_attention_reference(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, n_tokens, max_batch)
     return residual + F.linear(o, wo)

@@ -1,6 +1,7 @@
-"""The fewest bytes that a call of an operator can move: arguments and results once, without the parts it does not use.
+"""The fewest bytes that a call of an operator can move: each argument and result once, without parts that are not used.
 
-Bytes per second are computed from these. ``bench/counters.py`` counts in the interpreter what a kernel really moves.
+Bytes per second are computed from these bytes. ``bench/counters.py`` counts in the interpreter the bytes that a kernel
+really moves.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _read_cache(args: Args) -> int:
-    """Return the elements of the requests' keys and values; the registry's caches have unused pages too."""
+    """Return the number of elements in the requests' keys and values. The registry's caches also have unused pages."""
     _, _, HKV, _, D = args["kv_cache"].shape
     return int(args["lengths"].sum() * 2 * HKV * D)
 
@@ -39,7 +40,7 @@ def _written_cache(rows: str) -> Callable[[Args], int]:
 
 
 def _embedded(args: Args) -> int:
-    """Return the elements of one row of the embeddings for each request and codebook."""
+    """Return the number of elements that are read of the embeddings: one row for each request and codebook."""
     return len(args["semantic"]) * (1 + len(args["w_out"])) * int(args["embeddings"].shape[1])
 
 
@@ -47,7 +48,7 @@ def _codes(args: Args) -> int:
     return int(args["codes"].shape[0] * args["codes"].shape[2])
 
 
-# operator -> argument of which it uses a part -> a function that returns how many of its elements it must use
+# operator -> argument that it uses in part -> function that returns how many elements of this argument it must use
 PARTLY: dict[str, dict[str, Callable[[Args], int]]] = {
     "paged_attention": {"kv_cache": _read_cache},
     "prefill_attention": {"kv_cache": _read_cache},

@@ -39,7 +39,7 @@ def flow_start_reference(
     seed: Tensor, frame: Tensor, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, time: Tensor,
     x: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Start a frame: set `x` to `noise`, or to drawn noise if it is None, and write the x and t tokens."""
+    """Start a frame: set `x` to `noise`, or to drawn noise if that is None, and write the x and t tokens."""
     x.copy_(draw(seed, frame, x.shape[1]) if noise is None else noise)
     project_in(x, w_in, time, tokens)
 
@@ -48,7 +48,7 @@ def flow_step_reference(
     y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ab2_ratio: float,
     x: Tensor, v_last: Tensor, w_in: Tensor, time: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
-    """Run one step, then write the x and t tokens of the next evaluation."""
+    """Run one solver step, then write the x and t tokens of the next evaluation."""
     solver_step(y, norm, w_out, eps, cfg_alpha, dt, ab2_ratio, x, v_last)
     project_in(x, w_in, time, tokens)
 
@@ -57,7 +57,7 @@ def flow_finish_reference(
     y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ab2_ratio: float,
     x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor, semantic_size: int, max_batch: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run the last step, and return the codes and the sum of their embeddings."""
+    """Run the last solver step, and return the codes and the sum of their embeddings."""
     solver_step(y, norm, w_out, eps, cfg_alpha, dt, ab2_ratio, x, v_last)
     return codes_of(x, semantic, levels, embeddings, semantic_size)
 
@@ -77,7 +77,7 @@ def integers(make: TensorMaker, n: int, first: int, every: int) -> Tensor:
 
 
 def state(s: Any, make: TensorMaker) -> Tensor:
-    """Return a random flow state x, fp32 [B, K], like one late in the flow: mostly, but not only, within -1..1."""
+    """Return a random flow state x, fp32 [B, K]. As late in the flow, most but not all values are within -1..1."""
     return make(s.B, s.K, std=0.7).float()
 
 
@@ -90,7 +90,7 @@ def semantic_of(s: Any, make: TensorMaker) -> Tensor:
 
 
 def flow_start_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return the arguments at the start of a frame, with noise if `s.given` is not 0, else with noise to be drawn."""
+    """Return the arguments at the start of a frame. With `s.given` = 0 the noise is None, and will be drawn."""
     return {
         "seed": integers(make, s.B, -3 << 40, 0x5DEECE66D1234),
         "frame": integers(make, s.B, 2047, 3),
@@ -107,8 +107,8 @@ def flow_start_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def head_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Return the arguments that every step needs.
 
-    `y` has `s.rows` rows per request. The guidance is 1.2, 1.0 (none), 0.8 and so on down to 0 in turn. With `s.given`
-    other than 0, the step uses the previous velocity.
+    `y` has `s.rows` rows per request. The requests in turn have a guidance of 1.2, 1.0 (none), 0.8 and so on down to 0.
+    With `s.given` other than 0, the step uses the previous velocity.
     """
     return {
         "y": make(s.rows * s.B, s.N, std=4.0),
@@ -164,7 +164,7 @@ def _entry(op: Any, reference: Any, inputs: Any, once: tuple[str, ...]) -> Entry
         rows="B",
         stage=lambda c: c.get("BLOCK_K", 0) * c["N"],
         read_once=once,
-        uses_matrix_unit=False,  # one row of state per request: sums over weights, not matrix products
+        uses_matrix_unit=False,  # with one row of state per request, the kernels compute sums, not matrix products
     )
 
 

@@ -2,10 +2,10 @@
 
 ``python -m bench tune --op norm_linear`` prints a diff of ``kernels/linear.py``, and ``--write`` writes it. The search
 starts from the table. It halves and doubles one column after the other (stages: one more, one less) while that gains at
-least 2 %. A candidate that spills, does not fit or gives wrong results is dropped before it is timed. An operator that
-uses another one's table, as norm_qkv uses norm_linear's, is not timed: time it afterwards. **The search has not been
-run on a GPU**, only with a simulated clock. ``--arch sm_90`` needs no GPU: it shows which candidates fit that
-architecture.
+least 2 %. A candidate that spills, does not fit or gives wrong results is dropped before it is timed. The search does
+not time operators that use the table of another operator, as norm_qkv uses norm_linear's: time these afterwards. **The
+search has not been run on a GPU**, only with a simulated clock. ``--arch sm_90`` needs no GPU, and only shows which
+candidates fit that architecture.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from bench.timing import Clock, clock_of, copies_for, measure
 from voxkern.compile_only import ARCHITECTURES
 from voxkern.kernels.launch_config import LaunchConfigs, architecture, override, target_arch
 
-GAIN = 0.98  # the most time / old time of a change: a gain below 2 % may be noise, and is not worth a line of the table
+GAIN = 0.98  # highest new time / old time of a change: gains below 2 % may be noise, and do not justify another line
 LaunchConfig = dict[str, int]
 Fits = Callable[[LaunchConfig], str]
 
 
 def configs_of(entry: Entry) -> LaunchConfigs | None:
-    """Return the operator's own table of launch configs, or None without one that has a column `arch`."""
+    """Return the operator's own table of launch configs, or None if it has no table with a column `arch`."""
     module = vars(sys.modules[entry.op.__module__])
     found = [value for value in module.values() if isinstance(value, LaunchConfigs) and value.kernel == entry.name]
     return next((configs for configs in found if "arch" in configs.conditions), None)
@@ -54,7 +54,7 @@ def config_of(configs: LaunchConfigs, line: int) -> LaunchConfig:
 
 
 def lines_of(entry: Entry, configs: LaunchConfigs) -> dict[int, list[tuple[Case, str]]]:
-    """Return line of the table -> public shapes that use it on the current architecture, as (case, dtype)."""
+    """Return line of the table -> public shapes (case, dtype) that use this line on the current architecture."""
     found: dict[int, list[tuple[Case, str]]] = {}
     for case in entry.cases:
         for dtype in case.dtypes if case.public else ():
@@ -147,8 +147,8 @@ class Tuner:
         kernel: name of the table.
         trials: one trial for each shape.
         clock: the GPU's clock.
-        fits: returns why the compiler refuses a config, or an empty string.
-        known: config as text -> why it may not be timed, or an empty string, for the configs seen so far.
+        fits: function of a config that returns the reason why it does not fit, or an empty string.
+        known: config as text -> the reason why it may not be timed, or an empty string, for the configs checked so far.
     """
 
     kernel: str
@@ -158,7 +158,7 @@ class Tuner:
     known: dict[str, str] = field(default_factory=dict)
 
     def seconds(self, candidates: Sequence[LaunchConfig]) -> list[float]:
-        """Return each candidate's seconds as the geometric mean over the shapes; infinite if it may not be timed."""
+        """Return the geometric mean of each candidate's seconds over the shapes; inf if it may not be timed."""
         valid = {i: config for i, config in enumerate(candidates) if not self.complaint(config)}
         logs = [0.0 if i in valid else math.inf for i in range(len(candidates))]
         for trial in self.trials:
@@ -169,7 +169,7 @@ class Tuner:
         return [math.exp(log) for log in logs]
 
     def complaint(self, config: LaunchConfig) -> str:
-        """Return why a config may not be timed (it does not fit, or a result is wrong), or an empty string."""
+        """Return the reason why a config may not be timed (no fit, or a wrong result), or an empty string."""
         key = str(config)
         if key not in self.known:
             self.known[key] = self.fits(config)
@@ -189,7 +189,7 @@ class Tuner:
 def faults_of(operator: str, case: str, dtype: str, arch: str, config: LaunchConfig) -> str:
     """Compile an operator with a config, and return the ledger's faults, joined by "; ", or an empty string.
 
-    It must run in another process than launches on the GPU, see :func:`compiler`.
+    Call this function in a process that launches nothing on the GPU, see :func:`compiler`.
     """
     from bench.ledger import rows_of
 
@@ -225,7 +225,7 @@ def compiler(operator: str, arch: str) -> Iterator[Callable[[Sequence[tuple[Case
 def with_line(source: str, configs: LaunchConfigs, line: int, arch: str, config: LaunchConfig) -> str:
     """Return the source of a kernels' file with this config in its table.
 
-    The config replaces the line if that is for `arch` only; otherwise a new line for `arch` is put above it.
+    The config replaces the line if the line is for `arch` only. Otherwise a new line for `arch` is inserted above it.
 
     Args:
         source: the source of the file.
@@ -261,10 +261,10 @@ def tune(entry: Entry, configs: LaunchConfigs, clock: Clock) -> tuple[str, str]:
     arch = architecture()
     if arch not in ARCHITECTURES:
         raise SystemExit(
-            f"this GPU is {arch}, but only {', '.join(ARCHITECTURES)} can be tuned: candidates are compiled ahead"
+            f"this GPU is {arch}, but launch configs can be compiled and tuned only for {', '.join(ARCHITECTURES)}"
         )
     with compiler(entry.name, arch) as fits:
-        # from the last line up, because a new line moves those below it
+        # from the last line to the first, because a new line changes the numbers of the lines below
         for line, shapes in sorted(lines_of(entry, configs).items(), reverse=True):
             trials = [operator_trial(entry, case, dtype, "cuda") for case, dtype in shapes]
             start = config_of(configs, line)
@@ -287,12 +287,12 @@ def show(entry: Entry, configs: LaunchConfigs, arch: str) -> None:
 
 @torch.inference_mode()
 def main(arguments: Sequence[str]) -> int:
-    """Tune the operators that the command line names, or with ``--arch`` show what fits."""
+    """Tune the operators that the command line names, or with ``--arch`` show which configs fit."""
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
     known = {entry.name: (entry, configs) for entry in entries() if (configs := configs_of(entry)) is not None}
     parser.add_argument("--op", nargs="+", default=list(known), choices=known, metavar="NAME", help="default: all")
-    parser.add_argument("--arch", choices=ARCHITECTURES, help="only show what fits ARCH; needs no GPU")
-    parser.add_argument("--write", action="store_true", help="also write the tables, not only print a diff")
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="only show which configs fit ARCH; needs no GPU")
+    parser.add_argument("--write", action="store_true", help="print the diff, and write the tables too")
     options = parser.parse_args(arguments)
     if options.arch:
         for name in options.op:

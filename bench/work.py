@@ -1,6 +1,6 @@
-"""The launches of a frame with their bytes and multiply-adds, by arithmetic on the config's shapes.
+"""The launches of a frame with their bytes and multiply-adds, computed from the config's shapes.
 
-tests/test_roofline.py checks that these formulas give what bench/frame.py counts in the interpreter.
+tests/test_roofline.py checks that these formulas give the counts of bench/frame.py in the interpreter.
 """
 
 import functools
@@ -34,7 +34,7 @@ class Work:
         launch: index of the launch among those of one call.
         times: number of launches.
         rows: rows of activations; requests, if `tiled` is false.
-        prepared: the most rows that the launch is prepared for, which select its launch config.
+        prepared: the most rows that the launch is prepared for. This number selects the launch config.
         tiled: whether tiles of rows share the weights. Otherwise each request reads all weights.
         weights: bytes of weights that one launch reads.
         cache: bytes of keys and values that one launch reads.
@@ -61,7 +61,7 @@ class Work:
 
 
 def launches(work: Iterable[Work]) -> float:
-    """Return the number of launches; of a chunk's share it may be a fraction."""
+    """Return the number of launches. A frame's share of a codec chunk may make it a fraction."""
     return sum(one.times for one in work)
 
 
@@ -81,16 +81,16 @@ def total_multiply_adds(work: Iterable[Work]) -> int:
 
 
 def decoder(c: Layered, tokens: int, B: int, context: float) -> list[Work]:
-    """Return the launches of a decoder: one token of each request at a time, with 5 launches a layer and a norm.
+    """Return the launches of a decoder without experts. Each token has 5 launches a layer, and a norm.
 
     Args:
         c: the config of the layers.
-        tokens: tokens of each request, one after another.
-        B: requests.
+        tokens: number of tokens of each request, which run one after another.
+        B: number of requests.
         context: the mean number of tokens that a token attends to.
     """
     n, (q, kv) = tokens * c.n_layers, _widths(c)
-    project, attended = (q + kv) * c.dim, B * context  # context may be n + 1/2: widths are even, so bytes are whole
+    project, attended = (q + kv) * c.dim, B * context  # context may be n + 1/2, but widths are even, so bytes are whole
     return [
         Work(
             operator="norm_qkv_append", times=n, rows=B, prepared=B, weights=BF16 * project,
@@ -111,7 +111,7 @@ def decoder(c: Layered, tokens: int, B: int, context: float) -> list[Work]:
 def flow_head(c: AcousticTransformerConfig, audio: AudioModelConfig, B: int, steps: int) -> list[Work]:
     """Return the launches of a flow head's frame for `B` requests; see voxkern/fused/transformer_head.py.
 
-    These are 13 launches a step (16 for more than one request), and 5 once.
+    The frame has 13 launches a step (16 if it has more than one request), and 5 others.
     """
     K, codes = audio.n_acoustic_codebook, audio.semantic_codebook_size + N_SPECIAL_CODES
     work = [*semantic_head(c.dim, codes, 1, B), _linear(1, B, 6 * B, c.dim, c.input_dim), _qkv(c, 1, B, B, B)]
@@ -121,11 +121,11 @@ def flow_head(c: AcousticTransformerConfig, audio: AudioModelConfig, B: int, ste
         work.append(_qkv(c, steps, B, B, B) if first else _qkv(c, steps, B, 6 * B, rows))
         work += _token_attention(c, steps, B, rows, first) + _feed_forward(c, steps, rows, 6 * B)
     token, state = BF16 * c.dim, 4 * 2 * K * B  # x and the last velocity are fp32
-    known, end, started = token * (1 + 2 * B), token * K, token * (1 + 4 * B)  # `end`: the weight of one projection
+    known, end, started = token * (1 + 2 * B), token * K, token * (1 + 4 * B)  # `end`: bytes of one projection's weight
     next_embedding = token * (K + 2) * B + 8 * (K + 1) * B  # K + 1 embeddings read, their sum and the codes written
     for name, times, ends, moved, products in (
         ("flow_start", 1, 1, started, 1),
-        ("flow_step", steps - 1, 2, known + started, 3),  # products: out for each of two branches, and in
+        ("flow_step", steps - 1, 2, known + started, 3),  # products: an output of each branch, and one input
         ("flow_finish", 1, 1, known + next_embedding, 2),
     ):
         work.append(
@@ -138,13 +138,15 @@ def flow_head(c: AcousticTransformerConfig, audio: AudioModelConfig, B: int, ste
 
 
 def semantic_head(dim: int, codes: int, times: int, B: int) -> list[Work]:
-    """Return the launches of an output head with argmax: one for the greatest logit of each tile, one for that of all.
+    """Return the launches of an output head with argmax.
+
+    The first launch finds the greatest logit of each tile of codes, and the second launch the greatest of all tiles.
 
     Args:
         dim: width of the hidden state.
         codes: number of codes.
         times: number of calls.
-        B: requests.
+        B: number of requests.
     """
     return [
         Work(
@@ -159,12 +161,12 @@ def semantic_head(dim: int, codes: int, times: int, B: int) -> list[Work]:
 
 
 def codec_chunk(c: CodecConfig, B: int, frames: int) -> list[Work]:
-    """Return one frame's share of the launches that decode a chunk: 5 a layer, one a convolution, and two.
+    """Return one frame's share of the launches that decode a chunk: 5 a layer, one a convolution, and two others.
 
     Args:
         c: the codec's config.
-        B: requests.
-        frames: frames of the chunk.
+        B: number of requests.
+        frames: number of frames in the chunk.
     """
     D, q, rate = c.dim, c.n_heads * c.head_dim, 1
     n_layer = 4 * q * D + 3 * D * c.hidden_dim
@@ -196,13 +198,13 @@ def public() -> Config:
 
 
 def frame(B: int, steps: int, context: int = CONTEXT, config: Config | None = None) -> dict[str, list[Work]]:
-    """Return part -> launches of a whole frame, the parts being backbone, flow head, bookkeeping and codec.
+    """Return part -> launches of a whole frame. The parts are backbone, flow head, bookkeeping and codec.
 
     Args:
-        B: requests.
-        steps: evaluations of the velocity.
-        context: tokens of each request before the frame.
-        config: the model's config; None is the public model's.
+        B: number of requests.
+        steps: number of evaluations of the velocity.
+        context: number of tokens of each request before the frame.
+        config: the model's config; None takes the public model's.
     """
     config = config or public()
     assert isinstance(config.acoustic_transformer, AcousticTransformerConfig)
@@ -223,8 +225,8 @@ def _widths(c: Layered) -> tuple[int, int]:
 def _linear(times: int, rows: int, prepared: int, N: int, K: int, residual: int = 0) -> Work:
     """Return the launches of ``x w + residual``, a product [rows, K] x [K, N].
 
-    `residual` is the number of columns of the residual if it is not updated in place, else 0. N must be that of the
-    ledger's case ``down-``, which gives the grid.
+    `residual` is the number of columns of the residual if the residual is not updated in place, else 0. N must be the N
+    of the ledger's case ``down-``, because that case gives the grid.
     """
     return Work(
         operator="linear", case="down-", times=times, rows=rows, prepared=prepared, weights=BF16 * N * K,
@@ -233,7 +235,7 @@ def _linear(times: int, rows: int, prepared: int, N: int, K: int, residual: int 
 
 
 def _feed_forward(c: Layered, times: int, rows: int, prepared: int) -> list[Work]:
-    """Return the launches of a feed-forward layer: norm, gate and up in one launch, down in another."""
+    """Return the launches of a feed-forward layer: norm, gate and up in one launch, down in another launch."""
     up = 2 * c.hidden_dim * c.dim
     gated = Work(
         operator="norm_swiglu", times=times, rows=rows, prepared=prepared, weights=BF16 * up,
@@ -252,7 +254,7 @@ def _qkv(c: Layered, times: int, B: int, rows: int, n_queries: int) -> Work:
 
 
 def _token_attention(c: Layered, times: int, B: int, rows: int, first: bool) -> list[Work]:
-    """Return the launches of the attention over three tokens and of wo: one for one request, two for more."""
+    """Return the launches of the attention over three tokens and of wo, fused into one launch if B is 1."""
     q, kv = _widths(c)
     # In the first layer both branches share the x token, and all requests share the t token. In later layers only
     # `rows` of the 6B tokens have queries.
@@ -272,7 +274,7 @@ def _token_attention(c: Layered, times: int, B: int, rows: int, first: bool) -> 
 
 
 def _convolution(rows: int, kernel: int, n_in: int, n_out: int, written: int) -> Work:
-    """Return the launch of a convolution that reads `rows` rows, and writes `written` bytes for each of them.
+    """Return the launch of a convolution that reads `rows` rows, and writes `written` bytes for each row.
 
     With a stride of 2, each of the two output rows of an input row uses half of the kernel.
     """

@@ -1,6 +1,7 @@
 """Linear layers under adaptive layer norm (DiT, arXiv 2212.09748) for few rows, fused with the operations around them.
 
-A residual block with hidden width N, in S steps of R requests; each operator has its own weight and bias::
+The operators compute a residual block with hidden width N, for R requests in S solver steps. Each operator has its own
+weight and bias::
 
     adaln_modulation  = silu(c) @ weight.T + bias               [S, R, W], with c = time[s] + state[r] [S, R, K]
         columns of a layer: shift | scale | gate                K each; the final layer has no gate
@@ -11,11 +12,11 @@ A residual block with hidden width N, in S steps of R requests; each operator ha
     a block:  y^T [BLOCK_N, BLOCK_M]  =  sum over K of  weight [BLOCK_N, BLOCK_K] @ n^T [BLOCK_K, BLOCK_M]
 
 All times are known when a frame begins, and the hidden state is the same in all steps of a frame. One launch therefore
-computes the modulation of all steps and layers. It reads the modulation's weights, most of such a network, once a frame
-and not once a step.
+computes the modulation of all steps and layers. The weights of the modulation, the largest part of such a network, are
+thus read once per frame and not once per step.
 
-The branch without a hidden state has the same modulation for all requests: row 0. Row 1 + i of a modulation belongs to
-row i of the activations. Row 0 belongs to all activations that have no row of their own.
+The modulation of a step has 1 + R rows. Row 1 + i belongs to row i of the activations. Row 0 belongs to the activations
+from row R on, those of the branch without a hidden state. That branch has one modulation for all requests.
 
 As in ``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
 """
@@ -31,9 +32,10 @@ from .operator import expect, operator
 
 __all__ = ["adaln_linear_silu", "adaln_modulation", "gated_linear"]
 
-# As in norm_linear, a tile of weights has 16 KB. A network of three blocks of 1536 has 264 tiles of 64 rows of weights.
-# A head is prepared for 64 steps of each request but mostly runs a few, so BLOCK_M suits a few steps. More steps need
-# more tiles of rows. These are neighbours in launch order, and find the weights in the L2 cache.
+# As in norm_linear, a tile of weights has 16 KB. A network with three blocks of width 1536 has 264 tiles, each with 64
+# rows of weights. A head is prepared for 64 steps per request but mostly runs few, so BLOCK_M is chosen for few steps.
+# More steps need more tiles along the activations' rows. Such tiles of the same weights are neighbours in launch order,
+# so all but the first find the weights in the L2 cache.
 ADALN_MODULATION = LaunchConfigs(
     "adaln_modulation",
     """
@@ -50,11 +52,11 @@ ADALN_MODULATION = LaunchConfigs(
     """,
 )
 
-# N = 1536 has 96 tiles of 16 rows for 132 multiprocessors, so each block must keep many bytes in flight. But a stage
-# holds 12 KB of x, shift and scale beside 8 KB of weights: the seven stages that num_stages = 8 keeps in flight take
-# 143 KB. The other GPUs keep four in flight.
-# One warp computes one chain of sums, so the product is split along K: it has three dimensions, and each warp takes one
-# slice of the first, SPLIT.
+# For N = 1536 an H100 has only 96 blocks on 132 multiprocessors, so each block must keep many bytes in flight. A stage
+# holds 8 KB of weights, and 12 KB of x, shift and scale. With num_stages = 8, seven stages are in flight, which take
+# 143 KB of shared memory. The other sm_* have num_stages = 5, so four stages are in flight.
+# The product is split along K among the four warps of a block, as in _split_product of linear.py. The product therefore
+# has three dimensions, and each warp computes one slice of the first dimension, SPLIT.
 ADALN_LINEAR_SILU = LaunchConfigs(
     "adaln_linear_silu",
     """
@@ -106,7 +108,7 @@ def _adaln_modulation_kernel(
     o_n = (i_n - i_w * TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < M, o_n < n
-    o_step, o_row = (o_m // R).to(tl.int64), (o_m % R).to(tl.int64)  # int32 division: int64 calls a subroutine
+    o_step, o_row = (o_m // R).to(tl.int64), (o_m % R).to(tl.int64)  # int32: a 64-bit division calls a subroutine
 
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -124,7 +126,7 @@ def _adaln_modulation_kernel(
 def launch_adaln_modulation(
     out: Tensor, times: Tensor, states: Tensor, weights: list[Tensor], biases: list[Tensor], max_rows: int
 ) -> None:
-    """Run :func:`adaln_modulation` into `out`, [S, R, W] with any strides of S and R, without checking arguments."""
+    """Run :func:`adaln_modulation` into `out`, [S, R, W] with any strides of S and R, without checks."""
     (S, K), R, (N, *_, N_LAST) = times.shape, len(states), [len(weight) for weight in weights]
     constants = ADALN_MODULATION(N=N, K=K, dtype=times.dtype, rows=max_rows)
     constants["N_LAST"] = N_LAST
@@ -143,22 +145,25 @@ def adaln_modulation(
     Args:
         times: [S, K] fp32, bf16 or fp16, the time's part of the condition at each step.
         states: [R, K], the hidden state's part of the condition of each request.
-        weights: the weight [N, K] of each of two or more layers; only the last layer may have another N.
-        biases: the bias [N] of each layer.
-        max_rows: the most rows S * R that the operator is prepared for, 1..4096. It decides the launch config, so a
-            row's result depends neither on S * R nor on the other rows.
+        weights: two or more weights [N, K], one per layer; only the last layer may have another N.
+        biases: the biases [N], one per layer.
+        max_rows: the most rows S * R that the operator is prepared for, 1..4096. The launch config depends on this
+            number, so a row's result depends neither on S * R nor on the other rows.
 
     Returns:
-        [S, R, W], the layers side by side: W is the sum of their N. Summed in fp32 and rounded once.
+        [S, R, W] in the dtype of `times`, summed in fp32 and rounded once. The layers' columns are side by side, so W
+        is the sum of all N.
 
     Raises:
-        ValueError: S * R is not in 1..max_rows, `max_rows` not in 1..4096, or `weights` and `biases` are not equally
-            many, two or more.
+        ValueError: S * R is not in 1..max_rows, `max_rows` is not in 1..4096, or `weights` and `biases` do not have the
+            same number of tensors, two or more.
     """
     S, K = expect("times", times, ("S", "K"))
     R, _ = expect("states", states, ("R", K), like=times)
     if len(weights) < 2 or len(weights) != len(biases):
-        raise ValueError(f"weights and biases are {len(weights)} and {len(biases)} but must be equally many, 2 or more")
+        raise ValueError(
+            f"weights and biases are {len(weights)} and {len(biases)} tensors but must be the same number, 2 or more"
+        )
     N, _ = expect("weights[0]", weights[0], ("N", K), like=times)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         rows, _ = expect(f"weights[{i}]", weight, (N if i + 1 < len(weights) else "N", K), like=times)
@@ -177,7 +182,8 @@ def _moments(
 ):  # fmt: skip
     """Return the mean and ``1 / sqrt(variance + eps)`` of each row, fp32 [BLOCK_M] each.
 
-    The variance takes a second pass over x, because a sum of squares minus a large squared mean would cancel.
+    The variance takes a second pass over x. The mean of the squares minus the squared mean would lose digits where the
+    mean is large.
     """
     o_s = tl.arange(0, BLOCK_S)
     b_sum = tl.zeros([BLOCK_M, BLOCK_S], dtype=tl.float32)
@@ -235,7 +241,8 @@ def launch_adaln_linear_silu(
     """Run :func:`adaln_linear_silu` into `out`, contiguous [M, N], without checking the arguments."""
     (M, K), N, R = x.shape, len(weight), len(modulation) - 1
     constants = ADALN_LINEAR_SILU(N=N, K=K, dtype=x.dtype, rows=max_rows)
-    stride_x = x.stride(0) if M > 1 else K  # one row may have any stride; stride 1 would compile another binary
+    # a single row's stride is not used, but Triton would compile another binary if the stride were 1
+    stride_x = x.stride(0) if M > 1 else K
     _adaln_linear_silu_kernel[(triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))](
         x, modulation, weight, bias, out, M, R, stride_x, modulation.stride(0), eps, **constants
     )
@@ -252,14 +259,14 @@ def adaln_linear_silu(x: Tensor, modulation: Tensor, weight: Tensor, bias: Tenso
         weight: [N, K], as a checkpoint stores it.
         bias: [N].
         eps: added to the variance.
-        max_rows: the most rows that the layer is prepared for, 1..512. It decides the launch config, so a row's result
-            depends neither on M nor on the other rows.
+        max_rows: the most rows that the layer is prepared for, 1..512. The launch config depends on this number, so a
+            row's result depends neither on M nor on the other rows.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
 
     Raises:
-        ValueError: M is not in 1..max_rows, or `max_rows` not in 1..512.
+        ValueError: M is not in 1..max_rows, or `max_rows` is not in 1..512.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     N, _ = expect("weight", weight, ("N", K), like=x)
@@ -338,7 +345,7 @@ def gated_linear(
 
 
 def _expect_modulation(name: str, modulation: Tensor, columns: int, x: Tensor) -> None:
-    """Check that `modulation` has 1 + R rows of at least `columns` columns, with R in 0..M, the rows of `x`."""
+    """Check that `modulation` has `columns` columns or more, and from 1 to 1 + M rows, where `x` has M rows."""
     rows, found = expect(name, modulation, ("1 + R", "columns"), like=x, contiguous=False)
     if found < columns or not 1 <= rows <= 1 + len(x):
         raise ValueError(f"{name} is [{rows}, {found}] but must have 1..{1 + len(x)} rows of {columns} columns or more")

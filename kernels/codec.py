@@ -5,20 +5,20 @@ For B requests with T rows each, row = request * T + t::
     codec_dequantise   z = embedding_sum[c] / max(cluster_usage[c], 1e-5) | 2 c_k / (levels - 1) - 1    [B T, dim + K]
     codec_conv         y[t] = sum over i = 0..n of W_i @ x[t - n + i]     [B T, N], x [B T, K], W_i [N, K]
                        x[-n..-1] of a request = conv_state[parity]        the n rows before the chunk
-                       conv_state[1 - parity] = its last n rows           for the next chunk
+                       conv_state[1 - parity] = the request's last n rows for the next chunk
     codec_update_state past_frames += new_frames, parity = 1 - parity
 
 where c is the semantic code and c_k the acoustic codes of a row.
 
 A convolution of n + 1 taps is one matrix product over (n + 1) K columns. A block computes BLOCK_M rows by BLOCK_N
-columns of y; the weight's rows are the first axis of its tile, see ``linear.py``. One more column of blocks writes the
-state.
+columns of y. As in ``linear.py``, which gives the reason, the weight's rows are the first axis of a tile. One more
+column of blocks writes the state.
 
 The state is double-buffered. A launch reads one half and writes the other, so that no block reads a value that another
 block has overwritten. ``codec_update_state`` flips the parity at the end of a chunk.
 
-A row's bits do not depend on where in a chunk the row is: audio is the same to the bit however its frames are split
-into chunks.
+A row's bits do not depend on the row's place in the chunk. Audio therefore has the same bits however the frames are
+divided into chunks.
 """
 
 from typing import Any
@@ -36,9 +36,9 @@ __all__ = ["codec_conv", "codec_dequantise", "codec_update_state"]
 
 PAD_MODES = ("zero", "replicate", "reflect")  # how the rows before a request's first row are filled
 
-# A frame has 1 to 8 rows, and a chunk of 25 frames up to 200: tiles of 32 rows waste little of either. The fp32 rows of
-# the table are for the last convolution, which computes samples. On four warps the first convolution, with 292 input
-# channels, spills on sm_120.
+# A request has 1 to 8 rows per frame, so up to 200 rows in a chunk of 25 frames. Tiles of 32 rows are a compromise. The
+# table's fp32 rows also serve the last convolution of a bf16 or fp16 codec, which computes fp32 samples. On sm_120, the
+# first convolution, with 292 input channels, spills registers on four warps.
 CODEC_CONV = LaunchConfigs(
     "codec_conv",
     """
@@ -59,7 +59,7 @@ def _codec_dequantise_kernel(
     DIM: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PAD_K: tl.constexpr,
 ):  # fmt: skip
     i_t, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    is_valid = i_t < tl.load(p_new_frames + i_b)  # codes of later frames may be anything: code 0 replaces them
+    is_valid = i_t < tl.load(p_new_frames + i_b)  # codes of later frames may be anything, so code 0 is used
     p_code, p_row = p_codes + i_b * (1 + K) * T + i_t, p_z + (i_b * T + i_t) * (DIM + K)
     scale = tl.full([], scale, tl.float32)
     o_d, o_k = tl.arange(0, COLUMNS), tl.arange(0, PAD_K)
@@ -87,15 +87,18 @@ def launch_codec_dequantise(
 def codec_dequantise(
     codes: Tensor, new_frames: Tensor, embedding_sum: Tensor, cluster_usage: Tensor, levels: int
 ) -> Tensor:
-    """Turn codes into latents: ``embedding_sum / max(cluster_usage, 1e-5)`` and the acoustic codes mapped to -1..1.
+    """Turn codes into latents: each semantic code into its vector, and each acoustic code into a number in -1..1.
+
+    The vectors of the semantic codes are ``embedding_sum / max(cluster_usage, 1e-5)``.
 
     Args:
         codes: int64 [B, 1 + K, T] without the offset of 2, the semantic code first. The codes of a request's own frames
             must be in range, which is not checked.
-        new_frames: int64 [B], how many of the T frames each request has. The codes of later frames are ignored.
-        embedding_sum: [size, dim] fp32, bf16 or fp16, the running sum behind the vector of each semantic code.
-        cluster_usage: [size], the running count that divides the sum.
-        levels: levels of an acoustic code.
+        new_frames: int64 [B], the number of frames of each request, 0..T. The codes of later frames are ignored.
+        embedding_sum: [size, dim] fp32, bf16 or fp16, each semantic code's running sum. The sum divided by the code's
+            count is the code's vector.
+        cluster_usage: [size], each semantic code's running count.
+        levels: the number of levels of an acoustic code.
 
     Returns:
         [B T, dim + K] in the dtype of `embedding_sum`, row = request * T + t.
@@ -114,13 +117,13 @@ def _row_pointers(p_x, p_old, i_b, b_t, b_fresh, T, C: tl.constexpr, N_PAST: tl.
     Args:
         p_x: the chunk, [B T, C].
         p_old: the rows before the chunk, [B, N_PAST, C].
-        i_b: int64 [R] or scalar, requests.
+        i_b: int64 [R] or scalar, the request of each row.
         b_t: int [R], row numbers within the chunk; rows before the chunk are negative.
-        b_fresh: bool [R], whether the chunk is its request's first.
+        b_fresh: bool [R], whether the chunk is the request's first.
         T: rows of a request in the chunk.
         C: columns.
-        N_PAST: rows that are kept between chunks.
-        PAD_MODE: index in PAD_MODES.
+        N_PAST: rows of a request that are kept between chunks.
+        PAD_MODE: an index of PAD_MODES.
     """
     b_padded = b_t * 0
     if PAD_MODE == 2:
@@ -198,7 +201,7 @@ def codec_conv(
     y: Tensor, x: Tensor, weight: Tensor, conv_state: Tensor, past_frames: Tensor, new_frames: Tensor, parity: Tensor,
     rate: int, pad_mode: str,
 ) -> None:  # fmt: skip
-    """Compute a causal convolution of a chunk: the product of a weight with each row and its n predecessors.
+    """Compute a causal convolution of a chunk: multiply a weight by each row and the n rows before that row.
 
     A transposed convolution of stride s is such a convolution with N = s * channels: row t of y holds s output rows,
     side by side.
@@ -206,18 +209,20 @@ def codec_conv(
     Args:
         y: [B T, N], written; zeros after a request's own rows.
         x: [B T, K] fp32, bf16 or fp16.
-        weight: [N, (n + 1) K], the taps side by side, the oldest first; in x's dtype or in fp32, and y in the same.
+        weight: [N, (n + 1) K], the taps side by side, the oldest first; in x's dtype or in fp32. `y` has the dtype of
+            `weight`.
         conv_state: [2, B, n, K]. Index `parity` holds the n rows before the chunk; the last n rows are written to the
             other index, for the next chunk.
-        past_frames: int64 [B], frames decoded before the chunk. If 0, `pad_mode` decides the rows before the chunk.
+        past_frames: int64 [B], frames decoded before the chunk. Where `past_frames` is 0, `pad_mode` decides the
+            rows before the chunk.
         new_frames: int64 [B], frames of the chunk, 0..T / rate.
         parity: int32 [1], 0 or 1.
         rate: rows per frame.
         pad_mode: "zero", "replicate" (the first row), or "reflect" (about the first row; needs a rate above n).
 
     Raises:
-        ValueError: B is not in 1..64, T is not a multiple of `rate`, `pad_mode` is unknown, or `rate` is too small to
-            reflect.
+        ValueError: B is not in 1..64, T is not a multiple of `rate`, `pad_mode` is unknown, or `rate` is not above n
+            and `pad_mode` is "reflect".
     """
     M, K = expect("x", x, ("B T", "K"))
     _, B, n, _ = expect("conv_state", conv_state, (2, "B", "n", K), like=x)
@@ -266,11 +271,11 @@ def codec_update_state(new_frames: Tensor, past_frames: Tensor, parity: Tensor) 
 def expect_chunk(
     name: str, rows: int, B: int, rate: int, past_frames: Tensor, new_frames: Tensor, parity: Tensor
 ) -> None:
-    """Check the arguments of a launch on a chunk: whole frames for each of B requests, and the state of B requests.
+    """Check that a chunk has whole frames for each of B requests, and that the state tensors are for B requests.
 
     Args:
         name: the argument that holds the chunk, for the error message.
-        rows: rows of the chunk, a multiple of B * rate.
+        rows: rows of the chunk, a multiple of B * rate, not 0.
         B: requests, 1..64.
         rate: rows per frame, 1 or more.
         past_frames: int64 [B].
@@ -278,11 +283,13 @@ def expect_chunk(
         parity: int32 [1].
 
     Raises:
-        ValueError: `rows` is not whole frames for each request, or B is not in 1..64.
+        ValueError: `rows` is 0 or no multiple of B * rate, `rate` is below 1, or B is not in 1..64.
     """
     expect_batch("past_frames", B, 1, 64)
     expect("past_frames", past_frames, (B,), dtype=torch.int64)
     expect("new_frames", new_frames, (B,), like=past_frames)
     expect("parity", parity, (1,), like=past_frames, dtype=torch.int32)
     if rate < 1 or rows % (B * rate) or not rows:
-        raise ValueError(f"{name} has {rows} rows but must have {rate} a frame (rate) for each of {B} requests")
+        raise ValueError(
+            f"{name} has {rows} rows but must have a multiple of {rate} (rate, 1 or more) for each of {B} requests"
+        )

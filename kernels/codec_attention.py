@@ -9,10 +9,11 @@ For B requests with T rows each, row = request * T + t; i and j count the rows o
     k, v before the chunk = kv_window[parity]                      [2, B, window, H D]
     kv_window[1 - parity] = the last `window` rows of k and v      for the next chunk
 
-A block computes BLOCK_Q = 16 queries of one head and one request, on 32 keys: those of the same rows and of the 16 rows
-before them, which hold any window of up to 16. Tiles begin at multiples of BLOCK_Q of a request's own rows. A row's
-sum therefore has the same order however the frames are split into chunks. One more block per head and request writes
-the window for the next chunk. The window is double-buffered like the state in ``codec.py``.
+A block computes BLOCK_Q = 16 queries of one head and one request. The block reads 32 keys: those of the same 16 rows
+and of the 16 rows before, which include any window of up to 16 rows. Tiles begin at multiples of BLOCK_Q, counted from
+the request's first row. A row's sum therefore has the same order however the frames are divided into chunks. One more
+block per head and request writes the window for the next chunk. The window is double-buffered like the state in
+``codec.py``.
 """
 
 import triton
@@ -60,7 +61,7 @@ def _keys(
 
     Returns:
         Keys and values, [R, COLUMNS] each in the model's dtype, and a mask of the rows that exist, bool [R]. A row
-        exists if `m_t` is true and the row is not before the `past` kept rows; other rows are zeros.
+        exists if `m_t` is true and the row is at most `past` rows before the chunk. Other rows are zeros.
     """
     W: tl.constexpr = H * D
     o_d = tl.arange(0, COLUMNS)
@@ -111,7 +112,7 @@ def _codec_attention_kernel(
         tl.store(p_new, b_k, mask=m_new)
         tl.store(p_new + B * WINDOW * W, b_v, mask=m_new)
         return
-    # tiles begin at multiples of BLOCK_Q of the request's own rows, so that a row's sum has the same order in any chunk
+    # tiles begin at multiples of BLOCK_Q, counted from the request's first row: a row's sum has one order in any chunk
     b_t = (past // BLOCK_Q + i_q) * BLOCK_Q - past + tl.arange(0, BLOCK_Q)
     m_q = (b_t >= 0) & (b_t < T)
     p_q = p_request + b_t * (3 * W)
@@ -173,14 +174,14 @@ def codec_attention(
         q_norm: [H D], the weight of the queries' RMSNorm.
         k_norm: [H D], the weight of the keys' RMSNorm.
         kv_window: [2, 2, B, window, H D]. Index `parity` holds the normed keys and the values of the rows before the
-            chunk; those of the last rows are written to the other index, for the next chunk. Rows before a request's
-            first row may hold anything.
+            chunk. The keys and values of the last rows are written to the other index, for the next chunk. Rows before
+            a request's first row may hold anything.
         past_frames: int64 [B], frames decoded before the chunk.
         new_frames: int64 [B], frames of the chunk, 0..T / rate.
         parity: int32 [1], 0 or 1.
         rate: rows per frame.
         eps: added to the mean squares.
-        n_heads: H.
+        n_heads: H, the number of heads.
 
     Raises:
         ValueError: B is not in 1..64, the window is not in 1..16, T is not a multiple of `rate`, or 3 * `n_heads` does
@@ -194,5 +195,5 @@ def codec_attention(
     expect("k_norm", k_norm, (W // 3,), like=qkv)
     _, _, B, window, _ = expect("kv_window", kv_window, (2, 2, "B", "window", W // 3), like=qkv)
     if not 1 <= window <= MAX_WINDOW:
-        raise ValueError(f"kv_window has a window of {window} but must have 1..{MAX_WINDOW}")
+        raise ValueError(f"kv_window has a window of {window} but must have 1..{MAX_WINDOW} rows")
     expect_chunk("qkv", M, B, rate, past_frames, new_frames, parity)

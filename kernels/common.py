@@ -15,9 +15,9 @@ def dot(b_a, b_b, b_acc):
     """Return ``b_acc + b_a @ b_b``, summed in fp32. Every matrix product of the kernels goes through this function.
 
     On a GPU the operands keep their dtype. fp32 operands are multiplied as IEEE fp32, because Triton's default is
-    TF32, with 10 bits of mantissa. Triton's interpreter stores bf16 as raw integers, so it gets both operands cast to
-    fp32. A product of two bf16 or fp16 numbers is exact in fp32, so the interpreter computes what a tensor core does,
-    up to the order of the sum.
+    TF32, with 10 bits of mantissa. Triton's interpreter stores bf16 as raw integers, so both operands are cast to fp32
+    in the interpreter. A product of two bf16 or fp16 numbers is exact in fp32. The interpreter therefore computes the
+    same as a tensor core, up to the order of the sum.
 
     Args:
         b_a: [M, K], fp32, bf16 or fp16.
@@ -50,9 +50,9 @@ def cast(b_v, dtype: tl.constexpr):
 
 @triton.jit
 def round_half_even(b_v):
-    """Round each fp32 value to the nearest integer, with ties to the even one. Correct for ``|v| <= 2^22``.
+    """Round each fp32 value to the nearest integer, with ties to the even one, for ``|v| <= 2^22``.
 
-    The sum with 1.5 * 2^23 has no bits below 1, so the addition itself rounds to an integer, as IEEE defines it.
+    The sum with 1.5 * 2^23 has no bits below 1, so the addition itself rounds to an integer, to nearest even.
     ``libdevice.rint`` does the same on a GPU, but does not run in Triton's interpreter.
     """
     return (b_v + 12582912.0) - 12582912.0
@@ -63,7 +63,7 @@ def philox(seed, frame, group):
     """Return four random uint32 words per element of `group`, by Philox4x32-10 (Salmon et al., SC 2011).
 
     Args:
-        seed: int64, the key of two words: the low word first, the high word second.
+        seed: int64, the two words of the key, the low word first.
         frame: int, the second word of the counter. The third and fourth words are zero.
         group: int block, the first word of the counter: codebook // 4.
 
@@ -80,8 +80,8 @@ def philox(seed, frame, group):
 def normals(seed, frame, group, p_quantiles):
     """Return four standard normal fp32 numbers per element of `group`.
 
-    The upper 16 bits of each word of :func:`philox` are the index of a quantile in `p_quantiles`. A table is used
-    instead of logarithms and cosines because it makes the noise bit-equal to the reference's on every machine.
+    The upper 16 bits of each word of :func:`philox` are the index of a quantile in `p_quantiles`. Logarithms and
+    cosines would differ between machines. With a table, the noise has the bits of the reference's on every machine.
 
     Args:
         seed: int64, see :func:`philox`, also for `frame` and `group`.

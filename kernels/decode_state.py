@@ -1,4 +1,4 @@
-"""The update of the decode state after a frame: which requests continue, and with how many tokens.
+"""The update of the decode state after a frame: which requests continue, and how many tokens each one has.
 
 For each request b, with its codes of this frame [1 + K]::
 
@@ -73,7 +73,7 @@ def update_decode_state(
 
     Args:
         codes: int64 [B, 1 + K], the codes of this frame with the +2 offset, the semantic code first.
-        max_frames: int64 [B], the most frames of each request.
+        max_frames: int64 [B], the most frames that each request may have.
         lengths: int32 [B], tokens in the KV cache; updated to include the next frame's token.
         n_frames: int64 [B], the number of frames kept so far; updated.
         last_codes: int64 [B, 1 + K], receives `codes` where this frame is kept.

@@ -1,8 +1,8 @@
 """Launch configs: tile sizes, warps and pipeline stages, chosen from a table next to each kernel.
 
 The choice depends on the weight's sizes, the dtype, the architecture, the phase, and the rows that a model is prepared
-for. It never depends on the rows of one call: another tile size sums in another order, and a request must give the same
-codes alone and in a batch.
+for. The choice never depends on the number of rows in one call. Another tile size would sum in another order, but a
+request must give the same codes alone and in a batch.
 """
 
 import functools
@@ -31,8 +31,8 @@ _overrides: dict[str, list[dict[str, int]]] = {}
 def architecture() -> str:
     """Return the architecture that launch configs are chosen for, such as ``sm_90``, ``gfx942`` or ``interpreter``.
 
-    It is the current device's architecture, or ``interpreter`` when Triton's interpreter is on. Within
-    :func:`target_arch`, it is the architecture given there.
+    The result is the current device's architecture, or ``interpreter`` when Triton's interpreter is on. Within
+    :func:`target_arch`, the result is the architecture given there.
     """
     if _targets:
         return _targets[-1]
@@ -43,12 +43,12 @@ def architecture() -> str:
 
 
 class LaunchConfigs:
-    """The launch configs of one kernel, parsed from a text table. The first matching row is used.
+    """Chooses the launch config of one kernel from a text table: the first row that matches.
 
     The columns left of the bar ``|`` are conditions, and ``*`` matches anything. `arch`, `dtype` and `phase` are
     patterns, such as ``sm_*``, ``fp32`` and ``prefill``. `rows` (the rows that the model is prepared for), `N` and `K`
-    are inclusive upper bounds. The columns right of the bar are constants of the kernel, ``num_warps`` and
-    ``num_stages``.
+    are inclusive upper bounds. The columns right of the bar are the kernel's constants, and Triton's options
+    ``num_warps`` and ``num_stages``.
     """
 
     def __init__(self, kernel: str, text: str) -> None:
@@ -56,7 +56,7 @@ class LaunchConfigs:
 
         Args:
             kernel: the kernel's name, for error messages and :func:`override`.
-            text: the table. Its first line names the columns.
+            text: the table. The first line of the text names the columns.
 
         Raises:
             ValueError: a line has more or fewer columns than the first line.
@@ -68,7 +68,7 @@ class LaunchConfigs:
         self.conditions, self.names = head[:bar], head[bar + 1 :]
 
     def __call__(self, *, N: int, K: int, dtype: torch.dtype, rows: int, phase: str = "decode") -> dict[str, Any]:
-        """Return the constants of a launch: N, K, those of the first matching row, and Triton's options.
+        """Return the constants of a launch: N, K, the values of the first matching row, and ``enable_fp_fusion``.
 
         Args:
             N: rows of the weight.
@@ -105,7 +105,7 @@ def _fits(asked: int | str, condition: str) -> bool:
 
 @contextmanager
 def override(kernel: str, **values: int) -> Iterator[None]:
-    """Within the block, launches of `kernel` use `values` instead of the table's. For tuning and tests."""
+    """Replace values of the table in all launches of `kernel` within the ``with`` block, for tuning and tests."""
     _overrides.setdefault(kernel, []).append(values)
     try:
         yield
@@ -115,7 +115,7 @@ def override(kernel: str, **values: int) -> Iterator[None]:
 
 @contextmanager
 def target_arch(arch: str) -> Iterator[None]:
-    """Within the block, choose the launch configs of `arch`, so that the interpreter can count with a GPU's tiles."""
+    """Choose the launch configs of `arch` within the ``with`` block, to count a GPU's tiles in the interpreter."""
     _targets.append(arch)
     try:
         yield

@@ -9,14 +9,14 @@ The activations are x [M, K]; norm [K] and the weights [N, K] are stored as in t
 
     a block:  y^T [BLOCK_N, BLOCK_M]  =  sum over K of  weight [BLOCK_N, BLOCK_K] @ n^T [BLOCK_K, BLOCK_M]
 
-With few rows, a layer takes the time to read its weights. The operations around the product are therefore fused into
-the launch that reads them.
+With few rows, reading the weights takes nearly all of a layer's time. The operations around the product are therefore
+fused into the launch that reads the weights.
 
-The weight's rows are the first axis of a tile. A matrix instruction takes 16 or 64 rows on its left side, but as few as
-8 columns on its right side. Six rows of activations then cost eight, not sixty-four.
+The weight's rows are the first axis of a tile. On NVIDIA GPUs, a matrix instruction takes 16 or 64 rows on its left
+side, but as few as 8 columns on its right side. Six rows of activations are then padded to 8, not to 16 or 64.
 
-One kernel computes ``norm_linear`` and ``norm_swiglu``; a second one computes ``linear``. A prefill has many rows, so
-its tiles are as large as the matrix units need.
+One kernel computes ``norm_linear`` and ``norm_swiglu``; a second kernel computes ``linear``. A prefill has many rows,
+so a prefill's tiles are large enough to keep the matrix units busy.
 """
 
 from typing import Any
@@ -32,14 +32,16 @@ from .operator import expect, operator
 
 __all__ = ["linear", "norm_linear", "norm_swiglu"]
 
-# For few rows, a stage has 8 to 16 KB of weights, and there are as many stages as the 101,376 bytes of shared memory of
-# sm_86, sm_89 and sm_120 hold. N = 4096 has only 64 blocks for 132 multiprocessors, so each block must keep at least
-# 32 KB in flight.
-# BLOCK_K is smaller than the block's threads because a longer `norm` tile loads one element per thread, which cannot be
-# pipelined and stalls every step.
-# On sm_120, 64 rows on four warps spill registers, and so do 32 rows with tiles of 128. 32 rows with BLOCK_N = 64 spill
-# with a rotation on four warps, and with three weights on eight warps (kernels/qkv.py uses this table too).
-# fp32 products run on the plain units, which read their operands from registers, so larger fp32 tiles spill.
+# For few rows, a stage holds 8 to 16 KB of weights. The table has as many stages as fit into 101,376 bytes, the shared
+# memory of a block on sm_86, sm_89 and sm_120. For N = 4096, an H100 has only 64 blocks on 132 multiprocessors, so each
+# block must keep at least 32 KB in flight.
+# BLOCK_K is smaller than the number of threads in a block. In a longer `norm` tile, each thread loads one element. Such
+# a load cannot be pipelined and stalls every step.
+# On sm_120, norm_linear spills registers with BLOCK_M = 64 on four warps, and with BLOCK_M = 32 and BLOCK_K = 128.
+# kernels/qkv.py uses this table too. There, BLOCK_M = 32 with BLOCK_N = 64 spills on sm_120: norm_qkv_append, which
+# rotates, spills on four warps, and norm_qkv, which has three weights, on eight.
+# On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
+# tiles spill.
 NORM_LINEAR = LaunchConfigs(
     "norm_linear",
     """
@@ -59,8 +61,8 @@ NORM_LINEAR = LaunchConfigs(
     """,
 )
 
-# Each step loads two tiles of weights, one of w1 and one of w3, and a block has two accumulators. Tiles are therefore
-# smaller, or stages fewer, than in NORM_LINEAR.
+# Each step loads two tiles of weights, one of w1 and one of w3, and a block has two accumulators. The tiles are
+# therefore smaller, or the stages fewer, than in NORM_LINEAR.
 NORM_SWIGLU = LaunchConfigs(
     "norm_swiglu",
     """
@@ -183,7 +185,7 @@ def _norm_linear_kernel(
     N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # row tiles of the same weights are neighbours in launch order: all but the first find the weights in the L2 cache
+    # tiles of the same weights are neighbours in launch order: all but the first find the weights in the L2 cache
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -209,7 +211,8 @@ def _launch_norm(
 ) -> None:  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
     constants = norm_constants(configs, x, weight, max_rows, phase)
-    stride_x = x.stride(0) if M > 1 else K  # one row may have any stride; stride 1 would compile another binary
+    # a single row's stride is not used, but Triton would compile another binary if the stride were 1
+    stride_x = x.stride(0) if M > 1 else K
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
     _norm_linear_kernel[grid](x, norm, weight, w_up, out, M, stride_x, eps, **constants)
 
@@ -230,8 +233,8 @@ def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: i
         norm: [K], the weight of RMSNorm.
         weight: [N, K], as a checkpoint stores it.
         eps: added to the mean square.
-        max_rows: the most rows that the layer is prepared for, 1..512 in decode. It decides the launch config, so a
-            row's result depends neither on M nor on the other rows.
+        max_rows: the most rows that the layer is prepared for, 1..512 in decode. The launch config depends on this
+            number, so a row's result depends neither on M nor on the other rows.
         phase: "decode", or "prefill", which uses tiles for many rows whatever `max_rows` is.
 
     Returns:
@@ -266,7 +269,7 @@ def norm_swiglu(
         x: [M, K], see :func:`norm_linear`, also for `norm`, `eps`, `max_rows`, `phase` and errors.
         norm: [K].
         w1: [N, K], the weight of the gate.
-        w3: [N, K], the weight of the product that the gate multiplies.
+        w3: [N, K], the weight of the up projection, which the gate multiplies.
         eps: added to the mean square.
         max_rows: the most rows that the layer is prepared for.
         phase: "decode" or "prefill".
@@ -287,7 +290,7 @@ def _product(
     p_x, p_w, o_m, o_n, m_m, m_n, stride_x,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``w x^T`` of a tile, fp32 [BLOCK_N, BLOCK_M], in one chain of sums along K."""
+    """Compute ``w x^T`` of a tile, fp32 [BLOCK_N, BLOCK_M], in one sum along K."""
     o_k = tl.arange(0, BLOCK_K)
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -303,10 +306,10 @@ def _split_product(
     p_x, p_w, o_m, o_n, m_m, m_n, stride_x,
     K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``w x^T`` of a tile, fp32 [BLOCK_N, BLOCK_M], in SPLIT chains of sums along K, one warp each.
+    """Compute ``w x^T`` of a tile, fp32 [BLOCK_N, BLOCK_M], in SPLIT partial sums along K, one per warp.
 
-    The SPLIT sums are added in a fixed order at the end. A tile may thus have only 16 rows of weights and still keep
-    four warps busy. N = 3072 then fills 132 multiprocessors with 192 blocks, and no block waits for another.
+    The partial sums are added in a fixed order at the end. A tile with only 16 rows of weights thus keeps four warps
+    busy. N = 3072 then gives 192 blocks for the 132 multiprocessors of an H100, and no block waits for another.
     """
     o_k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [SPLIT, K]
     b_acc = tl.zeros([SPLIT, BLOCK_N, BLOCK_M], dtype=tl.float32)
@@ -391,7 +394,7 @@ def linear(
 
 
 def expect_rows(M: int, max_rows: int, phase: str) -> None:
-    """Check the numbers of a layer that is prepared for `max_rows` rows.
+    """Check M, `max_rows` and `phase`, which the operators for linear layers share.
 
     Args:
         M: rows of x, 1..max_rows.
@@ -404,6 +407,8 @@ def expect_rows(M: int, max_rows: int, phase: str) -> None:
     if phase not in ("decode", "prefill"):
         raise ValueError(f"phase is {phase!r} but must be 'decode' or 'prefill'")
     if max_rows < 1 or (phase == "decode" and max_rows > 512):
-        raise ValueError(f"max_rows is {max_rows} but must lie in 1..512" + (" in decode" if max_rows > 512 else ""))
+        raise ValueError(
+            f"max_rows is {max_rows} but must " + ("lie in 1..512 in decode" if max_rows > 512 else "be 1 or more")
+        )
     if not 1 <= M <= max_rows:
         raise ValueError(f"x has {M} rows but must have 1..{max_rows} (max_rows)")

@@ -11,8 +11,8 @@ For B requests, K acoustic codebooks and a network of width dim; the device func
                  stream of the next step, as in mlp_start
     mlp_finish   the last step, then codes [B, 1 + K] and the sum of their embeddings [B, E]
 
-where layer_norm(x) = (x - mean) / sqrt(variance + eps). As in ``transformer_solver.py``, with the same launch configs,
-one block does a whole step of one request, so that no block waits for another.
+where layer_norm(x) = (x - mean) / sqrt(variance + eps). As in ``transformer_solver.py``, one block computes a whole
+step of one request, so that no block waits for another. The launch configs are those of ``transformer_solver.py``.
 """
 
 import torch
@@ -31,7 +31,7 @@ __all__ = ["mlp_finish", "mlp_start", "mlp_step"]
 def _modulated_norm(p_x, p_mod, eps, N: tl.constexpr, PAD_N: tl.constexpr):
     """Return ``(x - mean) / sqrt(variance + eps) * (1 + scale) + shift`` of one row: fp32 [PAD_N], zeros past N.
 
-    `p_mod` points to the row's shift [N], which scale [N] follows.
+    `p_mod` points to the row's shift [N]; the row's scale [N] follows directly.
     """
     o_n = tl.arange(0, PAD_N)
     m_n = o_n < N
@@ -51,8 +51,8 @@ def _guided_step(
 ):  # fmt: skip
     """Run a solver step of one request with its guided velocity, and return the new x: fp32 [PAD_K], zeros past K.
 
-    Guidance and projection are both linear, so the two rows are combined before the projection. Its bias is added once,
-    because the guidance weights a and 1 - a sum to 1.
+    Guidance and projection are both linear, so the two rows are combined before the projection. The projection's bias
+    is added once, because the guidance weights a and 1 - a sum to 1.
     """
     eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
     o_k = tl.arange(0, PAD_K)
@@ -106,19 +106,19 @@ def mlp_start(
     """Begin a frame: set x to noise, and the residual stream to the input projection of x.
 
     Args:
-        seed: int64 [B], one per request. A request's noise depends on its seed and frame alone, not on the batch.
-        frame: int64 [B], the number of the frame in its request, from 0.
+        seed: int64 [B], one seed per request. A request's noise depends only on the request's seed and frame.
+        frame: int64 [B], the number of each request's frame, counted from 0.
         noise: fp32 [B, K], the initial state, or None to draw it from `seed` and `frame`.
         quantiles: fp32 [65536], the quantiles of the standard normal at (i + 1/2) / 65536.
         w_in: [dim, K] fp32, bf16 or fp16, the input projection.
         b_in: [dim], the bias of the input projection.
         x: fp32 [B, K], the flow's state, written.
-        stream: [2B, dim], the residual stream, written: B rows for the branch with the condition, then the same B rows
-            for the branch without.
-        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
+        stream: [2B, dim], the residual stream, written: B rows for the branch with the condition, then B equal rows for
+            the branch without the condition.
+        max_batch: the most requests that the operator is prepared for, 1..64; the launch config depends on this number.
 
     Raises:
-        ValueError: B is not in 1..max_batch, or `max_batch` not in 1..64.
+        ValueError: B is not in 1..max_batch, or `max_batch` is not in 1..64.
     """
     B = _expect_entrance(w_in, b_in, x, stream, max_batch)
     K = w_in.shape[1]
@@ -178,29 +178,30 @@ def mlp_step(
 ) -> None:
     """Run a solver step, ``x += dt * (v + ab2_ratio * (v - v_last))``, and write the residual stream of the next step.
 
-    The final layer computes a velocity from ``layer_norm(stream) * (1 + scale) + shift`` for each branch. The two are
-    guided: ``v = a * v_cond + (1 - a) * v_uncond``. An `ab2_ratio` of 0 is Euler's step, see
-    ``voxkern.reference.solver.integrate``.
+    The final layer computes a velocity from ``layer_norm(stream) * (1 + scale) + shift`` for each branch. Guidance
+    combines the two velocities: ``v = a * v_cond + (1 - a) * v_uncond``. With an `ab2_ratio` of 0, the step is Euler's;
+    see ``voxkern.reference.solver.integrate``.
 
     Args:
         stream: [2B, dim] fp32, bf16 or fp16, the output of the last block, the rows with the condition first. The input
-            projection of the new x replaces it.
+            projection of the new x replaces this output.
         modulation: [1 + B, 2 dim], shift | scale; only its last dimension must be contiguous. Row 0 belongs to the
             branch without the condition, row 1 + i to request i.
         w_out: [K, dim], the projection of the velocity.
         b_out: [K], the bias of that projection.
         eps: added to the variance.
-        cfg_alpha: fp32 [B], the strength a of the guidance; 1 is no guidance.
-        dt: length of the step.
-        ab2_ratio: factor on the change of the velocity since the last step.
+        cfg_alpha: fp32 [B], the strength a of the guidance; 1 means no guidance.
+        dt: the length of the step.
+        ab2_ratio: the factor on the change of the velocity since the last step.
         x: fp32 [B, K], the flow's state, updated.
-        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's. Not used if `ab2_ratio` is 0.
+        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's velocity. If `ab2_ratio` is 0, the
+            velocity of the last step is not used.
         w_in: [dim, K], the input projection.
         b_in: [dim], the bias of the input projection.
-        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
+        max_batch: the most requests that the operator is prepared for, 1..64; the launch config depends on this number.
 
     Raises:
-        ValueError: B is not in 1..max_batch, or `max_batch` not in 1..64.
+        ValueError: B is not in 1..max_batch, or `max_batch` is not in 1..64.
     """
     B = _expect_entrance(w_in, b_in, x, stream, max_batch)
     _expect_final(stream, modulation, w_out, b_out, cfg_alpha, v_last, B)
@@ -267,22 +268,24 @@ def mlp_finish(
     The sum is the backbone's next input.
 
     Args:
-        stream: [2B, dim], see :func:`mlp_step`, also for the next nine arguments. Not changed here.
+        stream: [2B, dim], see :func:`mlp_step`, also for the next nine arguments. `stream` is not changed here.
         modulation: [1 + B, 2 dim], shift | scale.
         w_out: [K, dim], the projection of the velocity.
         b_out: [K], the bias of that projection.
         eps: added to the variance.
         cfg_alpha: fp32 [B], the strength of the guidance.
-        dt: length of the step.
-        ab2_ratio: factor on the change of the velocity since the last step.
+        dt: the length of the step.
+        ab2_ratio: the factor on the change of the velocity since the last step.
         x: fp32 [B, K], the flow's state, updated and not clamped.
-        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's.
-        semantic: int64 [B], the semantic codes with the offset of 2. If one is 1 (END), the request's acoustic codes
-            are all 2.
-        levels: levels of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
-        embeddings: [rows, E], see :func:`voxkern.kernels.transformer_solver.flow_finish`. None skips the sum: E = 0.
-        semantic_size: codes of the semantic codebook, without the 2 special ones.
-        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
+        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's velocity.
+        semantic: int64 [B], the semantic codes with the offset of 2. For a semantic code of 1 (END), all acoustic codes
+            of the request are 2.
+        levels: the number of levels of an acoustic code. x = -1 is level 0, and x = 1 is level ``levels - 1``. A value
+            halfway between two levels rounds to the even level.
+        embeddings: [rows, E], see :func:`voxkern.kernels.transformer_solver.flow_finish`. With
+            None there is no sum, and E = 0.
+        semantic_size: the number of codes in the semantic codebook, without the 2 special codes.
+        max_batch: the most requests that the operator is prepared for, 1..64; the launch config depends on this number.
 
     Returns:
         The codes with the offset of 2, int64 [B, 1 + K], and the sum of their embeddings, [B, E], summed in fp32 and

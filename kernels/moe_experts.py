@@ -1,6 +1,6 @@
-"""The experts of a mixture, on the pairs that ``kernels/moe_routing.py`` sorts by expert: SwiGLU, down and sum.
+"""The experts of a mixture: SwiGLU, down projection and sum, on pairs that ``kernels/moe_routing.py`` sorts by expert.
 
-For each pair = m * P + j, where e is the expert at place j of token m::
+A pair is a token and one of the token's P experts. For pair = m * P + j, where e is the expert at place j of token m::
 
     n                = x / sqrt(mean(x^2) + eps) * norm             [M, K], never stored
     moe_experts_up   = silu(n[m] @ w1[e].T) * (n[m] @ w3[e].T)      [M * P, N], w1[e] and w3[e] [N, K]
@@ -9,12 +9,12 @@ For each pair = m * P + j, where e is the expert at place j of token m::
 
     a block:  y^T [BLOCK_N, tile]  =  sum over K of  w[e] [BLOCK_N, BLOCK_K] @ n[tile]^T [BLOCK_K, tile]
 
-Each expert's weights are separate tensors, as in a checkpoint. A kernel finds them in a table of addresses and row
-strides, so nothing is packed or copied.
+Each expert's weights are separate tensors, as in a checkpoint. A kernel reads the addresses and row strides of these
+tensors from a table, so no weight is packed or copied.
 
-A tile of pairs has one expert, and a block multiplies it by BLOCK_N rows of that expert's weights. At decode, one tile
-holds all tokens of an expert (up to 64; 16 in fp32), so each weight that is needed is read once. As in ``linear.py``,
-which gives the reason, the weight's rows are the first axis of a tile.
+All pairs of a tile have the same expert, and a block multiplies the tile by BLOCK_N rows of the expert's weights. At
+decode, one tile holds all tokens of an expert (up to 64; 16 in fp32), so each weight that is needed is read once. As in
+``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
 """
 
 import functools
@@ -33,8 +33,8 @@ from .operator import expect, operator
 
 __all__ = ["PointerTable", "moe_combine", "moe_experts_down", "moe_experts_up", "pointer_table"]
 
-# `rows` is the number of pairs in a tile. Each step loads two tiles of weights, one of w1 and one of w3. A block has as
-# many bytes in flight as in norm_swiglu.
+# `rows` is the number of pairs in a tile. Each step loads two tiles of weights, one of w1 and one of w3. On sm_*, tiles
+# and stages are those of NORM_SWIGLU in linear.py.
 MOE_EXPERTS_UP = LaunchConfigs(
     "moe_experts_up",
     """
@@ -79,12 +79,12 @@ MOE_COMBINE = LaunchConfigs(
 
 @dataclass(frozen=True)
 class PointerTable:
-    """The addresses of tensors [N, K] of one dtype, for a kernel to read. The table does not keep the tensors alive.
+    """Holds the addresses of E tensors [N, K] of one dtype, for a kernel to read, but does not keep the tensors alive.
 
     Attributes:
-        table: int64 [E, 2], each tensor's address and the elements between its rows.
+        table: int64 [E, 2], each tensor's address, and its row stride in elements.
         aligned: whether every row of every tensor begins at a multiple of 16 bytes.
-        rows: N.
+        rows: N, the number of rows of each tensor.
     """
 
     table: Tensor
@@ -93,7 +93,7 @@ class PointerTable:
 
 
 def pointer_table(weights: Sequence[Tensor]) -> PointerTable:
-    """Return the table of `weights`, [N, K] each. Tables are cached by address: equal addresses give the same table."""
+    """Return the table of `weights`, [N, K] each; equal addresses and strides give the same table, from a cache."""
     found = tuple((weight.data_ptr(), weight.stride(0)) for weight in weights)
     return _pointer_table(found, len(weights[0]), weights[0].element_size(), weights[0].device)
 
@@ -106,10 +106,10 @@ def _pointer_table(found: tuple[tuple[int, int], ...], N: int, item_size: int, d
 
 @triton.jit
 def _expert(p_table, expert, p_like, ALIGNED: tl.constexpr):
-    """Return the pointer to an expert's weight, in the dtype of `p_like`, and the elements between its rows."""
+    """Return the pointer to an expert's weight, in the dtype of `p_like`, and the weight's row stride in elements."""
     p_w = tl.load(p_table + 2 * expert).to(p_like.dtype)
     stride = tl.load(p_table + 2 * expert + 1)
-    if ALIGNED:  # without this the compiler cannot assume alignment, and loads 8 bytes at a time
+    if ALIGNED:  # without these hints the compiler cannot assume alignment, and loads 8 bytes at a time
         p_w = tl.multiple_of(p_w, 16)
         stride = tl.multiple_of(stride, 128 // p_like.dtype.element_ty.primitive_bitwidth)
     return p_w, stride
@@ -123,7 +123,7 @@ def _moe_experts_up_kernel(
     NORM_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # tiles are neighbours in launch order: all but the first of a busy expert find its weights in the L2 cache
+    # tiles are neighbours in launch order: all but the first tile of an expert find the weights in the L2 cache
     i_t, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     expert = tl.load(p_tiles + 3 * i_t)
     if (expert < 0) | (expert >= E):
@@ -157,7 +157,7 @@ def launch_moe_experts_up(
 ) -> None:
     """Run :func:`moe_experts_up` into `out`, contiguous [M * P, N], without checking the arguments.
 
-    `w1` and `w3` may be pointer tables instead of lists. A frame passes tables, because making them takes CPU time.
+    `w1` and `w3` may be pointer tables instead of lists. A frame passes tables, because making a table takes CPU time.
     """
     gate, up = _as_pointer_table(w1, tiles), _as_pointer_table(w3, tiles)
     (M, K), N = x.shape, gate.rows
@@ -169,7 +169,8 @@ def launch_moe_experts_up(
         "ALIGNED": gate.aligned and up.aligned,
         "BLOCK_M": tile_rows,
     }
-    stride_x = x.stride(0) if M > 1 else K  # one row may have any stride; stride 1 would compile another binary
+    # a single row's stride is not used, but Triton would compile another binary if the stride were 1
+    stride_x = x.stride(0) if M > 1 else K
     grid = (len(tiles), triton.cdiv(N, constants["BLOCK_N"]))
     _moe_experts_up_kernel[grid](x, norm, gate.table, up.table, pairs, tiles, out, stride_x, eps, **constants)
 
@@ -190,25 +191,25 @@ def moe_experts_up(
     Args:
         x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
         norm: [K], the weight of RMSNorm.
-        w1: for each expert, the shared ones last, the weight of the gate, contiguous [N, K].
-        w3: for each expert, in the same order, the weight of the product that the gate multiplies, contiguous [N, K].
+        w1: the weights of the gates, contiguous [N, K], one per expert; the shared experts come last.
+        w3: the weights of the up projections, which the gates multiply, contiguous [N, K], in the order of `w1`.
         pairs: int32 [M * P], from :func:`voxkern.kernels.moe_routing.moe_route`.
         tiles: int32 [T, 3], from the same call.
         eps: added to the mean square.
         tile_rows: the `tile_rows` of that call.
 
     Returns:
-        [M * P, N] in x's dtype; row token * P + place belongs to that pair.
+        [M * P, N] in x's dtype; row m * P + j is for token m and the token's expert at place j.
 
     Raises:
-        ValueError: on the CPU, a tile has an expert that does not exist. On a GPU the check would wait for the device:
-            instead the kernel skips such a tile and leaves its results unwritten.
+        ValueError: on the CPU, a tile has an expert that does not exist. On a GPU this check would wait for the device,
+            so the kernel skips such a tile instead, and the tile's results stay uninitialised.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
     N = _expect_experts("w1", w1, K, x, contiguous=True)
     if len(w3) != len(w1) or _expect_experts("w3", w3, K, x, contiguous=True) != N:
-        raise ValueError(f"w3 must be {len(w1)} experts of [{N}, {K}], as w1 is")
+        raise ValueError(f"w3 must be {len(w1)} experts of [{N}, {K}], like w1")
     _expect_pairs(M, pairs, tiles, x)
     return x.new_empty(len(pairs), N)
 
@@ -265,15 +266,16 @@ def moe_experts_down(
 
     Args:
         x: [M * P, K] fp32, bf16 or fp16, contiguous, from :func:`moe_experts_up`.
-        w2: for each expert, the shared ones last, the down projection [N, K]; only the last dimension must be
-            contiguous.
+        w2: the weights of the down projections, [N, K], one per expert; the shared experts come last. Only the last
+            dimension must be contiguous.
         weights: fp32 [M, P], from :func:`voxkern.kernels.moe_routing.moe_route`.
         pairs: int32 [M * P], from the same call.
         tiles: int32 [T, 3], from the same call.
         tile_rows: the `tile_rows` of that call.
 
     Returns:
-        fp32 [M * P, N], not rounded because :func:`moe_combine` sums it; row token * P + place belongs to that pair.
+        fp32 [M * P, N], not rounded, because :func:`moe_combine` sums the rows of a token. Row m * P + j is for token m
+        and the token's expert at place j.
 
     Raises:
         ValueError: on the CPU, a tile has an expert that does not exist; see :func:`moe_experts_up`.
@@ -293,7 +295,7 @@ def _moe_combine_kernel(p_stream, p_parts, stride_stream, P: tl.constexpr, N: tl
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     b_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for j in range(P):  # best expert first, shared ones last
+    for j in range(P):  # the best expert comes first, the shared experts last
         b_sum += tl.load(p_parts + (i_m * P + j) * N + o_n, mask=m_n, other=0.0)
     p_tile = p_stream + i_m * stride_stream + o_n
     b_sum += tl.load(p_tile, mask=m_n, other=0.0).to(tl.float32)
@@ -312,13 +314,16 @@ def launch_moe_combine(stream: Tensor, parts: Tensor) -> None:
 
 @operator(launch_moe_combine, mutates=("stream",))
 def moe_combine(stream: Tensor, parts: Tensor) -> None:
-    """Add its experts' results to each token: ``stream[m] += sum_j parts[m * P + j]``.
+    """Add the experts' results to each token: ``stream[m] += sum_j parts[m * P + j]``.
 
     The sum is in fp32, in the order of j, and rounded once.
 
     Args:
         stream: [M, N] fp32, bf16 or fp16, written in place; only its last dimension must be contiguous.
         parts: fp32 [M * P, N], from :func:`moe_experts_down`.
+
+    Raises:
+        ValueError: the number of rows of `parts` is no multiple of M.
     """
     M, N = expect("stream", stream, ("M", "N"), contiguous=False)
     n_pairs, _ = expect("parts", parts, ("M * P", N), like=stream, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Routing of a mixture of experts: each token's experts and their weights, and all (token, expert) pairs by expert.
+"""Routing for a mixture of experts: each token's experts and weights, and all (token, expert) pairs sorted by expert.
 
 From logits [M, E] of M tokens and E experts, ``moe_route`` computes::
 
@@ -9,13 +9,14 @@ From logits [M, E] of M tokens and E experts, ``moe_route`` computes::
 
     pair    = token * P + place                          a token and one of its P places
     pairs   = all pairs, by expert, then by token        [M * P]
-    tiles   = (expert, first, end)                       [T, 3]: pairs[first:end] are of one expert, at most tile_rows
+    tiles   = (expert, first, end)                       [T, 3]: pairs[first:end], at most tile_rows, have this expert
 
-A block routes ROWS tokens and holds all E logits of each in registers. If one block takes all tokens, it also writes
-pairs and tiles. Otherwise a second launch of one block does, because the place of a pair depends on all tokens.
+A block routes ROWS tokens and holds all E logits of each token in registers. If one block routes all tokens, this block
+also writes pairs and tiles. Otherwise a second launch, of one block, writes them, because the index of a pair in
+`pairs` depends on all tokens.
 
-The launches that compute the experts run over the tiles, and their grid must be known before the routing is. T is
-therefore the most tiles that M tokens can make, and unused tiles are -1.
+The launches that compute the experts run over the tiles, and their grid must be known before the routing has run. T is
+therefore the most tiles that M tokens can make, and unused tiles are filled with -1.
 """
 
 import torch
@@ -28,12 +29,13 @@ from .operator import expect, operator
 
 __all__ = ["choose_tile_rows", "moe_route", "tile_count"]
 
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the lowest value that orders experts; NaN counts as this value
+# the lowest order of an expert that a token may use; NaN and -inf count as this value, and -inf marks all other experts
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
-# Few rows: one block routes all tokens, and writes pairs and tiles in the same launch. With 32 logits per thread the
-# kernel takes some 220 registers. With fewer, on more warps, ptxas spills 8 bytes on one architecture or another. 64
-# rows of 256 experts spill on any number of warps.
-# Many rows: blocks of 16 rows, and a second launch that writes pairs and tiles.
+# For few rows, one block routes all tokens, and writes pairs and tiles in the same launch. With 32 logits per thread,
+# the kernel takes some 220 registers. More warps, with fewer logits per thread, spill 8 bytes on some architectures. A
+# block of 64 rows with 256 experts spills on any number of warps.
+# For many rows, each block routes 16 rows, and a second launch writes pairs and tiles.
 MOE_ROUTE = LaunchConfigs(
     "moe_route",
     """
@@ -48,9 +50,11 @@ MOE_ROUTE = LaunchConfigs(
     """,
 )
 
-# The number of pairs in a tile. `rows` is the number of tokens that one expert may get. At decode it is all tokens, so
-# that an expert's weights are read once. At prefill it is twice the mean, so that a busy expert's weights are not read
-# too often. fp32 products run on the plain units, which read their operands from registers, so larger fp32 tiles spill.
+# ROWS is the number of pairs in a tile, and `rows` is a number of tokens with the same expert. At decode, `rows` is the
+# number of all tokens, so that one tile can hold all tokens and an expert's weights are read once. At prefill, `rows`
+# is twice the mean over the experts, so that the weights of an expert with many tokens are read only a few times.
+# On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
+# tiles spill.
 MOE_TILE_ROWS = LaunchConfigs(
     "tile_rows",
     """
@@ -175,7 +179,8 @@ def _moe_route_kernel(
     b_weights = tl.zeros([ROWS, P_PAD], dtype=tl.float32)
     b_place = tl.full([ROWS, E_PAD], -1, tl.int32)
     for j in range(TOP_K):
-        # Experts that are taken or closed have -inf. The open ones, k or more, have at least LOWEST: b_id is in 0..E-1.
+        # Experts that are already chosen, or outside the best groups, have -inf. At least one other expert is left and
+        # has LOWEST or more, because the best groups have TOP_K experts or more. b_id is therefore in 0..E-1.
         b_id = tl.min(tl.where(b_order == tl.max(b_order, 1)[:, None], o_e[None, :], E_PAD), 1)
         m_id, m_j = o_e[None, :] == b_id[:, None], (o_p == j)[None, :]
         b_weights = tl.where(m_j, tl.sum(tl.where(m_id, b_scores, 0.0), 1)[:, None], b_weights)
@@ -229,9 +234,9 @@ def choose_tile_rows(E: int, top_k: int, dtype: torch.dtype, max_rows: int, phas
     """Return the number of pairs in a tile.
 
     Args:
-        E: experts of the layer.
-        top_k: experts of a token.
-        dtype: dtype of the experts' weights.
+        E: the number of experts of the layer, without the shared experts.
+        top_k: the number of experts of a token, without the shared experts.
+        dtype: the dtype of the experts' weights.
         max_rows: the most tokens that the layer is prepared for.
         phase: "decode" or "prefill".
 
@@ -248,11 +253,11 @@ def tile_count(M: int, E: int, top_k: int, n_shared: int, tile_rows: int) -> int
     """Return T, the most tiles that `M` tokens can make, whichever experts the tokens are routed to.
 
     Args:
-        M: tokens.
-        E: experts, without the shared ones.
-        top_k: experts of a token.
-        n_shared: shared experts.
-        tile_rows: pairs in a tile, see :func:`choose_tile_rows`.
+        M: the number of tokens.
+        E: the number of experts, without the shared experts.
+        top_k: the number of experts of a token, without the shared experts.
+        n_shared: the number of shared experts.
+        tile_rows: the number of pairs in a tile, see :func:`choose_tile_rows`.
     """
     pairs, each = M * top_k, triton.cdiv(M, tile_rows)
     hit = min(pairs, E)
@@ -275,7 +280,7 @@ def launch_moe_route(
 ) -> None:
     """Run :func:`moe_route` into `out`, its four results, without checking the arguments.
 
-    One launch if one block takes `max_rows` tokens (up to 64 for 128 experts), otherwise two.
+    This is one launch if one block can route `max_rows` tokens (up to 64 for 128 experts), otherwise two.
     """
     ids, weights, pairs, tiles = out
     (M, E), T = logits.shape, len(tiles)
@@ -310,26 +315,27 @@ def moe_route(
     """Choose the experts of each token and their weights, and sort the (token, expert) pairs by expert.
 
     Experts are ordered by their logits. With a bias, experts are ordered by score + bias, and weighted by the score
-    alone (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Of equal experts the lowest id comes first, and NaN last.
+    alone (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Of experts with equal values, the lowest id comes first.
+    Experts with NaN come last.
 
     Args:
         logits: fp32 [M, E], contiguous.
         bias: fp32 [E], or None.
-        top_k: experts of a token, k.
-        n_shared: shared experts: every token has them, with weight 1.
+        top_k: k, the number of experts of a token, without the shared experts.
+        n_shared: the number of shared experts. Every token has all shared experts, with weight 1.
         scoring: "softmax" or "sigmoid".
-        n_groups: number of equal groups of consecutive experts.
-        n_groups_per_tok: number of groups open to a token: those with the largest sums of their two best values of
-            score, or of score + bias.
+        n_groups: the number of groups; each group has E / n_groups consecutive experts.
+        n_groups_per_tok: the number of groups that a token may use. These are the groups with the largest sum of their
+            two best scores. A given bias is first added to the scores.
         renormalise: whether a token's k weights are divided by their sum.
-        scale: factor on the k weights, applied last.
-        tile_rows: pairs in a tile, a power of 2; see :func:`choose_tile_rows`.
-        max_rows: the most tokens that the operator is prepared for. It decides the launch config, so a token's experts
-            depend neither on M nor on the other tokens.
+        scale: the factor on the k weights, applied last.
+        tile_rows: the number of pairs in a tile, a power of 2; see :func:`choose_tile_rows`.
+        max_rows: the most tokens that the operator is prepared for. The launch config depends on this number, so a
+            token's experts depend neither on M nor on the other tokens.
 
     Returns:
         ids int32 [M, P] and weights fp32 [M, P] with P = k + n_shared; pairs int32 [M * P]; tiles int32 [T, 3] with
-        T = :func:`tile_count`. The file's docstring defines them.
+        T = :func:`tile_count`. The file's docstring defines all four.
 
     Raises:
         ValueError: M is not in 1..max_rows, `scoring` is unknown, or a number is out of range for E experts.
@@ -345,7 +351,7 @@ def moe_route(
         raise ValueError(f"n_groups_per_tok is {n_groups_per_tok} but must lie in 1..{n_groups}")
     open_to_each = E // n_groups * n_groups_per_tok
     if not 1 <= top_k <= open_to_each:
-        raise ValueError(f"top_k is {top_k} but must lie in 1..{open_to_each}, the experts open to a token")
+        raise ValueError(f"top_k is {top_k} but must lie in 1..{open_to_each}, the experts in a token's groups")
     if n_shared < 0:
         raise ValueError(f"n_shared is {n_shared} but must not be negative")
     if tile_rows < 1 or tile_rows & (tile_rows - 1):

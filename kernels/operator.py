@@ -1,13 +1,13 @@
-"""Operators: a Triton kernel as a public function, registered with torch as ``torch.ops.voxkern.<name>``.
+"""Operators: public functions that launch Triton kernels, registered with torch as ``torch.ops.voxkern.<name>``.
 
-An operator consists of two functions. The *declaration* has the public signature and docstring. It checks the
-arguments and allocates the result, so torch.compile needs only the declaration, run on fake tensors. The *launcher*
-fills the result and checks nothing. Inside a frame, a fused module calls the launcher directly, on memory that is
-already allocated, because torch's dispatcher costs some 16 us per call.
+An operator consists of two functions. The *declaration* has the public signature and docstring. The declaration checks
+the arguments and allocates the result. torch.compile runs only the declaration, on fake tensors. The *launcher* fills
+the result and checks nothing. Inside a frame, a fused module calls the launcher directly, on memory that is already
+allocated, because torch's dispatcher costs some 16 us per call.
 
 Every operator checks its arguments with :func:`expect`: a wrong dtype raises TypeError, and a wrong shape, stride or
 device raises ValueError. All tensors must share one dtype and one device, unless the operator's docstring gives a
-dtype. The docstring of an operator lists only the errors beyond these.
+dtype. The docstring of an operator lists only the operator's other errors.
 """
 
 import contextlib
@@ -27,14 +27,15 @@ R = TypeVar("R")
 
 
 class Operator(Generic[P, R]):
-    """A Triton kernel as a public function, registered with torch. :func:`operator` creates one.
+    """A public function that launches Triton kernels, registered with torch. :func:`operator` creates such a function.
 
     Attributes:
         name: the operator's name in ``torch.ops.voxkern``.
-        declare: the declaration: checks the arguments and allocates the result.
-        launch: the launcher: fills the result, its first argument, from the declared arguments, without checks.
+        declare: the declaration, which checks the arguments and allocates the result.
+        launch: the launcher, which fills the result without checks. The launcher's arguments are the result, if the
+            declaration returns one, and then the declaration's arguments.
         mutates: names of the arguments that the launcher writes to.
-        op: the custom operator that torch's tools take, such as ``torch.library.opcheck``.
+        op: the custom operator that is registered with torch, for tools such as ``torch.library.opcheck``.
     """
 
     def __init__(self, declare: Callable[P, R], launch: Callable[..., None], mutates: Sequence[str]) -> None:
@@ -88,7 +89,8 @@ def operator(launch: Callable[..., None], mutates: Sequence[str] = ()) -> Callab
     a wrong shape, stride or device.
 
     Args:
-        launch: the launcher, called with the result of the declaration, if it returns one, and then its arguments.
+        launch: the launcher, called with the declaration's result, if the declaration returns one, and then with the
+            declaration's arguments.
         mutates: names of the arguments that the launcher writes to. A declaration with such arguments returns None.
     """
     return lambda declare: Operator(declare, launch, mutates)
@@ -102,12 +104,12 @@ def expect(
     contiguous: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[int, ...]:
-    """Return the shape of an argument, or raise if a kernel cannot read the argument.
+    """Check that a kernel can read an argument, and return the argument's shape.
 
     Args:
         name: the argument's name, for the error message.
         tensor: the argument.
-        shape: the sizes that the argument must have. A string stands for any size, and names it in the message.
+        shape: the sizes that the argument must have. A string allows any size; the message shows the string.
         like: a tensor with the dtype and device that the argument must have. Without `like`, the argument may be fp32,
             bf16 or fp16, on any device.
         contiguous: whether the whole argument must be contiguous. Otherwise only its last dimension must be.
@@ -149,7 +151,7 @@ def expect_batch(name: str, rows: int, each: int, max_batch: int) -> None:
     if not 1 <= max_batch <= 64:
         raise ValueError(f"max_batch is {max_batch} but must lie in 1..64")
     if rows % each or not each <= rows <= each * max_batch:
-        raise ValueError(f"{name} has {rows} rows but must have {each} each for 1..{max_batch} requests (max_batch)")
+        raise ValueError(f"{name} has {rows} rows but must have {each} for each of 1..{max_batch} requests (max_batch)")
 
 
 def on_device(name: str, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

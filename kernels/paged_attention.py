@@ -11,12 +11,13 @@ For one request and one key head, with the H / Hkv query heads that share it as 
     o = V^T p / sum of p over tokens       [D, queries]        in steps of BLOCK_N tokens, m updated at each step
 
 Keys and values are read once for all query heads of a key head. The queries are the columns of a tile, because the
-matrix units need only eight columns (see kernels/linear.py). The softmax is fp32 and uses powers of two
-(FlashAttention, arXiv 2205.14135); p is rounded to the cache's dtype for the product with V, which is summed in fp32.
+matrix units need as few as eight columns on NVIDIA GPUs (see kernels/linear.py). The softmax is fp32 and uses powers of
+two (FlashAttention, arXiv 2205.14135); p is rounded to the cache's dtype for the product with V, which is summed in
+fp32.
 
-Decode divides a request into spans of a fixed number of tokens, one block each, so that a long request fills the
-machine. The block that finishes last adds the spans up, in order (Flash-Decoding). A result depends neither on the
-other requests in the batch, nor on how a prompt was divided for the prefill.
+Decode divides a request into spans of a fixed number of tokens, one block each, so that a long request uses the whole
+GPU. The block that finishes last adds up the results of all spans, in order (Flash-Decoding). A result depends neither
+on the other requests in the batch, nor on how a prompt was divided for the prefill.
 """
 
 from typing import Any
@@ -36,9 +37,10 @@ NO_WINDOW = 1 << 30
 MAX_SPANS = 64
 PAGE_SIZES = (16, 32, 64, 128)  # the number of tokens of a page
 
-# A stage of 64 tokens of 128 columns has 16 KB of keys and 16 KB of values. Three stages need 98,304 of the 101,376
-# bytes of shared memory of sm_86, sm_89 and sm_120. fp32 tiles are smaller: fp32 products run on the plain units, which
-# read their operands from registers. MIN_GROUP is the fewest columns that a tile has.
+# A stage holds 64 tokens, with 128 columns per head: 16 KB of keys and 16 KB of values. Three stages need 98,304 bytes,
+# and a block may have 101,376 bytes of shared memory on sm_86, sm_89 and sm_120. On NVIDIA GPUs, fp32 products run on
+# the ordinary FP32 units, which read their operands from registers, so fp32 tiles are smaller. MIN_GROUP is the fewest
+# columns that a tile has.
 PAGED_ATTENTION = LaunchConfigs(
     "paged_attention",
     """
@@ -51,8 +53,9 @@ PAGED_ATTENTION = LaunchConfigs(
     """,
 )
 
-# A tile has COLUMNS_Q columns: BLOCK_Q tokens times the query heads of a key head. On sm_90 and sm_100, eight warps
-# hold 64 columns. On other sm_*, 64 columns spill registers. 16 fp32 columns on four warps spill too.
+# A tile has COLUMNS_Q columns: BLOCK_Q tokens times the query heads of a key head. On sm_90 and sm_100, a tile of 64
+# columns fits in the registers of eight warps; on other sm_*, such a tile spills. A tile of 16 fp32 columns spills on
+# four warps.
 PREFILL_ATTENTION = LaunchConfigs(
     "prefill_attention",
     """
@@ -79,11 +82,12 @@ def _attend(
 
     Args:
         b_q: [BLOCK_R, COLUMNS], queries.
-        b_end: int32 [BLOCK_R], each query sees only the last `window` tokens before this one.
+        b_end: int32 [BLOCK_R], the token after the last token that each query sees. A query sees `window` tokens or
+            fewer.
         p_kv: the key head's first element in page 0.
         p_table: the request's row of the block table.
         first: the first token.
-        end: the token after the last one. Tokens from `end` on may hold anything and are not read.
+        end: the token after the last token. Tokens from `end` on may hold anything and are not read.
         window: the most tokens that a query sees.
         stride_page: elements from a page to the next.
         stride_v: elements from a key to its value.
@@ -95,8 +99,8 @@ def _attend(
         BLOCK_R: queries.
 
     Returns:
-        fp32 [COLUMNS, BLOCK_R], the weighted sum. fp32 [BLOCK_R], the largest score, as an exponent of two; -inf
-        where the query saw no token. fp32 [BLOCK_R], the sum of the weights.
+        fp32 [COLUMNS, BLOCK_R], the weighted sum. fp32 [BLOCK_R], the largest score, as an exponent of two, or -inf
+        where the query sees no token. fp32 [BLOCK_R], the sum of the weights.
     """
     o_d, o_n = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_N)
     m_d = (o_d < D)[None, :]
@@ -115,7 +119,8 @@ def _attend(
         m_s = (b_n[:, None] < b_end[None, :]) & (b_n[:, None] >= b_end[None, :] - window)
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 0))
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # no -inf - -inf for a query that has seen no token yet
+        # avoids -inf - (-inf), which is NaN, for a query that has seen no token yet
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp2(b_s - b_base[None, :])
         b_keep = tl.exp2(b_max - b_base)
         b_sum = b_sum * b_keep + tl.sum(b_p, 0)
@@ -135,7 +140,7 @@ def _paged_attention_kernel(
 ):  # fmt: skip
     i_s, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length = tl.load(p_lengths + i_b).to(tl.int32)
-    seen = tl.maximum(length - window, 0)  # tokens before the window
+    seen = tl.maximum(length - window, 0)  # tokens before the window, which the query does not see
     n_spans = tl.cdiv(length - seen, SPAN)
     if i_s >= tl.maximum(n_spans, 1):
         return
@@ -153,7 +158,7 @@ def _paged_attention_kernel(
     p_result = p_out + o_head[None, :] * D + o_d[:, None]
     m_result = m_g[None, :] & m_d[:, None]
     if n_spans <= 1:
-        b_o = b_acc / tl.where(b_sum > 0.0, b_sum, 1.0)[None, :]  # a row without tokens gives zeros
+        b_o = b_acc / tl.where(b_sum > 0.0, b_sum, 1.0)[None, :]  # a request without tokens gets zeros
         tl.store(p_result, cast(b_o, p_out.dtype.element_ty), mask=m_result)
         return
 
@@ -163,7 +168,7 @@ def _paged_attention_kernel(
     tl.store(p_part[None, :] + o_d[:, None], b_acc, mask=m_result)
     tl.store(p_part + D, b_max, mask=m_g)
     tl.store(p_part + D + 1, b_sum, mask=m_g)
-    tl.debug_barrier()  # all threads' stores precede the one thread's release
+    tl.debug_barrier()  # the stores of all threads must come before the atomic add, which one thread does
     arrived = tl.atomic_add(p_arrived + i_b * HKV + i_kv, 1, sem="acq_rel", scope="gpu")
     if arrived == n_spans - 1:
         tl.debug_barrier()
@@ -172,7 +177,7 @@ def _paged_attention_kernel(
         b_acc = tl.zeros([COLUMNS, GROUP], dtype=tl.float32)
         for i in range(0, n_spans):
             p_part = p_first + i * (D + 2)
-            # .cg bypasses the L1 cache, which does not see the stores of other multiprocessors
+            # .cg bypasses the L1 cache, which may hold values from before the stores of other multiprocessors
             b_o = tl.load(p_part[None, :] + o_d[:, None], mask=m_result, other=0.0, cache_modifier=".cg")
             b_m = tl.load(p_part + D, mask=m_g, other=0.0, cache_modifier=".cg")
             b_l = tl.load(p_part + D + 1, mask=m_g, other=0.0, cache_modifier=".cg")
@@ -189,8 +194,8 @@ def _paged_attention_kernel(
 def span_of(max_seq_len: int) -> int:
     """Return the number of tokens of a span, when a request has at most `max_seq_len` tokens.
 
-    The span has 256 tokens for up to 16,384, and then max_seq_len / 64, rounded up to a power of two. A request thus
-    has at most 64 spans.
+    A span has 256 tokens if `max_seq_len` is at most 16,384, else `max_seq_len` / 64, rounded up to a power of two. A
+    request thus has at most 64 spans.
     """
     return max(256, 1 << (-(-max_seq_len // MAX_SPANS) - 1).bit_length())
 
@@ -210,7 +215,7 @@ def paged_attention_scratch(q: Tensor, kv_cache: Tensor, max_seq_len: int) -> tu
         max_seq_len: the most tokens that a request may ever have.
 
     Returns:
-        fp32 [B, H, spans, D + 2], the partial results of the spans. int32 [B, Hkv], counters of finished spans; they
+        fp32 [B, H, spans, D + 2], the partial results of the spans. int32 [B, Hkv], counters of finished spans, which
         are zero before and after every launch.
     """
     B, D = len(q), kv_cache.shape[4]
@@ -231,10 +236,10 @@ def launch_paged_attention(
         kv_cache: [pages, 2, Hkv, PAGE, D].
         block_table: int32 [B, max_pages].
         lengths: int32 [B].
-        window: the most tokens that a request sees, or 0 for all.
+        window: the number of last tokens that each query sees, or 0 for all tokens.
         max_seq_len: the value that `scratch` was allocated for.
-        scratch: from :func:`paged_attention_scratch`, for B requests or more. With None the launcher allocates it,
-            which is not allowed inside a frame.
+        scratch: from :func:`paged_attention_scratch`, for B requests or more. With None the launcher allocates
+            this memory, which is not allowed inside a frame.
     """
     B, _, HKV, PAGE, D = len(q), *kv_cache.shape[1:]
     H = q.shape[1] // D
@@ -260,12 +265,13 @@ def paged_attention(
     Args:
         q: [B, H * D] fp32, bf16 or fp16, the rotated queries. Query head h reads key head ``h // (H / Hkv)``.
         kv_cache: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at index 1, those of the last token included.
-            Only its last dimension must be contiguous.
-        block_table: int32 [B, max_pages], the pages of each request in order. Entries past its length may be anything.
+            Only the cache's last dimension must be contiguous.
+        block_table: int32 [B, max_pages], the pages of each request in order. Entries past a request's length may
+            be anything.
         lengths: int32 [B], tokens of each request. The result of a request of length 0 is zero.
-        window: the most tokens that a request sees, its last ones; 0 for all.
-        max_seq_len: the most tokens that a request may ever have. It decides the spans of a request, and so the last
-            bits of the result.
+        window: the number of last tokens that each query sees, or 0 for all tokens.
+        max_seq_len: the most tokens that a request may ever have. The size of a span depends on this number, and so do
+            the last bits of the result.
 
     Returns:
         [B, H * D] in q's dtype; the softmax and all sums are fp32, and the result is rounded once.
@@ -279,10 +285,12 @@ def paged_attention(
     expect_heads("q", W, kv_cache)
     expect_batch("q", B, 1, 64)
     if window < 0:
-        raise ValueError(f"window is {window} but must be positive, or 0 for none")
+        raise ValueError(f"window is {window} but must be positive, or 0 for no window")
     max_pages, PAGE = block_table.shape[1], kv_cache.shape[3]
     if max_pages > triton.cdiv(max_seq_len, PAGE):
-        raise ValueError(f"max_seq_len is {max_seq_len} but block_table holds {max_pages} pages of {PAGE} a request")
+        raise ValueError(
+            f"max_seq_len is {max_seq_len}, but block_table has {max_pages} pages of {PAGE} tokens per request"
+        )
     return torch.empty_like(q)
 
 
@@ -354,12 +362,12 @@ def prefill_attention(
             ``cu_seqlens[b]`` to before ``cu_seqlens[b + 1]`` are request b's. Only the last dimension must be
             contiguous.
         kv_cache: [pages, 2, Hkv, PAGE, D], see :func:`paged_attention`, also for `block_table`. The keys and values of
-            the new tokens are already stored in it.
+            the new tokens are already stored in the cache.
         block_table: int32 [B, max_pages].
         cu_seqlens: int32 [B + 1], the first row of each request in `q`, from 0 to R.
         lengths: int32 [B], tokens of each request, the new ones included.
-        window: the most tokens that a query sees, the last ones up to and including its own; 0 for all.
-        max_new: the most rows of one request, 1..R. It only decides the number of blocks; the kernel does not read it.
+        window: the number of last tokens that a query sees, the query's own token included, or 0 for all tokens.
+        max_new: the most rows of one request, 1..R. Only the number of blocks depends on this number.
         n_heads: H, a multiple of Hkv.
 
     Returns:
@@ -379,14 +387,14 @@ def prefill_attention(
     if not 1 <= max_new <= R:
         raise ValueError(f"max_new is {max_new} but must lie in 1..{R}, the rows of q")
     if window < 0:
-        raise ValueError(f"window is {window} but must be positive, or 0 for none")
+        raise ValueError(f"window is {window} but must be positive, or 0 for no window")
     return q.new_empty(R, n_heads * D)
 
 
 def expect_cache(
     kv_cache: Tensor, block_table: Tensor, lengths: Tensor | None, like: Tensor, B: int | None
 ) -> tuple[int, int, int, int]:
-    """Return pages, Hkv, PAGE and D of a KV cache, or raise if its tensors are wrong.
+    """Check the tensors of a KV cache, and return the cache's pages, Hkv, PAGE and D.
 
     Args:
         kv_cache: [pages, 2, Hkv, PAGE, D], in `like`'s dtype.
@@ -413,7 +421,7 @@ def expect_heads(name: str, columns: int, kv_cache: Tensor) -> None:
     """Check that `columns` are H * D with H a multiple of Hkv, for the Hkv and D of `kv_cache`.
 
     Raises:
-        ValueError: they are not; the message gives `name` as the argument.
+        ValueError: `columns` is not such a number; the message names the argument `name`.
     """
     _, _, H_KV, _, D = kv_cache.shape
     if columns < 1 or columns % (H_KV * D):

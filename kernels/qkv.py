@@ -3,20 +3,20 @@
 x is [M, K], the weights wq [Nq, K], wk and wv [Nkv, K]; q | k | v [M, Nq + 2 Nkv] are stored next to each other::
 
     norm_qkv          n = RMSNorm(x);  q | k | v = n @ wq.T | n @ wk.T | n @ wv.T
-    norm_qkv_append   the same, then  q = rotate(q),  rotate(k) and v -> kv_cache
+    norm_qkv_append   as norm_qkv, then  q = rotate(q),  rotate(k) and v -> kv_cache
     rope_append       q | k | v -> q = rotate(q) in place,  rotate(k) and v -> kv_cache
 
     rotate, at position t, for each pair (2i, 2i + 1) of a head:
         a' = a cos(t, i) - b sin(t, i)
         b' = a sin(t, i) + b cos(t, i)
 
-``norm_qkv_append`` is for decode. It rotates queries and keys before they are rounded, and writes keys and values
+``norm_qkv_append`` is for decode. This operator rotates queries and keys before rounding, and writes keys and values
 directly into their pages (see kernels/paged_attention.py). ``rope_append`` is for a prefill, and for callers that
 compute q | k | v themselves.
 
-The two norm operators share one grid over the tiles of wq, wk and wv, in this order, so one launch reads all three
-weights. The tiles are those of ``norm_linear``, see kernels/linear.py. Their rows are the first axis, so both numbers
-of a pair are in the same tile.
+Each of the two norm operators has one grid over the tiles of wq, wk and wv, in this order, so one launch reads all
+three weights. The tiles are those of ``norm_linear``, see kernels/linear.py. The weight's rows are the first axis of a
+tile, so both numbers of a pair are in the same tile.
 """
 
 import torch
@@ -47,7 +47,8 @@ def weight_of_tile(p_q, p_k, p_v, i_n, N: tl.constexpr, N_KV: tl.constexpr, BLOC
         BLOCK_N: rows of a tile.
 
     Returns:
-        The weight's number (0 for wq, 1 for wk, 2 for wv), its pointer, its rows, and the tile's number within it.
+        The weight's number (0 for wq, 1 for wk, 2 for wv), its pointer, its number of rows, and the number of the tile
+        among the weight's tiles.
     """
     T_Q: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     T_KV: tl.constexpr = (N_KV + BLOCK_N - 1) // BLOCK_N
@@ -111,7 +112,8 @@ def launch_norm_qkv(
     """
     (M, K), N_KV = x.shape, len(wk)
     constants = norm_constants(NORM_LINEAR, x, wq, max_rows, phase) | {"N_KV": N_KV}
-    stride_x = x.stride(0) if M > 1 else K  # one row may have any stride; stride 1 would compile another binary
+    # a single row's stride is not used, but Triton would compile another binary if the stride were 1
+    stride_x = x.stride(0) if M > 1 else K
     tiles = triton.cdiv(len(wq), constants["BLOCK_N"]) + 2 * triton.cdiv(N_KV, constants["BLOCK_N"])
     grid = (triton.cdiv(M, constants["BLOCK_M"]), tiles)
     _norm_qkv_kernel[grid](x, norm, wq, wk, wv, out, M, q_rows, stride_x, eps, **constants)
@@ -157,7 +159,7 @@ def norm_qkv(
 def expect_qkv(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, max_rows: int, phase: str
 ) -> tuple[int, int, int]:
-    """Return M, Nq and Nkv, or raise if an argument that the operators of this file share is wrong.
+    """Check the arguments that :func:`norm_qkv` and :func:`norm_qkv_append` share, and return M, Nq and Nkv.
 
     The arguments and errors are those of :func:`norm_qkv`.
     """
@@ -185,7 +187,7 @@ def _norm_qkv_append_kernel(
     b_acc, _ = norm_product(
         p_x, p_norm, p_w, None, o_m, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    b_position = tl.load(p_lengths + o_m, mask=m_m, other=0) - 1  # [M], -1: no request in this row
+    b_position = tl.load(p_lengths + o_m, mask=m_m, other=0) - 1  # [M]; -1 where a row has no request
     m_m &= b_position >= 0
     if which < 2:
         o_pair = i_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
@@ -249,10 +251,10 @@ def norm_qkv_append(
             largest of `lengths`.
         block_table: int32 [B, max_pages], the pages of each request in order.
         lengths: int32 [B], tokens of each request, the new one included. 0 means that the row has no request, and
-            nothing is written for it.
+            nothing is written for such a row.
         q: [B, H * D], receives the rotated queries. Rows of length 0 are left unchanged.
-        kv_cache: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at index 1, receives the new token's. Only its
-            last dimension must be contiguous.
+        kv_cache: [pages, 2, Hkv, PAGE, D], keys at index 0 and values at index 1. The keys and values of the new
+            tokens are written to the cache. Only the last dimension must be contiguous.
         eps: added to the mean square.
         max_rows: the most requests that the layer is prepared for, 1..512.
 
@@ -276,8 +278,8 @@ def _rope_append_kernel(
     stride_qkv, stride_table, stride_page, stride_v, stride_head, stride_token,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # A block has one row and one key head: first a tile of the queries that share the key head, then the key and the
-    # value. One tile [D, GROUP + 1] for queries and key is impossible, because a tile's sizes are powers of two.
+    # A block computes one row and one key head: first a tile of the queries that share the key head, then the key and
+    # the value. One tile [D, GROUP + 1] for queries and key is impossible, because a tile's sizes are powers of two.
     i_r, i_kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = tl.load(p_positions + i_r).to(tl.int64)
     if position < 0:
@@ -323,15 +325,15 @@ def launch_rope_append(
 def rope_append(
     rope: Tensor, request_ids: Tensor, positions: Tensor, block_table: Tensor, qkv: Tensor, kv_cache: Tensor
 ) -> None:
-    """Rotate queries in place, and write rotated keys and values into the KV cache.
+    """Rotate the queries in place, and write the rotated keys and the values into the KV cache.
 
     The keys in `qkv` stay unrotated.
 
     Args:
         rope: fp32 [positions, 2, D / 2], see :func:`norm_qkv_append`, also for `block_table` and `kv_cache`.
-        request_ids: int32 [R], the request of each row: its row of `block_table`.
+        request_ids: int32 [R], the request of each row, as a row number of `block_table`.
         positions: int32 [R], the position of each row's token in its request. -1 means that the row has no token, and
-            nothing is written for it.
+            nothing is written for such a row.
         block_table: int32 [B, max_pages].
         qkv: [R, (H + 2 Hkv) * D] fp32, bf16 or fp16, q | k | v of each row; only its last dimension must be contiguous.
         kv_cache: [pages, 2, Hkv, PAGE, D], in qkv's dtype.
@@ -343,7 +345,9 @@ def rope_append(
     R, W = expect("qkv", qkv, ("R", "W"), contiguous=False)
     _, H_KV, _, D = expect_cache(kv_cache, block_table, None, qkv, None)
     if W % D or W // D <= 2 * H_KV or (W // D) % H_KV:
-        raise ValueError(f"qkv has {W} columns but must have (H + 2 * {H_KV}) heads of {D}, H a multiple of {H_KV}")
+        raise ValueError(
+            f"qkv has {W} columns but must have (H + 2 * {H_KV}) heads of {D}, with H a multiple of {H_KV}"
+        )
     expect("request_ids", request_ids, (R,), like=qkv, dtype=torch.int32)
     expect("positions", positions, (R,), like=qkv, dtype=torch.int32)
     expect_rope(rope, D, qkv)

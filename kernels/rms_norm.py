@@ -1,4 +1,4 @@
-"""RMSNorm as a launch of its own, for the backbone's last norm, which no product follows in the same launch.
+"""RMSNorm as a separate launch, for the backbone's last norm, which is not fused with a product.
 
 A block computes one row m of x [M, K], with weight [K]::
 
@@ -6,8 +6,8 @@ A block computes one row m of x [M, K], with weight [K]::
     scale   = 1 / sqrt(square / K + eps)                         fp32
     y[m, k] = round(x[m, k] * scale * weight[k])                 [M, K] in x's dtype
 
-A block has a whole row, so no block waits for another. It reads the row twice, BLOCK_K <= 1024 columns per step: first
-for the sum, then for the result. The second pass finds the row in the cache (6 KB for K = 3072 in bf16).
+A block computes a whole row, so no block waits for another. The block reads the row twice, in steps of BLOCK_K <= 1024
+columns: first for the sum, then for the result. The second pass finds the row in the cache (6 KB for K = 3072 in bf16).
 """
 
 from typing import Any
@@ -43,7 +43,8 @@ def _rms_norm_kernel(p_x, p_weight, p_y, stride_x, eps, K: tl.constexpr, BLOCK_K
 def launch_rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """Run :func:`rms_norm` into `out`, contiguous [M, K], without checking the arguments."""
     M, K = x.shape
-    stride_x = x.stride(0) if M > 1 else K  # one row may have any stride; stride 1 would compile another binary
+    # a single row's stride is not used, but Triton would compile another binary if the stride were 1
+    stride_x = x.stride(0) if M > 1 else K
     constants: dict[str, Any] = {"K": K, "BLOCK_K": min(1024, max(64, triton.next_power_of_2(K) // 2))}
     constants |= {"num_warps": 4, "enable_fp_fusion": FP_FUSION}
     _rms_norm_kernel[(M,)](x, weight, out, stride_x, eps, **constants)

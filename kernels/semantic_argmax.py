@@ -1,15 +1,16 @@
 """The semantic head: the code with the largest logit of each request. The logits are never stored in memory.
 
-h is [B, dim], weight [N, dim]; only its first n_codes rows are codes::
+h is [B, dim], and weight is [N, dim]; only the weight's first n_codes rows are codes::
 
     logits = h @ weight[:n_codes].T                                [B, n_codes], fp32, in registers
-    key    = order-preserving integer of the logit, then 2^31 - 1 - index    int64
-    best   = max of key over a tile of BLOCK_N codes               [B, tiles], int64, first kernel
-    code   = the index in the max of best over tiles               [B], int64, second kernel
+    key    = order << 32 | 2^31 - 1 - index                        [B, n_codes], int64, in registers
+             where order is an int32 that is larger for a larger logit
+    best   = max of key over a tile of BLOCK_N codes               [B, tiles], int64, by the first kernel
+    code   = the index in the max of best over tiles               [B], int64, by the second kernel
 
 The largest key belongs to the largest logit, and among equal logits to the lowest index. The first kernel stores 8
-bytes per request and tile: 1 KB per request for 8,194 codes in tiles of 64, instead of 32 KB of logits. A tile has the
-weight's rows as its first axis, see kernels/linear.py.
+bytes per request and tile: 1 KB per request for 8,194 codes in tiles of 64, instead of 32 KB of logits. As in
+``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
 """
 
 from typing import Any
@@ -25,9 +26,9 @@ from .operator import expect, expect_batch, operator
 
 __all__ = ["semantic_argmax", "semantic_argmax_scratch"]
 
-# 8,194 rows of weights are 129 tiles of 64 rows, one wave on 132 multiprocessors. A stage has 16 KB of weights for few
-# requests and 8 KB for many. There are as many stages as the 101,376 bytes of shared memory of sm_86, sm_89 and sm_120
-# hold.
+# 8,194 rows of weights are 129 tiles of 64 rows, one wave on the 132 multiprocessors of an H100. A stage holds 16 KB of
+# weights for few requests and 8 KB for many. The table has as many stages as fit into 101,376 bytes, the shared memory
+# of a block on sm_86, sm_89 and sm_120.
 SEMANTIC_ARGMAX = LaunchConfigs(
     "semantic_argmax",
     """
@@ -63,9 +64,9 @@ def _semantic_argmax_tiles_kernel(
         b_h = tl.load(p_h + o_b[:, None] * stride_h + (k + o_k)[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
         b_acc = dot(b_w, tl.trans(b_h), b_acc)  # [N, B]
 
-    # One integer orders by logit first, and by lowest index second. Its upper half is the logit's bits. As integers,
-    # these have the order of the logits once the lower 31 bits of negative logits are inverted. Its lower half is the
-    # index, inverted as well.
+    # The key is one integer that is larger for a larger logit, and for a lower index among equal logits. The upper half
+    # of the key has the logit's bits, with the lower 31 bits of a negative logit inverted: as integers, these bits then
+    # have the order of the logits. The lower half of the key has the inverted bits of the index.
     b_acc = tl.where(b_acc == 0.0, 0.0, b_acc)  # -0 ties with 0
     b_bits = b_acc.to(tl.int32, bitcast=True)
     b_order = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits).to(tl.int64)
@@ -81,7 +82,7 @@ def _semantic_argmax_final_kernel(p_best, p_codes, TILES: tl.constexpr, PAD_TILE
     b_best = tl.load(p_best + i_b * TILES + o_t, mask=o_t < TILES, other=-0x8000000000000000)
     best = tl.max(b_best, 0)
     index = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    tl.store(p_codes + i_b, tl.where(best == -0x8000000000000000, END_AUDIO, index))  # all NaN: the request ends
+    tl.store(p_codes + i_b, tl.where(best == -0x8000000000000000, END_AUDIO, index))  # END if all logits are NaN
 
 
 def _constants(weight: Tensor, n_codes: int, max_batch: int) -> dict[str, Any]:
@@ -105,14 +106,15 @@ def launch_semantic_argmax(
         out: int64 [B], receives the result.
         h: [B, dim], see :func:`semantic_argmax`, also for `weight` and `n_codes`.
         weight: [N, dim].
-        n_codes: rows of `weight` that are codes.
+        n_codes: the number of rows of `weight` that are codes.
         max_batch: the value that `scratch` was allocated for.
-        scratch: from :func:`semantic_argmax_scratch`. With None the launcher allocates it, which is not allowed inside
-            a frame.
+        scratch: from :func:`semantic_argmax_scratch`. With None the launcher allocates this memory, which is not
+            allowed inside a frame.
     """
     (B, K), constants = h.shape, _constants(weight, n_codes, max_batch)
     scratch = semantic_argmax_scratch(weight, n_codes, max_batch) if scratch is None else scratch
-    stride_h = h.stride(0) if B > 1 else K  # one row may have any stride; stride 1 would compile another binary
+    # a single row's stride is not used, but Triton would compile another binary if the stride were 1
+    stride_h = h.stride(0) if B > 1 else K
     grid = (triton.cdiv(B, constants["BLOCK_B"]), constants["TILES"])
     _semantic_argmax_tiles_kernel[grid](h, weight, scratch, B, stride_h, **constants)
     tiles = constants["TILES"]
@@ -122,17 +124,17 @@ def launch_semantic_argmax(
 
 @operator(launch_semantic_argmax)
 def semantic_argmax(h: Tensor, weight: Tensor, n_codes: int, max_batch: int) -> Tensor:
-    """Return the semantic code of each request: the index of the largest of ``h @ weight.T``, the lowest among equals.
+    """Return the semantic code of each request: the lowest index of the largest logit in ``h @ weight.T``.
 
-    EMPTY (0) is never chosen, and neither are the rows from `n_codes` on, which are padding. If all logits of a request
-    are NaN, its code is END (1).
+    EMPTY (0) and the rows from `n_codes` on, which are padding, are never chosen. If all logits of a request are NaN,
+    the request's code is END (1).
 
     Args:
         h: [B, dim] fp32, bf16 or fp16, the backbone's hidden state; only its last dimension must be contiguous.
         weight: [N, dim].
-        n_codes: rows of `weight` that are codes, EMPTY and END included, 2..N.
-        max_batch: the most requests that the operator is prepared for, 1..64. It decides the launch config, so a
-            request's code depends neither on B nor on the other requests.
+        n_codes: the number of rows of `weight` that are codes, EMPTY and END included, 2..N.
+        max_batch: the most requests that the operator is prepared for, 1..64. The launch config depends on this number,
+            so a request's code depends neither on B nor on the other requests.
 
     Returns:
         int64 [B]. The logits are summed in fp32 and not rounded.

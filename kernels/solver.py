@@ -1,4 +1,4 @@
-"""Device functions around a velocity network: initial noise, projections of one row, a solver step, codes.
+"""Device functions around a velocity network: initial noise, projections of one row, a solver step and codes.
 
 For one request with K acoustic codebooks, a network of width N and embeddings of width E::
 
@@ -11,7 +11,7 @@ For one request with K acoustic codebooks, a network of width N and embeddings o
                    next = sum of the embeddings of the semantic and acoustic codes     [E]
 
 Both projections are small, and the next input projection needs the velocity of all K codebooks. One block therefore
-does all of a step for one request: a step is one launch, and no block waits for another.
+computes a whole step of one request: a step is one launch, and no block waits for another.
 """
 
 import torch
@@ -27,7 +27,7 @@ __all__ = ["init_noise", "load_state", "project_in", "project_out", "solver_step
 
 @triton.jit
 def init_noise(p_seed, p_frame, p_noise, p_quantiles, i_b, K: tl.constexpr, PAD_K: tl.constexpr):
-    """Return a request's initial state: drawn from seed and frame, or loaded from `p_noise` unless that is None.
+    """Return a request's initial state, loaded from `p_noise`, or drawn from seed and frame if `p_noise` is None.
 
     Returns:
         fp32 [PAD_K], zeros past K.
@@ -50,7 +50,7 @@ def project_out(
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
     BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """Return ``w_out @ y`` of one row y, fp32 [PAD_N], as fp32 [PAD_K] with zeros past K."""
+    """Return ``w_out @ y``, fp32 [PAD_K] with zeros past K, for one row `b_y`, fp32 [PAD_N]."""
     o_n, o_k = tl.arange(0, PAD_N), tl.arange(0, PAD_K)
     b_v = tl.zeros([PAD_K], dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
@@ -68,7 +68,7 @@ def load_state(p_x, p_last, i_b, K: tl.constexpr, PAD_K: tl.constexpr):
     o_k = tl.arange(0, PAD_K)
     b_x = tl.load(p_x + i_b * K + o_k, mask=o_k < K, other=0.0)
     b_last = tl.load(p_last + i_b * K + o_k, mask=o_k < K, other=0.0)
-    tl.debug_barrier()  # several warps load the same x: all of them must read it before one writes it
+    tl.debug_barrier()  # several warps load the same x: all warps must read x before one warp writes x
     return b_x, b_last
 
 
@@ -94,7 +94,7 @@ def project_in(
     p_w_in, p_bias, p_tokens, b_x, i_b, n, B,
     N: tl.constexpr, K: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write columns n .. n + BLOCK_N of ``w_in @ x + bias`` to rows i_b and B + i_b of the tokens, the two branches.
+    """Write columns n .. n + BLOCK_N of ``w_in @ x + bias`` to the tokens of both branches: rows i_b and B + i_b.
 
     `b_x` is the state, fp32 [PAD_K] with zeros past K; `p_bias` may be None.
     """
@@ -116,11 +116,11 @@ def write_codes(
     K: tl.constexpr, E: tl.constexpr, PAD_K: tl.constexpr, PAD_E: tl.constexpr,
     LEVELS: tl.constexpr, SEMANTIC_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
-    """Write a request's codes, int64 [1 + K], and the sum of their embeddings, [E], unless `p_embeddings` is None.
+    """Write a request's codes, int64 [1 + K], and, unless `p_embeddings` is None, the sum of the embeddings, [E].
 
-    `b_x` is the state, fp32 [PAD_K]. A semantic code of 1 (END) makes every acoustic code 2, which is level 0.
+    `b_x` is the state, fp32 [PAD_K]. For a semantic code of 1 (END), every acoustic code is 2, which is level 0.
     """
-    b_x = tl.where(b_x > -1.0, b_x, -1.0)  # NaN becomes -1 too, because a code is an index of embeddings
+    b_x = tl.where(b_x > -1.0, b_x, -1.0)  # NaN becomes -1 too: every code must be a valid index of embeddings
     b_x = tl.where(b_x < 1.0, b_x, 1.0)
     b_level = round_half_even((b_x + 1) / 2 * (LEVELS - 1)).to(tl.int64)
     semantic = tl.load(p_semantic + i_b)
@@ -144,9 +144,10 @@ def write_codes(
 
 
 def padded(N: int, K: int) -> dict[str, int]:
-    """Return N, PAD_N and PAD_K, the sizes of blocks of N columns and of K codebooks.
+    """Return the kernel constants N, PAD_N and PAD_K.
 
-    Blocks have sizes of powers of two. PAD_K is at least 4, because noise is drawn for four codebooks at once.
+    PAD_N and PAD_K are N and K, rounded up to powers of two. PAD_K is at least 4, because noise is drawn for four
+    codebooks at once.
     """
     return {"N": N, "PAD_N": triton.next_power_of_2(N), "PAD_K": max(4, triton.next_power_of_2(K))}
 
@@ -158,14 +159,15 @@ def expect_codes(
 
     Args:
         B: requests.
-        w_out: [K, dim], the projection of the velocity, of the dtype and device of the result.
+        w_out: [K, dim], the projection of the velocity, with the dtype and device of the embeddings.
         semantic: int64 [B], semantic codes with the offset of 2.
-        levels: levels of an acoustic code, 2 or more.
+        levels: the number of levels of an acoustic code, 2 or more.
         embeddings: [rows, E], or None.
-        semantic_size: codes of the semantic codebook, without the 2 special ones.
+        semantic_size: the number of codes in the semantic codebook, without the 2 special codes, 1 or more.
 
     Returns:
-        Codes, int64 [B, 1 + K], and next embeddings [B, E], with E = 0 if `embeddings` is None; both uninitialised.
+        Two uninitialised tensors: the codes, int64 [B, 1 + K], and the sums of embeddings, [B, E], where E = 0 if
+        `embeddings` is None.
 
     Raises:
         ValueError: `embeddings` has too few rows for all codes, or `levels` or `semantic_size` is too small.
@@ -180,6 +182,6 @@ def expect_codes(
     if levels < 2 or semantic_size < 1 or rows < least:
         raise ValueError(
             f"embeddings has {rows} rows but must have {least} or more: {semantic_size} + 2 semantic codes "
-            f"(semantic_size) and {K} x ({levels} + 2) acoustic ones (levels)"
+            f"(semantic_size, 1 or more) and {K} x ({levels} + 2) acoustic codes (levels, 2 or more)"
         )
     return codes, w_out.new_empty(B, E)

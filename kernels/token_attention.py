@@ -1,7 +1,7 @@
-"""Attention over the three tokens [x, t, h] of the flow head, by itself or fused into the output projection wo.
+"""Attention over the three tokens [x, t, h] of the flow head, alone or fused with the output projection wo.
 
 Each pair (branch, request) is a sequence of three tokens: the flow's state x, the time t and the hidden state h. Branch
-0 has the condition, branch 1 does not::
+0 is with the condition, branch 1 without::
 
     q | k | v                          columns of x_qkv [n_x, W], t_qkv [n_t, W], h_qkv [2B, W]; W = (H + 2 Hkv) * D
     s_ij = q_i . k_j / sqrt(D)         [3, 3] for each pair and query head; i, j = x, t, h
@@ -15,10 +15,10 @@ Each pair (branch, request) is a sequence of three tokens: the flow's state x, t
 Rows that are equal for many pairs are stored once. Before the first layer both branches share x (n_x = B), and all
 pairs share the time (n_t = 1).
 
-A block of ``token_attention`` computes all queries that read one key head of BLOCK_B requests: 2 branches, 3 tokens and
-H / Hkv query heads. It loads a request's q, k and v once. With only three keys, scores are elementwise products and
-sums, not matrix products. ``token_attention_linear`` is tiled along the rows of wo, and each block repeats the
-attention, one head at a time. The repeated attention is cheap for few requests, and saves a launch.
+For BLOCK_B requests, a block of ``token_attention`` computes all queries that read one key head: 2 branches, 3 tokens
+and H / Hkv query heads. The block loads a request's q, k and v once. With only three keys, scores are elementwise
+products and sums, not matrix products. ``token_attention_linear`` is tiled along the rows of wo, and each block repeats
+the attention, one head at a time. The repeated attention is cheap for few requests, and saves a launch.
 """
 
 import torch
@@ -32,9 +32,9 @@ from .operator import expect, expect_batch, operator
 
 __all__ = ["token_attention", "token_attention_linear"]
 
-# A block computes all queries that read one key head of BLOCK_B requests, so that one block loads each element of a
-# request. In the public model a request has 2 branches x 3 tokens x 4 query heads = 24 rows, padded to 32. A row has
-# 128 columns, in registers as fp32.
+# A block computes all queries that read one key head of a request, so no two blocks load the same element of a request.
+# In the public model these are 2 branches x 3 tokens x 4 query heads = 24 rows per request, padded to 32. A row has 128
+# columns, which are held in registers as fp32.
 TOKEN_ATTENTION = LaunchConfigs(
     "token_attention",
     """
@@ -44,10 +44,10 @@ TOKEN_ATTENTION = LaunchConfigs(
     """,
 )
 
-# Attention and wo, one head at a time: 96 blocks of 32 rows for N = 3072, with 8 KB of weights per head. Each block
-# repeats the attention, 0.2 MFLOP. A stage holds the tiles of q, k and v beside the weights, 27 KB in all for 8 rows.
-# GPUs with 101,376 bytes of shared memory for each block therefore have fewer stages. Four warps spill 8 bytes on
-# sm_120.
+# A block computes attention and wo one head at a time. N = 3072 gives 96 blocks of 32 rows, with 8 KB of weights per
+# head. Each block repeats the attention, which takes 0.2 MFLOP. For 8 rows, a stage holds 27 KB: the weights, and tiles
+# of q, k and v. The table's rows for GPUs with 101,376 bytes of shared memory per block therefore have fewer stages. On
+# sm_120, four warps spill 8 bytes.
 TOKEN_ATTENTION_LINEAR = LaunchConfigs(
     "token_attention_linear",
     """
@@ -74,8 +74,8 @@ def attend_tokens(
         p_x: [n_x, W], q | k | v of the x tokens; pair i reads row i % n_x.
         p_t: [n_t, W], q | k | v of the t tokens; pair i reads row i % n_t.
         p_h: [2B, W], q | k | v of the h tokens.
-        o_row: int block [rows], token-major row numbers.
-        m_row: bool [rows], which rows exist; the others give zeros.
+        o_row: int block [rows], row numbers: token * 2B + branch * B + request.
+        m_row: bool [rows], which rows exist; the other rows give zeros.
         B2: 2B, the number of pairs.
         n_x: B or 2B.
         n_t: 1 or 2B.
@@ -91,7 +91,7 @@ def attend_tokens(
     COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
     o_d = tl.arange(0, COLUMNS)
     m_d = m_row[:, None] & (o_d < D)[None, :]
-    token = o_row.to(tl.int32) // B2  # int32: a 64-bit division takes a hundred instructions
+    token = o_row.to(tl.int32) // B2  # int32, because a 64-bit division takes a hundred instructions
     i = o_row.to(tl.int32) % B2
     o_x = (i % n_x).to(tl.int64)[:, None] * W + o_d[None, :]  # [rows, D]
     o_t = (i % n_t).to(tl.int64)[:, None] * W + o_d[None, :]
@@ -101,8 +101,8 @@ def attend_tokens(
     o_k = ((H + b_head // (H // HKV)) * D)[:, None]
     o_v = o_k + HKV * D
 
-    # Each row loads from one of three pointers, and its other two loads are masked off: the compiler would not know the
-    # alignment of a pointer that is selected among three.
+    # Each row loads from one of three pointers, and the row's other two loads are masked off. The compiler could not
+    # infer the alignment of a single pointer that is selected among three.
     b_q = tl.load(p_x + o_x + o_q, mask=m_d & (token == 0)[:, None], other=0.0).to(tl.float32)
     b_q += tl.load(p_t + o_t + o_q, mask=m_d & (token == 1)[:, None], other=0.0).to(tl.float32)
     b_q += tl.load(p_h + o_h + o_q, mask=m_d & (token == 2)[:, None], other=0.0).to(tl.float32)
@@ -173,11 +173,11 @@ def token_attention(
         n_heads: H query heads.
         n_kv_heads: Hkv key heads, a divisor of H; query head h reads key head ``h // (H / Hkv)``.
         n_tokens: 3, or 1 to compute only the queries of the x tokens.
-        max_batch: the most requests that the operator is prepared for, 1..64. It decides the launch config, so a
-            request's result depends neither on B nor on the other requests.
+        max_batch: the most requests that the operator is prepared for, 1..64. The launch config depends on this number,
+            so a request's result depends neither on B nor on the other requests.
 
     Returns:
-        [n_tokens * 2B, H * D], token-major, softmax and sums in fp32, rounded once.
+        [n_tokens * 2B, H * D], token-major. The softmax and all sums are fp32, and the result is rounded once.
 
     Raises:
         ValueError: B is not in 1..max_batch, `n_tokens` is not 1 or 3, or W does not fit `n_heads` and `n_kv_heads`.
@@ -264,10 +264,11 @@ def token_attention_linear(
         max_batch: the most requests that the operator is prepared for.
 
     Returns:
-        [6B, dim] or [2B, dim] like `residual`, token-major, summed in fp32 and rounded once.
+        [6B, dim] or [2B, dim], like `residual`, token-major, summed in fp32 and rounded once.
 
     Raises:
-        TypeError: the tensors are fp32, which :func:`token_attention` and :func:`voxkern.kernels.linear.linear` take.
+        TypeError: the tensors are fp32. For fp32, call :func:`token_attention` and then
+            :func:`voxkern.kernels.linear.linear`.
         ValueError: B is not in 1..max_batch, or W does not fit `n_heads` and `n_kv_heads`.
     """
     if h_qkv.dtype == torch.float32:  # a product over 128 fp32 columns needs more registers than a thread has

@@ -11,10 +11,11 @@ For B requests, K acoustic codebooks and a model of width dim; the device functi
                   x and t tokens of the next step, as in flow_start
     flow_finish   the last step, then codes [B, 1 + K] and the sum of their embeddings [B, E]
 
-where rms(y) = y / sqrt(mean(y^2) + eps). Tokens are [6B, dim], row = token * 2B + branch * B + request, token 0 = x.
+where rms(y) = y / sqrt(mean(y^2) + eps). The tokens are stored as [6B, dim], row = token * 2B + branch * B + request,
+with token 0 = x, 1 = t and 2 = h.
 
-One block does a whole step of one request, so that no block waits for another. It reads the two projections, 221 KB
-each in the public model. flow_start has no velocity to wait for, so it is also tiled along the rows of w_in.
+One block computes a whole step of one request, so that no block waits for another. The block reads both projections,
+221 KB each in the public model. flow_start needs no velocity, so its blocks also divide the rows of w_in.
 """
 
 import torch
@@ -36,9 +37,10 @@ FLOW_START = LaunchConfigs(
     *            | 64       4
     """,
 )
-# A block has a multiprocessor to itself, which loads at most some 64 bytes a cycle, so the time depends on the bytes in
-# flight. A tile of BLOCK_K whole rows of w_out is 24 KB of bf16 in the public model. With the columns padded to a power
-# of two it is 32 KB. Three such tiles fit into the 101,376 bytes of shared memory of sm_86, sm_89 and sm_120.
+# A block runs alone on a multiprocessor, which loads at most some 64 bytes per cycle. The time therefore depends on the
+# bytes in flight. In the public model, a tile of four whole rows of w_out has 24 KB in bf16, and 32 KB with the columns
+# padded to a power of two. Three such tiles fit into 101,376 bytes, the shared memory of a block on sm_86, sm_89 and
+# sm_120.
 FLOW_STEP = LaunchConfigs(
     "flow_step",
     """
@@ -138,19 +140,19 @@ def flow_start(
     """Begin a frame: set x to noise, and write the x and t tokens of the first step.
 
     Args:
-        seed: int64 [B], one per request. A request's noise depends on its seed and frame alone, not on the batch.
-        frame: int64 [B], the number of the frame in its request, from 0.
+        seed: int64 [B], one seed per request. A request's noise depends only on the request's seed and frame.
+        frame: int64 [B], the number of each request's frame, counted from 0.
         noise: fp32 [B, K], the initial state, or None to draw it from `seed` and `frame`.
         quantiles: fp32 [65536], the quantiles of the standard normal at (i + 1/2) / 65536.
         w_in: [dim, K] fp32, bf16 or fp16, the input projection.
         time: [dim], the projected time of the first step.
         x: fp32 [B, K], the flow's state, written.
         tokens: [6B, dim], token-major (row = token * 2B + branch * B + request). The first 4B rows, the x and t tokens,
-            are written. The tokens of the hidden state are not.
-        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
+            are written. The tokens of the hidden state are left unchanged.
+        max_batch: the most requests that the operator is prepared for, 1..64; the launch config depends on this number.
 
     Raises:
-        ValueError: B is not in 1..max_batch, or `max_batch` not in 1..64.
+        ValueError: B is not in 1..max_batch, or `max_batch` is not in 1..64.
     """
     B = _expect_entrance(w_in, time, x, tokens, max_batch)
     K = w_in.shape[1]
@@ -208,27 +210,28 @@ def flow_step(
 ) -> None:
     """Run a solver step, ``x += dt * (v + ab2_ratio * (v - v_last))``, and write the x and t tokens of the next step.
 
-    The velocity is guided: ``v = a * v_cond + (1 - a) * v_uncond``. An `ab2_ratio` of 0 is Euler's step, see
-    ``voxkern.reference.solver.integrate``.
+    Guidance combines two velocities: ``v = a * v_cond + (1 - a) * v_uncond``. With an `ab2_ratio` of 0, the step is
+    Euler's; see ``voxkern.reference.solver.integrate``.
 
     Args:
-        y: [2B or more, dim] fp32, bf16 or fp16, the output of the last layer. Its first 2B rows are the x tokens, those
-            with the condition first.
+        y: [2B or more, dim] fp32, bf16 or fp16, the output of the last layer. The first 2B rows are the x tokens, and
+            among them the B rows with the condition come first.
         norm: [dim], the weight of the final RMSNorm.
         w_out: [K, dim], the projection of the velocity.
         eps: added to the mean square.
-        cfg_alpha: fp32 [B], the strength a of the guidance; 1 is no guidance.
-        dt: length of the step.
-        ab2_ratio: factor on the change of the velocity since the last step.
+        cfg_alpha: fp32 [B], the strength a of the guidance; 1 means no guidance.
+        dt: the length of the step.
+        ab2_ratio: the factor on the change of the velocity since the last step.
         x: fp32 [B, K], the flow's state, updated.
-        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's. Not used if `ab2_ratio` is 0.
+        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's velocity. If `ab2_ratio` is 0, the
+            velocity of the last step is not used.
         w_in: [dim, K], the input projection.
         time: [dim], the projected time of the next step.
         tokens: [6B, dim], as in :func:`flow_start`: the first 4B rows are written.
-        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
+        max_batch: the most requests that the operator is prepared for, 1..64; the launch config depends on this number.
 
     Raises:
-        ValueError: B is not in 1..max_batch, or `max_batch` not in 1..64.
+        ValueError: B is not in 1..max_batch, or `max_batch` is not in 1..64.
     """
     B = _expect_entrance(w_in, time, x, tokens, max_batch)
     _expect_head(y, norm, w_out, cfg_alpha, v_last, B)
@@ -266,7 +269,21 @@ def launch_flow_finish(
     constants |= {"LEVELS": levels, "SEMANTIC_SIZE": semantic_size}
     del constants["BLOCK_N"]  # a size of the input projection, which this kernel does not compute
     _flow_finish_kernel[(B,)](
-        y, norm, w_out, cfg_alpha, x, v_last, semantic, embeddings, codes, next_embedding, B, eps, dt, ab2_ratio, **constants
+        y,
+        norm,
+        w_out,
+        cfg_alpha,
+        x,
+        v_last,
+        semantic,
+        embeddings,
+        codes,
+        next_embedding,
+        B,
+        eps,
+        dt,
+        ab2_ratio,
+        **constants,
     )
 
 
@@ -297,17 +314,18 @@ def flow_finish(
         w_out: [K, dim], the projection of the velocity.
         eps: added to the mean square.
         cfg_alpha: fp32 [B], the strength of the guidance.
-        dt: length of the step.
-        ab2_ratio: factor on the change of the velocity since the last step.
+        dt: the length of the step.
+        ab2_ratio: the factor on the change of the velocity since the last step.
         x: fp32 [B, K], the flow's state, updated and not clamped.
-        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's.
-        semantic: int64 [B], the semantic codes with the offset of 2. If one is 1 (END), the request's acoustic codes
-            are all 2.
-        levels: levels of an acoustic code: -1 is level 0, +1 is level ``levels - 1``, half rounds to even.
-        embeddings: [rows, E]: ``semantic_size + 2`` rows, then ``levels + 2`` rows for each acoustic codebook. None
-            skips the sum: E = 0.
-        semantic_size: codes of the semantic codebook, without the 2 special ones.
-        max_batch: the most requests that the operator is prepared for, 1..64; it decides the launch config.
+        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's velocity.
+        semantic: int64 [B], the semantic codes with the offset of 2. For a semantic code of 1 (END), all acoustic codes
+            of the request are 2.
+        levels: the number of levels of an acoustic code. x = -1 is level 0, and x = 1 is level ``levels - 1``. A value
+            halfway between two levels rounds to the even level.
+        embeddings: [rows, E]: ``semantic_size + 2`` rows, then ``levels + 2`` rows for each acoustic codebook. With
+            None there is no sum, and E = 0.
+        semantic_size: the number of codes in the semantic codebook, without the 2 special codes.
+        max_batch: the most requests that the operator is prepared for, 1..64; the launch config depends on this number.
 
     Returns:
         The codes with the offset of 2, int64 [B, 1 + K], and the sum of their embeddings, [B, E], summed in fp32 and

@@ -1,4 +1,4 @@
-"""The plain PyTorch model: the reference for every kernel's test, the CPU path, and the code that is trained."""
+"""The model in plain PyTorch: the kernels are tested against it, it runs on a CPU, and it can be trained."""
 
 from .attention import PagedCache
 from .backbone import Backbone

@@ -1,7 +1,7 @@
-"""Grouped-query attention: interleaved RoPE, the plain causal form, and the paged KV cache.
+"""Grouped-query attention with interleaved RoPE, over keys and values in plain tensors or in a paged KV cache.
 
-Each layer stores its keys and values in one tensor [pages, 2, Hkv, PAGE, D]. Row b of the block table lists the pages
-of request b in order. Token p of request b is stored in page ``block_table[b, p // PAGE]`` at index ``p % PAGE``.
+The cache of each layer is one tensor [pages, 2, Hkv, PAGE, D]. Row b of the block table lists the pages of request b in
+order. Token p of request b is stored in page ``block_table[b, p // PAGE]`` at index ``p % PAGE``.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ class PagedCache:
 
     Attributes:
         kv: [layers, pages, 2, Hkv, PAGE, D], keys at index 0 of the third dimension and values at index 1.
-        block_table: int [B, max_pages], the pages of each request in order.
-        lengths: int [B], tokens of each request, including those that this pass appends; 0 marks a row without a
-            request.
+        block_table: int [B, max_pages], the indices of each request's pages, in order.
+        lengths: int [B], number of tokens of each request, including the tokens that this pass appends; 0 marks a row
+            without a request.
     """
 
     kv: Tensor
@@ -35,11 +35,11 @@ class PagedCache:
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of ``position * theta^(-2i / head_dim)`` (RoFormer, arXiv 2104.09864).
 
-    The angle is computed in fp64, because in fp32 its error is 2e-4 rad at position 4096.
+    The angle is computed in fp64, because an fp32 angle is off by 2e-4 rad at position 4096.
 
     Args:
-        positions: int [...].
-        head_dim: D, even.
+        positions: int [...], token positions from 0.
+        head_dim: head dimension D, which must be even.
         theta: base of the rotation frequencies.
 
     Returns:
@@ -51,12 +51,12 @@ def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i + 1) of each head by the RoPE angles; Mistral's checkpoints interleave pairs this way.
+    """Rotate the elements 2i and 2i + 1 of each head by the i-th RoPE angle, the pairing of Mistral's checkpoints.
 
     Args:
-        x: [..., H, D].
-        cos: [..., D / 2], from :func:`rope_table`; it has no head dimension.
-        sin: [..., D / 2], as `cos`.
+        x: [..., H, D], queries or keys.
+        cos: [..., D / 2], from :func:`rope_table`, without a dimension for the heads.
+        sin: [..., D / 2], likewise.
 
     Returns:
         [..., H, D] in the dtype of `x`.
@@ -69,14 +69,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) -> Tensor:
     """Compute softmax attention of T queries over S keys and values, with scale ``D^-0.5``.
 
-    Query head h attends to key head ``h // (H / Hkv)``.
+    Query head h uses the keys and values of head ``h // (H / Hkv)``.
 
     Args:
         q: [B, T, H, D], queries of the last T of the S positions.
-        k: [B, S, Hkv, D].
-        v: [B, S, Hkv, D].
-        causal: whether a query attends only to its own and earlier positions.
-        window: number of positions that a causal query attends to, the latest ones including its own; 0 is all.
+        k: [B, S, Hkv, D], keys.
+        v: [B, S, Hkv, D], values.
+        causal: whether a query attends only to its own position and earlier ones.
+        window: number of positions that a causal query attends to: its own and the ``window - 1`` before it. 0 means
+            its own and all earlier ones.
 
     Returns:
         [B, T, H, D].
@@ -98,10 +99,10 @@ def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths:
 
     Args:
         kv_cache: [pages, 2, Hkv, PAGE, D], one layer's cache, written in place.
-        k: [B, T, Hkv, D].
-        v: [B, T, Hkv, D].
-        block_table: int [B, max_pages].
-        lengths: int [B], tokens of each request including the T new ones; rows of length 0 are skipped.
+        k: [B, T, Hkv, D], keys of the new tokens.
+        v: [B, T, Hkv, D], values of the new tokens.
+        block_table: int [B, max_pages], the indices of each request's pages, in order.
+        lengths: int [B], number of tokens of each request, including the T new ones; a row with length 0 is skipped.
     """
     T, page = k.shape[1], kv_cache.shape[3]
     live = (lengths > 0).nonzero().squeeze(1)
@@ -112,16 +113,16 @@ def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths:
 
 
 def paged_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int = 0) -> Tensor:
-    """Compute causal attention of each request's last T tokens over the request's own pages.
+    """Compute causal attention of each request's last T tokens over the keys and values in the request's pages.
 
     Requests are processed one at a time because their lengths differ. A request's result therefore has the same bits
     in every batch.
 
     Args:
-        q: [B, T, H, D].
-        kv_cache: [pages, 2, Hkv, PAGE, D], one layer's cache.
-        block_table: int [B, max_pages].
-        lengths: int [B], tokens of each request; the output of a row of length 0 is zeros.
+        q: [B, T, H, D], queries.
+        kv_cache: [pages, 2, Hkv, PAGE, D], one layer's cache, which already holds the T tokens.
+        block_table: int [B, max_pages], the indices of each request's pages, in order.
+        lengths: int [B], number of tokens of each request, including the T last ones; a row with length 0 gets zeros.
         window: see :func:`attention`.
 
     Returns:
@@ -139,7 +140,7 @@ def paged_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: T
 class Attention(nn.Module):
     """The four projections of grouped-query attention, without biases.
 
-    The caller of :meth:`forward` passes the attention itself, for example a causal or a paged one, as a function.
+    The caller of :meth:`forward` passes a function that computes the attention, for example causal or paged attention.
     """
 
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
@@ -151,12 +152,13 @@ class Attention(nn.Module):
         self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
 
     def forward(self, x: Tensor, attend: Attend, n_queries: int | None = None) -> Tensor:
-        """Attend from the first `n_queries` tokens to all T tokens.
+        """Project the tokens, attend from the first `n_queries` tokens to all T tokens, and project the result.
 
         Args:
             x: [B, T, dim].
-            attend: function of q [B, n_queries, H, D] and of k and v [B, T, Hkv, D]; returns [B, n_queries, H, D].
-            n_queries: number of tokens to compute outputs of, from the first; None is all T.
+            attend: function of q [B, n_queries, H, D], k [B, T, Hkv, D] and v [B, T, Hkv, D] that returns
+                [B, n_queries, H, D].
+            n_queries: number of leading tokens that get an output; None means all T.
 
         Returns:
             [B, n_queries, dim].
@@ -168,7 +170,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm layer of the backbone and the flow head: attention, then SwiGLU, each added to its input."""
+    """A pre-norm layer of the backbone or of the transformer flow head: attention, then SwiGLU, both residual."""
 
     def __init__(
         self, dim: int, hidden_dim: int, n_heads: int, n_kv_heads: int, head_dim: int, norm_eps: float

@@ -1,4 +1,4 @@
-"""The autoregressive backbone, which turns embeddings into one hidden state per token or 80 ms frame."""
+"""The autoregressive backbone, which computes one hidden state per embedded text token or 80 ms frame."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,21 @@ from .moe import MoEBlock
 
 
 class CodebookEmbeddings(nn.Module):
-    """One embedding table for all codebooks, with one row per code and special code of each codebook."""
+    """The embedding table of all codebooks: it has one row for each code and each special code of each codebook."""
 
     def __init__(self, audio: AudioModelConfig, dim: int) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(audio.embedding_rows, dim)
-        self.offsets: Tensor  # device="cpu" below keeps its values in a module built on "meta"
+        self.offsets: Tensor  # device="cpu" below, because on the "meta" device the offsets would have no values
         self.register_buffer("offsets", torch.tensor(audio.embedding_offsets, device="cpu"), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Embed frames as the sum of the rows of their codes.
+        """Embed frames; a frame's embedding is the sum of the table's rows for the frame's codes.
 
-        The sum is computed in fp32 (fp64 in an fp64 model) and rounded once.
+        The sum is computed in fp32 (fp64 in an fp64 model) and rounded once to the table's dtype.
 
         Args:
-            codes: int [..., 37] with the +2 offset.
+            codes: int [..., 37] with the +2 offset; the number of codes, 37 in the public model, comes from the config.
 
         Returns:
             [..., dim].
@@ -34,7 +34,7 @@ class CodebookEmbeddings(nn.Module):
 
 
 class AudioEmbeddings(nn.Module):
-    """The backbone's embeddings of text tokens and of frames, under the checkpoint's names."""
+    """The backbone's embedding tables for text tokens and for frames, named as in the checkpoint."""
 
     def __init__(self, backbone: BackboneConfig, audio: AudioModelConfig) -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class AudioEmbeddings(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The decoder-only transformer: embeddings, layers and final norm, under the checkpoint's names.
+    """The decoder-only transformer: embeddings, layers and final norm, named as in the checkpoint.
 
-    It has no language-model head, because speech generation never evaluates one.
+    The backbone has no language-model head, because generating speech does not need text logits.
     """
 
     def __init__(self, config: BackboneConfig, audio: AudioModelConfig) -> None:
@@ -60,11 +60,12 @@ class Backbone(nn.Module):
 
         Args:
             u: [B, T, dim], embeddings.
-            cache: None if the T tokens are whole sequences that start at position 0. Otherwise the T tokens are the
-                last of each request's ``cache.lengths`` tokens, and their keys and values are appended to the cache.
+            cache: the keys and values of each request's earlier tokens; the keys and values of the T tokens are
+                appended. ``cache.lengths`` includes the T tokens. None means that the T tokens are whole sequences,
+                from position 0.
 
         Returns:
-            [B, T, dim], after the final norm. Rows with ``cache.lengths`` 0 are undefined.
+            [B, T, dim], after the final norm. The output of a row with length 0 in `cache` is undefined.
         """
         config, T = self.backbone_config, u.shape[1]
         positions = torch.arange(T, device=u.device)

@@ -1,8 +1,9 @@
 """The neural codec, which decodes frames of codes to 24 kHz sound and encodes sound to codes.
 
-The decoder alternates causal convolutions and windowed ALiBi transformers. Its row rate rises from 12.5 Hz to 25, 50
-and 100 Hz, and the last convolution turns each row into 240 samples. The encoder has the same stages in reverse order.
-Its modules exist only if the checkpoint has the encoder's weights, which the public checkpoint lacks.
+The decoder alternates causal convolutions and windowed ALiBi transformers. In the public model, the decoder's row rate
+rises from 12.5 Hz to 25, 50 and 100 Hz, and the last convolution turns each row into 240 samples. The encoder has
+similar stages in reverse order. The encoder's modules are created only on request, because the public checkpoint has no
+weights for them.
 """
 
 import torch.nn.functional as F
@@ -17,17 +18,18 @@ from .quantizer import Quantizer
 
 
 class AudioTokenizer(CodecDecoder):
-    """The codec's decoder, quantiser and optional encoder, under the names of the checkpoint's ``audio_tokenizer``.
+    """The codec: decoder, quantiser and optional encoder, named as in the checkpoint's ``audio_tokenizer``.
 
     Args:
         config: the codec's sizes.
-        encoder: whether to create the encoder's modules, too; the checkpoint must have their weights.
+        encoder: whether to create the encoder's modules, too. A checkpoint can then be loaded only if it has the
+            encoder's weights.
     """
 
     def __init__(self, config: CodecConfig, encoder: bool = False) -> None:
         super().__init__()
         self.config, self.has_encoder = config, encoder
-        self._folded: FoldedWeights | None = None  # shared by all streams until a weight changes
+        self._folded: FoldedWeights | None = None  # used by all streams until a weight changes
         patch, window = config.pretransform_patch_size, config.attn_sliding_window_size
         if encoder:
             self.input_proj = CausalConv1d(patch, config.dim, config.patch_proj_kernel_size)
@@ -60,8 +62,8 @@ class AudioTokenizer(CodecDecoder):
             samples: [B, 1, n], see :meth:`latents`.
 
         Returns:
-            The decoded sound, fp32 (fp64 in an fp64 model) [B, 1, n], and its codes, int64 [B, 1 + K, T] WITHOUT the
-            +2 offset.
+            The decoded sound, fp32 (fp64 in an fp64 model) [B, 1, n], and the codes between encoder and decoder,
+            int64 [B, 1 + K, T] WITHOUT the +2 offset.
         """
         quantized, codes = self.quantizer.quantize(self.latents(samples))
         return self.synthesize(quantized)[..., : samples.shape[-1]], codes
@@ -73,16 +75,16 @@ class AudioTokenizer(CodecDecoder):
             samples: [B, 1, n], see :meth:`latents`.
 
         Returns:
-            int64 [B, 1 + K, T] WITHOUT the +2 offset.
+            The codes, int64 [B, 1 + K, T] WITHOUT the +2 offset.
         """
         return self.quantizer.encode(self.latents(samples))
 
     def stream(self, batch: int = 1) -> CodecStream:
-        """Return a stream that decodes `batch` requests chunk by chunk."""
+        """Create a stream that decodes the codes of `batch` requests chunk by chunk."""
         return CodecStream(self, batch, self.folded_weights())
 
     def folded_weights(self) -> FoldedWeights:
-        """Return the decoder's convolution weights with the weight norm folded in, rebuilt if a weight has changed."""
+        """Return the decoder's convolution weights with weight norm folded in, recomputed if a weight has changed."""
         self._folded = FoldedWeights.of(self, self._folded)
         return self._folded
 
@@ -90,13 +92,14 @@ class AudioTokenizer(CodecDecoder):
         """Run the encoder on sound and return the latents before quantisation.
 
         Args:
-            samples: floats [B, 1, n] at the config's sampling rate, n > 0; the last patch is padded with zeros.
+            samples: floats [B, 1, n] with n > 0, at the config's sampling rate. The end is padded with zeros to a
+                multiple of ``pretransform_patch_size`` samples.
 
         Returns:
-            [B, semantic_dim + K, T], T = n / samples_per_frame, rounded up.
+            [B, semantic_dim + K, T], where T is n / samples_per_frame, rounded up.
 
         Raises:
-            ValueError: `samples` has another shape, or the checkpoint has no encoder.
+            ValueError: `samples` has another shape, or the codec was created without an encoder.
         """
         if not self.has_encoder:
             raise ValueError(

@@ -8,12 +8,12 @@ from .quantizer import Quantizer
 
 
 class CodecDecoder(nn.Module):
-    """The decoding half of the codec; its subclass :class:`voxkern.reference.codec.AudioTokenizer` creates the modules.
+    """Decodes codes to sound; the modules are created by the subclass :class:`voxkern.reference.codec.AudioTokenizer`.
 
     Attributes:
         config: the codec's sizes.
         quantizer: the module that turns codes into latents.
-        decoder_blocks: convolutions and transformers, in order.
+        decoder_blocks: convolutions and transformers, in the order in which they run.
         output_proj: the last convolution, which turns each row into ``pretransform_patch_size`` samples.
     """
 
@@ -29,7 +29,7 @@ class CodecDecoder(nn.Module):
             codes: int64 [B, 1 + K, T] WITHOUT the +2 offset.
 
         Returns:
-            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame T].
+            The sound, fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame * T].
 
         Raises:
             ValueError: `codes` has another shape.
@@ -41,10 +41,10 @@ class CodecDecoder(nn.Module):
         """Decode quantised latents to sound.
 
         Args:
-            latents: [B, semantic_dim + K, T].
+            latents: [B, semantic_dim + K, T], from :class:`voxkern.reference.quantizer.Quantizer`.
 
         Returns:
-            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame T].
+            The sound, fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame * T].
         """
         x = latents
         for block in self.decoder_blocks:

@@ -1,4 +1,4 @@
-"""The codec's transformer layers, with ALiBi attention over a window of keys and with layer scale."""
+"""The codec's transformer layers, which have ALiBi attention over a window of keys, and layer scale."""
 
 import torch
 import torch.nn.functional as F
@@ -8,25 +8,27 @@ from .attention import Attend
 from .config import CodecConfig
 from .layers import FeedForward, RMSNorm
 
-QUERY_BLOCK = 256  # queries per attention call, so that the score matrix of long audio stays small
+QUERY_BLOCK = 256  # queries per attention call; a limit keeps the score matrices of long audio small
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
     """Return the ALiBi slopes ``r^h`` with ``r = 2^(-8 / n_heads)`` and h from 0, fp64 [n_heads].
 
-    They are 1, 1/2, .. 1/128 for 8 heads, as in vLLM-Omni's implementation of the model.
+    For 8 heads, the slopes are 1, 1/2, .. 1/128, as in vLLM-Omni's implementation of the model.
     """
     return 2.0 ** (-8.0 / n_heads * torch.arange(n_heads, dtype=torch.float64))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend from each query i to the keys ``i - window <= j <= i``, with bias ``slope_h (j - i)`` (arXiv 2108.12409).
+    """Compute ALiBi attention, in which query i attends to the keys j with ``i - window <= j <= i`` (arXiv 2108.12409).
+
+    The score of head h has the bias ``slope_h (j - i)``, with the slopes of :func:`alibi_slopes`.
 
     Args:
-        q: [B, T, H, D].
-        k: [B, T, H, D].
-        v: [B, T, H, D].
-        window: number of keys before the query's own.
+        q: [B, T, H, D], queries of whole sequences.
+        k: [B, T, H, D], keys.
+        v: [B, T, H, D], values.
+        window: number of earlier positions that a query attends to, besides its own.
 
     Returns:
         [B, T, H, D].
@@ -46,11 +48,11 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 class CodecAttention(nn.Module):
-    """Multi-head attention over a window, with RMSNorm of q and k over all heads together.
+    """Multi-head attention over a window; queries and keys are normalised by RMSNorm over all heads together.
 
     Args:
         config: the codec's sizes.
-        window: number of keys before the query's own.
+        window: number of earlier positions that a query attends to, besides its own.
     """
 
     def __init__(self, config: CodecConfig, window: int) -> None:
@@ -65,11 +67,12 @@ class CodecAttention(nn.Module):
         self.k_norm = RMSNorm(width, config.qk_norm_eps)
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
-        """Attend within `x` [B, T, dim] and return [B, T, dim].
+        """Project the rows of `x`, attend between them, and project the result, [B, T, dim] -> [B, T, dim].
 
         Args:
             x: [B, T, dim]; whole sequences if `attend` is None.
-            attend: function of q, k and v [B, T, H, D] that returns [B, T, H, D]; None is :func:`window_attention`.
+            attend: function of q, k and v, [B, T, H, D] each, that returns [B, T, H, D]. None means
+                :func:`window_attention`.
         """
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [B, T, H, D]
@@ -78,7 +81,7 @@ class CodecAttention(nn.Module):
 
 
 class CodecBlock(nn.Module):
-    """A pre-norm transformer layer with layer scale: a learnt vector scales each branch before it is added.
+    """A pre-norm transformer layer with layer scale: a learnt vector scales the output of each residual branch.
 
     Each scale is initialised to the config's ``layer_scale_init``.
     """

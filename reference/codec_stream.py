@@ -1,7 +1,8 @@
-"""The streaming codec decoder, which decodes each chunk of codes once, from a state of fixed size.
+"""The streaming codec decoder, which decodes codes chunk by chunk with a state of fixed size.
 
-The state of a request is small. It holds two latents, a window of keys and values per layer, one row before each
-transposed convolution, and six rows before the last convolution. Only a request's first frame is padded.
+The state of a request is small. In the public model, the state has the last two latents and, per transformer layer, a
+window of keys and values. It also has one input row per transposed convolution, and six of the last convolution. Only
+the rows before a request's first frame are padded; later chunks read the state instead.
 """
 
 from collections.abc import Iterator
@@ -21,12 +22,12 @@ from .layers import upcast
 
 @dataclass(frozen=True)
 class CodecState:
-    """The state that the decoder keeps of B requests from chunk to chunk; its size never changes.
+    """The state of B requests between two chunks; the size of the state never changes.
 
     Attributes:
-        past_frames: int64 [B], frames decoded so far.
-        conv_state: [B, rows, channels] of each convolution in order, its last input rows.
-        kv_window: [2, B, window, H, D] of each layer in order, its last keys and values.
+        past_frames: int64 [B], number of frames decoded so far.
+        conv_state: one tensor [B, rows, channels] per convolution, in order: the convolution's last input rows.
+        kv_window: one tensor [2, B, window, H, D] per transformer layer, in order: the layer's last keys and values.
     """
 
     past_frames: Tensor
@@ -35,18 +36,18 @@ class CodecState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole state."""
+        """Number of bytes of the whole state."""
         return sum(t.nbytes for t in (self.past_frames, *self.conv_state, *self.kv_window))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The row counts of a chunk at one row rate of the decoder, for B requests.
+    """The row counts of a chunk at one point of the decoder, where a frame has a fixed number of rows.
 
     Attributes:
         fresh: bool [B, 1, 1], whether the chunk is the request's first.
-        past_rows: int [B], rows decoded before the chunk.
-        new_rows: int [B], rows of the chunk.
+        past_rows: int [B], number of rows before the chunk, over all earlier chunks of the request.
+        new_rows: int [B], number of rows of the chunk.
     """
 
     fresh: Tensor
@@ -55,15 +56,15 @@ class Chunk:
 
 
 class CodecStream:
-    """Decodes a batch of requests chunk by chunk; the sound is that of decoding whole sequences.
+    """Decodes a batch of requests chunk by chunk, to the same sound as decoding whole sequences, up to rounding.
 
-    A stream takes the folded weights of the convolutions when it is created. After a weight has changed, create a new
-    stream: the old one keeps the old convolution weights.
+    A stream takes the folded weights of the convolutions when the stream is created. After a weight has changed, create
+    a new stream, because an old stream keeps the old convolution weights.
 
     Attributes:
-        state: what the stream keeps between chunks, written in place, so that its addresses stay.
-        max_chunk_frames: largest chunk for which the bits do not depend on the chunks. It is 1 frame, because
-            ``F.linear`` rounds a row differently among many rows than among few.
+        state: the state between chunks. It is updated in place, so the addresses of its tensors never change.
+        max_chunk_frames: number of frames of the largest chunk for which the sound's bits do not depend on how the
+            frames are divided into chunks. It is 1, because ``F.linear`` rounds a row differently among more rows.
     """
 
     max_chunk_frames = 1
@@ -74,10 +75,10 @@ class CodecStream:
         Args:
             codec: the decoder.
             batch: number of requests B.
-            weights: folded weights of `codec` to use; None folds them here.
+            weights: folded weights of `codec`; None means that they are computed here.
 
         Raises:
-            ValueError: a frame has too few rows for the last convolution's padding, which would need the second frame.
+            ValueError: the last convolution's reflect padding needs more rows than a frame has.
         """
         self.codec, self.batch = codec, batch
         projection = codec.output_proj
@@ -91,7 +92,7 @@ class CodecStream:
         self.state = _new_state(codec, batch)
 
     def restart(self, rows: Tensor) -> None:
-        """Start new requests where `rows`, bool [B], is true; their rows' old state is never read again."""
+        """Start a new request in each row where `rows`, bool [B], is true; the old state of these rows is ignored."""
         self.state.past_frames.masked_fill_(rows, 0)
 
     @torch.inference_mode()
@@ -100,11 +101,11 @@ class CodecStream:
 
         Args:
             codes: int64 [B, 1 + K, T] WITHOUT the +2 offset.
-            new_frames: int64 [B], number of frames of each request in `codes`, 0..T; None is T for all. Codes after
-                these frames are ignored.
+            new_frames: int64 [B], number of new frames of each request, 0..T; None means T for all requests. Codes of a
+                request after its new frames are ignored.
 
         Returns:
-            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame T]; zeros after a request's own frames.
+            The sound, fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame * T]; zeros after a request's new frames.
 
         Raises:
             ValueError: `codes` or `new_frames` has another shape.
@@ -149,8 +150,8 @@ class FoldedWeights:
 
     Attributes:
         sources: the parameters that the matrices were computed from.
-        key: address, version, dtype and device of each of `sources` at that time.
-        weights: one matrix per convolution, in order. The last one, which produces samples, is in the upcast dtype
+        key: address, version, dtype and device of each of `sources` when the matrices were computed.
+        weights: one matrix per convolution, in order. The last matrix, which produces samples, is in the upcast dtype
             (see :func:`voxkern.reference.layers.upcast`).
     """
 
@@ -162,11 +163,11 @@ class FoldedWeights:
     def of(cls, codec: CodecDecoder, known: "FoldedWeights | None" = None) -> "FoldedWeights":
         """Return the folded weights of a codec, or `known` if no weight has changed since `known` was computed.
 
-        A write through ``.data``, or to a weight created in inference mode, is not detected.
+        Two kinds of writes are not detected: writes through ``.data``, and writes to weights created in inference mode.
         """
         sources = tuple(weight for conv in convolutions(codec) for weight in conv.parameters())
         key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in sources)
-        # compare the tensors' identity, too: a new tensor may have the address of a freed one
+        # compare the tensors' identity, too, because a new tensor may have the address of a freed one
         if known is None or known.key != key or any(a is not b for a, b in zip(known.sources, sources, strict=True)):
             weights = [fold_weight_norm(conv) for conv in convolutions(codec)]
             known = cls(sources, key, [*weights[:-1], upcast(weights[-1])])
@@ -175,12 +176,12 @@ class FoldedWeights:
 
 @torch.no_grad()
 def fold_weight_norm(conv: CausalConv1d | CausalConvTranspose1d) -> Tensor:
-    """Return a convolution's weight, with its norm folded in, as a matrix that multiplies windows of rows.
+    """Return a convolution's weight, with weight norm folded in, as a matrix that multiplies windows of rows.
 
     Returns:
-        [n_out, taps n_in]: the channels of a tap are adjacent, and the tap of the oldest row is first. A transposed
-        convolution of stride s computes s rows from each window, so its matrix is [s n_out, taps n_in]. Its taps are
-        the input rows that contribute to these s rows.
+        [n_out, taps * n_in]. The matrix has one tap per input row of a window, and the oldest row's tap is first. The
+        channels of a tap are adjacent. A transposed convolution of stride s computes s output rows from each window,
+        so the matrix is [s * n_out, taps * n_in].
     """
     weight: Tensor = conv.conv.weight
     if isinstance(conv, CausalConv1d):
@@ -192,7 +193,7 @@ def fold_weight_norm(conv: CausalConv1d | CausalConvTranspose1d) -> Tensor:
 
 
 def _convolve(conv: CausalConv1d, weight: Tensor, x: Tensor, conv_state: Tensor, chunk: Chunk) -> Tensor:
-    """[B, T, n_in] -> [B, T, n_out]."""
+    """Convolve a chunk and store its last rows, [B, T, n_in] -> [B, T, n_out]."""
     n = conv.padding
     missing = x[:, 1 : n + 1].flip(1) if conv.pad_mode == "reflect" else x[:, :1].expand(-1, n, -1)
     rows = torch.cat((torch.where(chunk.fresh, missing, conv_state), x), dim=1)  # [B, n + T, n_in]
@@ -201,37 +202,37 @@ def _convolve(conv: CausalConv1d, weight: Tensor, x: Tensor, conv_state: Tensor,
 
 
 def _upsample(conv: CausalConvTranspose1d, weight: Tensor, x: Tensor, conv_state: Tensor, chunk: Chunk) -> Tensor:
-    """[B, T, n_in] -> [B, stride T, n_out]."""
+    """Upsample a chunk and store its last rows, [B, T, n_in] -> [B, stride * T, n_out]."""
     n = conv_state.shape[1]
     rows = torch.cat((torch.where(chunk.fresh, 0, conv_state), x), dim=1)  # [B, n + T, n_in]
     conv_state.copy_(last_rows(rows, chunk.new_rows, n))
-    y = _product(weight, rows, n + 1)  # [B, T, stride n_out]
+    y = _product(weight, rows, n + 1)  # [B, T, stride * n_out]
     return y.reshape(len(y), conv.stride * x.shape[1], -1)
 
 
 def _product(weight: Tensor, rows: Tensor, taps: int) -> Tensor:
-    """Multiply each window of `taps` rows by a folded weight; torch's own convolutions are slow on a few rows."""
+    """Multiply each window of `taps` rows by a folded weight, because ``F.conv1d`` is slow on a few rows."""
     return F.linear(rows.unfold(1, taps, 1).transpose(2, 3).flatten(2), weight)
 
 
 def _transform(transformer: CodecTransformer, x: Tensor, kv_window: Iterator[Tensor], chunk: Chunk) -> Tensor:
-    """[B, T, dim] -> [B, T, dim]."""
+    """Run the layers on a chunk and store its last keys and values, [B, T, dim] -> [B, T, dim]."""
     for layer in transformer.layers:
         x = layer(x, partial(attend_chunk, next(kv_window), chunk))
     return x
 
 
 def attend_chunk(kv_window: Tensor, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend from a chunk's rows to the stored window and to the chunk, and store the new window.
+    """Compute ALiBi attention of a chunk's rows to the stored window and the chunk, and store the new window.
 
-    The result is that of :func:`voxkern.reference.codec_layers.window_attention` on whole sequences.
+    The result is that of :func:`voxkern.reference.codec_layers.window_attention` on whole sequences, up to rounding.
 
     Args:
         kv_window: [2, B, window, H, D], the layer's last keys and values, updated in place.
-        chunk: the chunk's row counts at the layer's row rate.
-        q: [B, T, H, D].
-        k: [B, T, H, D].
-        v: [B, T, H, D].
+        chunk: the chunk's row counts in this layer.
+        q: [B, T, H, D], the chunk's queries.
+        k: [B, T, H, D], the chunk's keys.
+        v: [B, T, H, D], the chunk's values.
 
     Returns:
         [B, T, H, D].
@@ -239,7 +240,7 @@ def attend_chunk(kv_window: Tensor, chunk: Chunk, q: Tensor, k: Tensor, v: Tenso
     T, H = q.shape[1:3]
     window = kv_window.shape[2]
     i_key, i_query = torch.arange(-window, T, device=q.device), torch.arange(T, device=q.device).unsqueeze(1)
-    distance = i_key - i_query  # [T, window + T], as the kv_window's last row is -1
+    distance = i_key - i_query  # [T, window + T]; the last row of kv_window has index -1
     exists = i_key >= -chunk.past_rows.view(-1, 1, 1, 1)  # [B, 1, 1, window + T]
     seen = (distance <= 0) & (distance >= -window) & exists
     slopes = alibi_slopes(H).to(q.device).view(H, 1, 1)
@@ -255,13 +256,13 @@ def attend_chunk(kv_window: Tensor, chunk: Chunk, q: Tensor, k: Tensor, v: Tenso
 
 
 def last_rows(rows: Tensor, new_rows: Tensor, n: int) -> Tensor:
-    """Return the `n` rows before index ``n + new_rows[b]`` of each request b, [B, n + T, ...] -> [B, n, ...]."""
+    """Return the last `n` of the first ``n + new_rows[b]`` rows of each request b, [B, n + T, ...] -> [B, n, ...]."""
     i_row = new_rows.unsqueeze(1) + torch.arange(n, device=rows.device)  # [B, n]
     return rows[torch.arange(len(rows), device=rows.device).unsqueeze(1), i_row]
 
 
 def _new_state(codec: CodecDecoder, batch: int) -> CodecState:
-    """Return a state of zeros; ``past_frames`` decides which of its rows are used."""
+    """Return a state of zeros; since ``past_frames`` is 0, the other tensors are not used before they are written."""
     config, weight = codec.config, codec.output_proj.conv.weight
     zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)
     conv_state, kv_window = [], []

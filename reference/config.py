@@ -1,8 +1,8 @@
 """The model's configuration, read from Mistral's ``params.json``.
 
-Every size of the model comes from here: layer counts, head dimensions, numbers of codebooks and of levels. Unknown keys
-are ignored. Required keys that are missing, of the wrong type or contradictory raise an error that names the keys: a
-model that loads with a wrong size generates a buzz instead of speech.
+Every size of the model comes from here, for example layer counts, head dimensions and numbers of codebooks. Unknown
+keys are ignored. An error names each required key that is missing, and each key that is of the wrong type,
+contradictory or unsupported. Without these checks, a model with a wrong size could load and generate a buzz.
 """
 
 import dataclasses
@@ -13,23 +13,24 @@ from typing import Any, Self
 from .params_reader import ConfigError as ConfigError
 from .params_reader import ParamsReader
 
-N_SPECIAL_CODES = 2  # every codebook starts with EMPTY and END, so code c has id c + 2
+N_SPECIAL_CODES = 2  # ids 0 and 1 of every codebook are EMPTY and END, so code c has id c + 2, the +2 offset
 EMPTY_AUDIO, END_AUDIO = 0, 1
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The sizes of the backbone's mixture of experts (Mistral Small 4 keys; Mixtral's are a subset).
+    """The sizes of the backbone's mixture of experts, named as in Mistral Small 4; Mixtral has a subset of these keys.
 
     Attributes:
         num_experts: number E of routed experts.
         num_experts_per_tok: number k of routed experts that each token uses.
         num_shared_experts: number of experts that every token uses, with weight 1.
-        expert_hidden_dim: hidden width of one expert; Mixtral's older params have only ``hidden_dim`` for it.
+        expert_hidden_dim: hidden width of one expert. Params without this key, such as Mixtral's, give the width as
+            ``hidden_dim`` at the top level.
         first_k_dense_replace: number of leading layers with a dense feed-forward instead of experts.
-        route_every_n: of the other layers, only those with an index that is a multiple of this have experts.
+        route_every_n: a layer after these leading ones has experts only if its index is a multiple of this number.
         routed_scale: factor on the renormalised routing weights.
-        num_expert_groups: number of groups that the experts are split into; 1 = no groups.
+        num_expert_groups: number of groups that the experts are split into; 1 means no groups.
         num_expert_groups_per_tok: number of groups that the experts of one token may come from.
     """
 
@@ -48,7 +49,7 @@ class MoEConfig:
         return i_layer >= self.first_k_dense_replace and i_layer % self.route_every_n == 0
 
     def problems(self) -> list[str]:
-        """Return the contradictions between these values, as sentences; empty if none."""
+        """Return a description of each contradiction between these sizes; the list is empty if there is none."""
         found = []
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             found.append(
@@ -77,7 +78,11 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The sizes of the backbone: grouped-query attention, interleaved RoPE, RMSNorm, and SwiGLU or experts."""
+    """The sizes of the backbone.
+
+    The backbone is a transformer with grouped-query attention, interleaved RoPE and RMSNorm. The feed-forward is
+    SwiGLU, or a mixture of SwiGLU experts if `moe` is given.
+    """
 
     dim: int
     n_layers: int
@@ -94,7 +99,11 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class AcousticTransformerConfig:
-    """The sizes of the flow head's transformer velocity network, and its number of evaluations per frame."""
+    """The sizes of a flow head with a transformer as its velocity network (``"kind": "transformer"``, the default).
+
+    Attributes:
+        n_decoding_steps: default number of evaluations of the velocity network per frame.
+    """
 
     input_dim: int
     dim: int
@@ -104,7 +113,7 @@ class AcousticTransformerConfig:
     n_heads: int
     n_kv_heads: int
     norm_eps: float = 1e-5
-    n_decoding_steps: int = 7  # absent from the public checkpoint; vLLM-Omni sets 7 as well
+    n_decoding_steps: int = 7  # the public checkpoint lacks this key, and vLLM-Omni also uses 7
 
     @property
     def time_dim(self) -> int:
@@ -114,9 +123,12 @@ class AcousticTransformerConfig:
 
 @dataclass(frozen=True)
 class VelocityMLPConfig:
-    """The sizes of the flow head's other velocity network, a residual MLP (``"kind": "adaln_mlp"``).
+    """The sizes of a flow head with a residual MLP as its velocity network (``"kind": "adaln_mlp"``).
 
-    In MAR, `hidden_dim` equals `dim`.
+    The MLP is that of MAR (see ``mlp_head.py``), where `hidden_dim` equals `dim`.
+
+    Attributes:
+        n_decoding_steps: default number of evaluations of the velocity network per frame.
     """
 
     input_dim: int
@@ -143,7 +155,7 @@ class AudioModelConfig:
 
     @property
     def n_codebooks(self) -> int:
-        """Number of codes of one frame: one semantic code and the acoustic codes."""
+        """Number of codes in one frame: one semantic code and one code per acoustic codebook."""
         return 1 + self.n_acoustic_codebook
 
     @property
@@ -200,25 +212,29 @@ class CodecConfig:
 
     @property
     def encoder_stages(self) -> list[tuple[int, int, int]]:
-        """(transformer layers, kernel, stride) of each encoder stage, in order."""
+        """The encoder's stages in order, each as (transformer layers, kernel size, stride)."""
         return _stages(self, "encoder")
 
     @property
     def decoder_stages(self) -> list[tuple[int, int, int]]:
-        """(transformer layers, kernel, stride) of each decoder stage, in order."""
+        """The decoder's stages in order, each as (transformer layers, kernel size, stride)."""
         return _stages(self, "decoder")
 
     @property
     def samples_per_frame(self) -> int:
-        """Number of samples of one frame: 1920 in the public model."""
+        """Number of audio samples in one frame: 1920 in the public model."""
         return self.pretransform_patch_size * math.prod(stride for _, _, stride in self.decoder_stages)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a whole Voxtral-class model; :meth:`from_params` reads and checks them.
+    """The sizes of a whole Voxtral-class model; :meth:`from_params` reads and checks the sizes.
 
     Attributes:
+        backbone: sizes of the backbone.
+        acoustic_transformer: sizes of the flow head's velocity network, which is a transformer or a residual MLP.
+        audio: sizes of the codebooks, and ids of the audio tokens.
+        codec: sizes of the codec.
         voices: names of the preset voices, in the checkpoint's order.
     """
 
@@ -294,7 +310,7 @@ def _moe_args(params: dict[str, Any]) -> dict[str, Any]:
     moe = params["moe"]
     if not isinstance(moe, dict):
         return {}
-    return {"expert_hidden_dim": params.get("hidden_dim"), **moe}  # Mixtral's params: experts have width hidden_dim
+    return {"expert_hidden_dim": params.get("hidden_dim"), **moe}  # Mixtral's experts have the width hidden_dim
 
 
 def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
@@ -341,12 +357,12 @@ def _codec_contradictions(codec: CodecConfig) -> list[str]:
     try:
         encoder, decoder = codec.encoder_stages, codec.decoder_stages
     except ValueError:
-        return ["encoder_*_str must be comma-separated integers, all three of one length, and so must decoder_*_str"]
+        return ["encoder_*_str must be comma-separated integers, equally many in all three; decoder_*_str likewise"]
     found = []
     if math.prod(s for _, _, s in encoder) != math.prod(s for _, _, s in decoder):
-        found.append("encoder_convs_strides_str and decoder_convs_strides_str must have the same product")
+        found.append("the strides in encoder_convs_strides_str and decoder_convs_strides_str must have equal products")
     if any(s not in (1, 2) or k < s for stages in (encoder, decoder) for _, k, s in stages):
-        found.append("codec strides must be 1 or 2, and no kernel may be shorter than its stride")
+        found.append("codec strides must be 1 or 2, and each codec kernel must be at least as long as its stride")
     if decoder[0][2] != 1:
         found.append("the first decoder stride must be 1")
     return found

@@ -1,10 +1,11 @@
-"""The flow-matching head, which computes a frame's semantic code and turns noise into its 36 acoustic codes.
+"""The flow-matching head, which computes a frame's semantic code and turns noise into the frame's acoustic codes.
 
 The acoustic codes come from a few steps of an ODE solver, which evaluates a velocity network once per step. The public
 model's network (``transformer_head.py``) is a small bidirectional transformer over three tokens [x, t, h]: the flow's
-state, the time, and the backbone's hidden state. The other network is in ``mlp_head.py``. Each evaluation runs with and
-without the hidden state (classifier-free guidance), both in one batch. Sources: Voxtral TTS, arXiv 2603.25551; flow
-matching, arXiv 2210.02747; guidance, arXiv 2207.12598.
+state, the time, and the backbone's hidden state. An alternative network, a residual MLP, is in ``mlp_head.py``.
+
+For classifier-free guidance, each evaluation runs the network with and without the hidden state, both in one batch.
+Sources: Voxtral TTS, arXiv 2603.25551; flow matching, arXiv 2210.02747; guidance, arXiv 2207.12598.
 """
 
 import math
@@ -29,7 +30,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
     Args:
         t: [...], flow times in 0..1.
-        dim: number of sinusoids, even.
+        dim: number of sinusoids, which must be even.
 
     Returns:
         fp64 [..., dim].
@@ -44,8 +45,8 @@ def guide(v: Tensor, cfg_alpha: Tensor) -> Tensor:
     """Apply classifier-free guidance: ``a v_cond + (1 - a) v_uncond``.
 
     Args:
-        v: [2B, K], the conditional velocities first, then the unconditional ones.
-        cfg_alpha: [B], the guidance strength a of each request.
+        v: [2B, K], the conditional velocities v_cond, then the unconditional velocities v_uncond.
+        cfg_alpha: [B], the guidance strength ``a`` of each request.
 
     Returns:
         [B, K] in the dtype of `v`.
@@ -56,10 +57,10 @@ def guide(v: Tensor, cfg_alpha: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor, levels: int) -> Tensor:
-    """Quantise each coordinate: -1 becomes level 0, +1 becomes ``levels - 1``, and halves round to even.
+    """Quantise each value to a level: -1 becomes 0, +1 becomes ``levels - 1``, and halves round to even.
 
     Args:
-        x: [..., K], clamped to -1..1 here; NaN becomes level 0.
+        x: [..., K]; a value outside -1..1 is clamped, and NaN becomes level 0.
         levels: number of levels, 21 in the public model.
 
     Returns:
@@ -69,9 +70,9 @@ def quantise(x: Tensor, levels: int) -> Tensor:
 
 
 def lowest_argmax(logits: Tensor) -> Tensor:
-    """Return the index of the largest value in the last dimension, the lowest such index if several values are equal.
+    """Return the index of the largest value along the last dimension, [..., N] -> int64 [...].
 
-    ``torch.argmax`` does not specify which of several equal values it returns.
+    If several values equal the largest, the lowest index among them is returned. The kernels use the same rule.
     """
     index = torch.arange(logits.shape[-1], device=logits.device)
     is_max = logits == logits.amax(-1, keepdim=True)
@@ -79,9 +80,11 @@ def lowest_argmax(logits: Tensor) -> Tensor:
 
 
 class FlowHead(nn.Module):
-    """Base class of the flow heads: turns a hidden state into one frame of 37 codes with any velocity network.
+    """The base class of the flow heads, which turn each hidden state into one frame of codes.
 
-    A subclass defines ``semantic_codebook_output``, :meth:`project_time`, :meth:`project_hidden` and ``_velocity``.
+    A subclass adds the velocity network. It defines ``semantic_codebook_output``, :meth:`project_time`,
+    :meth:`project_hidden` and ``_velocity``. In all shapes, K is the number of acoustic codes per frame, 36 in the
+    public model.
     """
 
     config: AcousticTransformerConfig | VelocityMLPConfig
@@ -89,7 +92,7 @@ class FlowHead(nn.Module):
     semantic_codebook_output: nn.Linear
 
     def semantic_logits(self, h: Tensor) -> Tensor:
-        """Compute the semantic codebook's logits; those of EMPTY and of the padding rows are -inf.
+        """Compute the logits of the semantic codes; the logits of EMPTY and of the padding rows are -inf.
 
         Args:
             h: [B, input_dim], the backbone's hidden state.
@@ -103,7 +106,7 @@ class FlowHead(nn.Module):
         return logits.masked_fill((index == EMPTY_AUDIO) | (index >= n_codes), -torch.inf)
 
     def velocity(self, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """Evaluate the velocity field once, without guidance, for training and for analysis.
+        """Evaluate the velocity network once, without guidance, for training and for analysis.
 
         Args:
             x: [B, K], the flow's state.
@@ -116,24 +119,24 @@ class FlowHead(nn.Module):
         return self._velocity(x, self.project_time(t), self.project_hidden(h))
 
     def project_time(self, t: Tensor) -> Tensor:
-        """Project flow times in 0..1 to the network's input, [...] -> [..., dim]."""
+        """Project flow times in 0..1 to inputs of the velocity network, [...] -> [..., dim]."""
         raise NotImplementedError
 
     def project_hidden(self, h: Tensor) -> Tensor:
-        """Project hidden states to the network's input, [B, input_dim] -> [B, dim]."""
+        """Project hidden states to inputs of the velocity network, [B, input_dim] -> [B, dim]."""
         raise NotImplementedError
 
     def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
-        """Integrate from noise (t = 0) to the acoustic latents (t = 1) that :meth:`forward` quantises.
+        """Integrate the flow from noise (t = 0) to the acoustic latents (t = 1).
 
-        A model of continuous latents uses these latents directly. The unconditional branch gets hidden states of zero.
-        They are projected like any others, and so become zero, or the projection's bias where it has one.
+        :meth:`forward` quantises these latents. Models without quantisation, unlike the public one, use them directly.
+        The unconditional branch gets hidden states of zeros. Their projection is zeros, or the projection's bias.
 
         Args:
             h: [B, input_dim], the backbone's hidden state.
-            cfg_alpha: [B], the guidance strength; 1 is no guidance.
+            cfg_alpha: [B], the guidance strength; 1 means no guidance.
             noise: [B, K], standard normals.
-            steps: number of evaluations, 1..64; each is one pass for both branches of the guidance.
+            steps: number of evaluations, 1..64; one evaluation computes both branches of the guidance.
             solver: "euler" or "ab2", see :func:`voxkern.reference.solver.integrate`.
 
         Returns:
@@ -159,17 +162,17 @@ class FlowHead(nn.Module):
         steps: int | None = None,
         solver: str = "euler",
     ) -> Tensor:
-        """Generate one frame of codes.
+        """Generate one frame of codes for each request.
 
         Args:
             h: [B, input_dim], the backbone's hidden state after its final norm.
-            cfg_alpha: [B], the guidance strength; 1 is no guidance.
-            noise: [B, K] standard normals; None draws them from torch's generator.
-            steps: number of evaluations, 1..64; None is the config's ``n_decoding_steps``.
+            cfg_alpha: [B], the guidance strength; 1 means no guidance.
+            noise: [B, K], standard normals; None draws them from torch's default generator.
+            steps: number of evaluations, 1..64; None means the config's ``n_decoding_steps``.
             solver: "euler" or "ab2", see :func:`voxkern.reference.solver.integrate`.
 
         Returns:
-            int64 [B, 1 + K] with the +2 offset. If the semantic code is END (1), the acoustic codes are 2.
+            The codes, int64 [B, 1 + K] with the +2 offset. If the semantic code is END (1), all acoustic codes are 2.
 
         Raises:
             ValueError: a tensor has another shape, `solver` is unknown or `steps` is not in 1..64.
@@ -189,7 +192,7 @@ class FlowHead(nn.Module):
         return torch.cat((semantic, acoustic.where(semantic != END_AUDIO, N_SPECIAL_CODES)), dim=1)
 
     def _semantic_code(self, h: Tensor) -> Tensor:
-        """Return int64 [B]; a request with only NaN logits gets END, and the other requests are unaffected."""
+        """Return the semantic codes, int64 [B]; if all logits of a request are NaN or -inf, the code is END."""
         logits = self.semantic_logits(h).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         return lowest_argmax(logits).where(logits.amax(-1) > -torch.inf, END_AUDIO)
 

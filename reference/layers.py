@@ -1,4 +1,4 @@
-"""RMSNorm and the gated feed-forward, which with attention make up every transformer layer of the model."""
+"""RMSNorm and the gated feed-forward, which are parts of every transformer layer of the model."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Return `x` in the dtype in which sums are computed: fp32, or fp64 in an fp64 model."""
+    """Return `x` in the upcast dtype, in which sums are computed: fp64 if `x` is fp64, otherwise fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -18,14 +18,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Args:
         x: [..., D].
         weight: [D].
-        eps: added to the mean square.
+        eps: constant that is added to the mean square.
     """
     b_x = upcast(x)
     return (b_x * torch.rsqrt(b_x.square().mean(-1, keepdim=True) + eps) * upcast(weight)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Normalises the last dimension, of size `dim`, by :func:`rms_norm` with a learnt weight."""
+    """Normalises the last dimension, which has size `dim`, by :func:`rms_norm` with a learnt weight."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise, [..., dim] -> [..., dim]."""
+        """Normalise the last dimension, [..., dim] -> [..., dim]."""
         return rms_norm(x, self.weight, self.eps)
 
 
 class FeedForward(nn.Module):
-    """The gated feed-forward SwiGLU, ``w2(silu(w1 x) * w3 x)``, without biases (Shazeer, arXiv 2002.05202)."""
+    """The gated feed-forward SwiGLU without biases, ``w2(silu(w1 x) * w3 x)`` (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()

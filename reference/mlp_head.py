@@ -1,12 +1,12 @@
-"""The flow head's other velocity network: a residual MLP, conditioned on time and hidden state by adaptive layer norm.
+"""The flow head with a residual MLP as its velocity network, conditioned on time and hidden state.
 
-It is the network of MAR's diffusion loss (Li et al., arXiv 2406.11838), with MAR's tensor names. Its modulation is that
-of DiT (Peebles and Xie, arXiv 2212.09748). The condition is ``c = time_embed(t) + cond_embed(h)``. A block computes
-``x + gate * mlp(norm(x) * (1 + scale) + shift)``, with shift, scale and gate projected from ``silu(c)``.
+The MLP is the network of MAR's diffusion loss (Li et al., arXiv 2406.11838), with MAR's tensor names. The adaptive
+layer norm is that of DiT (Peebles and Xie, arXiv 2212.09748). The condition is ``c = time_embed(t) + cond_embed(h)``. A
+block computes ``x + gate * mlp(norm(x) * (1 + scale) + shift)``. Shift, scale and gate are projected from ``silu(c)``.
 
-In MAR, the norm of a block has weights of its own, ``in_ln``, and computes ``norm(x) * w + b``. Here it has none, as in
-DiT. No generality is lost: ``w * (1 + scale)`` can replace 1 + scale, and ``b * (1 + scale) + shift`` can replace
-shift. Both are again projections of ``silu(c)``.
+In MAR, the norm of a block has its own weights, ``in_ln``, and computes ``norm(x) * w + b``. As in DiT, the norms here
+have no weights. Weights can be folded into the projection: ``w * (1 + scale)`` takes the place of ``1 + scale``, and
+``b * (1 + scale) + shift`` takes the place of ``shift``. Both are again projections of ``silu(c)``.
 """
 
 import torch.nn.functional as F
@@ -25,16 +25,16 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 
     Args:
         x: [..., D]; its variance is the population variance.
-        shift: [..., D].
-        scale: [..., D].
-        eps: added to the variance.
+        shift: [..., D], added last.
+        scale: [..., D]; zeros leave the normalised values unscaled.
+        eps: constant that is added to the variance.
     """
     norm = F.layer_norm(upcast(x), x.shape[-1:], eps=eps)
     return (norm * (1 + upcast(scale)) + upcast(shift)).to(x.dtype)
 
 
 class TimeEmbedding(nn.Module):
-    """Embeds the flow time: `time_dim` sinusoids through a small MLP, time_dim -> dim -> dim."""
+    """Embeds the flow time: `time_dim` sinusoids are the input of a small MLP, time_dim -> dim -> dim."""
 
     def __init__(self, dim: int, time_dim: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """The residual block ``x + gate * mlp(modulated_norm(x))``.
+    """A block of the MLP, which computes ``x + gate * mlp(modulated_norm(x))``.
 
     `mlp` maps dim -> hidden_dim -> dim. `adaLN_modulation` projects the condition to shift, scale and gate.
     """
@@ -66,7 +66,7 @@ class ResidualBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The output layer, which computes the velocity from the last block's output: ``linear(modulated_norm(x))``.
+    """The output layer, which computes the velocity ``linear(modulated_norm(x))`` from the last block's output x.
 
     `linear` maps dim -> n_out. `adaLN_modulation` projects the condition to shift and scale.
     """
@@ -86,7 +86,7 @@ class FinalLayer(nn.Module):
 class FlowMatchingAudioMLP(FlowHead):
     """The flow head with the residual MLP as its velocity network.
 
-    Tensors have the names of MAR's ``diffloss.net``. ``semantic_codebook_output`` is named as in
+    The modules are named as in MAR's ``diffloss.net``. Only ``semantic_codebook_output`` is named as in
     :class:`voxkern.reference.transformer_head.FlowMatchingAudioTransformer`.
     """
 
@@ -105,11 +105,11 @@ class FlowMatchingAudioMLP(FlowHead):
         self.semantic_codebook_output = nn.Linear(config.input_dim, audio.semantic_rows, bias=False)
 
     def project_time(self, t: Tensor) -> Tensor:
-        """Return the part of the condition that depends on the time, [...] in 0..1 -> [..., dim]."""
+        """Project flow times in 0..1 to the condition's first summand, [...] -> [..., dim]."""
         return self.time_embed(t)  # type: ignore[no-any-return]
 
     def project_hidden(self, h: Tensor) -> Tensor:
-        """Return the part of the condition that depends on the hidden state; a hidden state of zeros gives the bias."""
+        """Project hidden states to the condition's second summand, [B, input_dim] -> [B, dim]; zeros give the bias."""
         return self.cond_embed(h)  # type: ignore[no-any-return]
 
     def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:

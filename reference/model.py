@@ -11,7 +11,7 @@ from .transformer_head import FlowMatchingAudioTransformer
 
 
 def make_head(config: AcousticTransformerConfig | VelocityMLPConfig, audio: AudioModelConfig) -> FlowHead:
-    """Return the flow head that `config` describes: the transformer or the residual MLP."""
+    """Create the flow head that `config` describes: the transformer or the residual MLP."""
     if isinstance(config, VelocityMLPConfig):
         return FlowMatchingAudioMLP(config, audio)
     return FlowMatchingAudioTransformer(config, audio)
@@ -20,11 +20,11 @@ def make_head(config: AcousticTransformerConfig | VelocityMLPConfig, audio: Audi
 class VoxtralTTS(Backbone):
     """The whole text-to-speech model: the backbone, with the flow head and the codec as submodules.
 
-    The module tree has the checkpoint's tensor names, so a checkpoint is loaded by a strict ``load_state_dict``.
+    The modules are named as in the checkpoint, so a strict ``load_state_dict`` loads a checkpoint.
 
     Args:
         config: the model's sizes.
-        encoder: whether to create the codec's encoder, which the public checkpoint lacks.
+        encoder: whether to create the codec's encoder; the public checkpoint has no weights for the encoder.
     """
 
     def __init__(self, config: Config, encoder: bool = False) -> None:
@@ -40,6 +40,6 @@ class VoxtralTTS(Backbone):
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Embed frames, int [..., 37] codes with the +2 offset -> [..., dim].
 
-        The embedding of the last frame is the backbone's whole next input.
+        The embedding of a generated frame is the backbone's next input, and no text embedding is added to it.
         """
         return self.mm_audio_embeddings.audio_codebook_embeddings(codes)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""Mixture of experts: a gate selects a few SwiGLU experts for each token; every token also uses the shared experts.
+"""Mixture of experts: a gate selects a few SwiGLU experts for each token, and shared experts run on every token.
 
-The names are those of Mistral's checkpoints, in which gate and experts are direct children of the layer:
+The modules are named as in Mistral's checkpoints, where gate and experts are direct children of the layer:
 ``layers.L.gate.weight``, ``layers.L.experts.E.w1.weight``, ``layers.L.shared_experts.w1.weight``.
 """
 
@@ -16,22 +16,22 @@ from .config import MoEConfig
 from .layers import FeedForward, RMSNorm, upcast
 
 SCORINGS = ("softmax", "sigmoid")
-# replaces NaN and -inf where experts are ordered, so that experts outside a token's groups, which get -inf, come last
+# replaces NaN and -inf when experts are ordered, so that only the experts outside a token's groups have -inf
 LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The rule that selects a token's experts and their weights from the gate's logits.
+    """The rule that selects a token's experts, and the weights of these experts, from the gate's logits.
 
     Attributes:
-        top_k: number of experts of each token.
+        top_k: number k of routed experts that each token uses.
         scoring: how logits become scores: "softmax" over all experts, or "sigmoid" of each logit.
-        n_groups: number of groups of equal size that the experts are split into, in order.
-        n_groups_per_tok: number of groups that a token's experts may come from; the groups with the largest sum of
-            their two best scores are used.
-        renormalise: whether a token's weights are divided by their sum.
-        scale: factor on the weights after renormalisation.
+        n_groups: number of groups of equal size that the experts are split into, in the order of their ids.
+        n_groups_per_tok: number of groups that a token's experts may come from. These are the groups with the largest
+            sum of their two best scores, plus bias if a bias is given.
+        renormalise: whether a token's weights are divided by the sum of these weights.
+        scale: factor by which the weights are multiplied after renormalisation.
     """
 
     top_k: int
@@ -45,16 +45,17 @@ class Routing:
 def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Select the experts of each token and compute their weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-    Without a bias, experts are ordered by their logits. With a bias, experts and groups are ordered by score + bias,
-    but the weights come from the scores alone. Of equal experts, the lowest id comes first.
+    Without a bias, experts are ordered by logit and groups by score. With a bias, experts and groups are ordered by
+    score + bias. The weights come from the scores alone in both cases. Of experts with equal values, the one with the
+    lowest id comes first; experts with NaN or -inf come last.
 
     Args:
-        logits: [M, E], fp32 or fp64.
+        logits: fp32 or fp64 [M, E], the gate's output for M tokens and E experts.
         routing: the routing rule.
-        bias: [E], a correction that balances the load of the experts; None is no correction.
+        bias: [E], a correction that balances the load of the experts; None means no correction.
 
     Returns:
-        ids int64 [M, k], best expert first, and weights [M, k] in the dtype of `logits`.
+        The ids of each token's experts, int64 [M, k], best first, and their weights, [M, k] in the dtype of `logits`.
 
     Raises:
         ValueError: `routing` does not fit E experts, see :func:`check_routing`.
@@ -87,20 +88,23 @@ def check_routing(E: int, routing: Routing) -> None:
         raise ValueError(f"n_groups_per_tok is {routing.n_groups_per_tok} but must lie in 1..{routing.n_groups}")
     open_to_each = E // routing.n_groups * routing.n_groups_per_tok
     if not 1 <= routing.top_k <= open_to_each:
-        raise ValueError(f"top_k is {routing.top_k} but must lie in 1..{open_to_each}, the experts open to a token")
+        raise ValueError(f"top_k is {routing.top_k} but must lie in 1..{open_to_each}, the experts in a token's groups")
 
 
 def mix_experts(x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[nn.Module], alone: bool) -> Tensor:
-    """Compute ``sum_j weights[:, j] * experts[ids[:, j]](x)``, summed in the dtype of `weights` in the order of j.
+    """Compute each token's weighted sum of its experts' outputs: ``sum_j weights[:, j] * experts[ids[:, j]](x)``.
+
+    The sum is computed in the dtype of `weights`, in the order of j.
 
     Args:
-        x: [M, dim].
+        x: [M, dim], tokens.
         ids: int64 [M, k], the experts of each token.
-        weights: [M, k], their weights, in the upcast dtype (see :func:`voxkern.reference.layers.upcast`).
-        experts: modules [M, dim] -> [M, dim]; an expert that no token uses does not run.
-        alone: whether an expert runs only on the tokens that use it. If False, it runs on all M tokens. A token's
-            result then does not depend on how many other tokens use the expert: the last bits of a product depend on
-            its number of rows.
+        weights: [M, k], the weights of these experts, in the upcast dtype (see
+            :func:`voxkern.reference.layers.upcast`).
+        experts: modules that compute [rows, dim] -> [rows, dim]; an expert that no token uses does not run.
+        alone: True runs an expert only on the tokens that use the expert. False runs each used expert on all M tokens.
+            The last bits of a matrix product depend on its number of rows. With False this number is always M, so a
+            token's result does not depend on the experts of the other tokens.
 
     Returns:
         [M, dim] in the dtype of `weights`.
@@ -124,10 +128,10 @@ def mix_experts(x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[nn.Mo
 class Gate(nn.Linear):
     """The linear layer that computes the experts' logits in fp32 (fp64 in an fp64 model).
 
-    Logits rounded to bf16 would often be equal for two of 128 experts.
+    If logits were rounded to bf16, two of 128 experts would often have equal logits.
 
     Args:
-        dim: size of a token.
+        dim: number of elements of a token.
         n_experts: number of experts E.
         correction: whether to create DeepSeek-V3's bias, which affects the order of experts but not their weights.
     """
@@ -145,7 +149,7 @@ class Gate(nn.Linear):
 
 
 class MoEBlock(nn.Module):
-    """A pre-norm layer of the backbone: attention, then a mixture of experts, each added to its input."""
+    """A pre-norm layer of the backbone: attention, then a mixture of experts, both residual."""
 
     def __init__(
         self,
@@ -160,8 +164,17 @@ class MoEBlock(nn.Module):
     ) -> None:
         """Create the layer.
 
-        Mistral's params.json has no keys for `scoring` and `correction`, because Mistral's models use softmax and no
-        bias. The other arguments are sizes.
+        Args:
+            dim: number of elements of a token.
+            moe: sizes of the mixture of experts.
+            n_heads: number of query heads.
+            n_kv_heads: number of key and value heads.
+            head_dim: number of elements of a head.
+            norm_eps: constant that the RMSNorms add to the mean square.
+            scoring: "softmax" or "sigmoid", see :class:`Routing`. Mistral's models use softmax, and their params.json
+                has no key for the scoring.
+            correction: whether the gate has DeepSeek-V3's bias, see :class:`Gate`. Mistral's models have no bias, and
+                their params.json has no key for a bias.
 
         Raises:
             ValueError: `scoring` is unknown, or `moe` contradicts itself.
@@ -176,7 +189,7 @@ class MoEBlock(nn.Module):
         self.attention = Attention(dim, n_heads, n_kv_heads, head_dim)
         self.gate = Gate(dim, moe.num_experts, correction)
         self.experts = nn.ModuleList(FeedForward(dim, moe.expert_hidden_dim) for _ in range(moe.num_experts))
-        if self.n_shared:  # one wide feed-forward holds all of them, as in the checkpoint
+        if self.n_shared:  # one wide feed-forward holds all shared experts, as in the checkpoint
             self.shared_experts = FeedForward(dim, self.n_shared * moe.expert_hidden_dim)
         self.attention_norm = RMSNorm(dim, norm_eps)
         self.ffn_norm = RMSNorm(dim, norm_eps)
@@ -193,8 +206,8 @@ class MoEBlock(nn.Module):
     def mixture(self, x: Tensor) -> Tensor:
         """Apply the mixture of experts, [B, T, dim] -> [B, T, dim].
 
-        Requests of several tokens run one at a time. Requests of one token run together, and every selected expert runs
-        on all of them. A request's result therefore has the same bits whatever other requests the batch holds.
+        If T > 1, the requests run one at a time. If T = 1, all B requests run together, and each selected expert runs
+        on all B tokens. For a given B, the bits of a request's result therefore do not depend on the other requests.
         """
         if x.shape[1] == 1:
             return self._mixture(x[:, 0], alone=False).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Reading of dataclasses from the dict of a ``params.json``, with one error for all problems."""
+"""A reader that fills dataclasses from the dict of a ``params.json``, and reports all problems in one error."""
 
 import dataclasses
 import typing
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """Raised if a ``params.json`` is incomplete or contradictory, or describes a model that voxkern does not run."""
+    """The error for a ``params.json`` that is incomplete or contradictory, or that describes an unsupported model."""
 
 
 class ParamsReader:
-    """Reads values from a params dict and collects its problems, so that one error names them all.
+    """Reads values from a params dict and collects the problems, so that one error names all of them.
 
     Attributes:
         missing: full names of the required keys that are missing.
@@ -22,27 +22,33 @@ class ParamsReader:
         self.wrong: list[str] = []
 
     def section(self, parent: dict[str, Any], path: str) -> dict[str, Any]:
-        """Return the JSON object that `parent` has under the last key of `path`.
+        """Return the JSON object at `path`: the value of the last key of `path` in `parent`.
 
-        If it is missing or not an object, the problem is recorded and the result is empty.
+        If the value is missing or is not an object, the problem is recorded and an empty dict is returned.
+
+        Args:
+            parent: the JSON object that has the last key of `path`.
+            path: all keys from the top level, joined by dots, for messages.
         """
         value = parent.get(path.rsplit(".", 1)[-1])
         if isinstance(value, dict):
             return value
-        self.missing.append(path) if value is None else self.wrong.append(f"{path} must be an object")
+        self.missing.append(path) if value is None else self.wrong.append(f"{path} must be a JSON object")
         return {}
 
     def read(self, cls: type, args: dict[str, Any], prefix: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Read the fields of a dataclass and record missing and wrong values.
+        """Read the values for the fields of a dataclass, and record the missing and wrong ones.
+
+        A number must not be negative. A field with a default may be missing.
 
         Args:
-            cls: the dataclass; a field's type hint is the type that its value must have.
+            cls: the dataclass; a value must have the type of its field's hint, but an int is accepted for a float.
             args: the JSON object to read.
             prefix: path of `args` for messages, with a dot at its end; empty at the top level.
             skip: fields to leave out.
 
         Returns:
-            The values by field name, without the fields that are absent or wrong.
+            The values by field name, without the skipped, missing and wrong fields.
         """
         kinds = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
@@ -68,9 +74,15 @@ class ParamsReader:
     def unsupported(
         self, params: dict[str, Any], audio: dict[str, Any], codec: dict[str, Any], acoustic: dict[str, Any]
     ) -> None:
-        """Record keys with values that voxkern does not run.
+        """Record each key that has a value which voxkern does not support.
 
-        These keys cannot be ignored, because the model would be computed wrongly.
+        If such a key were ignored, the model would be computed wrongly.
+
+        Args:
+            params: the whole dict.
+            audio: its object ``multimodal.audio_model_args``.
+            codec: its object ``multimodal.audio_tokenizer_args``.
+            acoustic: the object ``acoustic_transformer_args`` of `audio`.
         """
         checks: list[tuple[dict[str, Any], str, Any]] = [
             (params, "use_biases", False),
@@ -92,7 +104,7 @@ class ParamsReader:
                 self.wrong.append(f"{key} = {args[key]!r} is not supported (only {only!r})")
 
     def raise_problems(self) -> None:
-        """Raise ConfigError if any key was missing or wrong."""
+        """Raise a ConfigError that names all recorded problems, if any were recorded."""
         parts = []
         if self.missing:
             parts.append("missing keys: " + ", ".join(self.missing))

@@ -1,4 +1,4 @@
-"""The codec's quantiser, with a learnt semantic codebook and evenly spaced levels for each acoustic channel."""
+"""The codec's quantiser: a learnt codebook for the semantic vector, evenly spaced levels for the acoustic channels."""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,9 @@ from .layers import upcast
 
 
 class SemanticCodebook(nn.Module):
-    """The vectors of the semantic codes, stored as the running sums and counts of their training.
+    """The vectors of the semantic codes; a code's vector is a running sum divided by a running count.
 
-    Sums and counts are buffers, not parameters, because the codebook is learnt by moving averages.
+    Sums and counts are buffers, not parameters, because training updates them by moving averages.
     """
 
     def __init__(self, size: int, dim: int) -> None:
@@ -21,22 +21,24 @@ class SemanticCodebook(nn.Module):
         self.register_buffer("cluster_usage", torch.ones(size))
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Return the vectors of codes, int [...] -> [..., dim]."""
+        """Look up the vectors of codes, int [...] -> [..., dim]."""
         usage = upcast(self.cluster_usage[codes]).clamp(min=1e-5).unsqueeze(-1)
         return (upcast(self.embedding_sum[codes]) / usage).to(self.embedding_sum.dtype)
 
     @torch.no_grad()
     def nearest(self, x: Tensor) -> Tensor:
-        """Return the code of the nearest vector, [..., dim] -> int64 [...]; of equally near ones, the lowest."""
+        """Return the code of the nearest vector, [..., dim] -> int64 [...]; the lowest code if several are as near."""
         vectors = upcast(self(torch.arange(len(self.cluster_usage), device=x.device)))  # [size, dim]
-        # |x - e|^2 without |x|^2, which is the same for all codes
+        # the squared distance |x - e|^2 without its term |x|^2, which is the same for all codes
         return (vectors.square().sum(1) - 2 * upcast(x) @ vectors.T).argmin(-1)
 
 
 class Quantizer(nn.Module):
-    """Converts latents to codes and back: a semantic vector, and a scalar of ``levels`` values per acoustic codebook.
+    """Converts latents to codes and back.
 
-    The acoustic part is finite scalar quantisation (arXiv 2309.15505) and has no weights.
+    A latent is a semantic vector of `semantic_dim` elements and K acoustic channels. The semantic vector gets the code
+    of the nearest vector in the codebook. Each acoustic channel gets the nearest of ``levels`` evenly spaced values,
+    which is finite scalar quantisation (arXiv 2309.15505) and has no weights.
     """
 
     def __init__(self, config: CodecConfig) -> None:
@@ -45,13 +47,15 @@ class Quantizer(nn.Module):
         self.semantic_codebook = SemanticCodebook(config.semantic_codebook_size, config.semantic_dim)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Return the latents of codes, int [B, 1 + K, T] WITHOUT the +2 offset -> [B, semantic_dim + K, T]."""
+        """Convert codes to latents, int [B, 1 + K, T] WITHOUT the +2 offset -> [B, semantic_dim + K, T]."""
         semantic = self.semantic_codebook(codes[:, 0]).transpose(1, 2)
         acoustic = codes[:, 1:].to(upcast(semantic).dtype) * (2 / (self.levels - 1)) - 1
         return torch.cat((semantic, acoustic.to(semantic.dtype)), dim=1)
 
     def encode(self, latents: Tensor) -> Tensor:
-        """Return the codes nearest to the semantic vector and to tanh of the acoustic channels; halves round to even.
+        """Convert latents to the codes nearest to the semantic vector and to tanh of the acoustic channels.
+
+        An acoustic value halfway between two levels gets the even one.
 
         Args:
             latents: [B, semantic_dim + K, T], the encoder's output.
@@ -65,14 +69,14 @@ class Quantizer(nn.Module):
         return torch.cat((codes.unsqueeze(1), levels.round().long()), dim=1)
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise latents, with the gradient of latents that were not rounded (straight-through, arXiv 1308.3432).
+        """Quantise latents, with a straight-through gradient (arXiv 1308.3432), as if no value had been rounded.
 
         Args:
             latents: [B, semantic_dim + K, T].
 
         Returns:
-            Quantised latents of the same shape, and the codes that :meth:`encode` returns. The latents' gradient passes
-            unchanged to the semantic vector and to tanh of the acoustic channels.
+            The quantised latents, of the same shape, and the codes that :meth:`encode` returns. The gradient of the
+            quantised latents passes unchanged to the semantic vector and to tanh of the acoustic channels.
         """
         codes = self.encode(latents)
         semantic, acoustic = self._split(latents)

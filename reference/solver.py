@@ -1,4 +1,4 @@
-"""ODE solvers of the flow from time 0 to 1: Euler's method and the two-step Adams-Bashforth method."""
+"""ODE solvers for the flow from time 0 to 1: Euler's method and the two-step Adams-Bashforth method (ab2)."""
 
 import itertools
 from collections.abc import Callable
@@ -16,10 +16,11 @@ def euler_step(x: Tensor, v: Tensor, dt: float) -> Tensor:
 
 
 def time_grid(solver: str, steps: int) -> list[float]:
-    """Return the steps + 1 times from 0 to 1 between which a solver steps.
+    """Return the `steps` + 1 times, increasing from 0 to 1, at which the solver's steps start and end.
 
-    Euler's times are evenly spaced, as the public model is served. The times of "ab2" are
-    ``1 - (1 - k / steps)^1.5``: they are denser towards 1, where the velocity field changes most.
+    The times of "euler" are evenly spaced, as in the public model's servers. The times of "ab2" are
+    ``1 - (1 - k / steps)^1.5`` for k from 0 to `steps`. These times are closer together near 1, where the velocity
+    field changes most.
 
     Raises:
         ValueError: `solver` is unknown or `steps` is not in 1..64.
@@ -34,9 +35,10 @@ def time_grid(solver: str, steps: int) -> list[float]:
 
 
 def step_ratios(solver: str, times: list[float]) -> list[float]:
-    """Return the factor r of each step on the velocity's last change: ``dt_k / (2 dt_{k-1})`` for "ab2".
+    """Return one ratio r per step, by which :func:`integrate` multiplies the change of the velocity.
 
-    The factor is 0 for the first step and for all steps of Euler's method.
+    For "ab2", r is ``dt_k / (2 dt_{k-1})``, where dt_k is the length of step k. The ratio is 0 for the first step and
+    for all steps of "euler".
     """
     if solver == "euler":
         return [0.0] * (len(times) - 1)
@@ -47,12 +49,13 @@ def step_ratios(solver: str, times: list[float]) -> list[float]:
 def integrate(velocity: Callable[[Tensor, int], Tensor], x: Tensor, solver: str, times: list[float]) -> Tensor:
     """Integrate a velocity field from the first of `times` to the last, with one evaluation per step.
 
-    A step is ``x += dt (v + r (v - v_last))`` with r from :func:`step_ratios`. This is Euler's method, or the two-step
-    Adams-Bashforth method on uneven steps (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I,
-    III.5).
+    A step is ``x += dt (v + r (v - v_last))``, with r from :func:`step_ratios` and v_last the velocity at the previous
+    step's start. If r is 0, the step is one of Euler's method. Otherwise it is one of the two-step Adams-Bashforth
+    method on uneven steps (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, III.5).
 
     Args:
-        velocity: function of the state and the step's number, from 0; returns the velocity at the step's start.
+        velocity: function of the state and of the step's number, counted from 0; it returns the velocity at the step's
+            start.
         x: the state at the first time.
         solver: "euler" or "ab2".
         times: increasing times, from :func:`time_grid`.

@@ -1,4 +1,7 @@
-"""The public model's flow head: a small bidirectional transformer over the tokens [x, t, h]."""
+"""The public model's flow head, with a small bidirectional transformer as its velocity network.
+
+The transformer runs over three tokens [x, t, h]: the flow's state, the time, and the backbone's hidden state.
+"""
 
 from functools import partial
 
@@ -12,7 +15,7 @@ from .layers import RMSNorm, upcast
 
 
 class FlowMatchingAudioTransformer(FlowHead):
-    """The flow head of the public model, with the names of the checkpoint's ``acoustic_transformer``."""
+    """The flow head of the public model; its modules are named as in the checkpoint's ``acoustic_transformer``."""
 
     config: AcousticTransformerConfig
 
@@ -33,12 +36,12 @@ class FlowMatchingAudioTransformer(FlowHead):
         self.acoustic_codebook_output = nn.Linear(config.dim, audio.n_acoustic_codebook, bias=False)
 
     def project_time(self, t: Tensor) -> Tensor:
-        """Return the t token, [...] in 0..1 -> [..., dim]."""
+        """Project flow times in 0..1 to t tokens, [...] -> [..., dim]."""
         weight = self.time_projection.weight
         return self.time_projection(time_embedding(t, self.config.dim).to(weight.dtype))  # type: ignore[no-any-return]
 
     def project_hidden(self, h: Tensor) -> Tensor:
-        """Return the h token, [B, input_dim] -> [B, dim]; the projection has no bias, so zeros give zeros."""
+        """Project hidden states to h tokens, [B, input_dim] -> [B, dim]; zeros give zeros, as there is no bias."""
         return self.llm_projection(h)  # type: ignore[no-any-return]
 
     def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checks that every operator must pass: test_operators.py runs them, and planted faults must fail them."""
+"""Checks that every operator must pass: test_operators.py runs them, and test_faults.py plants faults to be caught."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from voxkern.kernels import launch_config
 
 
 def results(entry: Entry, call: Callable[..., Any], args: dict[str, Any]) -> list[Tensor]:
-    """Call an operator; return its results, then the arguments that it writes to, in one list."""
+    """Run `call`, which computes the operator `entry`; return the results, then the arguments that it writes to."""
     returned = call(**args)
     if isinstance(returned, Tensor):
         returned = [returned]
@@ -22,10 +22,10 @@ def results(entry: Entry, call: Callable[..., Any], args: dict[str, Any]) -> lis
 
 
 def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
-    """Run the launcher of an operator, and return its results as a list.
+    """Run the launcher of an operator, and return what :func:`results` returns.
 
-    The results are written to guarded memory full of NaN, and the guards are checked. For an operator without results,
-    the caller must guard the arguments that the operator writes to.
+    The launcher writes its results to guarded memory full of NaN, and the bands around this memory are checked. If the
+    operator has no results, the caller must guard the arguments that it writes to, and their bands are checked.
     """
 
     def call(**args: Any) -> Any:
@@ -45,9 +45,11 @@ def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
 
 
 def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = None) -> None:
-    """Check the accuracy of an operator against fp64 (DESIGN rule 1), on guarded arguments.
+    """Check the accuracy of an operator against its reference in fp64, on guarded arguments.
 
-    Integer results must equal those of the reference. `apart` names an argument to pass with gaps between its rows.
+    The largest error may be at most twice that of the reference in `dtype`, plus 1e-6 x the RMS of the fp64 result. The
+    RMS error has a limit by dtype, see bench/accuracy.py. Integer results must equal those of the reference in `dtype`.
+    `apart` names an argument that is passed with gaps between its rows.
     """
     args = entry.args(case, TensorMaker(DTYPES[dtype]))
     truth = results(entry, entry.reference, to_dtype(args, torch.float64))
@@ -64,19 +66,23 @@ def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = No
 
 
 def assert_within(entry: Entry, case: Case) -> None:
-    """Check that no unmasked lane of any block reads or writes outside the arguments."""
+    """Check that no unmasked lane of any block reads or writes memory outside the arguments."""
     args = entry.args(case, TensorMaker(DTYPES[case.dtypes[-1]]))
     with counting(whole=True, indirect=listed(args)):
         entry.op.run(**args)
 
 
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
-    """Check that one row tile loads each weight byte once (DESIGN rule 5), for `case` with the tiles of `arch`."""
+    """Check that a row tile loads each weight byte once, at the sizes of `case` and with the tiles of `arch`.
+
+    The weights are the arguments in ``entry.read_once``.
+    """
     args = entry.args(case, TensorMaker(DTYPES[dtype]))
     with launch_config.target_arch(arch), counting(whole=not entry.regular_grid, indirect=listed(args)) as launches:
         entry.op.run(**args)
     tiled = {"BLOCK_M", f"BLOCK_{entry.rows}"} & set(launches[0].constants)
-    row_tiles = launches[0].grid[0] if tiled else case.sizes[entry.rows]  # row tiles are the grid's first axis
+    # row tiles are the first axis of the grid; a kernel without tiles of rows loads the weights for each row
+    row_tiles = launches[0].grid[0] if tiled else case.sizes[entry.rows]
     for name in entry.read_once:
         traffic = [launch.of(args[name]) for launch in launches if args[name].data_ptr() in launch.pointers.values()]
         least = args[name].numel() * args[name].element_size()

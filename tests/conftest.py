@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; 0 for the tests marked gpu
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported; tests marked gpu need 0
 
 import torch
 
@@ -40,7 +40,7 @@ importlib.import_module("bench.interpreter").patch_once_per_launch()  # saves a 
 
 @pytest.fixture(autouse=True)
 def fresh_memory() -> Iterator[None]:
-    """Make ``torch.empty`` and the like return NaN, or the largest integer, so that unwritten elements show."""
+    """Fill new uninitialised tensors with NaN, or with the largest integer, so that unwritten elements are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -66,7 +66,7 @@ def tiny_params(tiny_folder: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Path) -> voxkern.reference.VoxtralTTS:
-    """Return the model of `tiny_folder`, in fp32. Tests must not change it."""
+    """Return the model of `tiny_folder`, in fp32. Tests must not change this model."""
     return read_checkpoint(tiny_folder).model
 
 

@@ -1,4 +1,4 @@
-"""A fake clock for the tests of bench/timing.py: it runs calls only to warm up, and takes times from lists."""
+"""A fake clock for the tests of bench/timing.py, which takes times from lists instead of measuring them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from bench.timing import Copy
 class FakeClock:
     """Replaces a GPU's clock: runs the calls of a variant once, then takes the time of each round from a list.
 
-    The result of a variant's first call is its name.
+    The first call of a variant must return the variant's name.
 
     Attributes:
-        seconds: times of each variant's rounds, by name; the last one is repeated.
-        roof: what `copy` returns.
-        how: how rounds are run, for the record.
-        log: the variant of each round, in the order of the rounds.
-        prepared: the calls of each variant, by name.
+        seconds: the times of a variant's rounds, by the variant's name; the last time is repeated.
+        roof: the result of `copy`.
+        how: how rounds are run, "graph" for example, as `prepare` returns it.
+        log: the name of the variant of each round, in the order of the rounds.
+        prepared: the calls of a variant, by the variant's name.
     """
 
     rotates = True

@@ -1,4 +1,4 @@
-"""A fake GPU for the tests of the timer: a stream where a launch takes 1 ms, graphs that record launches, events."""
+"""A fake GPU for the tests of the timer, with events, graphs that record launches, and a stream of 1 ms per launch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

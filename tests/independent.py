@@ -1,9 +1,9 @@
-"""A second derivation of the model, in float64 numpy, from the equations of the specification alone.
+"""A second derivation of the model, in float64 numpy, from the equations alone.
 
-It shares no code with the PyTorch reference and is written in the plainest way, so that the two agree only if both are
-right. Weights are a mapping from checkpoint names (section 5) to float64 arrays; params is params.json as a dict
-(section 1). Sequences are stored rows first, [T, channels], also in the codec. Numbers in parentheses are sections of
-the specification.
+The equations are those of the Voxtral TTS paper (arXiv 2603.25551) and of its public serving code. This file shares no
+code with the PyTorch reference and computes everything in the plainest way, so the two agree only if both are right.
+Weights are a mapping from checkpoint names to float64 arrays; params is params.json as a dict. Sequences are stored
+rows first, [T, channels], also in the codec.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ DEFAULT_ENCODER_LENGTHS = "2,2,2,2"
 
 
 def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
-    """Divide x [..., n] by its root mean square, and multiply it by gain [n] (2.1)."""
+    """Divide x [..., n] by its root mean square, and multiply the result by gain [n]."""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
 
 
 def swiglu(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
-    """Return W2(silu(W1 x) * W3 x) of x [..., n] (2.1)."""
+    """Return W2(silu(W1 x) * W3 x) of x [..., n]."""
     gate = x @ weights[f"{prefix}.w1.weight"].T
     up = x @ weights[f"{prefix}.w3.weight"].T
     # silu(g) = g sigmoid(g); sigmoid is computed through tanh, which cannot overflow
@@ -36,7 +36,7 @@ def swiglu(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
 
 
 def rope(x: np.ndarray, theta: float) -> np.ndarray:
-    """Rotate row p of x [T, heads, head_dim] by position p, in interleaved pairs (2i, 2i+1) (2.1)."""
+    """Rotate row p of x [T, heads, head_dim] by position p, in interleaved pairs (2i, 2i+1)."""
     rows, _, head_dim = x.shape
     inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     angle = (np.arange(rows)[:, None] * inverse)[:, None, :]
@@ -48,9 +48,9 @@ def rope(x: np.ndarray, theta: float) -> np.ndarray:
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Return the attention [..., T, heads * d] of queries q to keys k and values v (2.1).
+    """Return the attention [..., T, heads * d] of queries q to keys k and values v.
 
-    q is [..., T, heads, d], k and v are [..., T, kv_heads, d], and bias is [heads or 1, T, T].
+    q is [..., T, heads, d], and k and v are [..., T, kv_heads, d]. bias, [heads or 1, T, T], is added to the scores.
     """
     heads, head_dim = q.shape[-2:]
     group = heads // k.shape[-2]
@@ -71,7 +71,7 @@ def split_heads(x: np.ndarray, heads: int) -> np.ndarray:
 def decoder_layer(
     weights: Weights, prefix: str, args: Params, u: np.ndarray, bias: np.ndarray, theta: float | None
 ) -> np.ndarray:
-    """Apply a layer of the backbone (2.1), or of the flow head (3.1) if theta is None, to u [..., T, dim]."""
+    """Apply a layer of the backbone, or of the flow head if theta is None, to u [..., T, dim]."""
     eps = args.get("norm_eps", DEFAULT_NORM_EPS)
     a = rms_norm(u, weights[f"{prefix}.attention_norm.weight"], eps)
     q = split_heads(a @ weights[f"{prefix}.attention.wq.weight"].T, args["n_heads"])
@@ -84,7 +84,7 @@ def decoder_layer(
 
 
 def backbone_hidden(weights: Weights, params: Params, embeddings: np.ndarray) -> np.ndarray:
-    """Return the hidden states [T, dim] of embeddings [T, dim], after the final norm (2.1).
+    """Return the hidden states [T, dim] of embeddings [T, dim], after the final norm.
 
     Every row attends to itself and to all rows before it.
     """
@@ -97,7 +97,7 @@ def backbone_hidden(weights: Weights, params: Params, embeddings: np.ndarray) ->
 
 
 def embed_codes(weights: Weights, params: Params, codes: np.ndarray) -> np.ndarray:
-    """Return the sum [dim] of the embeddings of 37 codes, +2 included: the backbone's next input (2.3)."""
+    """Return the backbone's next input [dim], the sum of the embeddings of 37 codes with the +2 offset."""
     audio = params["multimodal"]["audio_model_args"]
     table = weights["mm_audio_embeddings.audio_codebook_embeddings.embeddings.weight"]
     total = np.zeros(table.shape[1])
@@ -109,7 +109,7 @@ def embed_codes(weights: Weights, params: Params, codes: np.ndarray) -> np.ndarr
 
 
 def semantic_logits(weights: Weights, params: Params, h: np.ndarray) -> np.ndarray:
-    """Return the semantic logits [B, rows] of h [B, dim]; EMPTY_AUDIO and the padding rows are -inf (3.2)."""
+    """Return the semantic logits [B, rows] of h [B, dim]; EMPTY_AUDIO and the padding rows are -inf."""
     logits = np.asarray(h, dtype=np.float64) @ weights["acoustic_transformer.semantic_codebook_output.weight"].T
     logits[:, EMPTY_AUDIO] = -np.inf
     logits[:, SPECIALS + params["multimodal"]["audio_model_args"]["semantic_codebook_size"] :] = -np.inf
@@ -117,14 +117,14 @@ def semantic_logits(weights: Weights, params: Params, h: np.ndarray) -> np.ndarr
 
 
 def time_embedding(t: float, dim: int) -> np.ndarray:
-    """Return the sinusoids [dim] of a time in [0, 1], cosines first (3.3)."""
+    """Return the sinusoids [dim] of a time in [0, 1], cosines first."""
     half = dim // 2
     angle = t * np.exp(-np.log(10000.0) * np.arange(half) / half)
     return np.concatenate([np.cos(angle), np.sin(angle)])
 
 
 def velocity(weights: Weights, params: Params, x: np.ndarray, t: float, h: np.ndarray) -> np.ndarray:
-    """Return the velocity [B, 36] at state x [B, 36], time t and hidden state h [B, dim] (3.3)."""
+    """Return the velocity [B, 36] at state x [B, 36], time t and hidden state h [B, dim]."""
     args = params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]
     if args.get("kind") == "adaln_mlp":
         return mlp_velocity(weights, args, x, t, h)
@@ -176,7 +176,7 @@ def mlp_velocity(weights: Weights, args: Params, x: np.ndarray, t: float, h: np.
 def solve(
     weights: Weights, params: Params, h: np.ndarray, noise: np.ndarray, cfg_alpha: np.ndarray, steps: int
 ) -> np.ndarray:
-    """Integrate the guided velocity from noise with Euler's method; return x [B, 36] at time 1, not clamped (3.4).
+    """Integrate the guided velocity from noise with Euler's method; return x [B, 36] at time 1, not clamped.
 
     h is [B, dim], noise is [B, 36], and cfg_alpha is [B].
     """
@@ -191,17 +191,17 @@ def solve(
 
 
 def scaled(x: np.ndarray, levels: int) -> np.ndarray:
-    """Clamp x, of any shape, to [-1, 1] and scale it to [0, levels - 1], without rounding (3.4)."""
+    """Clamp x, of any shape, to [-1, 1] and scale it to [0, levels - 1], without rounding."""
     return (np.clip(np.asarray(x, dtype=np.float64), -1.0, 1.0) + 1.0) / 2.0 * (levels - 1)
 
 
 def quantise(x: np.ndarray, levels: int) -> np.ndarray:
-    """Round x, of any shape, to integers 0..levels - 1, halves to even (3.4); levels is the codebook size, 21."""
+    """Round x, of any shape, to integers 0..levels - 1, halves to even; levels is the codebook size, 21."""
     return np.rint(scaled(x, levels)).astype(np.int64)
 
 
 def edge_distance(x: np.ndarray, levels: int) -> np.ndarray:
-    """Return how far the scaled x is from the nearest rounding edge n + 0.5, in levels, 0..0.5 (3.4)."""
+    """Return how far the scaled x is from the nearest rounding edge n + 0.5, in levels, 0..0.5."""
     value = scaled(x, levels)
     return np.abs(value - np.floor(value) - 0.5)
 
@@ -209,7 +209,7 @@ def edge_distance(x: np.ndarray, levels: int) -> np.ndarray:
 def frame(
     weights: Weights, params: Params, h: np.ndarray, noise: np.ndarray, cfg_alpha: np.ndarray, steps: int
 ) -> np.ndarray:
-    """Return the codes [B, 37] of a frame, +2 included; an END frame has level 0 in every acoustic code (3.2, 3.4).
+    """Return the codes [B, 37] of a frame with the +2 offset; a frame of END has level 0 in every acoustic code.
 
     h is [B, dim], noise is [B, 36], and cfg_alpha is [B].
     """
@@ -220,12 +220,12 @@ def frame(
 
 
 def numbers(text: str) -> list[int]:
-    """Return the integers of a text such as "3,4,4,4" (section 1)."""
+    """Return the integers of a text such as "3,4,4,4"."""
     return [int(part) for part in text.split(",")]
 
 
 def dequantise(weights: Weights, args: Params, codes: np.ndarray) -> np.ndarray:
-    """Return the latents [T, semantic_dim + 36] of codes [37, T] without the +2 offset (4.1)."""
+    """Return the latents [T, semantic_dim + 36] of codes [37, T] without the +2 offset."""
     prefix = "audio_tokenizer.quantizer.semantic_codebook"
     usage = np.maximum(weights[f"{prefix}.cluster_usage"], 1e-5)
     semantic = (weights[f"{prefix}.embedding_sum"] / usage[:, None])[codes[0]]
@@ -234,7 +234,7 @@ def dequantise(weights: Weights, args: Params, codes: np.ndarray) -> np.ndarray:
 
 
 def normed_kernel(weights: Weights, prefix: str) -> np.ndarray:
-    """Return a convolution's kernel g v / |v|, where the norm is over all axes but the first (4.4).
+    """Return a convolution's kernel g v / |v|, where |v| is the norm over all axes but the first.
 
     The first axis is the output channels in a convolution, but the input channels in a transposed one, [in, out, k].
     """
@@ -244,10 +244,10 @@ def normed_kernel(weights: Weights, prefix: str) -> np.ndarray:
 
 
 def left_pad(x: np.ndarray, pad: int, mode: str) -> np.ndarray:
-    """Pad x [T, n] on the left to [pad + T, n]: replicate row 0, or reflect about it (4.2).
+    """Pad x [T, n] on the left to [pad + T, n]: repeat row 0, or reflect the rows about row 0.
 
-    Reflection needs rows 1..pad. A frame of the real model has 8 rows for a pad of 6. Where a smaller model has too
-    few rows, the missing ones count as zeros.
+    Reflection needs rows 1..pad. In the public model, the pad is 6 and a frame has 8 rows. If a smaller model has too
+    few rows, the missing rows count as zeros.
     """
     if mode == "replicate":
         before = np.repeat(x[:1], pad, axis=0)
@@ -258,7 +258,7 @@ def left_pad(x: np.ndarray, pad: int, mode: str) -> np.ndarray:
 
 
 def causal_conv(x: np.ndarray, kernel: np.ndarray, mode: str, stride: int = 1) -> np.ndarray:
-    """Convolve x [T, in] with kernel [out, in, k]: [ceil(T / stride), out] (4.2).
+    """Return the causal convolution [ceil(T / stride), out] of x [T, in] with kernel [out, in, k].
 
     The last row is repeated until T is a multiple of the stride.
     """
@@ -273,9 +273,9 @@ def causal_conv(x: np.ndarray, kernel: np.ndarray, mode: str, stride: int = 1) -
 
 
 def causal_transposed_conv(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
-    """Apply the transposed convolution of kernel [in, out, k] to x [T, in]: [stride T, out] (4.2).
+    """Return the transposed convolution [stride T, out] of x [T, in] with kernel [in, out, k].
 
-    This is the gather form, y[s i + r] = sum_m W[r + s m]^T x[i - m].
+    The gather form is computed, y[s i + r] = sum_m W[r + s m]^T x[i - m].
     """
     rows, taps = len(x), kernel.shape[2]
     y = np.zeros((stride * rows, kernel.shape[1]))
@@ -287,7 +287,7 @@ def causal_transposed_conv(x: np.ndarray, kernel: np.ndarray, stride: int) -> np
 
 
 def window_bias(rows: int, window: int, heads: int) -> np.ndarray:
-    """Return the bias [heads, rows, rows] of attention over a window (4.3).
+    """Return the bias [heads, rows, rows] of attention over a window.
 
     The bias is slope (j - i) where i - window <= j <= i, and -inf elsewhere. The heads' slopes are r^0, r^1, ... with
     r = 2^(-8 / heads).
@@ -299,7 +299,7 @@ def window_bias(rows: int, window: int, heads: int) -> np.ndarray:
 
 
 def codec_layer(weights: Weights, prefix: str, args: Params, x: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Apply a codec layer to x [T, dim]; q and k are normalised over all their heads at once (4.3)."""
+    """Apply a codec layer to x [T, dim]; q and k are normalised over all their heads at once."""
     n = rms_norm(x, weights[f"{prefix}.attention_norm.weight"], args["norm_eps"])
     q, k, v = (n @ weights[f"{prefix}.attention.{name}.weight"].T for name in ("wq", "wk", "wv"))
     q = rms_norm(q, weights[f"{prefix}.attention.q_norm.weight"], args["qk_norm_eps"])
@@ -312,7 +312,7 @@ def codec_layer(weights: Weights, prefix: str, args: Params, x: np.ndarray, bias
 
 
 def codec_decode(weights: Weights, params: Params, codes: np.ndarray) -> np.ndarray:
-    """Decode codes [37, T], without the +2 offset, to samples [1920 T] (section 4)."""
+    """Decode codes [37, T], without the +2 offset, to samples [1920 T]."""
     args = params["multimodal"]["audio_tokenizer_args"]
     halves = args.get("half_attn_window_upon_downsampling", True)
     window = args["attn_sliding_window_size"]
@@ -338,7 +338,7 @@ def codec_decode(weights: Weights, params: Params, codes: np.ndarray) -> np.ndar
 
 
 def codec_encode(weights: Weights, params: Params, samples: np.ndarray) -> np.ndarray:
-    """Encode samples [n] to latents [T, semantic_dim + 36], not quantised, by the decoder's stages reversed (4)."""
+    """Encode samples [n] to latents [T, semantic_dim + 36], not quantised, through the encoder's stages."""
     args = params["multimodal"]["audio_tokenizer_args"]
     patch = args["pretransform_patch_size"]
     rows = -(-len(samples) // patch)
@@ -362,9 +362,9 @@ def codec_encode(weights: Weights, params: Params, samples: np.ndarray) -> np.nd
 def codec_codes(weights: Weights, params: Params, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quantise latents [T, semantic_dim + 36]; return codes [37, T] without the offset, and their margins [37, T].
 
-    A margin tells how near a code is to being another one. The semantic code is that of the nearest vector, and its
-    margin is the second vector's squared distance less the first's. The acoustic codes are those of tanh (4.1), and
-    their margins are the distances from a rounding edge, in levels.
+    A margin measures how far a code is from changing to another one. The semantic code is that of the nearest vector.
+    Its margin is the squared distance to the second nearest vector, minus that to the nearest. The acoustic codes are
+    those of tanh of the latents. Their margins are the distances from a rounding edge, in levels.
     """
     args = params["multimodal"]["audio_tokenizer_args"]
     prefix = "audio_tokenizer.quantizer.semantic_codebook"

@@ -1,7 +1,7 @@
 """Operators with planted faults: our own kernel source with some text replaced, loaded under another name.
 
-Run as a program, this file compiles planted kernels, which a process with Triton's interpreter cannot. It reads a list
-of plants as JSON and writes the ledger's complaints about each.
+Run as a program, this file compiles planted kernels, which a process that uses Triton's interpreter cannot do. The
+program reads a list of plants as JSON, and writes the faults that the ledger finds in each plant.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def plant(entry: Entry, *edits: Edit) -> Entry:
 
 
 def main() -> None:
-    """Read [{operator, case, dtype, arch, edits}, ...] from stdin; write a list of complaints about each to stdout."""
+    """Read a list of {operator, case, dtype, arch, edits} from stdin; write a list of faults for each to stdout."""
     from bench.ledger import rows_of
 
     answers = []

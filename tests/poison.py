@@ -31,7 +31,7 @@ def spread(tensor: Tensor, gap: int = 16) -> Tensor:
 
 
 def guarded_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments with every tensor guarded, those in lists too."""
+    """Return the arguments with a guarded copy of every tensor, also of tensors in lists."""
     return each_tensor(guarded, args)
 
 
@@ -44,7 +44,7 @@ def assert_bands(tensor: Tensor) -> None:
 
 
 def poison_pages(cache: Tensor, used: Tensor) -> Tensor:
-    """Fill each page of `cache` [pages, ...] with poison, in place, unless `used` has its number; return `cache`."""
+    """Fill the pages of `cache` [pages, ...] that are not in `used` with poison, in place; return `cache`."""
     unused = torch.ones(len(cache), dtype=torch.bool)
     unused[used.flatten().long()] = False
     cache[unused] = _poison(cache.dtype)

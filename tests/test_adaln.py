@@ -40,7 +40,7 @@ def inputs(operator: str, dtype: torch.dtype = torch.float32, **sizes: int) -> d
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> None:
     """A row gives the same bits alone and in a batch of 19.
 
-    Of these, 9 rows have a condition and a modulation of their own; the other 10 use the first modulation.
+    In the batch, rows 0 to 8 have rows 1 to 9 of the modulation; rows 9 to 18 share row 0 of the modulation.
     """
     up, down = inputs("adaln_linear_silu", dtype), inputs("gated_linear", dtype)
     with launch_config.target_arch(arch):
@@ -52,7 +52,7 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
                 if op is gated_linear:
                     mine["residual"] = args["residual"][i : i + 1]
                 assert torch.equal(op(**(args | mine))[0], whole[i])
-        # tiles of 16 rows: in wider ones numpy's product, which the interpreter uses, rounds a row by its place
+        # 16 rows give tiles of 16 rows: in wider tiles, numpy's product rounds a row depending on its position
         args = inputs("adaln_modulation", dtype, S=3, max_rows=16)
         whole = adaln_modulation(**args)
         for i in (0, 2, 4):
@@ -64,7 +64,7 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 64])
 @pytest.mark.parametrize("operator", ["adaln_linear_silu", "gated_linear"])
 def test_right_for_these_rows(operator: str, rows: int) -> None:
-    """The operator is right for the velocity MLP's rows, two a request, and for odd numbers of rows."""
+    """The velocity MLP has two rows per request: these are 1, 8 and 32 requests, and odd numbers of rows."""
     entry = entry_of(operator)
     sizes = {**case_of(entry, "odd").sizes, "M": rows, "max_rows": rows}
     with launch_config.target_arch("sm_90"):
@@ -76,14 +76,14 @@ def test_right_at_the_width_of_mar_h(operator: str) -> None:
     entry = entry_of(operator)
     sizes = dict(case_of(entry, "mar-b1").sizes)
     if operator == "adaln_modulation":
-        sizes |= {"blocks": 1, "N": 200}  # 200 of the 4608 rows of a block's weight: all would take half a minute
+        sizes |= {"blocks": 1, "N": 200}  # a block's weight has 4608 rows, which take half a minute
     with launch_config.target_arch("sm_90"):
         assert_accurate(entry, Case("mar", sizes), "bf16")
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_all_weights_are_read_once_in_one_launch(blocks: int) -> None:
-    """The 224 rows of 32 requests and 7 steps are 4 row tiles; three of them find the weights in the L2 cache."""
+    """7 steps of 32 requests are 224 rows, or 4 row tiles; three of the tiles find the weights in the L2 cache."""
     args = inputs(
         "adaln_modulation", torch.bfloat16, N=3 * 130, K=130, blocks=blocks, S=7, R=32, max_rows=32 * MAX_STEPS
     )
@@ -105,7 +105,7 @@ def test_results_may_lie_apart_and_nothing_else_is_written() -> None:
 
 
 def test_a_large_mean_does_not_cancel() -> None:
-    """In fp32 rows of mean 3000 and deviation 1, a variance from sums of squares would have a wrong first digit."""
+    """In fp32, for rows of mean 3000 and deviation 1, a variance from sums of squares has a wrong first digit."""
     args = inputs("adaln_linear_silu")
     args["x"] = args["x"] + 3000
     exact = {name: a.double() if isinstance(a, Tensor) else a for name, a in args.items()}
@@ -132,7 +132,7 @@ def test_fp16_normalises_before_the_cast() -> None:
 
 
 def test_modulations_of_zero_leave_the_stream_alone() -> None:
-    """MAR's training begins with such modulations."""
+    """MAR's training begins with modulations of zero."""
     args = inputs("gated_linear")
     args["gate"] = torch.zeros_like(args["gate"])
     assert torch.equal(gated_linear(**args), args["residual"])
@@ -145,7 +145,7 @@ def test_launch_config_is_chosen_by_max_rows() -> None:
 
     assert choose(2) == choose(8) != choose(9)
     assert choose(2)["num_stages"] > choose(2, "sm_89")["num_stages"]
-    assert choose(2)["SPLIT"] == choose(2)["num_warps"]  # each chain of sums belongs to one warp
+    assert choose(2)["SPLIT"] == choose(2)["num_warps"]  # one warp computes each chain of sums
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
@@ -153,7 +153,7 @@ def test_launch_config_is_chosen_by_max_rows() -> None:
 def test_one_launch_config_serves_any_number_of_steps(
     max_batch: int, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another launch config would be compiled during serving, for the first request with that number of steps."""
+    """A launch config that depended on the number of steps would compile another binary while requests run."""
     config, chosen = Config.from_params(tiny_params(velocity_mlp=True)), []
 
     def choose(**asked: Any) -> dict[str, Any]:

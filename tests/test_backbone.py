@@ -29,7 +29,7 @@ def test_codes_are_embedded_as_a_sum(tiny_model: VoxtralTTS, tiny_weights: dict,
 def test_paged_equals_plain(tiny_model: VoxtralTTS, page: int) -> None:
     """Prompts of different lengths are prefilled in two chunks, then decoded token by token.
 
-    Pages are shuffled, and unused ones hold NaN.
+    Pages are shuffled, and unused pages hold NaN.
     """
     g = torch.Generator().manual_seed(page)
     lengths = [1, 63, 64, 65, 130]
@@ -47,13 +47,13 @@ def test_paged_equals_plain(tiny_model: VoxtralTTS, page: int) -> None:
                     torch.testing.assert_close(h[0], whole[i, start:stop], rtol=1e-4, atol=1e-5)
         for step in range(10):
             now = torch.tensor([n + step + 1 for n in lengths])
-            now[step % len(lengths)] = 0  # each step leaves one request out: its row is empty
+            now[step % len(lengths)] = 0  # each step leaves one request out, with length 0
             rows = torch.stack([u[i, now[i] - 1] for i in range(len(lengths))]).unsqueeze(1)
             h = tiny_model.hidden_states(rows, PagedCache(kv, table, now))
             for i, n in enumerate(now.tolist()):
                 if n:
                     torch.testing.assert_close(h[i, 0], whole[i, n - 1], rtol=1e-4, atol=1e-5)
-                else:  # the request that was left out runs its token alone
+                else:  # then the request that was left out runs its token alone
                     one = PagedCache(kv, table[i : i + 1], torch.tensor([lengths[i] + step + 1]))
                     tiny_model.hidden_states(u[i : i + 1, lengths[i] + step].unsqueeze(1), one)
 

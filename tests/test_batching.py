@@ -48,7 +48,7 @@ def requests_of(tts: voxkern.TTS, steps: int = 2, max_frames: int = 24) -> list[
 
 
 def n_request_pages(engine: Engine) -> int:
-    """Return the number of pages that requests hold, without those of cached prefixes."""
+    """Return the number of pages in use, without the pages of cached prefixes."""
     kv_cache = engine.runner.kv_cache
     return (
         kv_cache.n_pages - kv_cache.n_free - sum(len(prefix.pages) for prefix in engine.prefix_cache.entries.values())
@@ -62,7 +62,7 @@ def assert_same_audio(one: Audio, other: Audio) -> None:
 
 
 def test_each_running_request_gets_one_frame_per_engine_frame(tts: voxkern.TTS, alone: list[Audio]) -> None:
-    """After every frame of the engine, each request has one frame more, or is finished."""
+    """After every frame of the engine, each request has one more frame or is finished."""
     states = [tts.engine.submit(request) for request in requests_of(tts)]
     seen: list[list[int]] = []
     tts.engine.run_until(
@@ -77,7 +77,7 @@ def test_each_running_request_gets_one_frame_per_engine_frame(tts: voxkern.TTS, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, dtype: str) -> None:
-    """Requests join and leave all the time, in other slots, beside other steps and solvers, with too few pages."""
+    """Audio stays the same while requests with other steps and solvers join and leave and pages are too few for all."""
     tts = voxkern.load(tiny_folder, dtype=dtype, backend="torch", max_batch=3, cache_tokens=4 * 64)
     expected = each_alone(tts)
     requests = requests_of(tts)
@@ -97,9 +97,9 @@ def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, dtype: 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_output_is_the_same_with_and_without_shared_prefixes(tiny_folder: Path, backend: str) -> None:
-    """A voice of 70 rows makes a prefix of 72 tokens: its full page is shared, its partly filled page is copied."""
+    """A voice of 70 rows makes a prefix of 72 tokens. Requests share its full page and copy its partly filled page."""
     tts = voxkern.load(tiny_folder, backend=backend, max_batch=2)
-    vars(tts.model.audio_tokenizer).pop("stream", None)  # the reference codec decodes: kernels make the codes only
+    vars(tts.model.audio_tokenizer).pop("stream", None)  # decode with the reference codec; kernels generate the codes
     tts.voices["ada"] = torch.cat([tts.voices["bob"], tts.voices["ada"]] * 8)[:70]
     tts._prompt.add("ada", 70)
     n = 30 if backend == "torch" else 3
@@ -125,7 +125,7 @@ def test_output_is_the_same_with_and_without_shared_prefixes(tiny_folder: Path, 
     tts.engine.run_until(lambda: all(state.finished for state in states))
     tts.engine.prefix_cache.clear()
     for state, request in zip(states, (first, second), strict=True):
-        own = PrefixKey(torch.empty(0), 0, "other weights", 72)  # such weights are never current: nothing is shared
+        own = PrefixKey(torch.empty(0), 0, "other weights", 72)  # no weights have this version: nothing is shared
         again = tts.engine.submit(replace(request, prefix=own))
         tts.engine.run_until(lambda again=again: again.finished)
         assert_same_audio(again.take(), state.take())
@@ -214,7 +214,7 @@ def test_requests_from_several_threads_equal_those_run_alone(tts: voxkern.TTS, a
 
 
 def test_async(tts: voxkern.TTS, alone: list[Audio]) -> None:
-    """Ten requests share 8 slots: one is cancelled, and one is left after its first chunk."""
+    """Ten requests share 8 slots. One is cancelled, and the loop over another's chunks ends after the first chunk."""
 
     async def listen(i: int) -> Audio:
         chunks = await tts.submit(WORDS[i], VOICES[i], i, chunk=3, **ARGUMENTS)
@@ -241,7 +241,7 @@ def test_async(tts: voxkern.TTS, alone: list[Audio]) -> None:
 
 
 def test_async_requests_do_not_wait_for_each_others_threads(tts: voxkern.TTS) -> None:
-    """Each of eight requests soon gets a chunk, although asyncio's default executor has one thread."""
+    """Each of eight requests gets its first chunk early, although asyncio's default executor has only one thread."""
     received: list[int] = []
 
     async def listen(i: int) -> None:
@@ -271,9 +271,12 @@ def test_async_errors_come_before_anything_runs(tts: voxkern.TTS) -> None:
 
 
 def test_on_kernels(tiny_folder: Path) -> None:
-    """Requests with other steps join while one runs, in the slot of a cancelled one; their audio is as alone."""
+    """While one request runs, a request with other steps takes the slot of a cancelled request.
+
+    Each request gives the same audio as alone.
+    """
     tts = voxkern.load(tiny_folder, backend="triton", max_batch=2)
-    del tts.model.audio_tokenizer.stream  # the reference codec decodes: the fused codec has tests of its own
+    del tts.model.audio_tokenizer.stream  # decode with the reference codec; kernels generate the codes
     arguments = {"voice": "ada", "max_frames": 4}
     expected = [tts.generate(text, seed=i, steps=1 + i % 2, **arguments) for i, text in enumerate(WORDS[:3])]
     requests = [
@@ -293,7 +296,7 @@ def test_on_kernels(tiny_folder: Path) -> None:
 
 
 def test_memory_is_flat(tts: voxkern.TTS) -> None:
-    """Finished requests leave no tensors: after 20 more calls as many tensors exist as after the first 3."""
+    """Finished requests leave no tensors behind: their number is the same after 3 calls and after 20 more calls."""
     import gc
 
     def tensors() -> int:

@@ -1,4 +1,4 @@
-"""Tests of checkpoints: written and read back, peak memory, and errors that name what is broken."""
+"""Tests of writing and reading checkpoints, of the peak memory, and of errors that name what is broken."""
 
 import json
 import shutil
@@ -147,7 +147,7 @@ def test_broken_voices(folder: Path, voice: torch.Tensor) -> None:
 
 def test_voice_length_disagrees_with_the_tokenizer(folder: Path) -> None:
     save_file({"embedding": torch.ones(6, 64)}, folder / "voice_embedding" / "ada.safetensors")
-    with pytest.raises(CheckpointError, match="voice 'ada' has 5 tokens, its embedding 6 rows"):
+    with pytest.raises(CheckpointError, match="voice 'ada' has 5 tokens, but 6 embeddings"):
         voxkern.load(folder)
 
 
@@ -206,7 +206,7 @@ print(status("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peak_memory(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
-    """A fresh process grows by less than 1.2 x the weights, also when loading changes their dtype."""
+    """Loading takes less than 1.2 x the weights' bytes in a fresh process, even if it changes their dtype."""
     dims = {"vocab_size": 100_000, "dim": 640, "hidden_dim": 2560, "n_layers": 12}
     folder = make_checkpoint(tmp_path, overrides=dims | _acoustic(640))
     command = [sys.executable, "-c", PEAK, folder, dtype, tiny_folder]

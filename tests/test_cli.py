@@ -36,7 +36,7 @@ def test_say(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_say_streaming(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --stream the same file is written chunk by chunk, and --play plays the same samples."""
+    """With --stream, the same file is written chunk by chunk. With --play, the same samples are played."""
     played: list[np.ndarray] = []
 
     class OutputStream(contextlib.nullcontext):
@@ -47,7 +47,8 @@ def test_say_streaming(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         def write(self, samples: np.ndarray) -> None:
             played.append(samples)
             if len(samples):
-                assert soundfile.info(streamed).frames == sum(map(len, played))  # in the file before it is played
+                # a chunk is in the file before it is played
+                assert soundfile.info(streamed).frames == sum(map(len, played))
 
     plain, streamed = tmp_path / "plain.wav", tmp_path / "streamed.wav"
     options = ["--model", str(tiny_folder), "--seed", "3", "--max-frames", "8", "--steps", "2", "--backend", "torch"]

@@ -1,4 +1,4 @@
-"""Tests of the codec's decoder: against a second derivation, and that it is causal."""
+"""Tests of the codec's decoder: it equals a second derivation and is causal."""
 
 import copy
 

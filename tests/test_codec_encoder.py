@@ -1,4 +1,4 @@
-"""Tests of the codec's encoder and quantiser: against a second derivation, in training, and without an encoder."""
+"""Tests of the codec's encoder and quantiser: equal to a second derivation, in training, and without an encoder."""
 
 import copy
 from pathlib import Path
@@ -21,7 +21,10 @@ def _sound(n: int, B: int = 1, seed: int = 0) -> torch.Tensor:
 def test_encode_equals_the_second_derivation(
     tiny_model: VoxtralTTS, tiny_weights: dict, tiny_params: dict, n: int
 ) -> None:
-    """Lengths: a frame, less than a patch of 240, a sample over a frame, 7 short of 12 frames, a patch over 40."""
+    """The sounds have five lengths; a frame is 1920 samples and a patch is 240.
+
+    They are 1 frame, less than a patch, 1 frame and 1 sample, 12 frames less 7 samples, and 40 frames and 1 patch.
+    """
     sound = _sound(n)
     with torch.inference_mode():
         latents, codes = tiny_model.audio_tokenizer.latents(sound), tiny_model.audio_tokenizer.encode(sound)
@@ -54,7 +57,7 @@ def test_quantised_latents_are_what_their_codes_say(tiny_model: VoxtralTTS) -> N
         semantic = codec.quantizer.semantic_codebook(torch.arange(62)).T[None]
         exact = torch.cat((semantic, torch.zeros(1, 36, 62)), dim=1)
         assert codec.quantizer.encode(exact)[0, 0].tolist() == list(range(62))
-        # tanh keeps all levels within 0..20, and the middle is 10
+        # tanh keeps all levels within 0..20, and latent 0 gives level 10
         acoustic = torch.tensor([-1e4, -0.51, 0.0, 0.49, 1e4]).expand(36, 5)
         scaled = codec.quantizer.encode(torch.cat((torch.zeros(24, 5), acoustic))[None])[0, 1:]
         assert (scaled == torch.tensor([0, 5, 10, 15, 20])).all()
@@ -69,7 +72,7 @@ def test_halves_go_to_the_even_level(monkeypatch: pytest.MonkeyPatch, tiny_model
 
 
 def test_the_round_trip_is_differentiable(tiny_model: VoxtralTTS) -> None:
-    """Gradients of the sound reach every weight of encoder and decoder; the quantiser passes them straight through."""
+    """Gradients of the sound reach every weight of encoder and decoder; rounding passes the gradients unchanged."""
     codec = copy.deepcopy(tiny_model.audio_tokenizer).requires_grad_(True)
     sound = _sound(3 * 1920 - 500, B=2)
     again, codes = codec(sound)
@@ -86,7 +89,7 @@ def test_the_round_trip_is_differentiable(tiny_model: VoxtralTTS) -> None:
 
 
 def test_training_makes_the_round_trip_better(tiny_model: VoxtralTTS) -> None:
-    """After 100 steps on a tone, the error is below 0.2 x that of silence: a broken gradient would not get there."""
+    """After 100 steps on a tone, the squared error is below 0.2 x that of silence, which needs correct gradients."""
     torch.manual_seed(0)
     codec = copy.deepcopy(tiny_model.audio_tokenizer).requires_grad_(True)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=2e-3)

@@ -1,4 +1,4 @@
-"""Tests of the streaming decoder: the sound of decoding whole, a state of fixed size, fixed work a frame."""
+"""Tests of the streaming decoder: its sound is that of decoding whole, its state and work per frame are constant."""
 
 import copy
 
@@ -41,7 +41,7 @@ def _codes(T: int, B: int = 1, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [1, 3, 25])
 def test_in_chunks_equals_whole(tiny_model: VoxtralTTS, chunk: int, dtype: torch.dtype, tolerance: float) -> None:
     codec = copy.deepcopy(tiny_model.audio_tokenizer).to(dtype)
-    codes = _codes(60)  # nearly three times the 21 frames that the decoder remembers
+    codes = _codes(60)  # nearly three times the 21 past frames that affect a frame
     with torch.inference_mode():
         whole = codec.decode(codes)
     stream = CodecStream(codec)
@@ -78,9 +78,10 @@ def test_work_and_state_do_not_grow(tiny_model: VoxtralTTS) -> None:
 
 
 def test_state_of_the_public_model() -> None:
-    """The state is 278 kB in bf16: latents, windows of keys and values, and rows before convolutions.
+    """The state of a request is 278 kB in bf16.
 
-    These are 2 latents; windows of 2, 4, 8 and 16 in 2 layers each; 3 x 1 rows; and 6 rows in fp32.
+    It holds 2 latents, 1 row before each of 3 transposed convolutions, and 6 rows in fp32 before the last convolution.
+    The windows of keys and values have 2, 4, 8 and 16 rows, in 2 layers each.
     """
     with torch.device("meta"):
         codec = AudioTokenizer(Config.from_params(public_params()).codec).bfloat16()
@@ -100,7 +101,7 @@ def test_requests_of_different_lengths(tiny_model: VoxtralTTS, new_frames: list[
     codes = _codes(int(totals.max()) + 1, B=3)
     done, parts = [0, 0, 0], [[], [], []]
     for row in new_frames:
-        chunk = torch.full((3, 37, 4), -7)  # -7 is no code: frames beyond a request's own must not matter
+        chunk = torch.full((3, 37, 4), -7)  # -7 is no code: codes after a request's own frames are ignored
         for b, n in enumerate(row):
             chunk[b, :, :n] = codes[b, :, done[b] : done[b] + n]
         sound = stream.decode(chunk, torch.tensor(row)).view(3, 4, 1920)
@@ -116,7 +117,7 @@ def test_requests_of_different_lengths(tiny_model: VoxtralTTS, new_frames: list[
 
 
 def test_a_restarted_row_ignores_its_old_state(tiny_model: VoxtralTTS) -> None:
-    """A new request starts as in a new stream, whatever the state holds of the last one, even NaN."""
+    """A new request gives the sound of a new stream, even if the last request left NaN in its row of the state."""
     codec, stream = tiny_model.audio_tokenizer, CodecStream(tiny_model.audio_tokenizer, 2)
     codes = _codes(9, B=2)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Tests of params.json: the public model's is read, and errors name what is wrong."""
+"""Tests of reading params.json: the public model's file gives its shapes, and errors name what is wrong."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tests of frames as graphs, with a capture that records what a GPU's does: launches, addresses and numbers."""
+"""Tests of frames as CUDA graphs, with a fake capture that records launches with their addresses and numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +48,7 @@ class Recording:
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
-    """Make models that are loaded afterwards capture graphs with a :class:`Recording`, and return it."""
+    """Return the :class:`Recording` with which models that are loaded afterwards capture their graphs."""
     capture = Recording()
     monkeypatch.setattr("voxkern.tts.capture_for", lambda device: capture)
     return capture
@@ -57,7 +57,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 def load(folder: Path, **arguments: Any) -> voxkern.TTS:
     """Load a model on kernels, but with the reference codec.
 
-    The fused codec would take most of the time in the interpreter, and has a test of its own.
+    The fused codec would take most of the time in the interpreter; test_the_codec_has_a_graph_of_its_own runs it.
     """
     tts = voxkern.load(folder, backend="triton", **arguments)
     del vars(tts.model.audio_tokenizer)["stream"]
@@ -99,7 +99,7 @@ def test_padded_rows_do_not_change_the_others(
 
 
 def test_the_codec_has_a_graph_of_its_own(tiny_folder: Path, recording: Recording) -> None:
-    """A frame of two requests is decoded, then, in the restarted streams, a frame of one."""
+    """A frame of two requests is decoded. Then the streams are restarted, and a frame of one request is decoded."""
     plain, model = (voxkern.load(tiny_folder, backend="triton", max_batch=2).model for _ in range(2))
     codecs = CodecRunner(plain, 2), CodecRunner(model, 2, recording)
     assert recording.n_graphs == 1
@@ -122,9 +122,9 @@ def test_the_other_head(mlp_folder: Path, recording: Recording) -> None:
 
 @pytest.mark.parametrize("where", ["written over", "moved"])
 def test_new_weights(tiny_folder: Path, recording: Recording, where: str) -> None:
-    """Weights written in place, and the tables made from them, keep their addresses, so that graphs stay valid.
+    """Weights that are written in place keep their addresses, and so do the tables made from weights.
 
-    When the weights move to other addresses, all graphs are captured again.
+    The graphs therefore stay valid. When weights move to other addresses, all graphs are captured again.
     """
     tts = load(tiny_folder)
     tts.generate("one", steps=2, max_frames=2, seed=1)

@@ -29,7 +29,7 @@ def test_the_demo_voice_is_understood_on_kernels(recogniser: Recogniser) -> None
     arguments = {"voice": "rms", "seed": 7, "steps": 2, "solver": "ab2", "max_frames": 12}
     tts = voxkern.load(backend="triton")
     decode = tts.model.audio_tokenizer.stream().decode
-    del tts.model.audio_tokenizer.stream  # slow frame by frame: all frames are decoded in one chunk below
+    del tts.model.audio_tokenizer.stream  # the codec is slow frame by frame: below, one chunk holds all frames
     with large_tiles():
         audio = tts.generate("eight", **arguments)
         sound = decode(torch.from_numpy(audio.codes).long().unsqueeze(0)).flatten().numpy()

@@ -45,15 +45,15 @@ def test_a_code_sees_those_before_it_and_no_others(tiny: DepthTransformer, i: in
 
 
 def test_weights_streamed_by_hand() -> None:
-    """The counted bytes of weights equal those computed by hand, for both candidates.
+    """The bytes of weights of both candidates equal those computed by hand.
 
     The depth transformer reads 3 layers and an output head for each of 36 codes, and projects the hidden state once.
-    The flow head reads 3 layers in each step, and its projections.
+    The flow head reads 3 layers and the state's projections in each step, and projects the hidden state once.
     """
     found = {name: weight_bytes(work) for name, work in candidates().items()}
     assert found.pop(("depth transformer", "codes:36")) == 2 * (36 * (3 * LAYER + 21 * 3072) + 3072 * 3072)
     for steps in STEPS:
-        ends = 2 * 36 * 3072 * steps  # in: at the start, and after all steps but the last; out: after each step
+        ends = 2 * 36 * 3072 * steps  # input projection before each step, output projection after it
         once = 3072 * 3072 + 6144 * 3072
         assert found["flow head", f"euler:{steps}"] == 2 * (steps * 3 * LAYER + ends + once)
 
@@ -66,9 +66,9 @@ def test_launches_by_hand() -> None:
 
 
 def test_the_depth_transformers_weights_are_its_modules() -> None:
-    """Layers are read once a code, output heads and the hidden state's projection once a frame.
+    """Layers are read once per code; output heads and the hidden state's projection are read once per frame.
 
-    Embeddings and norms are not counted as weights: what is read of them is as small as activations.
+    Embeddings and norms are not counted as weights, because their bytes are as few as those of activations.
     """
     with torch.device("meta"):
         module = DepthTransformer(public().acoustic_transformer, public().audio)

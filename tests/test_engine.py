@@ -1,7 +1,7 @@
 """Tests of the engine: requests join, leave, fail and wait; no page is lost, and each request gets its own codes.
 
-The fake model runner computes nothing. It writes each token into its page, and compares all pages of a request with its
-tokens in every frame: a page that is shared wrongly is found by its content.
+The fake model runner computes nothing. It writes each token into a page of the request. In every frame, it compares the
+pages of each request with the request's tokens, so the content reveals a page that is shared wrongly.
 """
 
 import threading
@@ -33,9 +33,9 @@ from voxkern.engine.runner import FrameOutput
 from voxkern.reference.config import END_AUDIO, N_SPECIAL_CODES
 
 N_PAGES, N_SLOTS = 12, 4
-SHARED = {0: 5, 1: 64, 2: 70, 3: 150, 4: 0, 5: 70}  # by voice: rows of a prompt that belong to the voice
+SHARED = {0: 5, 1: 64, 2: 70, 3: 150, 4: 0, 5: 70}  # by voice: rows of a prompt that are the voice's prefix
 BAD_VOICE = 5
-BROKEN = -1.0  # a row of this value makes its prompt's prefill raise
+BROKEN = -1.0  # prefill raises for a prompt with a row of this value
 REQUESTS = st.tuples(  # voice, tokens of text, frames, seed, broken
     st.sampled_from([None, *SHARED]),
     st.integers(1, 90),
@@ -46,7 +46,7 @@ REQUESTS = st.tuples(  # voice, tokens of text, frames, seed, broken
 
 
 def token(seed: int, i: int) -> int:
-    """Return what a request with this seed generates as its frame `i`; 0 means END."""
+    """Return the token that a request with this seed generates in frame `i`; 0 means END."""
     return 0 if i == seed % 97 else 1 + (seed * 31 + i * 7) % 1000
 
 
@@ -309,7 +309,7 @@ def test_much_traffic() -> None:
 
 
 def test_a_request_that_another_thread_has_just_finished_is_finished() -> None:
-    """One thread waits for a request while another has begun to free its slot, and has not marked it finished."""
+    """One thread waits for a request while another frees the request's slot, before the request is marked finished."""
     runner = FakeRunner(False)
     engine = Engine(runner, FakeCodecRunner(), 2)
     state = engine.submit(Request(torch.zeros(1, 1, dtype=torch.float64) + 0.25, 5, 1.0, 1, 1, "euler"))

@@ -65,9 +65,9 @@ def test_a_model_has_no_flips_against_itself(tiny_folder: Path) -> None:
 
 
 def test_teacher_forcing_reproduces_the_generated_frames(tiny_folder: Path) -> None:
-    """In one dtype, the frame generated after each part of a history is the history's next one.
+    """In one dtype, the frame generated after the first n frames of a history equals the history's next frame.
 
-    The histories' sound is also that of generate().
+    The sound of a history equals that of generate().
     """
     tts = TTS(read_checkpoint(tiny_folder, torch.float32))
     histories = generate_histories(tts, ["one two"], max_frames=4)

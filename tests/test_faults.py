@@ -69,7 +69,7 @@ def test_a_block_per_query_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_forgotten_mask_without_a_wrong_result_is_caught() -> None:
     strays = plant(NORM_LINEAR, (LOAD, LOAD.replace("m_n[:, None] & ", "")))
-    assert_accurate(strays, ODD, "fp32")  # what is read past the weight's last rows is never stored
+    assert_accurate(strays, ODD, "fp32")  # values read past the weight's last rows are never stored
     with pytest.raises(Exception, match="outside of every argument"):
         assert_within(strays, ODD)
 
@@ -95,9 +95,9 @@ def test_a_cat_between_two_launches_is_caught() -> None:
 
 @pytest.fixture(scope="module")
 def complaints() -> dict[str, list[str]]:
-    """Return the ledger's complaints about planted kernels, by the name of the fault.
+    """Return the faults that the ledger finds in planted kernels, by the name of the planted fault.
 
-    Another process compiles them, because the interpreter cannot show these faults.
+    Another process compiles the kernels, because these faults are not visible in the interpreter.
     """
     asks: dict[str, tuple[str, str, list[Edit]]] = {
         "nothing": ("sm_89", "bf16", []),
@@ -127,7 +127,7 @@ def test_the_kernel_as_it_is_has_no_complaints(complaints: dict[str, list[str]])
     ("planted", "complaint"),
     [
         ("shared", "bytes of shared memory, sm_89 has 101,376"),
-        ("binaries", "binaries where there may be one"),
+        ("binaries", "binaries where only one is allowed"),
         ("TF32 on sm_80", "multiplies fp32 as TF32"),
         ("TF32 on sm_90", "multiplies fp32 as TF32"),
     ],

@@ -1,4 +1,4 @@
-"""Tests of the reference flow head: against a second derivation, its rules one by one, and its errors."""
+"""Tests of the reference flow head: it equals a second derivation, and each of its rules and errors is tested alone."""
 
 import itertools
 import math
@@ -58,7 +58,7 @@ def test_velocity_equals_the_second_derivation(tiny_model: VoxtralTTS, tiny_weig
 
 
 def test_last_layer_carries_only_what_is_read(tiny_model: VoxtralTTS) -> None:
-    """Dropping tokens 1 and 2 after the last layer's keys and values does not change the velocity."""
+    """The last layer computes only keys and values for tokens 1 and 2, which does not change the velocity."""
     head = tiny_model.acoustic_transformer
     h, _, x = _inputs(3, 64, 2)
     with torch.inference_mode():
@@ -107,7 +107,7 @@ def test_time_embedding() -> None:
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2)])
 def test_order_of_convergence(solver: str, order: int) -> None:
-    """On x' = x cos(3t) + t, in fp64: halving the step length divides the error by 2 (euler) and by 4 (ab2)."""
+    """In fp64, on x' = x cos(3t) + t, halving the step length divides the error by 2 (euler) or by 4 (ab2)."""
 
     def velocity_at(times: list[float]) -> Callable[[torch.Tensor, int], torch.Tensor]:
         return lambda x, k: x * math.cos(3 * times[k]) + times[k]
@@ -124,7 +124,10 @@ def test_order_of_convergence(solver: str, order: int) -> None:
 
 
 def test_a_line_is_followed_exactly() -> None:
-    """For a velocity linear in time, the two-step method is exact on uneven steps after its first, Euler's step."""
+    """If the velocity is linear in time, ab2 is exact in all steps except the first, which is Euler's.
+
+    The steps have different lengths.
+    """
     times = time_grid("ab2", 5)
     x = integrate(lambda x, k: torch.full_like(x, 2 * times[k]), torch.zeros(1, dtype=torch.float64), "ab2", times)
     assert float(x) == pytest.approx(1 - times[1] ** 2)

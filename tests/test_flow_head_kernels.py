@@ -52,14 +52,15 @@ def semantic_sizes(**other: Any) -> SimpleNamespace:
 
 
 def rows_of(i: list[int], B: int, n: int) -> list[int]:
-    """Return which of the n rows of an argument belong to requests `i`.
+    """Return the numbers of the rows that belong to the requests `i`, out of an argument's n rows.
 
-    An argument has one row for all requests, or 1, 2, 4 or 6 parts with a row for each of B requests.
+    All requests share the row of an argument with one row. Other arguments have 1, 2, 4 or 6 parts of B rows, and each
+    part has one row per request.
     """
     return [0] if n == 1 else [part * B + b for part in range(n // B) for b in i]
 
 
-# by name: an operator, its arguments, and the names of those that have rows for each request
+# by name: an operator, the function that makes its arguments, and the arguments that have rows for each request
 CASES: dict[str, tuple[Any, Callable[[TensorMaker], dict[str, Any]], tuple[str, ...]]] = {
     "tokens": (token_attention, lambda make: attention_bench.token_attention_inputs(token_sizes(), make),
                ("x_qkv", "t_qkv", "h_qkv")),
@@ -78,7 +79,7 @@ CASES: dict[str, tuple[Any, Callable[[TensorMaker], dict[str, Any]], tuple[str, 
 
 
 def run(op: Any, args: dict[str, Any]) -> list[Tensor]:
-    """Run `op` on copies of its arguments; return its results, then the arguments that it writes to."""
+    """Run `op` on copies of its arguments; return the results, then the arguments that `op` writes to."""
     args = {name: arg.clone() if isinstance(arg, Tensor) else arg for name, arg in args.items()}
     out = op(**args)
     returned = [] if out is None else [out] if isinstance(out, Tensor) else list(out)
@@ -124,7 +125,7 @@ def test_guidance_of_one_reads_the_condition_alone_and_of_zero_the_other(op: Any
         expected = run(op, args)
         y = args["y"].clone()
         y[other] = 123.0
-        y[10:] = NAN  # rows of the t and h tokens
+        y[10:] = NAN  # the rows of the t and h tokens
         assert all(map(torch.equal, run(op, args | {"y": y}), expected))
 
 
@@ -185,7 +186,7 @@ def _prologue_kernel(
     p_x, p_t, p_h, p_out, B2, n_x, n_t,
     W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    # called as a matrix product calls it: for a tile of rows, head by head
+    # attend_tokens is called as in token_attention_linear: for a tile of rows, head by head
     o_row = tl.arange(0, ROWS).to(tl.int64)
     m_row = o_row < 3 * B2
     o_d = tl.arange(0, D)
@@ -244,7 +245,7 @@ def test_the_best_code_at_either_end_and_never_a_masked_one() -> None:
 def test_infinite_and_undefined_logits() -> None:
     weight = torch.ones(90, 70)
     h = torch.stack([torch.full((70,), v) for v in (NAN, 1.0, float("inf"), -float("inf"))])
-    assert codes_of(h, weight, 85) == [1, 1, 1, 1]  # the request of NaN ends, the others are unaffected
+    assert codes_of(h, weight, 85) == [1, 1, 1, 1]  # the request with NaN gets END, the others are unaffected
     weight[9, 3], weight[50] = NAN, 2.0
     assert codes_of(h[1:2], weight, 85) == [50]
 
@@ -303,9 +304,9 @@ def wrong(base: str, **change: Any) -> dict[str, Any]:
         ("tokens", {"n_tokens": 2}, ValueError, r"n_tokens is 2 but must be 3, or 1"),
         ("tokens", {"x_qkv": lambda t: t[:3]}, ValueError, r"x_qkv has 3 rows but must have B = 5 or 2B = 10"),
         ("tokens", {"t_qkv": lambda t: t[:2]}, ValueError, r"t_qkv has 2 rows but must have 1 or 2B = 10"),
-        ("tokens", {"h_qkv": lambda t: t[:9]}, ValueError, r"h_qkv has 9 rows but must have 2 each for 1..6 requests"),
+        ("tokens", {"h_qkv": lambda t: t[:9]}, ValueError, r"h_qkv has 9 rows but must have 2 for each of 1..6"),
         ("tokens", {"x_qkv": lambda t: t.half()}, TypeError, r"x_qkv is torch.float16 but must be torch.float32"),
-        ("tokens", {"max_batch": 4}, ValueError, r"h_qkv has 10 rows but must have 2 each for 1..4 .*max_batch"),
+        ("tokens", {"max_batch": 4}, ValueError, r"h_qkv has 10 rows but must have 2 for each of 1..4 .*max_batch"),
         ("start", {"max_batch": 65}, ValueError, r"max_batch is 65 but must lie in 1..64"),
         ("start", {"seed": lambda t: t.int()}, TypeError, r"seed is torch.int32 but must be torch.int64"),
         ("start", {"noise": torch.ones(5, 36)}, ValueError, r"noise is \[5, 36\] but must be \[5, 37\]"),

@@ -21,8 +21,8 @@ from voxkern.reference.model import make_head
 from voxkern.reference.noise import seed_tensor
 from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 
-LIMITS = {1: 96, 32: 117}  # launches of the flow head in a frame, at most, by max_batch
-WHOLE = {1: 230, 32: 250}  # the same of a whole frame: flow head, decode state and backbone
+LIMITS = {1: 96, 32: 117}  # by max_batch: the most launches of the flow head in a frame
+WHOLE = {1: 230, 32: 250}  # by max_batch: the most launches of flow head, decode state and backbone in a frame
 
 
 @pytest.mark.parametrize("max_batch", LIMITS)
@@ -45,7 +45,7 @@ def test_launches_and_nothing_else(max_batch: int) -> None:
 
 @pytest.mark.parametrize("B", LIMITS)
 def test_public_shapes(B: int) -> None:
-    """Launches and multiply-adds come from the launches' shapes; the slow test counts bytes."""
+    """Launches and multiply-adds are counted on the meta device, from shapes; a slow test counts bytes."""
     head, embeddings = public_head("meta")
     cost = frame_cost(head, B, embeddings, count_bytes=False)
     assert cost.launches <= LIMITS[B]
@@ -54,7 +54,7 @@ def test_public_shapes(B: int) -> None:
 
 @pytest.mark.parametrize("B", WHOLE)
 def test_a_whole_frame_at_the_public_shapes(B: int) -> None:
-    """A frame is the head's launches, one for the decode state, and the backbone's.
+    """A frame has the launches of the head and of the backbone, and one launch for the decode state.
 
     tests/test_fused_backbone.py runs a whole frame and counts the same parts.
     """
@@ -68,7 +68,7 @@ def test_a_whole_frame_at_the_public_shapes(B: int) -> None:
 def test_keys_and_values_are_read_once(context: int) -> None:
     """No key or value is loaded twice.
 
-    A block per query head would load them again from the L2 cache, which DRAM bytes do not show.
+    One block per query head would load keys and values again from the L2 cache, which DRAM bytes do not show.
     """
     traffic = cache_traffic(context)
     assert traffic.fewest <= traffic.kv <= 1.05 * traffic.fewest
@@ -84,7 +84,7 @@ def test_keys_and_values_are_read_once_at_4096() -> None:
 
 
 def test_products_as_usually_written() -> None:
-    """7 steps x 6 rows x 349.2 M and the projections are 29.4 GFLOP at batch 1, as in the specification's roofline."""
+    """At batch 1, 7 steps x 6 rows x 349.2 M multiply-adds and the projections are 29.4 GFLOP."""
     head, _ = public_head("meta")
     assert 2 * plain_multiply_adds(head, 1) == pytest.approx(29.4e9, rel=0.01)
 
@@ -95,7 +95,10 @@ def test_products_as_usually_written() -> None:
 def test_the_velocity_mlp_has_two_launches_a_block_and_one_a_step(
     n_layers: int, steps: int, max_batch: int, solver: str
 ) -> None:
-    """Five more launches run once a frame: semantic codes (2), hidden states, modulations, noise."""
+    """Five more launches run once per frame.
+
+    Two launches compute the semantic codes, and one each the hidden states, the modulations and the noise.
+    """
     params = copy.deepcopy(tiny_params(velocity_mlp=True))
     params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]["n_layers"] = n_layers
     config = Config.from_params(params)
@@ -113,7 +116,10 @@ def test_the_velocity_mlp_has_two_launches_a_block_and_one_a_step(
 
 @pytest.mark.parametrize("B", LIMITS)
 def test_public_shapes_with_the_velocity_mlp(B: int) -> None:
-    """A frame takes 54 launches; a table holds the modulations without condition, a third of all multiply-adds."""
+    """A frame takes at most 54 launches.
+
+    The modulations of the branch without a condition are a third of all multiply-adds; a table replaces them.
+    """
     head, embeddings = public_head("meta", velocity_mlp=True)
     cost = frame_cost(head, B, embeddings, count_bytes=False)
     assert cost.launches <= 54
@@ -122,7 +128,7 @@ def test_public_shapes_with_the_velocity_mlp(B: int) -> None:
 
 @pytest.mark.parametrize("case", ["odd", "odd-some-queries"])
 def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
-    """One launch moves as many bytes of weights and results as three; bench/frame.py counts it as three."""
+    """One launch for q, k and v moves the same weight and result bytes as the three that bench/frame.py counts."""
     entry = entry_of("norm_qkv")
     args = entry.args(case_of(entry, case), TensorMaker(torch.bfloat16))
     with counting(whole=True) as together:
@@ -138,9 +144,10 @@ def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
 
 
 def test_modulations_in_one_grid_are_a_grid_each() -> None:
-    """A layer's weight, bias and results take the same bytes in the joint launch and alone.
+    """A layer's weight, bias and results take the same bytes in the joint launch and in a launch of their own.
 
-    All blocks of the joint launch are counted, and alone only the outer blocks, as bench/frame.py does.
+    All blocks of the joint launch are counted. In a layer's own launch, only the outer blocks are counted, as in
+    bench/frame.py.
     """
     entry = entry_of("adaln_modulation")
     sizes = {"N": 3 * 130, "K": 130, "blocks": 3, "S": 7, "R": 32, "max_rows": 2048}

@@ -1,4 +1,4 @@
-"""Tests of the fused backbone against its module, and of whole utterances on kernels."""
+"""Tests of the fused backbone against the reference backbone, and of whole utterances on kernels."""
 
 import copy
 import os
@@ -32,7 +32,7 @@ def embeddings(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -
 
 
 def empty_cache(requests: int, pages: int, page: int = 64, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return a KV cache of 2 layers full of NaN, and a block table of shuffled pages; 3 pages are in no table."""
+    """Return a KV cache of 2 layers full of NaN, and a block table of shuffled pages; it leaves 3 pages unused."""
     kv = torch.full((2, requests * pages + 3, 2, 2, page, 16), torch.nan, dtype=dtype)
     order = torch.randperm(requests * pages + 3, generator=torch.Generator().manual_seed(1))
     return kv, order[: requests * pages].view(requests, pages).int()
@@ -41,7 +41,10 @@ def empty_cache(requests: int, pages: int, page: int = 64, dtype: torch.dtype = 
 @torch.inference_mode()
 @pytest.mark.parametrize("page", [16, 64])
 def test_hidden_states_equal_the_modules(model: VoxtralTTS, page: int) -> None:
-    """Prompts of different lengths are prefilled together, then decoded token by token; one request waits a step."""
+    """Prompts of different lengths are prefilled together, then the requests are decoded token by token.
+
+    One request has length 0 in one step.
+    """
     lengths, u = [1, 65, 30], embeddings(3, 100)
     whole = model.hidden_states(u)
     fused = FusedBackbone(model, 4)
@@ -66,9 +69,9 @@ def test_hidden_states_equal_the_modules(model: VoxtralTTS, page: int) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("page", [16, 64, 128])
 def test_the_last_page_may_pass_max_tokens(model: VoxtralTTS, page: int) -> None:
-    """100 tokens take whole pages: 112 tokens in pages of 16, and 128 in larger ones.
+    """The pages for 100 tokens have space for 112 tokens if a page has 16, and for 128 if a page has 64 or 128.
 
-    No lane reads past the table of rotations.
+    The tokens after the 100th are right too, and no lane reads past the table of rotations.
     """
     pages = -(-100 // page)
     T, (kv, table) = pages * page, empty_cache(1, pages, page)
@@ -85,7 +88,7 @@ def test_the_last_page_may_pass_max_tokens(model: VoxtralTTS, page: int) -> None
 
 @torch.inference_mode()
 def test_one_token_is_a_decode(model: VoxtralTTS) -> None:
-    """A call with one token has the bits of a decode, even for the last token of a prompt in parts."""
+    """A call with one token gives the bits of ``decode``, even if this token is the last part of a prompt."""
     fused, u = FusedBackbone(model, 2), embeddings(1, 5)
     kv, table = empty_cache(1, 1)
     fused(u[:, :4], PagedCache(kv, table, torch.tensor([4])))
@@ -113,7 +116,10 @@ def test_accelerated_hidden_states_takes_the_modules_arguments(model: VoxtralTTS
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alone_in_a_batch_and_in_parts(tiny_folder: Path, dtype: torch.dtype) -> None:
-    """Prompts have the same bits together, alone and in parts of odd sizes, and so have the tokens decoded next."""
+    """A prompt gives the same bits alone, in a batch and in parts of odd sizes.
+
+    The token that is decoded after the prompt gives the same bits too.
+    """
     fused = FusedBackbone(read_checkpoint(tiny_folder, dtype).model, 5)
     lengths, u = [70, 3, 33], embeddings(3, 71, dtype=dtype)
     kv, table = empty_cache(3, 2, dtype=dtype)
@@ -145,14 +151,15 @@ def test_a_frame_is_launches_and_nothing_else(tiny_folder: Path) -> None:
     (batch,) = runner._batches.values()
     with launches_only() as launches:
         batch.launch(3)
-    # flow head: 5, and 2 steps of 2 layers of 5 and 1 more; decode state: 1; backbone: 2 layers of 5, and the norm
+    # the flow head has 5 launches, and in each of 2 steps 5 for each of 2 layers and 1 for the solver
+    # the decode state has 1, and the backbone has 5 for each of 2 layers and 1 for the norm
     assert len(launches) == 5 + 2 * (2 * 5 + 1) + 1 + 2 * 5 + 1
     assert batch.n_frames.tolist() == [2, 0, 2]
     assert batch.lengths.tolist() == [7, 0, 10]
 
 
 def test_speaks_as_the_torch_backend_does(tiny_folder: Path) -> None:
-    """Two requests with seeds and limits of their own get the codes of the reference modules."""
+    """Two requests with different seeds and frame limits get the codes of the reference modules."""
     arguments = {"text": ["a", "hello"], "voice": ["ada", "bob"], "seed": [1, 2**64 - 1], "max_frames": [6, 10]}
     mine = voxkern.load(tiny_folder, backend="triton", max_batch=2).generate(**arguments, steps=2)
     theirs = voxkern.load(tiny_folder, backend="torch", max_batch=2).generate(**arguments, steps=2)
@@ -166,7 +173,10 @@ def test_speaks_as_the_torch_backend_does(tiny_folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "ab2"])
 def test_speaks_as_the_torch_backend_does_for_long(tiny_folder: Path, solver: str) -> None:
-    """Three requests of up to 60 frames, with all evaluations, fill more than a page and end at different frames."""
+    """Three requests of up to 60 frames get the codes of the reference modules, with the default number of steps.
+
+    They fill more than a page and end at different frames.
+    """
     arguments = {"text": ["a", "hello", "x" * 50], "seed": [1, 2, 3], "max_frames": [60, 40, 60]}
     mine = voxkern.load(tiny_folder, backend="triton", max_batch=3).generate(**arguments, solver=solver)
     theirs = voxkern.load(tiny_folder, backend="torch", max_batch=3).generate(**arguments, solver=solver)
@@ -176,9 +186,12 @@ def test_speaks_as_the_torch_backend_does_for_long(tiny_folder: Path, solver: st
 
 
 def test_a_request_that_ends_leaves_the_others_alone(tiny_folder: Path) -> None:
-    """Requests that end by END or by their limit give the same audio together as alone; END's frame is not in it."""
+    """Requests that generate END or reach their frame limit give the same audio together as alone.
+
+    The audio has no frame for END.
+    """
     tts = voxkern.load(tiny_folder, backend="triton", max_batch=3)
-    del tts.model.audio_tokenizer.stream  # the reference codec decodes: the fused codec has tests of its own
+    del tts.model.audio_tokenizer.stream  # decode with the reference codec; test_fused_codec.py tests the fused one
     with torch.no_grad():
         tts.model.acoustic_transformer.semantic_codebook_output.weight[1] *= 4  # END comes soon
     requests = [
@@ -285,7 +298,7 @@ def test_what_cannot_run_says_so(tiny_folder: Path, model: VoxtralTTS) -> None:
 
 
 def test_the_backend_is_chosen_by_what_is_here(tiny_folder: Path) -> None:
-    assert voxkern.load(tiny_folder).backend == "triton"  # the interpreter
+    assert voxkern.load(tiny_folder).backend == "triton"  # on a CPU, kernels run in the interpreter
     assert voxkern.load(tiny_folder, backend="torch").backend == "torch"
     code = (
         "import sys, voxkern\n"

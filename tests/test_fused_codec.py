@@ -1,4 +1,4 @@
-"""Tests of the fused codec: the reference's sound, by launches only, with the same bits in chunks of any size."""
+"""Tests of the fused codec: it gives the reference's sound by launches alone, and chunks do not change its bits."""
 
 import copy
 from pathlib import Path
@@ -66,9 +66,9 @@ def test_bf16_is_as_near_as_the_reference(codec: AudioTokenizer) -> None:
 
 
 def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer) -> None:
-    """Requests have no frame to all frames of a chunk, and a new request takes the row of an old one.
+    """In a chunk, a request has none, some or all of the frames, and a new request takes the row of an old one.
 
-    Codes after a request's own frames and the state of an old request do not matter.
+    The codes after a request's own frames, and the old request's state, do not change the sound.
     """
     codes = _codes(4, B=2)
     stream, plain = FusedCodec(codec)(2), CodecStream(codec, 2)
@@ -88,7 +88,7 @@ def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer) -> No
 
 
 def test_a_chunk_is_launches_and_nothing_else(codec: AudioTokenizer) -> None:
-    """A chunk of any number of frames takes 7 launches and 5 a layer: below a tenth of the reference's operators."""
+    """A chunk of any length takes 7 launches and 5 per layer, less than a tenth of the reference's operators."""
     stream, codes = FusedCodec(codec)(), _codes(25)
     n_layers = sum(len(block.layers) for block in codec.decoder_blocks if hasattr(block, "layers"))
     stream.decode(codes[..., :1])
@@ -143,5 +143,5 @@ def test_what_cannot_run_says_so(codec: AudioTokenizer, tiny_params: dict) -> No
         FusedCodec(codec)(65)
     params = copy.deepcopy(tiny_params)
     params["multimodal"]["audio_tokenizer_args"]["attn_sliding_window_size"] = 32
-    with pytest.raises(ValueError, match=r"windows are \[4, 8, 16, 32\], kernels do 1\.\.16"):
+    with pytest.raises(ValueError, match=r"windows are \[4, 8, 16, 32\], kernels need 1\.\.16"):
         FusedCodec(AudioTokenizer(Config.from_params(params).codec))

@@ -1,4 +1,4 @@
-"""Tests of the fused flow heads: their modules' codes, the same bits alone and in a batch, and launches only."""
+"""Tests of the fused flow heads: their codes are their modules', in the same bits in any batch, by launches alone."""
 
 import copy
 import io
@@ -42,7 +42,7 @@ def fused_head_of(model: VoxtralTTS, max_batch: int) -> FusedHead:
 
 
 def reached(model: VoxtralTTS) -> list[Tensor]:
-    """Return the weights that a kernel gets in a list, for the counters to recognise their addresses."""
+    """Return the weights that a kernel gets as a list of tensors; `indirect` gives them to the counters."""
     return [p.detach() for name, p in model.named_parameters() if "adaLN_modulation" in name]
 
 
@@ -65,7 +65,10 @@ def inputs(B: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[T
     ],
 )
 def test_a_fused_frame_equals_the_modules(model: VoxtralTTS, B: int, max_batch: int, steps: int, solver: str) -> None:
-    """Codes are equal but at a rounding edge, latents are as accurate as the module's, and embeddings fit the codes."""
+    """Codes differ from the module's only at rounding edges, and latents are as accurate as the module's.
+
+    The embeddings are those of the codes.
+    """
     head = model.acoustic_transformer
     h, alpha, x = inputs(B, seed=B)
     with torch.inference_mode():
@@ -92,7 +95,7 @@ def test_solve(model: VoxtralTTS) -> None:
         fused = fused_head_of(model, 2)
         latents = head.solve(h, alpha, x, 2, "ab2")
         fused.generate_codes(h.flip(0), alpha, noise=x, steps=1)
-    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)  # a copy: the next frame does not change it
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)  # a copy, which the next frame does not change
     assert latents.abs().max() > 1
 
 
@@ -110,7 +113,7 @@ def test_end_frames(model: VoxtralTTS) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alone_equals_batched(folder: Path, dtype: torch.dtype) -> None:
-    """A request has the same bits alone, and at the first, middle and last place beside other rows or zeros.
+    """A request gives the same bits alone and at any place in a batch, beside other requests or rows of zeros.
 
     Each request has its own seed and frame number.
     """
@@ -132,9 +135,9 @@ def test_alone_equals_batched(folder: Path, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alone_equals_batched_everywhere(folder: Path, dtype: torch.dtype) -> None:
-    """A request has the same bits alone, and at the first, middle and last place in batches of 2, 5, 16 and 33.
+    """A request gives the same bits alone, and at the first, middle and last place in batches of 2, 5, 16 and 33.
 
-    All 7 steps run, and all launches have the same constants.
+    All 7 steps run, and the launches of all batches have the same constants.
     """
     model = read_checkpoint(folder, dtype).model
     fused = fused_head_of(model, 33)
@@ -171,7 +174,10 @@ def test_a_frame_is_launches_and_nothing_else(model: VoxtralTTS) -> None:
 
 
 def test_generate_through_the_fused_head(folder: Path) -> None:
-    """A model on kernels generates the module's codes but for rounding, and exactly those after restore()."""
+    """A model on kernels generates the module's codes, except at a rounding edge.
+
+    After restore(), the model generates exactly the module's codes.
+    """
     arguments = {"text": ["one", "two"], "seed": [5, 6], "max_frames": 2, "steps": 2}
     expected = voxkern.load(folder, max_batch=2, backend="torch").generate(**arguments)
     tts = voxkern.load(folder, max_batch=2, backend="triton")
@@ -281,9 +287,9 @@ def test_errors(model: VoxtralTTS) -> None:
 
 @torch.inference_mode()
 def flips(velocity_mlp: bool, B: int, calls: int) -> dict[str, tuple[float, float]]:
-    """Return the shares of codes that differ from fp64's at all and by more than one level.
+    """Return the share of acoustic codes that differ from fp64's codes, and the share that differ by over one level.
 
-    There is a pair of shares for plain bf16 and one for the fused head.
+    "plain" has the two shares of the module in bf16, and "fused" has those of the fused head.
     """
     config = Config.from_params(voxkern.random_checkpoint.tiny_params(velocity_mlp))
     head = make_head(config.acoustic_transformer, config.audio)

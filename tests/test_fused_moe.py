@@ -24,13 +24,13 @@ from voxkern.reference.attention import PagedCache
 from voxkern.reference.config import MoEConfig
 from voxkern.reference.moe import MoEBlock, route
 
-DIM, HIDDEN = 72, 40  # no multiples of the interpreter's tiles of 32 and 64, and more than one tile of 32
+DIM, HIDDEN = 72, 40  # not multiples of the interpreter's tiles of 32 and 64, and more than one tile of 32
 
 
 def block(
     dtype: torch.dtype = torch.float32, scoring: str = "softmax", correction: bool = False, **moe: Any
 ) -> MoEBlock:
-    """Return a layer of random weights, with a gate so large that experts seldom nearly tie."""
+    """Return a layer of random weights; those of the gate are so large that two logits are seldom nearly equal."""
     torch.manual_seed(0)
     sizes = {"num_experts": 12, "num_experts_per_tok": 3, "expert_hidden_dim": HIDDEN} | moe
     layer = MoEBlock(DIM, MoEConfig(**sizes), 2, 1, 8, 1e-5, scoring, correction).requires_grad_(False)
@@ -46,21 +46,21 @@ def tokens(M: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
 
 
 def plain(layer: MoEBlock, u: Tensor) -> Tensor:
-    """Return the stream after the module's mixture, which gets each token as a request of its own."""
+    """Return the stream after the module's mixture; the module gets each token as a request of its own."""
     u = u.unsqueeze(1)
     return (u + layer.mixture(layer.ffn_norm(u))).squeeze(1)
 
 
 def run(layer: MoEBlock, u: Tensor, max_rows: int, phase: str = "decode") -> Tensor:
     fused, stream = FusedMoE(layer, max_rows, phase), u.clone()
-    for part in vars(fused.scratch).values():  # a run must not read what an earlier run left here
+    for part in vars(fused.scratch).values():  # a run must not read the results of an earlier run
         part.fill_(torch.nan if part.is_floating_point() else torch.iinfo(part.dtype).max)
     fused.run(stream)
     return stream
 
 
 def decided(layer: MoEBlock, u: Tensor) -> Tensor:
-    """Return bool [M]: whether a token keeps its experts under noise of 0.03 on the logits, as bf16 may add."""
+    """Return bool [M], whether a token keeps its experts when its logits get noise of 0.03, as bf16 may add."""
     exact = copy.deepcopy(layer).double()
     logits = exact.gate(exact.ffn_norm(u.double()))
     near = [route(logits + 0.03 * torch.randn_like(logits), exact.routing)[0].sort().values for _ in range(8)]
@@ -69,7 +69,7 @@ def decided(layer: MoEBlock, u: Tensor) -> Tensor:
 
 
 def assert_accurate(layer: MoEBlock, u: Tensor, out: Tensor) -> None:
-    """Check accuracy against fp64 (DESIGN rule 1), on tokens with experts that do not depend on rounding."""
+    """Check accuracy against fp64 (see bench/accuracy.py), on tokens with experts that do not depend on rounding."""
     same = torch.ones(len(u), dtype=torch.bool) if u.dtype == torch.float32 else decided(layer, u)
     assert same.float().mean() > 0.5
     exact = plain(copy.deepcopy(layer).double(), u.double())
@@ -160,10 +160,10 @@ def test_a_token_of_nan_spoils_no_other() -> None:
     [("sm_90", "decode", 8), ("sm_90", "decode", 16), ("interpreter", "decode", 64), ("interpreter", "prefill", 96)],
 )
 def test_alone_equals_batched(dtype: torch.dtype, arch: str, phase: str, max_rows: int) -> None:
-    """A token has the same bits alone, and at the first, middle and last place beside other tokens or zeros.
+    """A token gives the same bits alone and at any place in a batch, beside other tokens or rows of zeros.
 
-    All launches have the same constants. Tiles have 8 or 16 rows only: from 32 columns on, the bits of numpy's products
-    depend on the column.
+    All launches have the same constants. The tiles have 8 or 16 rows, which are columns of numpy's products: with 32 or
+    more columns, the bits of a column would depend on its position.
     """
     layer, M = block(dtype, num_shared_experts=1), min(max_rows, 40)
     u = tokens(M, dtype)
@@ -245,7 +245,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.inference_mode()
 def test_a_backbone_with_experts(folder: Path) -> None:
-    """Prompts and single tokens run through the fused backbone, which also takes weights of another dtype."""
+    """Prompts and single tokens run through the fused backbone, also after the weights' dtype has changed."""
     model = read_checkpoint(folder).model
     u = torch.randn(2, 21, 64, generator=torch.Generator().manual_seed(0))
     expected = model.hidden_states(u)

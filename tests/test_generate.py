@@ -1,4 +1,4 @@
-"""Tests of generate(): same seed, same sound; batches; the end of speech; clear errors."""
+"""Tests of generate(): the same seed gives the same sound, also in batches; speech ends; errors are clear."""
 
 from pathlib import Path
 
@@ -51,9 +51,9 @@ def test_equals_the_plain_loop(tiny_folder: Path) -> None:
 
 
 def test_alone_equals_batched(tts: voxkern.TTS) -> None:
-    """A request gives the same bits alone and at any place of a batch.
+    """A request gives the same bits alone and at any place in a batch.
 
-    The 7 requests share 5 slots, so two of them wait, and some of them end early.
+    The 7 requests share 5 slots, so two requests wait, and some requests end early.
     """
     arguments = {"voice": "ada", "max_frames": 150}
     alone = [tts.generate(text, seed=seed, **arguments) for text, seed in zip(TEXTS, SEEDS, strict=True)]

@@ -1,4 +1,4 @@
-"""Tests of imports: one direction between packages and inside them, no cycles, only the installed names."""
+"""Tests of imports: they go one way between and inside packages, without cycles, and use only installed names."""
 
 import ast
 import functools

@@ -41,7 +41,7 @@ def test_a_launch_patches_the_language_once_and_leaves_it_as_it_was(monkeypatch:
 
 
 class _Inspect:
-    """The ``inspect`` module with another ``getmembers``, which records the modules that the interpreter patches."""
+    """Replaces the ``inspect`` module, with a ``getmembers`` that records the modules that the interpreter patches."""
 
     def __init__(self, getmembers: object) -> None:
         self.getmembers = getmembers

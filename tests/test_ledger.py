@@ -44,7 +44,7 @@ def test_a_change_of_machine_code_is_named() -> None:
     assert ledger.changes([ROW, other], [ROW, other]) == []
     (change,) = ledger.changes([ROW], [dataclasses.replace(ROW, registers=120, code=7200)])
     assert "registers 113 -> 120, code 7168 -> 7200" in change
-    assert ledger.changes([ROW], []) == [f"{ROW.key}: no longer there"]
+    assert ledger.changes([ROW], []) == [f"{ROW.key}: no longer compiled"]
     assert ledger.changes([], [ROW]) == [f"{ROW.key}: not in the committed ledger"]
 
 

@@ -1,4 +1,4 @@
-"""Tests of the linear family; tests/test_operators.py has the tests that every operator must pass."""
+"""Tests of the linear operators; tests/test_operators.py has the tests that every operator must pass."""
 
 import os
 import subprocess
@@ -39,9 +39,9 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
 @pytest.mark.parametrize("rows", [1, 6, 7, 48, 192])
 @pytest.mark.parametrize("operator", ["norm_linear", "norm_qkv", "norm_swiglu", "linear"])
 def test_right_for_these_rows(operator: str, rows: int) -> None:
-    """The flow head has 6 rows a request.
+    """The flow head has 6 rows per request.
 
-    The rows here are one token, one request, an odd number, 8 requests and 32 requests.
+    So 6, 48 and 192 rows are 1, 8 and 32 requests. One row is a single token, and 7 rows are an odd number.
     """
     entry = entry_of(operator)
     sizes = {**case_of(entry, "odd").sizes, "M": rows, "max_rows": rows}

@@ -1,7 +1,7 @@
 """Tests of the velocity MLP in plain PyTorch.
 
-It is compared with a second derivation, has the parameter names of MAR (arXiv 2406.11838), and shares guidance and
-solver with the other head.
+The velocity MLP is compared with a second derivation. It has the parameter names of MAR (arXiv 2406.11838), and shares
+guidance and solver with the transformer head.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ BLOCK = {
 
 @pytest.fixture(scope="module")
 def model(mlp_folder: Path) -> VoxtralTTS:
-    """The model of the tiny checkpoint with an MLP head, fp32. Tests must not change it."""
+    """Return the model of the tiny checkpoint with an MLP head, in fp32. Tests must not change this model."""
     return read_checkpoint(mlp_folder).model
 
 
@@ -63,7 +63,7 @@ def test_names_are_mar_s(head: FlowMatchingAudioMLP) -> None:
 def test_the_maker_s_weights_mean_something(head: FlowMatchingAudioMLP) -> None:
     """The random weights must not be MAR's initial ones.
 
-    MAR initialises modulations with zeros, under which the residual blocks do nothing.
+    MAR initialises modulations with zeros, and then the residual blocks do nothing.
     """
     assert all(parameter.std() > 0.05 for parameter in head.parameters())
 

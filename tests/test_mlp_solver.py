@@ -34,8 +34,8 @@ def inputs(op: Any, dtype: torch.dtype = torch.float32, **other: Any) -> dict[st
 def of_requests(args: dict[str, Any], i: list[int]) -> dict[str, Any]:
     """Return the arguments of the requests with the indices `i`, out of the five.
 
-    `stream` has five rows with the condition and then five without it. Row 0 of `modulation` has no condition, and rows
-    1 to 5 have that of each request.
+    `stream` has five rows with the condition and then five rows without it. Row 0 of `modulation` belongs to all rows
+    without the condition, and rows 1 to 5 belong to the requests.
     """
     mine = {name: args[name][i] for name in OWN if name in args}
     mine["stream"] = args["stream"][i + [5 + b for b in i]]
@@ -93,7 +93,7 @@ def test_a_first_step_does_not_read_the_last_velocity() -> None:
 
 
 def test_a_stream_of_one_value_gives_its_shift_s_velocity() -> None:
-    """A row of equal values has no variance: its norm must be zero, not a division by zero."""
+    """A row of equal values has variance 0: the normalised row must be zero, without a division by zero."""
     args = inputs(mlp_finish, **{"K": 36})
     args["stream"][:] = 9.0
     shift = args["modulation"][:, :150]

@@ -1,4 +1,4 @@
-"""Tests of the mixture of experts: against a second derivation, against public implementations, and end to end."""
+"""Tests that the mixture of experts equals a second derivation and public implementations, and runs end to end."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from voxkern.reference.moe import MoEBlock, Routing, mix_experts, route
 
 
 def block(seed: int = 0, dim: int = 24, scoring: str = "softmax", correction: bool = False, **moe: Any) -> MoEBlock:
-    """Return a layer with random weights; those of the router have a deviation of 1, so that no logits nearly tie."""
+    """Return a layer with random weights; the router's have a deviation of 1, so that logits are never nearly equal."""
     torch.manual_seed(seed)
     sizes = {"num_experts": 12, "num_experts_per_tok": 3, "expert_hidden_dim": 10} | moe
     layer = MoEBlock(dim, MoEConfig(**sizes), 2, 1, 8, 1e-5, scoring, correction).requires_grad_(False)
@@ -204,7 +204,8 @@ def test_experts_missing_or_too_many_are_named(
 def test_many_experts_load_without_a_second_copy(tmp_path: Path, dtype: str) -> None:
     """Loading 256 experts (403 M parameters) takes less than 1.2 x the bytes of the weights.
 
-    A fresh process loads the demo voice, and then the experts: the difference in its peak memory counts.
+    A fresh process loads the demo voice and then the experts. The test measures how much the experts raise its peak
+    memory.
     """
     moe = {**TINY_MOE, "num_experts": 256, "expert_hidden_dim": 8192}
     make_checkpoint(tmp_path, overrides={"moe": moe})

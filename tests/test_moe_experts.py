@@ -40,16 +40,16 @@ def test_right_for_these_rows(operator: str, rows: int, decode: int) -> None:
 
 
 def zeros(*shape: int, n: int) -> list[Tensor]:
-    """Return the zero weights of `n` experts in bf16; they take no memory until they are written."""
+    """Return zero weights for `n` experts in bf16, which take no memory until they are written."""
     return [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(n)]
 
 
 @pytest.mark.parametrize(("M", "n_hit"), [(1, 5), (8, 32)])
 def test_bytes_of_the_experts_that_are_hit(M: int, n_hit: int) -> None:
-    """Experts that are hit are loaded once, and the others not at all.
+    """Each expert that a token uses is loaded once, and the other experts are not loaded.
 
-    The sizes are those of Mistral Small 4: 128 experts and a shared one. The weights are cut to the rows of two blocks
-    a launch, because the other blocks do the same on rows of their own.
+    The sizes are those of Mistral Small 4: 128 experts and a shared one. The weights have only the rows of two blocks
+    per launch, because more blocks would do the same on rows of their own.
     """
     logits = torch.randn(M, 128, generator=torch.Generator().manual_seed(1))
     x, norm = torch.randn(M, 4096).bfloat16(), torch.ones(4096).bfloat16()
@@ -71,9 +71,9 @@ def test_bytes_of_the_experts_that_are_hit(M: int, n_hit: int) -> None:
 
 @pytest.mark.slow
 def test_bytes_of_a_whole_layer() -> None:
-    """The same holds for all blocks of a layer, run by FusedMoE.
+    """Over all blocks of a layer, each expert that a token uses is loaded once, and the other experts are not loaded.
 
-    One token takes 5 launches and 252 MB of weights.
+    FusedMoE runs one token in 5 launches, which load 252 MB of weights.
     """
     with torch.device("meta"):
         layer = MoEBlock(4096, MoEConfig(128, 4, 2048, num_shared_experts=1), 32, 32, 128, 1e-6).bfloat16()
@@ -104,7 +104,7 @@ def test_memory_is_kept_busy(operator: str) -> None:
 
 
 def test_weights_that_begin_anywhere() -> None:
-    """A memory-mapped file may not align weights to 16 bytes, and then the kernel must not rely on alignment."""
+    """The kernel is right for weights that are not aligned to 16 bytes, as in a memory-mapped file."""
     args = up(torch.bfloat16)
     expected = moe_experts_up(**args)
     moved = [torch.cat([w.new_zeros(1), w.flatten()])[1:].view(w.shape) for w in args["w1"]]

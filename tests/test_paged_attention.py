@@ -34,7 +34,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 def cache(lengths: list[int], heads: int, page: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return a kv_cache [pages, 2, heads, page, D], a block table and the lengths, int32.
 
-    Pages are shuffled, and slots without a token hold NaN.
+    Pages are shuffled, and the places in a page without a token hold NaN.
     """
     on_device, table = pages_of(lengths, page, "cpu")
     pages = 2 * sum(-(-length // page) for length in lengths) + 1
@@ -70,9 +70,9 @@ def assert_decode_is_right(group: int, D: int, page: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("window", [1, 7, 64, 300])
 def test_a_window_is_all_that_is_seen(window: int) -> None:
-    """A query sees the last `window` tokens: the slots before them may hold anything, also NaN.
+    """A query sees only the last `window` tokens: the keys and values before the window may be anything, even NaN.
 
-    Windows are shorter than a tile, or cover several spans.
+    The windows range from shorter than a tile to longer than a span of 256 tokens.
     """
     kv_cache, table, lengths = cache(LENGTHS, 2, 16, 64, torch.float32)
     for pages, length in zip(table.tolist(), LENGTHS, strict=True):
@@ -94,7 +94,7 @@ def test_a_window_is_all_that_is_seen(window: int) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("group", "D", "page", "window"), [(1, 64, 16, 0), (4, 128, 64, 0), (6, 64, 64, 9)])
 def test_prefill_is_right(group: int, D: int, page: int, window: int, dtype: str) -> None:
-    """One launch runs prompts of different lengths: one has a past, one is empty.
+    """One launch runs prompts of different lengths, of which one is empty and one continues after 100 tokens.
 
     One case has a window that is shorter than a tile.
     """
@@ -145,9 +145,9 @@ def test_a_prefill_in_parts_is_the_whole(window: int, arch: str) -> None:
 
 
 def test_a_prefill_row_of_no_request_gives_zeros() -> None:
-    """A padded batch has a request of length 0 with rows.
+    """In a padded batch, a request of length 0 may have rows.
 
-    The rows give zeros, and the request's block table entries are never read.
+    These rows give zeros, and the request's block table entries are never read.
     """
     kv_cache, table, _ = cache([10, 16], 2, 16, 32, torch.float32)
     table[1] = 1 << 30
@@ -224,9 +224,9 @@ def test_spans_may_end_in_any_order(shift: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_window_at_the_end_of_262_144_tokens() -> None:
-    """A window of 4160 tokens covers two spans of 4096 tokens.
+    """A window of 4160 tokens reaches over two spans of 4096 tokens.
 
-    All block table entries before the window name the same page, which holds NaN.
+    All block table entries before the window are the number of one page, which holds NaN.
     """
     PAGE, window, context = 64, 4160, 262_144
     n = window // PAGE
@@ -313,7 +313,7 @@ def test_heads_of_an_odd_size_cannot_be_rotated() -> None:
         ({"block_table": torch.zeros(2, 5).long()}, TypeError, "block_table is torch.int64 but must be torch.int32"),
         ({"lengths": torch.zeros(3).int()}, ValueError, r"lengths is \[3\] but must be \[2\]"),
         ({"window": -1}, ValueError, "window is -1"),
-        ({"max_seq_len": 64}, ValueError, "max_seq_len is 64 but block_table holds 5 pages of 16 a request"),
+        ({"max_seq_len": 64}, ValueError, "max_seq_len is 64, but block_table has 5 pages of 16 tokens"),
     ],
 )
 def test_errors_name_the_argument(change: dict, error: type[Exception], message: str) -> None:

@@ -1,7 +1,7 @@
 """Tests of the reference and the kernels against vLLM-Omni's code, on the same random weights and noise.
 
-They are skipped where vLLM-Omni is not installed; "Against the public server" in the README says how to install it on a
-CPU.
+The tests are skipped if vLLM-Omni is not installed. "Against the public server" in the README explains how to install
+vLLM-Omni on a CPU.
 """
 
 import copy
@@ -106,7 +106,7 @@ def wrapper_of(theirs: torch.nn.Module, sizes: list[int], dtype: torch.dtype = t
 
 
 def warm_up(call: Callable[..., None], *args: object) -> list[Wrapper]:
-    """Run `call`, which warms up, and return the wrappers at the point where they would capture graphs."""
+    """Run `call`, which warms up wrappers; return the wrappers that would then capture graphs, but capture none."""
     about_to = []
 
     def note(self: Wrapper, *_: object) -> None:
@@ -120,7 +120,7 @@ def warm_up(call: Callable[..., None], *args: object) -> list[Wrapper]:
 def inputs(model: VoxtralTTS, B: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return hidden states [B, 64], guidance [B] and noise [B, 36].
 
-    Each request has its own guidance. Where B > 1, the first request ends.
+    Each request has its own guidance. If B > 1, the first request generates END.
     """
     g = torch.Generator().manual_seed(B)
     h, alpha, noise = torch.randn(400, 64, generator=g), torch.rand(B, generator=g) * 2, torch.randn(B, 36, generator=g)
@@ -132,7 +132,7 @@ def inputs(model: VoxtralTTS, B: int) -> tuple[torch.Tensor, torch.Tensor, torch
 
 @torch.no_grad()
 def both_paths(wrapper: Wrapper, h: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor) -> list[torch.Tensor]:
-    """Return the codes of the eager call, and the codes and ends of requests of the method that is captured."""
+    """Return the codes of the eager call, then the codes and END flags of the method that is captured in graphs."""
     with mock.patch.object(torch, "randn", return_value=noise.clone()):
         eager = wrapper.acoustic_transformer(llm_hidden=h, cfg_alpha=alpha)
     ended, captured = wrapper._forward_cudagraph_compatible(h, cfg_alpha=alpha.unsqueeze(1), noise=noise)
@@ -143,9 +143,9 @@ def both_paths(wrapper: Wrapper, h: torch.Tensor, alpha: torch.Tensor, noise: to
 def test_accelerated(
     tiny_model: VoxtralTTS, tiny_params: dict, tiny_weights: dict, B: int, max_batch: int, steps: int
 ) -> None:
-    """Accelerated, both paths give the server's codes, but for codes at a rounding edge.
+    """After accelerate(), both paths give the server's codes, except for codes at a rounding edge.
 
-    Restored, both paths give the server's bits.
+    After restore(), both paths give the server's bits.
     """
     wrapper = wrapper_of(server_head(tiny_model, tiny_params, n_decoding_steps=steps), [B])
     h, alpha, noise = inputs(tiny_model, B)
@@ -180,7 +180,7 @@ def test_accelerated(
 
 @torch.no_grad()
 def test_what_is_captured_allocates_nothing(tiny_model: VoxtralTTS, tiny_params: dict) -> None:
-    """Once graphs are captured, accelerating again keeps the memory that they use."""
+    """Once graphs are captured, accelerating again keeps the memory that the graphs use."""
     wrapper = wrapper_of(server_head(tiny_model, tiny_params), [2])
     voxkern.accelerate(wrapper, 2)
     h, alpha, noise = inputs(tiny_model, 2)
@@ -199,7 +199,7 @@ def test_what_is_captured_allocates_nothing(tiny_model: VoxtralTTS, tiny_params:
 
 
 class OperatorRecorder(TorchDispatchMode):
-    """Counts operators that would start a kernel: neither views nor allocations.
+    """Counts the operators that would start a kernel, which are all except views and allocations.
 
     One operator may start more than one kernel.
     """
@@ -243,7 +243,7 @@ def test_launches(max_batch: int, limit: int) -> None:
     voxkern.accelerate(wrapper, max_batch)
     accelerated = counts()
     print(f"launches a frame, prepared for {max_batch}: server {server} or more, accelerated {accelerated}")
-    assert accelerated["captured"] == limit + 4  # noise and guidance to fp32, codes, ends of requests
+    assert accelerated["captured"] == limit + 4  # 4: noise and guidance to fp32, codes, END flags
     assert accelerated["eager"] <= limit + 5
     assert server["captured"] > 3.5 * accelerated["captured"]
 
@@ -257,9 +257,9 @@ def tiny_params_of(**changes: object) -> dict:
 @pytest.mark.slow
 @torch.inference_mode()
 def test_codes_flipped_by_bf16() -> None:
-    """In bf16, the accelerated head flips no more codes than the server's own, against fp64 codes of the same weights.
+    """In bf16, the accelerated head flips at most as many codes as the server's own head, plus two standard errors.
 
-    Two standard errors more are allowed.
+    A code is flipped if it differs from the code of the same weights in fp64.
     """
     B, calls, params = 32, 3, tiny_params_of()
     config, g = voxkern.Config.from_params(params), torch.Generator().manual_seed(1)
@@ -319,7 +319,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def load(head: torch.nn.Module, state: dict[str, torch.Tensor]) -> Any:
-    """Return vLLM-Omni's model with `head`, at the point where it would capture graphs.
+    """Return vLLM-Omni's model with `head`, at the point where the model would capture graphs.
 
     The model loads the weights `state` by its own method.
     """
@@ -338,10 +338,10 @@ def load(head: torch.nn.Module, state: dict[str, torch.Tensor]) -> Any:
 
 
 def test_plugin(tiny_model: VoxtralTTS, tiny_params: dict, hooked: Callable, caplog: pytest.LogCaptureFixture) -> None:
-    """Without its switch, the plugin does nothing.
+    """With VOXKERN_VLLM=0, the plugin does nothing.
 
-    With its switch, the plugin accelerates the head after weights are loaded and before graphs are captured, and logs
-    one line.
+    With VOXKERN_VLLM=1, the plugin accelerates the head after weights are loaded and before graphs are captured, and
+    logs one line.
     """
     state = tiny_model.acoustic_transformer.state_dict()
     hooked("0")
@@ -359,7 +359,7 @@ def test_plugin(tiny_model: VoxtralTTS, tiny_params: dict, hooked: Callable, cap
     h, alpha, noise = inputs(tiny_model, 2)
     ours, theirs = (both_paths(one.wrapper, h, alpha, noise) for one in (model, plain))
     assert all(int((a != b).sum()) <= 1 for a, b in zip(ours, theirs, strict=True))
-    # the second load writes through .data, which leaves no trace: the tables made from weights must still follow
+    # the second load writes through .data, which is not detected: the tables must be rebuilt nevertheless
     names = {name: -tensor for name, tensor in state.items()}
     model.load_weights((f"acoustic_transformer.{name}", tensor) for name, tensor in names.items())
     plain.acoustic_transformer.load_state_dict(names, strict=False)

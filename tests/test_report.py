@@ -1,4 +1,4 @@
-"""Tests of the report: the page, the pictures and the README's tables are made from rows of results."""
+"""Tests of the report: the page, the plots and the README's tables are made from rows of results."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="the report's pictures need matplotlib: pip install 'voxkern[bench]'")
+pytest.importorskip("matplotlib", reason="the report's plots need matplotlib: pip install 'voxkern[bench]'")
 
 from bench import ledger, page, plots, report, results
 from bench.results import ResultRow
@@ -45,7 +45,7 @@ def test_a_readme_that_says_otherwise_is_seen() -> None:
     assert right != text
     assert "| 1 | 2 |\n\n`again`. A note.\n<!-- end -->\nafter" in right
     assert report.with_tables(right, made) == right
-    with pytest.raises(ValueError, match="marks the table 'voice', there are"):
+    with pytest.raises(ValueError, match="marks the table 'voice', but the tables are"):
         report.with_tables(text, {"claim": made["voice"]})
 
 
@@ -141,8 +141,8 @@ def test_a_failed_part_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(report.subprocess, "run", run)
     monkeypatch.setattr(report, "write", lambda: None)
     assert report.main(["--only", "roofline", "depth", "run"]) == 1
-    # depth and run are timed, so they come after roofline
+    # depth and run measure times, so they run after roofline
     assert asked == [["report", "--part", "roofline"], ["report", "--part", "depth"], ["run", "--quick"]]
     said = capsys.readouterr().out
     assert "WRONG: because of this" in said
-    assert "FAILED, with their older rows in the page: depth" in said
+    assert "FAILED, so the page has their older rows: depth" in said

@@ -40,7 +40,7 @@ def whole(B: int, steps: int = 7) -> list[Work]:
 
 
 def without_attention(work: list[Work]) -> list[Work]:
-    return [one for one in work if one.operator != "paged_attention"]  # its bytes are counted apart
+    return [one for one in work if one.operator != "paged_attention"]  # cache_traffic counts its bytes
 
 
 @pytest.mark.parametrize("B", COUNTED)
@@ -99,17 +99,17 @@ def test_the_floor_by_hand() -> None:
     """One request on an H100 streams 11.4 GB at 3.35 TB/s, which takes 3.40 ms."""
     layer = 3072 * 4096 + 2 * 3072 * 1024 + 4096 * 3072 + 3 * 3072 * 9216
     once = 8194 * 3072 + 3072 * 3072 + 6144 * 3072  # semantic codes, projection of the hidden state, its q | k | v
-    projections = 2 * 7 * 36 * 3072  # of the state x, in and out, in 7 evaluations
-    codec = 2 * 149_417_975  # read for every frame: the engine decodes each by itself
+    projections = 2 * 7 * 36 * 3072  # input and output projections of the state x, in 7 evaluations
+    codec = 2 * 149_417_975  # weights read once per frame: the engine decodes frames one by one
     streamed = 2 * (26 * layer + once + 7 * 3 * layer + projections) + 400 * 26 * 2 * 1024 * 2 + codec
     assert floor(whole(1), GPUS["H100 SXM"]) == pytest.approx(streamed / 3.35e12, rel=1e-6)
     assert streamed / 3.35e12 == pytest.approx(3.401e-3, rel=1e-3)
 
 
 def test_a_launch_that_bandwidth_limits_by_hand() -> None:
-    """The 288 blocks run at once, because 3 x 132 fit.
+    """All 288 blocks run at once, because 3 blocks fit on each of 132 multiprocessors.
 
-    A block with 64 KiB in flight would take 4.2 us, less than the 37.6 us that all bytes take.
+    With 64 KiB in flight, one block would take 4.2 us, less than the 37.6 us that all bytes take from DRAM.
     """
     bytes_ = 4 * 9216 * 3072 + 2 * (3072 + 6 * (3072 + 9216))
     by_hand = 1.5e-6 + 0.7e-6 + bytes_ / (0.9 * 3.35e12)
@@ -130,7 +130,7 @@ def test_a_launch_that_latency_limits_by_hand() -> None:
 def test_a_launch_that_products_limit_by_hand() -> None:
     """On an L4, 384 rows are 6 x 144 = 864 blocks, and 2 x 58 = 116 of them fit at once.
 
-    The blocks run in 7 full waves of 2 per multiprocessor, and a last wave of 52.
+    The blocks run in 7 full waves of 2 per multiprocessor, and a last wave of 52 blocks, at most 1 per multiprocessor.
     """
     many = replace(FUSED, rows=384, prepared=384, moved=0, multiply_adds=384 * 2 * 9216 * 3072)
     a_block = 2 * 384 * 2 * 9216 * 3072 / 864 / (0.5 * 121e12 / 58)

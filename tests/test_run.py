@@ -1,4 +1,4 @@
-"""Tests of the microbenchmarks: what is timed, that results are checked first, what the rows hold.
+"""Tests of the microbenchmarks: what is timed, what is checked before it is timed, and what the rows hold.
 
 The comparison of two revisions is tested as well.
 """
@@ -40,7 +40,7 @@ def trial(**variants: Callable[..., Any]) -> Trial:
 
 
 def named(name: str, factor: float = 2.0) -> Callable[..., Any]:
-    """Return a provider that multiplies x by `factor`; its result prints as `name`, which FakeClock reads."""
+    """Return a provider that multiplies x by `factor` and returns a tensor that prints as `name`, for FakeClock."""
 
     class Name(Tensor):
         def __str__(self) -> str:
@@ -165,7 +165,7 @@ def test_whole_modules_have_tolerances_of_their_own() -> None:
     truth = [torch.tensor([3.0, 4.0]).double()]
     plain, twice, thrice = ([torch.tensor([3.0, 4.0 + 0.01 * n])] for n in (1, 2, 3))
     assert by_distance(twice, [plain[0] + 1e-5], truth) == ""
-    assert "RMS error 0.006 of the RMS where plain torch has 0.002" in by_distance(thrice, plain, truth)
+    assert "the RMS error is 0.006 of the truth's RMS, plain torch's is 0.002" in by_distance(thrice, plain, truth)
     assert by_distance([torch.full((2,), torch.nan)], plain, truth)
     off = [torch.tensor([[5, 9, 11], [1, 3, 1]])]
     assert by_codes(exact, off, exact) == "acoustic codes of plain torch are off by 1.000 levels in the mean"
@@ -175,7 +175,7 @@ def test_whole_modules_have_tolerances_of_their_own() -> None:
     frame = [exact[0], *truth]
     assert by_frame([near[0], *twice], [near[0], plain[0] + 1e-5], frame) == ""
     assert "semantic" in by_frame([exact[0] + 1, *truth], frame, frame)
-    assert "RMS error 99 of" in by_frame([exact[0], 100 * truth[0]], frame, frame)
+    assert "the RMS error is 99 of" in by_frame([exact[0], 100 * truth[0]], frame, frame)
     assert "result 0" in by_frame([exact[0], torch.full((2,), torch.nan)], frame, frame)
 
 
@@ -254,7 +254,7 @@ def test_old_and_new_are_measured_in_turn_and_the_better_half_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "said"), [(1, "tests are red of linear, frame"), (5, "there are no tests of linear, frame"), (0, "")]
+    ("code", "said"), [(1, "tests fail for linear, frame"), (5, "there are no tests of linear, frame"), (0, "")]
 )
 def test_nothing_is_compared_while_tests_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, said: str

@@ -1,4 +1,4 @@
-"""Tests of what operators cost, counted on modules, and of the message where the public server is absent."""
+"""Tests of the cost of PyTorch operators, counted on modules, and of the message if the public server is missing."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -66,7 +66,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeWrapper:
-    """Has the methods of vLLM-Omni's graph wrapper, but computes one product only."""
+    """Has the methods of vLLM-Omni's graph wrapper, but computes only one matrix product."""
 
     def __init__(self, model: SimpleNamespace, sizes: list[int]) -> None:
         self.head, self.sizes, self.warm = model.acoustic_transformer, sizes, False

@@ -22,7 +22,7 @@ STEPS = 2
 
 
 class SGLangHead(nn.Module):
-    """A fake head with the names of SGLang-Omni's; it computes with a reference head.
+    """A fake head with the names of SGLang-Omni's head; a reference head does its computation.
 
     All requests share one guidance, and the noise is drawn on the CPU.
     """
@@ -53,7 +53,7 @@ class SGLangHead(nn.Module):
 
 @pytest.fixture
 def server(tiny_folder) -> SGLangHead:
-    """A new fake head in fp32, which the test may change."""
+    """Return a new fake head in fp32, which the test may change."""
     return SGLangHead(read_checkpoint(tiny_folder).model.acoustic_transformer)
 
 
@@ -107,7 +107,7 @@ def test_velocity(server: SGLangHead, R: int, max_batch: int) -> None:
 
 
 def test_noise_handed_in_or_drawn_by_seed(server: SGLangHead) -> None:
-    """Noise may be an argument, or drawn by seed and frame.
+    """The noise may be an argument, or it is computed from seed and frame.
 
     Each request has its own guidance, and gives the same codes alone and in a batch.
     """
@@ -123,9 +123,9 @@ def test_noise_handed_in_or_drawn_by_seed(server: SGLangHead) -> None:
 
 
 def test_it_is_the_servers_own_weights(server: SGLangHead) -> None:
-    """After weights change through .data, which leaves no trace, accelerating again rebuilds the tables.
+    """Weights that change through .data are not detected, but accelerating again rebuilds the tables.
 
-    The tables keep the addresses that graphs hold. A copy of the head behaves in the same way.
+    The tables keep their addresses, which captured graphs contain. A copy of the head behaves in the same way.
     """
     h = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     voxkern.accelerate(server, 2)
@@ -137,7 +137,7 @@ def test_it_is_the_servers_own_weights(server: SGLangHead) -> None:
     copied = copy.deepcopy(server)
     assert copied.forward.__self__.server is copied
     for one in (server, copied):
-        with torch.inference_mode():  # tables must be writable in any mode
+        with torch.inference_mode():  # the tables must be writable in inference mode and outside of it
             voxkern.accelerate(one, 2)
     after = seeded(server, h)
     assert server.forward.__self__ is fused
@@ -214,7 +214,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("change", UNKNOWN, ids=lambda change: change.__name__)
 def test_what_is_not_known_is_left_alone(server: SGLangHead, change, caplog: pytest.LogCaptureFixture) -> None:
-    """An unknown head is named in an error if the model has no other head, and in one warning if it has."""
+    """An unknown head is named in an error if the model has no other head, otherwise in one warning."""
     other = SGLangHead(copy.deepcopy(server.computation[0]))
     change(server)
     before = dict(vars(server))

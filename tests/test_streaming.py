@@ -46,9 +46,9 @@ def test_chunks_are_generates_sound(tts: voxkern.TTS, first: int, most: int) -> 
 
 
 def test_on_kernels(tiny_folder: Path) -> None:
-    """On kernels, the CPU reads a frame's output when the next frame has been launched.
+    """On kernels, the CPU reads a frame's output after the next frame has been launched.
 
-    The chunks must still be those of generate().
+    The chunks must nevertheless join to the sound of generate().
     """
     tts = voxkern.load(tiny_folder, backend="triton")
     whole = tts.generate("one", seed=4, steps=1, max_frames=4)
@@ -70,9 +70,10 @@ def test_the_first_chunk_comes_after_one_frame(tts: voxkern.TTS, monkeypatch: py
 
 
 def test_the_first_chunk_on_kernels_comes_after_one_frame_too(tiny_folder: Path) -> None:
-    """The first frame is read at once, later frames when the next one has been launched."""
+    """The first frame's output is read at once; a later frame's output is read after the next frame's launch."""
     mine = voxkern.load(tiny_folder, backend="triton")
-    del mine.model.audio_tokenizer.stream  # it is slow, and test_on_kernels covers it
+    # use the reference codec: the fused codec is slow here, and test_on_kernels covers it
+    del mine.model.audio_tokenizer.stream
     frames: list[int] = []
     engine_runner = mine.engine.runner
     plain = engine_runner.generate_frame
@@ -121,9 +122,9 @@ def test_a_limit_after_a_full_chunk_makes_no_empty_one(tts: voxkern.TTS) -> None
 
 
 def test_closing_frees_everything(tts: voxkern.TTS) -> None:
-    """After a stream is closed, dropped, or closed before it starts, no request is running.
+    """After a stream is closed or dropped, no request is running.
 
-    Only the cached prefixes of voices still hold pages.
+    Only the cached prefixes of voices still hold pages. A stream may also be closed before it starts.
     """
     engine = tts.engine
 
@@ -159,7 +160,7 @@ def test_two_streams_at_once(tts: voxkern.TTS) -> None:
 
 
 def test_generate_uses_changed_codec_weights(tiny_folder: Path) -> None:
-    """The codec folds its weight norms; folded weights must follow the weights that they were made from."""
+    """The codec keeps folded weights, which must be folded again after the original weights have changed."""
     tts = voxkern.load(tiny_folder, backend="torch")
     before = tts.generate("one", seed=4, max_frames=3)
     with torch.no_grad():
@@ -189,9 +190,9 @@ def test_timings(tts: voxkern.TTS) -> None:
 
 
 def test_long_text_is_its_parts(tiny_folder: Path) -> None:
-    """A part of a long text is spoken like a separate text with the same seed.
+    """Each part of a long text gives the sound of a separate text with the same seed.
 
-    This holds also beside another text, and with fewer slots (3) than parts.
+    The sound is the same beside another text, and with fewer slots (3) than parts.
     """
     tts = voxkern.load(tiny_folder, backend="torch", max_batch=3)
     arguments = {"voice": "bob", "steps": 1, "max_frames": 30}

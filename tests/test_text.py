@@ -1,6 +1,6 @@
-"""Tests of text before the model: the prompt's tokens, and the parts of long texts.
+"""Tests of the prompt's tokens, and of the parts into which long texts are split.
 
-Parts are as long as fits, and nothing is lost.
+Parts are as long as `max_chars` allows, and only spaces are lost.
 """
 
 import json
@@ -16,15 +16,15 @@ from voxkern.checkpoint import CheckpointError
 from voxkern.random_checkpoint import TINY_VOICES, byte_tokenizer
 from voxkern.text import PromptEncoder, split_text
 
-# the public template's ids, for mistral-common's tekken_240911 and the voice casual_male
+# the token ids of the public template, with mistral-common's tekken_240911 and the voice casual_male
 PARIS = [1, 25, *[24] * 147, 36, 42572, 1395, 1261, 15568, 5970, 1033, 35, 25]
 
 
 def test_golden(tmp_path: Path) -> None:
     """The prompt has the public template's tokens.
 
-    mistral-common ships a tekken.json of version 3. The test gives it version 7 and an audio section, as the public
-    model's file has.
+    mistral-common ships a tekken.json of version 3. The test changes this file to version 7 and adds an audio section,
+    as in the public model's file.
     """
     tekken = json.loads((Path(mistral_common.__file__).parent / "data" / "tekken_240911.json").read_text())
     names = byte_tokenizer({})["special_tokens"]
@@ -97,8 +97,8 @@ def test_a_tokenizer_without_audio(tmp_path: Path) -> None:
         ("这是一。这是二！「这是三？」完", 5, ["这是一。", "这是二！", "「这是三？」", "完"]),  # no spaces
         ("一、二，三", 2, ["一、", "二，", "三"]),
         ("a, b and c; d. e", 11, ["a, b and c;", "d. e"]),  # a sentence that is too long is split at clauses
-        ("aa bb cc dd", 5, ["aa bb", "cc dd"]),  # and then at words
-        ("aaaaaaaa bb", 5, ["aaaaaaaa", "bb"]),  # but a word is never split
+        ("aa bb cc dd", 5, ["aa bb", "cc dd"]),  # a clause that is too long is split at words
+        ("aaaaaaaa bb", 5, ["aaaaaaaa", "bb"]),  # a word is never split
     ],
 )
 def test_parts(text: str, max_chars: int | None, parts: list[str]) -> None:

@@ -48,7 +48,7 @@ def test_inputs_go_past_the_cache(moved: int, held: int, n: int) -> None:
 
 
 def test_a_gpus_round_is_a_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph of the fake GPU holds three calls of two launches each, and a launch takes a millisecond."""
+    """The graph has three calls of two launches each, and on the fake GPU a launch takes a millisecond."""
     gpu = FakeGPU(monkeypatch)
 
     def call() -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ def test_an_unrelated_error_in_the_sync_check_is_raised(monkeypatch: pytest.Monk
 def test_a_graph_that_caught_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGPU(monkeypatch)
     with pytest.raises(RuntimeError, match="leaves results unwritten"):
-        GPUClock().prepare([lambda: torch.ones(2)])  # not launched on the captured stream
+        GPUClock().prepare([lambda: torch.ones(2)])  # torch.ones is not launched on the captured stream
 
 
 def test_a_processors_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_a_batch_has_the_words_of_its_text_as_targets(batch: Batch) -> None:
         numbers = word[asked].tolist()
         assert numbers == sorted(numbers)
         for i, word_now in enumerate(text):
-            assert numbers.count(i) == 5 + word_now  # the frames of this word in `batch`
+            assert numbers.count(i) == 5 + word_now  # word n has 5 + n frames in `batch`
             assert (pointer[asked][word[asked] == i] == start + i).all()
         assert pointer[asked[-1]] == stop
 

@@ -53,7 +53,7 @@ TOY = LaunchConfigs("toy", TEXT)
 
 
 def toy(x: Tensor) -> Tensor:
-    """Return 2 x, as a kernel that is wrong with blocks of 512 would; append the launch config to `RUN`."""
+    """Return 2 x, or a wrong result with blocks of 512, and append the launch config to `RUN`."""
     with target_arch("sm_90"):
         chosen = TOY(N=1, K=1, dtype=torch.bfloat16, rows=32)
     RUN.append({name: chosen[name] for name in TOY.names})

@@ -109,7 +109,7 @@ def test_without_soxr_only_the_right_rate_is_read(tmp_path: Path, monkeypatch: p
 def test_names(tiny_folder: Path, tmp_path: Path) -> None:
     tts, clip = voxkern.load(tiny_folder, backend="torch"), _write(tmp_path / "a.wav", _tone(1))
     for name, error, named in (
-        ("ada", ValueError, "there is such a voice already"),
+        ("ada", ValueError, "a voice with this name exists already"),
         ("", ValueError, "not empty"),
         ("Eve", ValueError, "lower case"),
         (3, TypeError, "must be a string"),

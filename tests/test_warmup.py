@@ -1,6 +1,6 @@
 """Tests of ``voxkern warmup`` for a GPU that need not be present.
 
-The command runs in a process of its own, because Triton's interpreter, which the tests run in, compiles nothing.
+The command runs in a process of its own, because the tests run in Triton's interpreter, which compiles nothing.
 """
 
 import os
@@ -17,7 +17,7 @@ def _warm_up(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_compiles_once(tiny_folder: Path, tmp_path: Path) -> None:
-    """The first run writes a binary of every kernel that is launched to the disk; a second run adds nothing."""
+    """The first run writes a binary of every launched kernel to the cache on disk; a second run adds none."""
     arguments = (str(tiny_folder), "--arch", "sm_90", "--max-batch", "2")
     first = _warm_up(tmp_path, *arguments)
     assert "kernels are ready for sm_90, max_batch 2, bfloat16" in first.stderr, first.stderr

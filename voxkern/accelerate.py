@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def accelerate(model: Any, max_batch: int = 1) -> list[str]:
-    """Run the computation of a model's backbone, flow head and codec through Triton kernels, on the model's weights.
+    """Make a model's backbone, flow head and codec decoder run through Triton kernels, on the model's own weights.
 
     Calls and their arguments stay the same, and results stay the same up to rounding. Weights may be loaded, moved,
     copied and saved as before. Kernels have no gradients: :func:`restore` a model before training it. A second call
@@ -30,7 +30,7 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
             See :mod:`voxkern.integrations.server_heads`. A server's head that differs from the supported ones is not
             replaced, and a logged warning gives the reason.
         max_batch: the most requests of one call, 1..64. A server's call may have more, which run in groups of
-            `max_batch`. Launch configs depend on `max_batch`, and so do the last bits of a result.
+            at most `max_batch`. Launch configs depend on `max_batch`, and so do the last bits of a result.
 
     Returns:
         Names of the replaced modules and methods, such as
@@ -39,10 +39,10 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
     Raises:
         ValueError: the model has no part that voxkern has kernels for, `max_batch` is not in 1..64, or the kernels
             cannot run a codec of these sizes.
-        RuntimeError: Triton is not installed, or a server's head is on a device that runs no kernels.
+        RuntimeError: Triton is not installed, or a server's head is on a device on which kernels cannot run.
     """
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("triton is not installed, and kernels need it; the model runs without them as it is")
+        raise RuntimeError("triton is not installed, but the kernels need it; without kernels the model runs as it is")
     from .fused.backbone import FusedBackbone
     from .fused.codec import FusedCodec
     from .fused.flow_head import FusedHead

@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 class Timings:
     """Wall-clock seconds of a request's work.
 
-    In a batch they include the work for the other requests of the same frames. The seconds of a text's parts are added.
+    Requests that run side by side share frames, and the seconds of a shared frame count in full for each request. For a
+    text that is split into parts, the seconds of the parts are added.
 
     Attributes:
         prefill: seconds of the prompt's pass through the backbone. The voice's part of the prompt counts only if it was
             not in the KV cache.
-        frames: seconds of all frames' backbone steps and flow head.
+        frames: seconds of the backbone and the flow head for all frames.
         codec: seconds of decoding codes to sound.
-        first_sound: seconds until the first sound was available, with the time in the queue. For a stream that is the
-            first chunk; otherwise it is the whole sound.
+        first_sound: seconds until the first chunk of a stream was ready, or the whole sound if there was no stream. The
+            time in the queue is included.
     """
 
     prefill: float
@@ -63,18 +64,19 @@ class Audio:
 
     @property
     def real_time_factor(self) -> float:
-        """Seconds of work per second of sound: below 1 is faster than speech; infinite for an empty sound."""
+        """Seconds of work per second of sound. A value below 1 is faster than speech; an empty sound has infinity."""
         return self.timings.total / self.seconds if len(self.samples) else float("inf")
 
     def pcm16(self) -> bytes:
-        """Return the samples as 16-bit little-endian integers, as servers send; values beyond -1..1 are clipped."""
+        """Return the samples as 16-bit little-endian integers, a common format of servers; clip values beyond -1..1."""
         return np.rint(np.clip(self.samples, -1, 1) * 32767).astype("<i2").tobytes()
 
     @classmethod
     def join(cls, audios: Sequence["Audio"]) -> "Audio":
         """Join sounds, such as the chunks of a stream, one after the other without a pause.
 
-        `seed` and `first_sound` are the first sound's, `ended` is the last one's, and the other timings are added.
+        The result has the `seed` and `first_sound` of the first sound, and the `ended` of the last sound. The other
+        timings are added.
 
         Raises:
             ValueError: `audios` is empty, or has several sampling rates.
@@ -112,7 +114,7 @@ class Audio:
         The suffix decides the format. Values beyond -1..1 are clipped.
 
         Raises:
-            ValueError: the suffix is another one.
+            ValueError: `path` has another suffix than .wav, .flac or .ogg.
         """
         import soundfile
 
@@ -125,7 +127,7 @@ def sound_format(path: Path) -> str:
     """Return soundfile's name for the format of a file's suffix: "WAV", "FLAC" or "OGG".
 
     Raises:
-        ValueError: the suffix is another one.
+        ValueError: `path` has another suffix than .wav, .flac or .ogg.
     """
     formats = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
     if path.suffix.lower() not in formats:

@@ -55,16 +55,16 @@ def say(
     output: Annotated[Path, typer.Option("-o", "--output", help="Output file: .wav, .flac or .ogg.")] = Path("out.wav"),
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the text from this file.")] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the demo voice.")] = None,
-    voice: Annotated[str | None, typer.Option(help="Name of the voice; default: the checkpoint's first.")] = None,
+    voice: Annotated[str | None, typer.Option(help="Name of the voice; default: the checkpoint's first voice.")] = None,
     clip: Annotated[Path | None, typer.Option(help="Speak with the voice of this recording (1 to 60 s).")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same sound; default: random.")] = None,
     steps: Annotated[int | None, typer.Option(help="Evaluations of the velocity network per frame, 1..64.")] = None,
     solver: Annotated[str, typer.Option(help="euler, or ab2, which needs fewer steps.")] = "euler",
-    cfg: Annotated[float, typer.Option(help="Strength of the classifier-free guidance; 1 is none.")] = CFG_ALPHA,
+    cfg: Annotated[float, typer.Option(help="Strength of the guidance; 1 means no guidance.")] = CFG_ALPHA,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="triton (kernels), torch, or auto: triton on a GPU.")] = "auto",
-    max_frames: Annotated[int | None, typer.Option(help="Frame limit (80 ms each), per part of a long text.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Most frames (80 ms each) per part of a long text.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Write the file while the speech is generated.")] = False,
     play: Annotated[bool, typer.Option("--play", help="Play the speech too, while it is generated.")] = False,
 ) -> None:
@@ -149,7 +149,7 @@ def info(
 
 @app.command()
 def doctor() -> None:
-    """Show this machine's hardware and versions, and the backend that would run."""
+    """Show this machine's hardware and software versions, and the backend that would be used."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     triton = importlib.util.find_spec("triton") is not None
     table = Table(show_header=False, box=None)
@@ -168,13 +168,13 @@ def doctor() -> None:
 @app.command()
 def make(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
-    full: Annotated[bool, typer.Option("--full", help="Use the exact public shapes: 8.0 GB in bf16.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Use the public model's shapes: 8.0 GB in bf16.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     encoder: Annotated[bool, typer.Option("--encoder", help="Include the codec's encoder.")] = False,
     moe: Annotated[bool, typer.Option("--moe", help="Use a mixture of experts in the tiny backbone.")] = False,
     velocity_mlp: Annotated[bool, typer.Option("--velocity-mlp", help="Use an AdaLN MLP as the flow head.")] = False,
 ) -> None:
-    """Write a checkpoint of random weights in the true format; its speech is noise."""
+    """Write a checkpoint with random weights in the real format. A model with random weights generates noise."""
     with _plain_errors(), err.status("drawing weights"):
         if moe and full:
             raise ValueError("give --full or --moe, not both: the public model has no experts")
@@ -186,7 +186,7 @@ def make(
 @app.command()
 def warmup(
     source: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or hub id; default: the public shapes.")
+        str | None, typer.Argument(help="Checkpoint folder or hub id; default: the public model's shapes.")
     ] = None,
     arch: Annotated[str | None, typer.Option(help="GPU architecture such as sm_90; default: this GPU's.")] = None,
     max_batch: Annotated[int, typer.Option(help="Requests that run side by side, as for load().")] = 1,
@@ -201,7 +201,7 @@ def warmup(
             raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
         if arch is None:
             if not torch.cuda.is_available():
-                raise ValueError("there is no GPU here: name one with --arch, such as --arch sm_90")
+                raise ValueError("this machine has no GPU: name one with --arch, such as --arch sm_90")
             properties = torch.cuda.get_device_properties(0)  # an AMD architecture's name has features after a colon
             amd = torch.version.hip is not None
             arch = properties.gcnArchName.split(":")[0] if amd else f"sm_{properties.major}{properties.minor}"
@@ -227,7 +227,10 @@ def _backend(has_triton: bool) -> str:
 def _write_chunks(
     chunks: Iterator[Audio], path: Path, sampling_rate: int, play: bool, on_chunk: Callable[[int], None]
 ) -> Audio:
-    """Write, and play, each chunk as it arrives, call `on_chunk` with its number of frames, and return all joined."""
+    """Write each chunk to a file as it arrives, and play it if `play`; return the joined chunks.
+
+    `on_chunk` is called with the number of frames of each chunk.
+    """
     import soundfile
 
     spoken = []

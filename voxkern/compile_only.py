@@ -1,7 +1,7 @@
-"""Compile kernels for a GPU that this machine lacks, with a Triton driver that compiles launches and runs none.
+"""Compile kernels for a GPU that this machine lacks, with a Triton driver that compiles kernels but runs none.
 
-The library's own launch functions run unchanged, on meta tensors. Each launch is recorded, with the machine code that
-the compiler made for it. The process must run without ``TRITON_INTERPRET``.
+The library's own launch functions run unchanged, on meta tensors. Each launch is recorded, together with the compiled
+machine code. The process must run without ``TRITON_INTERPRET``.
 """
 
 import re
@@ -47,7 +47,7 @@ class Binary:
 
     @cached_property
     def listing(self) -> str:
-        """The machine code as text: disassembled, with resource usage (NVIDIA), or as the compiler wrote it (AMD)."""
+        """The machine code as text: disassembled with resource usage for NVIDIA, the compiler's assembly for AMD."""
         by_kind = {Path(path).suffix: path for path in self.files.values()}
         if ".amdgcn" in by_kind:
             return Path(by_kind[".amdgcn"]).read_text()
@@ -66,7 +66,7 @@ class CompiledLaunch:
 class CompileOnlyDriver:
     """Replaces Triton's active driver: compiles kernels for one architecture, records their launches, and runs none.
 
-    Each architecture is a device of its own to Triton, with its own compile caches.
+    Triton treats each architecture as a separate device, with separate compile caches.
     """
 
     def __init__(self, arch: str) -> None:
@@ -82,19 +82,19 @@ class CompileOnlyDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        """Return a number that differs between architectures, because Triton caches binaries by it."""
+        """Return a device number that differs between architectures, because Triton's cache has one part per number."""
         return ARCHITECTURES.index(self.arch)
 
     def get_current_stream(self, device: int) -> int:
-        """Return 0, since there is no stream."""
+        """Return 0, because a launch that does not run needs no stream."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Return the device of tensors, which is meta."""
+        """Return the meta device, which all tensors are on."""
         return torch.device("meta")
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return a limit of shared memory that no kernel reaches; the ledger reports what exceeds the true limit."""
+        """Return a limit of 1 GiB, which no kernel reaches; the ledger reports kernels that exceed the real limit."""
         return {"max_shared_mem": 1 << 30}
 
     def load_binary(self, name: str, code: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
@@ -105,7 +105,7 @@ class CompileOnlyDriver:
         """Do nothing, because no module was loaded."""
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Return the function that Triton calls for each launch of a binary; Triton may call this several times."""
+        """Return the function that Triton calls for each launch of a binary; repeated calls are allowed."""
         constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
         binary = Binary(
             metadata.name, metadata.hash, self.arch, metadata.shared, metadata.num_warps, metadata.num_stages, constants
@@ -120,17 +120,17 @@ class CompileOnlyDriver:
         return launch
 
     def keep_files(self, module: Any, function: Any, name: str, files: dict[str, str], key: str) -> None:
-        """Store the files of the binary that is being loaded; Triton calls this hook before it loads a binary."""
+        """Store the files of the binary that is being loaded; Triton calls this hook before each load."""
         self.loading.files = files
 
 
 @contextmanager
 def compiling_for(arch: str) -> Iterator[list[CompiledLaunch]]:
-    """Compile the kernels that the block launches on meta tensors for `arch`; yield the list that records the launches.
+    """Compile for `arch` all kernels launched on meta tensors in the ``with`` block; yield the list of their launches.
 
     Raises:
         ValueError: `arch` is not one of ``ARCHITECTURES``.
-        RuntimeError: kernels are interpreted in this process.
+        RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET=1).
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")

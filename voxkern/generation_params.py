@@ -1,4 +1,4 @@
-"""How a text is to be spoken: the arguments of ``generate``, ``stream`` and ``submit`` that its requests share."""
+"""The arguments of ``generate``, ``stream`` and ``submit`` that all requests of one text share."""
 
 import math
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from .reference.solver import MAX_STEPS, SOLVERS
 from .validation import check_int
 
-CFG_ALPHA = 1.2  # strength of the guidance by default
+CFG_ALPHA = 1.2  # default strength of the classifier-free guidance
 
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """The arguments of :meth:`voxkern.TTS.generate` for one text; they are described there.
+    """Holds the arguments of one text; :meth:`voxkern.TTS.generate` describes the arguments in full.
 
     Attributes:
-        voice: name of the voice; None takes the checkpoint's first.
-        seed: 0 .. 2^64 - 1; None draws one.
-        cfg_alpha: strength of the classifier-free guidance; 1 is none.
+        voice: name of the voice; None takes the checkpoint's first voice.
+        seed: 0 .. 2^64 - 1; None draws a random seed.
+        cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
         max_frames: most frames of a part; None takes the default.
         steps: evaluations of the velocity network per frame, 1..64; None takes the checkpoint's number.
         solver: "euler" or "ab2".
-        max_chars: most characters of a part; None never splits.
+        max_chars: most characters of a part; None does not split the text.
     """
 
     voice: str | None

@@ -1,4 +1,4 @@
-"""Make checkpoints of random weights in the true format: a tiny one for tests, or one with the exact public shapes."""
+"""Make checkpoints with random weights: a tiny model for tests, or a model with the public model's exact shapes."""
 
 import base64
 import json
@@ -42,7 +42,7 @@ FULL_MLP = {"kind": "adaln_mlp", "use_biases": True, "input_dim": 3072, "dim": 1
 
 
 def public_params(velocity_mlp: bool = False) -> dict[str, Any]:
-    """Return the known and used part of Voxtral-4B-TTS-2603's ``params.json``.
+    """Return the keys of Voxtral-4B-TTS-2603's ``params.json`` that are known and used.
 
     `velocity_mlp` replaces the flow head's velocity network by a residual MLP.
     """
@@ -66,7 +66,8 @@ def public_params(velocity_mlp: bool = False) -> dict[str, Any]:
 def tiny_params(velocity_mlp: bool = False) -> dict[str, Any]:
     """Return the ``params.json`` of a model with the public structure and 0.6 M parameters.
 
-    It has only 62 semantic codes, so that END comes by chance. `velocity_mlp` is that of :func:`public_params`.
+    The model has only 62 semantic codes, so that it generates END by chance. `velocity_mlp` is as in
+    :func:`public_params`.
     """
     return _params(
         backbone={
@@ -95,7 +96,7 @@ def make_checkpoint(
     overrides: dict[str, Any] | None = None,
     velocity_mlp: bool = False,
 ) -> Path:
-    """Write a checkpoint of random weights; its speech is noise.
+    """Write a checkpoint with random weights; a model with random weights generates noise.
 
     Args:
         folder: the folder to write, created if it is missing.
@@ -103,7 +104,7 @@ def make_checkpoint(
         seed: seed of the weights.
         dtype: dtype of every tensor.
         encoder: whether to include the codec's encoder, which the public checkpoint lacks.
-        overrides: top-level keys of ``params.json`` to replace.
+        overrides: top-level keys of ``params.json`` to replace, with the new values.
         velocity_mlp: whether the flow head's velocity network is a residual MLP instead of the public transformer.
 
     Returns:
@@ -121,13 +122,13 @@ def make_checkpoint(
         name: torch.randn(length, config.backbone.dim, generator=generator).to(dtype)
         for name, length in lengths.items()
     }
-    # a random model of public size takes the same small tokenizer, because its ids are within any vocabulary
+    # the small tokenizer works for both sizes of model, because its ids are within any vocabulary
     write_checkpoint(folder, params, state, json.dumps(byte_tokenizer(lengths)), voices)
     return folder
 
 
 def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return random weights that keep the size of activations, so that codes spread over all levels."""
+    """Return random weights with which activations keep their scale, so that codes spread over all levels."""
     if name.endswith("cluster_usage"):
         return torch.rand(shape, generator=generator) * 9 + 1
     noise = torch.randn(shape, generator=generator)
@@ -143,7 +144,7 @@ def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> T
 
 
 def byte_tokenizer(voices: dict[str, int]) -> dict[str, Any]:
-    """Return a ``tekken.json`` with the 256 bytes as text tokens; `voices` has the prefix length of each voice."""
+    """Return the content of a ``tekken.json`` with the 256 bytes as text tokens; `voices` has each prefix length."""
     return {
         "config": {
             "pattern": "(?s).+",

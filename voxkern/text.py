@@ -12,7 +12,7 @@ from .checkpoint import CheckpointError
 
 MAX_CHARS = 400  # about 30 s of English
 ENDS = (
-    # ends of sentences, also in Arabic, Urdu and Hindi; in Chinese and Japanese no space follows them
+    # ends of sentences, also in Arabic, Urdu and Hindi; in Chinese and Japanese no space follows an end
     re.compile(r"""[.!?…؟۔।]+["'”’»)\]]*\s+|[。！？]+["'”’»」』)）\]]*\s*|\n\s*"""),
     re.compile(r"[,;:،؛—]\s+|[，、；：]\s*"),  # ends of clauses
     re.compile(r"\s+"),  # ends of words
@@ -22,7 +22,7 @@ ENDS = (
 class PromptEncoder:
     """Encodes requests as ``[BOS] [BEGIN_AUDIO] [AUDIO] x N [NEXT_AUDIO_TEXT] text [REPEAT_AUDIO_TEXT] [BEGIN_AUDIO]``.
 
-    The embeddings of the N [AUDIO] tokens are replaced by those of the voice. The text is not normalised.
+    The model later reads the voice's N embeddings in place of the [AUDIO] tokens. The text is not normalised.
     """
 
     def __init__(self, path: Path, voices: Mapping[str, int]) -> None:
@@ -30,10 +30,10 @@ class PromptEncoder:
 
         Args:
             path: the file.
-            voices: prefix length N of each voice. It must equal the file's length for that voice, if the file has one.
+            voices: prefix length N of each voice. If the file has a length for a voice, both lengths must be equal.
 
         Raises:
-            CheckpointError: the file is no tokenizer for speech, or has another length for a voice.
+            CheckpointError: the file is not a tokenizer for speech, or has another length for a voice.
         """
         try:
             self.tokenizer = MistralTokenizer.from_file(path).instruct_tokenizer
@@ -41,11 +41,11 @@ class PromptEncoder:
             raise CheckpointError(f"{path}: cannot be read as a tekken tokenizer ({error!r})") from error
         encoder = self.tokenizer.audio_encoder
         if encoder is None:
-            raise CheckpointError(f"{path}: has no 'audio' section, so it encodes no speech requests")
+            raise CheckpointError(f"{path}: has no 'audio' section, so it cannot encode speech requests")
         known = encoder.audio_config.voice_num_audio_tokens or {}
         for name, length in voices.items():
             if known.get(name, length) != length:
-                raise CheckpointError(f"{path}: voice {name!r} has {known[name]} tokens, its embedding {length} rows")
+                raise CheckpointError(f"{path}: voice {name!r} has {known[name]} tokens, but {length} embeddings")
         # this object and the tokenizer share one dict, so that add() extends both
         self.voices = encoder.audio_config.voice_num_audio_tokens = dict(voices)
 
@@ -74,15 +74,15 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
     """Split a text at the ends of sentences, into as few parts as possible.
 
     A sentence that is too long for a part is split at the ends of its clauses, such as commas. A clause that is too
-    long is split between words, and a word never. An abbreviation's full stop counts as the end of a sentence, which
-    matters only where a part is full.
+    long is split between words. A word is never split. An abbreviation's full stop counts as the end of a sentence, but
+    the text is split there only if the part is full.
 
     Args:
         text: the text; it is returned as it is if it has at most `max_chars` characters.
-        max_chars: most characters of a part, unless one word is longer; None never splits.
+        max_chars: most characters of a part, unless one word is longer; None does not split the text.
 
     Returns:
-        One part or more. Joined, they are the text, except for the white space around each part.
+        One or more parts. The joined parts are the text, except for white space around each part.
 
     Raises:
         TypeError: `text` is not a string.

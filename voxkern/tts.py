@@ -30,8 +30,8 @@ from .voice import read_recording, voice_prefix
 if TYPE_CHECKING:
     from .fused.backbone import FusedBackbone  # needs Triton
 
-MAX_FRAMES = 2048  # 164 s, the limit of vLLM-Omni as well
-PROMPT_TOKENS = 512  # tokens of voice and text that the KV cache's default size allows a request beside MAX_FRAMES
+MAX_FRAMES = 2048  # 164 s; vLLM-Omni has the same limit
+PROMPT_TOKENS = 512  # voice and text tokens per request for which the default KV cache has space, beside MAX_FRAMES
 DEMO = Path(__file__).with_name("demo")  # the checkpoint that comes with the package
 
 
@@ -51,17 +51,18 @@ def load(
     Args:
         source: a checkpoint folder, or a Hugging Face hub id (OWNER/NAME), which is downloaded. None loads the demo
             voice, which comes with the package and speaks numbers, weekdays, months and greetings.
-        device: such as "cpu" or "cuda". None takes the GPU if torch finds one, and the CPU otherwise.
-        dtype: "bfloat16", "float16", "float32" or the torch dtype of the weights. None keeps the checkpoint's.
+        device: a torch device such as "cpu" or "cuda". None takes the GPU if torch finds one, and the CPU otherwise.
+        dtype: dtype of the weights: "bfloat16", "float16", "float32" or the torch dtype. None keeps the checkpoint's.
         backend: "triton" runs the kernels, "torch" the reference modules. "auto" takes the kernels on a GPU and in
             Triton's interpreter (TRITON_INTERPRET=1), if Triton is installed.
         max_batch: requests that run side by side, at most 64 on kernels. More requests wait in a queue. Another
             `max_batch` may change the last bits of a sound, because products are summed in another order.
         cache_tokens: tokens of keys and values that all running requests together may reserve, at least 64. A request
-            reserves its prompt's tokens and one for each of its `max_frames` (80 ms), and waits until all are free.
-            None allows 2560 for each of `max_batch` requests, or the model's length where that is less.
-        graphs: True captures a frame on a GPU as one CUDA graph, when a request first uses its steps and solver. False
-            launches the frame's kernels one by one: the same bits, slower. It has no effect without kernels.
+            reserves its prompt's tokens plus `max_frames` tokens (80 ms each), in pages of 64, and waits until all are
+            free. None allows 2560 for each of `max_batch` requests, or the model's length if that is less.
+        graphs: True replays the frames of kernels on a GPU as CUDA graphs, one for the model and one for the codec. A
+            model's graphs are captured when a request first has a pair of steps and solver. False launches the kernels
+            one by one, which gives the same bits but is slower. `graphs` has no effect without kernels or on a CPU.
 
     Raises:
         ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the
@@ -79,14 +80,14 @@ def load(
 
 
 class TTS:
-    """Generates speech with a loaded model; :func:`load` makes one.
+    """Generates speech with a loaded model; :func:`load` returns such an object.
 
-    Its methods may be called from several threads at once: their requests then run side by side.
+    Several threads may call the methods at once. The requests of all threads then run side by side.
 
     Attributes:
         model: the :class:`VoxtralTTS` module that holds the weights.
-        voices: by name, the embeddings of each voice in a prompt: [N, dim] in the model's dtype.
-        max_batch: requests that run side by side.
+        voices: maps each voice's name to its embeddings in a prompt, [N, dim] in the model's dtype.
+        max_batch: the most requests that run side by side.
     """
 
     def __init__(
@@ -123,20 +124,21 @@ class TTS:
         """Make a voice from a recording, and add it to ``voices`` under a name.
 
         Args:
-            name: the new voice's name, in lower case like the checkpoint's. It must not be taken.
-            path: a sound file of 1 to 60 s. Its channels are averaged, and another sampling rate is resampled.
+            name: the new voice's name, in lower case like the checkpoint's names. No other voice may have this name.
+            path: a sound file of 1 to 60 s. Its channels are averaged, and sound at another sampling rate is resampled.
 
         Raises:
-            ValueError: the name is empty, not in lower case or taken; the file cannot be used (see
-                :func:`read_recording`); or the checkpoint has no codec encoder, which the public one lacks.
+            ValueError: the name is empty, not in lower case, has spaces at its ends or is taken; the file cannot be
+                used (see :func:`read_recording`); or the checkpoint has no codec encoder (the public checkpoint has
+                none).
             TypeError: `name` is not a string.
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {type(name).__name__}")
         if not name or name != name.lower().strip():
-            raise ValueError(f"name must be in lower case and not empty, got {name!r}")
+            raise ValueError(f"name must be in lower case, not empty, and without spaces at its ends, got {name!r}")
         if name in self.voices:
-            raise ValueError(f"name is {name!r}, and there is such a voice already")
+            raise ValueError(f"name is {name!r}, but a voice with this name exists already")
         prefix = voice_prefix(self.model, read_recording(path, self.sampling_rate))
         self.voices[name] = prefix
         self._prompt.add(name, len(prefix))
@@ -188,24 +190,24 @@ class TTS:
 
         With a list of texts, `voice`, `seed`, `cfg_alpha` and `max_frames` may be lists of the same length. A text is
         spoken as it is: numbers and abbreviations are not written out. A text longer than `max_chars` is split into
-        parts at the ends of sentences. Each part is generated like a text of its own, with the text's seed, and their
+        parts at the ends of sentences. Each part is generated as a separate text with the same seed, and the parts'
         sounds are joined without a pause. All arguments are checked before anything runs.
 
         Args:
             text: the text to speak, or a list of texts.
-            voice: name of the voice, one of ``voices``. None takes the checkpoint's first.
-            seed: 0 .. 2^64 - 1. The same seed gives the same sound, alone or beside other texts. None draws one for
-                each text and reports it in ``Audio.seed``.
+            voice: name of the voice, one of ``voices``. None takes the checkpoint's first voice.
+            seed: 0 .. 2^64 - 1. The same seed gives the same sound, alone or beside other texts. None draws a random
+                seed for each text; ``Audio.seed`` has the seed.
             steps: evaluations of the velocity network per frame, 1..64. None takes the checkpoint's number (7).
             solver: "euler", or "ab2", the two-step Adams-Bashforth method, which needs fewer steps.
-            cfg_alpha: strength of the classifier-free guidance; 1 is none.
-            max_frames: most frames of a part, 80 ms each; longer speech is cut off. None allows 2048, or as many as the
-                model's length leaves after the prompt.
-            max_chars: most characters of a part, see :func:`split_text`. None never splits.
-            on_frame: called after each frame that this call runs, with the number of those frames so far.
+            cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
+            max_frames: most frames of a part, 80 ms each; longer speech is cut off. None allows 2048, or fewer if the
+                model's length, `cache_tokens` or the kernels' 16,384 tokens leave fewer after the prompt.
+            max_chars: most characters of a part, see :func:`split_text`. None does not split the text.
+            on_frame: called with 1, 2, 3, .. after each frame that this call, not another thread, has run.
 
         Returns:
-            One Audio for a text; for a list, a list of them in the same order.
+            One Audio for a text, or a list of Audio in the same order for a list of texts.
 
         Raises:
             ValueError: an argument has a value that cannot be used; the message names it.
@@ -250,26 +252,27 @@ class TTS:
     ) -> SpeechStream:
         """Generate speech for one text, and return it in chunks while it is generated.
 
-        The chunks, joined, equal the sound of :meth:`generate` to the last bit. The first chunk has `first_chunk`
-        frames, and each next one twice as many, up to `chunk`. The last chunk of a text, or of a part of it, may have
-        fewer, and the text's last may be empty. All arguments are checked by this call; generation starts when the
-        first chunk is requested. Closing or dropping the iterator stops the generation and frees its memory.
+        The joined chunks equal the sound of :meth:`generate` to the last bit. The first chunk has `first_chunk` frames,
+        and each next chunk has twice as many, up to `chunk`. The last chunk of a text or of a part may have fewer
+        frames; a text's last chunk may have none. All arguments are checked by this call; generation starts when the
+        first chunk is requested. Closing or dropping the iterator stops the generation and frees the memory in use.
 
         Args:
-            text: the text to speak. It and the arguments up to `max_chars` are described at :meth:`generate`.
-            voice: name of the voice; None takes the checkpoint's first.
-            seed: 0 .. 2^64 - 1; None draws one.
-            steps: evaluations of the velocity network per frame, 1..64.
+            text: the text to speak. For this and the arguments up to `max_chars`, see :meth:`generate`.
+            voice: name of the voice; None takes the checkpoint's first voice.
+            seed: 0 .. 2^64 - 1; None draws a random seed.
+            steps: evaluations of the velocity network per frame, 1..64; None takes the checkpoint's number.
             solver: "euler" or "ab2".
-            cfg_alpha: strength of the classifier-free guidance; 1 is none.
-            max_frames: most frames of a part, 80 ms each.
-            max_chars: most characters of a part; None never splits.
+            cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
+            max_frames: most frames of a part, 80 ms each; None takes the default.
+            max_chars: most characters of a part; None does not split the text.
             first_chunk: frames of the first chunk, at least 1.
             chunk: most frames of a chunk, at least `first_chunk`.
 
         Returns:
-            An iterator of Audio, with a ``close()`` method. The ``timings`` of a chunk are its own, but ``first_sound``
-            is the first chunk's in all of them. ``ended`` is the text's in the last chunk, and False before.
+            An iterator of Audio, with a ``close()`` method. The ``timings`` of a chunk count the work since the chunk
+            before it, except ``first_sound``, which has the first chunk's value in all chunks. In the last chunk,
+            ``ended`` is that of the whole text; in earlier chunks it is False.
 
         Raises:
             ValueError: an argument has a value that cannot be used; the message names it.
@@ -286,28 +289,32 @@ class TTS:
     ) -> AsyncIterator[Audio]:
         """Generate speech for one text in chunks, for asyncio: ``async for chunk in await tts.submit(text)``.
 
-        This is :meth:`stream` as an async iterator of the same chunks. Each iterator has a thread of its own, so the
-        event loop never waits for a frame; one of these threads at a time runs a frame for all requests. Leaving the
-        iteration early, or cancelling the task that iterates, stops the generation and frees its memory.
+        The chunks are those of :meth:`stream`. Each iterator has a separate thread, so the event loop never waits for a
+        frame. Only one of these threads at a time runs a frame, for all requests. Leaving the iteration early, or
+        cancelling the task that iterates, stops the generation and frees the memory in use.
 
         Args:
             text: the text to speak.
-            voice: name of the voice; None takes the checkpoint's first.
-            seed: 0 .. 2^64 - 1; None draws one.
+            voice: name of the voice; None takes the checkpoint's first voice.
+            seed: 0 .. 2^64 - 1; None draws a random seed.
             **arguments: the keyword arguments of :meth:`stream`, from `steps` to `chunk`.
 
         Returns:
             An async iterator of Audio.
 
         Raises:
-            ValueError: an argument has a value that cannot be used; the message names it. Nothing has run then.
+            ValueError: an argument has a value that cannot be used; the message names the argument. The error is
+                raised before anything runs.
             TypeError: an argument has the wrong type, or is unknown; the message names it.
         """
         return iterate_in_thread(self.stream(text, voice, seed, **arguments))
 
     @property
     def engine(self) -> Engine:
-        """The engine that runs the requests; a new one if the model was accelerated, restored, cast or moved since."""
+        """The engine that runs the requests.
+
+        The engine is replaced once the model is accelerated, restored, cast or moved, or once `max_batch` changes.
+        """
         fused_backbone, weight = self._fused_backbone, self.model.norm.weight
         key = (fused_backbone, self.max_batch, weight.dtype, weight.device)
         with self._engine_lock:
@@ -333,37 +340,37 @@ class TTS:
 
     @property
     def _positions(self) -> int:
-        """Most tokens of a request: the model's length, or what its fused backbone is prepared for if that is less."""
+        """Most tokens of a request: the model's length, or the fused backbone's `max_seq_len` if that is less."""
         positions = self.model.config.backbone.max_seq_len
         return positions if self._fused_backbone is None else min(positions, self._fused_backbone.max_seq_len)
 
     def _make_requests(self, text: str, params: GenerationParams) -> list[Request]:
-        """Make one request for each part of a text, in order; a missing seed is drawn for all of them."""
+        """Make one request for each part of a text, in order; if the seed is None, draw one seed for all parts."""
         seed = secrets.randbits(64) if params.seed is None else params.seed
         steps = self.model.config.acoustic_transformer.n_decoding_steps if params.steps is None else params.steps
         return [self._make_request(part, params, seed, steps) for part in split_text(text, params.max_chars)]
 
     def _make_request(self, text: str, params: GenerationParams, seed: int, steps: int) -> Request:
-        """Embed the prompt of one part of a text, and check what depends on the prompt's length."""
+        """Make the request for one part of a text; check `max_frames`, which depends on the prompt's length."""
         voice = self._default_voice() if params.voice is None else params.voice
         tokens = self._prompt.encode(text, voice)
         positions = self.engine.runner.max_seq_len
         n_left = positions - len(tokens)
         if n_left < 1:
             raise ValueError(
-                f"text is too long: its prompt of {len(tokens)} tokens leaves none for a frame, since a request may "
-                f"have {positions} (the model's length, or cache_tokens); split the text or lower max_chars"
+                f"text is too long: its prompt has {len(tokens)} tokens, but a request may have {positions}, frames "
+                "included (the model's length, or cache_tokens); split the text or lower max_chars"
             )
         max_frames = min(MAX_FRAMES, n_left) if params.max_frames is None else params.max_frames
         check_int("max_frames", max_frames, 1, n_left)
         voice_rows, audio = self.voices[voice], self.model.config.audio.audio_token_id
-        n_shared = tokens.index(audio) + len(voice_rows)  # all prompts of a voice are equal up to its last row
+        n_shared = tokens.index(audio) + len(voice_rows)  # prompts with one voice are equal up to its last row
         prefix_key = PrefixKey.of(voice_rows, self.engine.runner.weights_version(), n_shared)
         prompt = self._embed_prompt(tokens, voice_rows)
         return Request(prompt, seed, float(params.cfg_alpha), max_frames, steps, params.solver, prefix_key)
 
     def _default_voice(self) -> str:
-        """Return the first of the config's voices that the checkpoint has, or else its first voice."""
+        """Return the config's first voice that the checkpoint has, or else the checkpoint's first voice."""
         if not self.voices:
             raise ValueError("the checkpoint has no voices (no files in voice_embedding)")
         named = [name for name in self.model.config.voices if name in self.voices]
@@ -385,7 +392,10 @@ class TTS:
 
 
 def _joined(parts: list[Audio]) -> Audio:
-    """Join the parts of a text; ``first_sound`` lasts until the last part is done, as no part is returned earlier."""
+    """Join the parts of a text; ``first_sound`` counts all parts, because no part is returned before the last is done.
+
+    If parts run side by side, a shared frame counts once for each part, as in the other timings.
+    """
     joined, first = Audio.join(parts), parts[0].timings
     waited = first.first_sound - first.total  # seconds in the queue before the first part was admitted
     timings = replace(joined.timings, first_sound=waited + joined.timings.total)

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    """Raise an error unless the argument `name` is an integer in `low`..`high`; `high` None is no limit.
+    """Raise an error unless the argument `name` is an integer in `low`..`high`; a `high` of None is no limit.
 
     Raises:
         TypeError: `value` is not an integer.
@@ -42,7 +42,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return the torch device of an argument; None takes the GPU if torch finds one, and the CPU otherwise.
 
     Raises:
-        ValueError: torch does not know the device, or finds no GPU for "cuda".
+        ValueError: `device` is not the name of a torch device, or is "cuda" but torch finds no GPU.
     """
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -57,7 +57,7 @@ def use_kernels(backend: str, device: torch.device) -> bool:
     """Return whether a model on `device` runs on kernels.
 
     Raises:
-        ValueError: `backend` is unknown, or is "triton" on a device that runs no kernels.
+        ValueError: `backend` is unknown, or is "triton" on a device on which kernels cannot run.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
@@ -66,14 +66,14 @@ def use_kernels(backend: str, device: torch.device) -> bool:
         return (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
     if backend == "triton" and device.type != "cuda" and not interpreted:
         raise ValueError(
-            f"backend is 'triton' and device '{device.type}', where kernels run only in Triton's interpreter: use "
+            f"backend is 'triton', but on a {device.type} device kernels run only in Triton's interpreter: use "
             "device='cuda', backend='torch', or set TRITON_INTERPRET=1 before triton is first imported"
         )
     return backend == "triton"
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the torch dtype of an argument, which is a dtype or its name; None stays None.
+    """Return the torch dtype of an argument, which is a dtype or its name; for None return None.
 
     Raises:
         ValueError: `dtype` is not bfloat16, float16 or float32.

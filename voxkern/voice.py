@@ -1,4 +1,4 @@
-"""Make a voice from a recording: read it, encode it, and embed its codes as the backbone embeds generated codes."""
+"""Make a voice from a recording: read and encode the recording, and embed the codes as the backbone embeds codes."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from .reference import VoxtralTTS
 from .reference.config import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_CODES
 
 SHORTEST, LONGEST = 1.0, 60.0  # seconds; the public model's own voices come from 5 to 18 s of sound
-LOUDEST = 100.0  # times full scale; louder samples are integers that were never scaled, not a recording
+LOUDEST = 100.0  # times full scale; a file with louder samples holds unscaled integers, not sound
 
 
 def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
     """Read a sound file as one channel at a given sampling rate.
 
-    Channels are averaged, and another rate is resampled (soxr, very high quality). The loudness is not changed.
+    Channels are averaged, and sound at another rate is resampled (soxr, very high quality). The loudness is kept.
 
     Args:
         path: a file that libsndfile reads: .wav, .flac, .ogg, .mp3 and others.
@@ -28,8 +28,9 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
         float32 [n].
 
     Raises:
-        ValueError: the file is missing or is no sound file; a sample is not finite or beyond 100 times full scale; the
-            sound is silent, shorter than 1 s or longer than 60 s; or its rate differs and soxr is not installed.
+        ValueError: the file is missing or is not a sound file; a sample is not finite or beyond 100 times full scale;
+            the sound is silent, shorter than 1 s or longer than 60 s; or the file has another rate and soxr is not
+            installed.
     """
     import soundfile
 
@@ -53,7 +54,7 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
 
 @torch.no_grad()
 def voice_prefix(model: VoxtralTTS, samples: NDArray[np.float32]) -> Tensor:
-    """Return the embeddings of a voice for a prompt: those of its codes, and of an END frame after them.
+    """Return the embeddings of a voice in a prompt: one row for each frame of the recording, then one for an END frame.
 
     Args:
         model: a model with the codec's encoder.

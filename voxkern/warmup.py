@@ -1,7 +1,8 @@
 """Compile all kernels of a model in advance, with every set of constants that a frame or a prompt needs.
 
-Triton keeps compiled kernels on disk, by source, constants and architecture. So no GPU of that architecture is needed
-here: the usual launches are made on tensors without memory, under a driver that compiles them and runs none.
+Triton stores compiled kernels on disk, under a key made of source, constants and architecture. Compiling needs no GPU
+of that architecture. The usual launches are made on tensors without memory, under a driver that compiles kernels but
+runs none.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from .accelerate import accelerate
 from .engine.kv_cache import PAGE_SIZE, KVCache
 from .reference import Config, VoxtralTTS
 
-ROWS = (1, 2, 3, 8)  # rows of a batch, and of a prompt; the ledger checks that other numbers need no other binaries
+ROWS = (1, 2, 3, 8)  # rows of batches and prompts to compile; the ledger checks that other numbers need no others
 
 
 @torch.inference_mode()
@@ -31,7 +32,7 @@ def warm_up(
         arch: architecture such as "sm_90", one of ``ARCHITECTURES`` in :mod:`voxkern.compile_only`.
         max_batch: the most requests that run side by side, 1..64.
         dtype: dtype of the weights.
-        on_binary: called with a kernel's name for each binary that is ready, compiled or found on disk.
+        on_binary: called with a kernel's name for each binary that is ready, compiled now or found on disk.
 
     Returns:
         The number of binaries that are ready.
@@ -66,7 +67,7 @@ def warm_up(
             kv_cache = KVCache(config.backbone, 2, dtype, torch.device("meta"))
             decode_batch = DecodeBatch(
                 model, max_batch, kv_cache, PAGE_SIZE, 2, "euler"
-            )  # two steps, because the last step has kernels of its own
+            )  # two steps, because the last step runs other kernels than the first
             batches = sorted({min(n, max_batch) for n in ROWS})
             for n in batches:
                 decode_batch.launch(n)

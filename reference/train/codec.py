@@ -1,4 +1,4 @@
-"""Train the demo voice's codec (first stage); its semantic codes learn to name the word and the frame in the word."""
+"""Train the demo voice's codec (first stage), with semantic codes that identify a word and a frame of that word."""
 
 import math
 
@@ -22,9 +22,10 @@ WINDOWS = (2048, 1024, 512, 256, 128)  # samples
 
 
 class CodecTrainer(nn.Module):
-    """The codec in training, with its semantic codebook as a parameter that is learnt by gradient.
+    """The codec in training, with the semantic codebook as a parameter that the optimiser trains.
 
-    The public model's codebook was learnt by moving averages. :meth:`store` writes the codebook to the codec's buffers.
+    The codec itself has buffers for the codebook, because the public model's codebook was trained by moving averages.
+    :meth:`store` writes the trained codebook to these buffers.
     """
 
     def __init__(self, codec: AudioTokenizer) -> None:
@@ -33,14 +34,15 @@ class CodecTrainer(nn.Module):
         self.codebook = nn.Parameter(torch.randn_like(codec.quantizer.semantic_codebook.embedding_sum))
 
     def forward(self, sound: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode and decode sound.
+        """Encode sound to codes, decode the codes, and compute the loss of the semantic codes.
 
         Args:
             sound: [B, 1, n].
-            labels: int64 [B, T], the semantic code that each frame must get.
+            labels: int64 [B, T], the right semantic code of each frame.
 
         Returns:
-            The decoded sound fp32, the cross-entropy of the semantic codes, and the share of right semantic codes.
+            The decoded sound, fp32 [B, 1, n]; the cross-entropy of the semantic codes, []; and the share of right
+            semantic codes, [].
         """
         dim = self.codebook.shape[1]
         latents = self.codec.latents(sound).float()
@@ -51,8 +53,8 @@ class CodecTrainer(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.01)
         half = (self.codec.quantizer.levels - 1) / 2
         rounded = acoustic + (((acoustic * half).round() / half) - acoustic).detach()
-        # noise makes the decoder robust to acoustic codes that are one or two levels off; examples without acoustic
-        # codes make the semantic codes alone intelligible
+        # noise makes the decoder robust to acoustic codes that are one or two levels off; some examples get no acoustic
+        # latents, so that the sound of the semantic codes alone becomes intelligible
         noisy = rounded + NOISE * torch.randn_like(rounded)
         kept = (torch.rand(len(sound), 1, 1) > SILENCED).float()
         quantised = torch.cat((self.codebook[codes].transpose(1, 2), noisy * kept), dim=1)
@@ -60,7 +62,7 @@ class CodecTrainer(nn.Module):
 
     @torch.no_grad()
     def store(self) -> AudioTokenizer:
-        """Return the codec after writing the codebook to its buffers."""
+        """Write the trained codebook to the codec's buffers and return the codec."""
         book = self.codec.quantizer.semantic_codebook
         book.embedding_sum.copy_(self.codebook)
         book.cluster_usage.fill_(1.0)
@@ -68,7 +70,9 @@ class CodecTrainer(nn.Module):
 
 
 def spectral_loss(a: Tensor, b: Tensor, step: int) -> Tensor:
-    """Return the L1 of log magnitudes plus the relative error of magnitudes of `a` against `b` (arXiv 1910.11480).
+    """Return the difference of the magnitude spectra of `a` and `b` (the loss of arXiv 1910.11480).
+
+    The loss is the mean absolute difference of log magnitudes plus the relative L2 error of magnitudes.
 
     Args:
         a: decoded sound, [B, n].
@@ -84,17 +88,18 @@ def spectral_loss(a: Tensor, b: Tensor, step: int) -> Tensor:
     for n in lengths:
         window = torch.hann_window(n)
         x, y = (torch.stft(s, n, n // 4, window=window, return_complex=True) for s in (a, b))
-        floor = FLOOR**2 * 0.375 * n  # the power of white noise of RMS FLOOR in a Hann window
+        # expected power of a bin for white noise of RMS FLOOR, as the squares of a Hann window sum to 0.375 n
+        floor = FLOOR**2 * 0.375 * n
         x, y = (torch.sqrt(z.real.square() + z.imag.square() + floor) for z in (x, y))
         total = total + (x.log() - y.log()).abs().mean() + (x - y).norm() / y.norm()
     return total / len(lengths)
 
 
 def batch(bank: WordBank, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Return random strings of words, cut or padded with silence to CROP frames.
+    """Return the sound and labels of BATCH random strings of words, each cut or padded with silence to CROP frames.
 
     Returns:
-        Sounds [BATCH, CROP FRAME] and labels int64 [BATCH, CROP].
+        Sounds [BATCH, CROP * FRAME] and labels int64 [BATCH, CROP].
     """
     sounds, labels = [], []
     for _ in range(BATCH):
@@ -109,7 +114,7 @@ def batch(bank: WordBank, generator: np.random.Generator) -> tuple[Tensor, Tenso
 
 
 def main() -> None:
-    """Train for the given minutes, continue an earlier run if one was saved, and write ``codec.pt``."""
+    """Train for the given minutes, starting from the saved state if there is one, and write ``codec.pt``."""
     args = arguments(__doc__, minutes=25)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

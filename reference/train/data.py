@@ -1,8 +1,8 @@
 """The demo voice's vocabulary and training speech: words spoken by flite, each padded to whole frames.
 
-Every word is spoken by itself and padded with silence to whole frames of 80 ms. A text's sound is the concatenation of
-its words' sounds. A word therefore has nearly the same codes at every position in a text. A few million parameters
-and an hour of one core are enough to learn such codes, but not enough for running speech.
+Every word is synthesised alone and padded with silence to whole frames of 80 ms. The sound of a text is the
+concatenation of the sounds of its words. A word therefore has nearly the same codes at every position in a text. A few
+million parameters and an hour of one core are enough to learn such codes, but not enough for running speech.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-RATE, FRAME = 24000, 1920  # samples per second and per frame
+RATE, FRAME = 24000, 1920  # samples per second, and samples per frame
 VOICES = ("slt", "rms")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
@@ -28,19 +28,19 @@ MONTHS = ("january", "february", "march", "april", "may", "june", "july", "augus
 GREETINGS = ("hello", "goodbye", "good", "morning", "afternoon", "evening", "night", "thanks", "please", "welcome")
 SMALL = ("yes", "no", "today", "tomorrow")
 WORDS = DIGITS + TEENS + TENS + WEEKDAYS + MONTHS + GREETINGS + SMALL
-DIGITS_SHARE = 0.4  # share of random strings that are digits only
-QUIET = 0.004  # amplitude below which a word is inaudible; full scale is 1
+DIGITS_SHARE = 0.4  # share of random strings that consist of digits only
+QUIET = 0.004  # a frame without a larger amplitude counts as inaudible; full scale is 1
 
 
 @dataclass(frozen=True)
 class WordBank:
     """The sound of every word in every voice, and the labels of its frames.
 
-    A frame's label is the word's first label plus the frame's number, counted from the word's first audible frame. The
-    quiet frames before it have label 0.
+    Labels number the frames of all words: a frame's label is the word's first label plus the frame's number, counted
+    from the word's first audible frame. The quiet frames before the first audible frame have label 0.
 
     Attributes:
-        sounds: [voice][word], fp32 [n FRAME].
+        sounds: [voice][word], fp32 [n * FRAME].
         first: the first label of each word.
         n_labels: number of labels, label 0 included.
     """
@@ -50,7 +50,7 @@ class WordBank:
     n_labels: int
 
     def speak(self, voice: int, words: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the sound fp32 [T FRAME] and the labels int64 [T] of a string of words."""
+        """Return the sound, fp32 [T * FRAME], and the labels, int64 [T], of a string of words in one voice."""
         sounds = [self.sounds[voice][word] for word in words]
         return torch.cat(sounds), torch.cat([self.labels(voice, word) for word in words])
 
@@ -62,7 +62,7 @@ class WordBank:
 
 
 def flite(text: str, voice: str) -> NDArray[np.float32]:
-    """Synthesise a text with flite, fp32 [n] at 24 kHz."""
+    """Synthesise a text with the program flite and return the sound, fp32 [n] at 24 kHz."""
     import soxr
 
     with tempfile.TemporaryDirectory() as folder:
@@ -74,18 +74,18 @@ def flite(text: str, voice: str) -> NDArray[np.float32]:
 
 
 def whole_frames(sound: NDArray[np.float32]) -> Tensor:
-    """Pad a sound [n] with silence to whole frames."""
+    """Pad a sound, fp32 [n], with silence at its end to a multiple of FRAME samples."""
     return torch.from_numpy(np.pad(sound, (0, -len(sound) % FRAME)))
 
 
 def quiet_frames(sound: Tensor) -> int:
-    """Return the number of frames before the first audible frame."""
+    """Return the number of frames before the first audible frame of a sound."""
     loud = (sound.view(-1, FRAME).abs().amax(1) > QUIET).nonzero()
     return int(loud[0])
 
 
 def make_bank() -> WordBank:
-    """Synthesise every word in every voice; this takes seconds."""
+    """Synthesise every word in every voice, which takes seconds, and number the labels."""
     sounds = [[whole_frames(flite(word, voice)) for word in WORDS] for voice in VOICES]
     first, n = [], 1
     for i in range(len(WORDS)):
@@ -95,6 +95,6 @@ def make_bank() -> WordBank:
 
 
 def random_words(generator: np.random.Generator, n: int) -> list[int]:
-    """Return the numbers of n random words, or of n random digits."""
+    """Return n random indices into WORDS; with probability DIGITS_SHARE, only digits are drawn."""
     known = len(DIGITS) if generator.random() < DIGITS_SHARE else len(WORDS)
     return [int(i) for i in generator.integers(0, known, n)]

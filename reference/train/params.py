@@ -72,10 +72,13 @@ PARAMS: dict[str, Any] = {
 
 
 def spellings(word: str) -> tuple[str, ...]:
-    """Return the spellings of a word in a text: at the start or after a space, in lower case or capitalised."""
+    """Return a word's four spellings: without and with a space before it, in lower case and capitalised."""
     return word, " " + word, word.capitalize(), " " + word.capitalize()
 
 
 def word_id(word: int) -> int:
-    """Return the token id of a word's first spelling, by the word's number; the ids follow those of the 256 bytes."""
+    """Return the token id of the first spelling of a word, given as an index into WORDS.
+
+    The ids of the words come after those of the special tokens and of the 256 bytes.
+    """
     return N_SPECIAL_TOKENS + 256 + len(spellings("")) * word

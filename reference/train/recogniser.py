@@ -1,4 +1,4 @@
-"""A speech recogniser for strings of known words (pocketsphinx with a word grammar), and a count of right words."""
+"""A speech recogniser for strings of given words (pocketsphinx with a word grammar), and a count of right words."""
 
 import tempfile
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-RATE = 16000  # samples per second that the recogniser's acoustic model needs
+RATE = 16000  # samples per second of the sound that pocketsphinx's acoustic model needs
 INSERTION = 1e-3  # word insertion probability; without it, pauses are recognised as words
 HISS = 1e-3  # standard deviation of the added noise; full scale is 1
-MARGIN = RATE * 3 // 10  # samples of silence added before and after
+MARGIN = RATE * 3 // 10  # samples of silence that are added before and after the sound
 
 
 class Recogniser:
@@ -28,11 +28,11 @@ class Recogniser:
             )
 
     def recognise(self, samples: NDArray[np.float32], rate: int) -> list[str]:
-        """Return the words in a sound, fp32 [n] at `rate` samples per second."""
+        """Return the words that are recognised in a sound, fp32 [n] at `rate` samples per second."""
         import soxr
 
         sound = np.pad(soxr.resample(samples, rate, RATE), MARGIN)
-        sound += np.random.default_rng(0).normal(0, HISS, len(sound))  # digital silence spoils the noise estimate
+        sound += np.random.default_rng(0).normal(0, HISS, len(sound))  # exact zeros spoil the noise estimate
         self._decoder.start_utt()
         self._decoder.process_raw((sound.clip(-1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
         self._decoder.end_utt()
@@ -41,7 +41,7 @@ class Recogniser:
 
 
 def words_right(said: Sequence[str], heard: Sequence[str]) -> int:
-    """Return the number of words of `said`, less the edits (Levenshtein) that turn `heard` into `said`, at least 0."""
+    """Return the number of words of `said` minus the Levenshtein distance in words of `heard`, but at least 0."""
     row = list(range(len(heard) + 1))
     for i, word in enumerate(said, 1):
         last, row[0] = row[0], i

@@ -18,11 +18,11 @@ from .stage import TrainingStage, arguments
 
 BATCH = 16
 MAX_WORDS = 7
-VARIANTS = 5  # code sequences per voice and word; the first is for the start of a text
-PREFIX = (13, 20)  # shortest and longest voice clip, in frames
-DRAWS = 640  # frames per step, drawn at random, for the flow loss
+VARIANTS = 5  # code sequences per voice and word; the first one is for a word at the start of a text
+PREFIX = (13, 20)  # numbers of frames of the shortest and the longest voice clip
+DRAWS = 640  # number of random frames per step that the flow loss is computed on
 GUIDED = (2, 3)  # in these layers the first two heads are trained to attend to the current word's token
-COUNTING = 1  # the layer, from 0, that is trained to output the number of the current word
+COUNTING = 1  # index of the layer after which the index of the current word is predicted
 BOS, AUDIO, BEGIN_AUDIO, REPEAT, NEXT = 1, 24, 25, 35, 36
 
 
@@ -32,12 +32,15 @@ class Batch:
 
     Attributes:
         ids: int64 [B, S], token ids; AUDIO at the positions of frames.
-        codes: int64 [B, S, 37] with the +2 offset, the frames at these positions.
-        next: int64 [B, S, 37], the frame to generate after each position; EMPTY where no frame is generated.
-        word: int64 [B, S], number in the text of the word that is spoken next, or of the word that a text token is; -1
-            elsewhere. Where END comes next, and at the token after the text, it is the number of words.
-        pointer: int64 [B, S], position of the token of the word that is spoken next; -1 elsewhere. Where END comes
-            next, it is the position of the token after the text.
+        codes: int64 [B, S, 37] with the +2 offset, the frames at the positions with AUDIO.
+        next: int64 [B, S, 37] with the +2 offset, the frame to generate after each position; EMPTY where no frame is
+            generated.
+        word: int64 [B, S], index of a word in the text. At a text token, it is the index of the token's word. At a
+            position after which a frame is generated, it is the index of the word that the frame belongs to. It is the
+            number of words at the token after the text and at the position before END. Elsewhere it is -1.
+        pointer: int64 [B, S], a position. At a position after which a frame is generated, it is the position of the
+            text token of the frame's word. At the position before END, it is the position of the token after the text.
+            Elsewhere it is -1.
     """
 
     ids: Tensor
@@ -51,10 +54,10 @@ class Batch:
 def code_bank(codec: AudioTokenizer, bank: WordBank, generator: np.random.Generator) -> list[list[list[Tensor]]]:
     """Encode VARIANTS variants of every word in every voice.
 
-    Variant 0 is the word at the start of a text. In the others, the word follows a random word.
+    In variant 0, the word is at the start of a text. In the other variants, it follows a random word.
 
     Returns:
-        [voice][word][variant], int64 codes [n, 37] with the +2 offset.
+        [voice][word][variant]: codes, int64 [n, 37] with the +2 offset.
     """
     out = []
     for voice in range(len(VOICES)):
@@ -75,17 +78,17 @@ def code_bank(codec: AudioTokenizer, bank: WordBank, generator: np.random.Genera
 def prompt_and_frames(
     codes: list[list[list[Tensor]]], words: list[int], voice: int, generator: np.random.Generator
 ) -> tuple[list[int], list[Tensor], list[int]]:
-    """Make the prompt and the frames of one example.
+    """Build the prompt and the frames of one example.
 
     Args:
         codes: from :func:`code_bank`.
-        words: numbers of the words of the text.
-        voice: number of the voice.
-        generator: draws the voice's clip and the variants.
+        words: the text, as indices into WORDS.
+        voice: index of the voice in VOICES.
+        generator: random generator, which selects the voice's clip and the variants.
 
     Returns:
-        The prompt's token ids; the frames of the voice's clip and of the text, an END frame after each; and, for each
-        frame of the text, the number in the text of its word.
+        The prompt's token ids. Then two tensors of frames, each int64 [n, 37] with an END frame as its last: the
+        voice's clip and the text. Then, for each frame of the text, the index in the text of the frame's word.
     """
     clip = torch.cat([codes[voice][w][1] for w in random_words(generator, 3)])
     start = int(generator.integers(0, 8))
@@ -100,7 +103,7 @@ def prompt_and_frames(
 
 
 def make_batch(codes: list[list[list[Tensor]]], generator: np.random.Generator) -> Batch:
-    """Return a batch of BATCH random strings, all with the same random number of words."""
+    """Build a batch of BATCH random texts, which all have the same random number of words."""
     n_words = int(generator.integers(1, MAX_WORDS + 1))
     examples = []
     for _ in range(BATCH):
@@ -127,10 +130,10 @@ def make_batch(codes: list[list[list[Tensor]]], generator: np.random.Generator) 
 
 
 def corrupt(codes: Tensor) -> Tensor:
-    """Return codes with errors such as a generated history may contain.
+    """Return a copy of codes with random errors, like the errors in codes that a model has generated.
 
-    Most frames get acoustic codes that are off by some levels, and 6 % of frames get a random semantic code. END and
-    EMPTY frames stay.
+    In most frames, some acoustic codes are changed by a few levels. In 6 % of the frames, the semantic code is replaced
+    by a random one. END and EMPTY frames are not changed.
 
     Args:
         codes: int64 [B, S, 37] with the +2 offset.
@@ -148,8 +151,8 @@ def corrupt(codes: Tensor) -> Tensor:
 class SpeechTrainer(nn.Module):
     """The model in training, with two auxiliary heads that are discarded afterwards.
 
-    `count` predicts the number of the current word after layer COUNTING. `acoustic` predicts the next frame's acoustic
-    latents from the backbone's hidden state.
+    The head `count` predicts the index of the current word from the output of layer COUNTING. The head `acoustic`
+    predicts the next frame's acoustic latents from the backbone's hidden state.
     """
 
     def __init__(self, model: VoxtralTTS) -> None:
@@ -160,7 +163,7 @@ class SpeechTrainer(nn.Module):
         self.acoustic = nn.Linear(dim, model.config.audio.n_acoustic_codebook)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embed a batch's tokens and its corrupted frames, [B, S, dim]."""
+        """Embed a batch's tokens and frames, with errors added by :func:`corrupt`, and return [B, S, dim]."""
         model = self.model
         table = model.mm_audio_embeddings.audio_codebook_embeddings
         is_frame = batch.ids == AUDIO
@@ -171,7 +174,11 @@ class SpeechTrainer(nn.Module):
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses by name, and under "right" the share of right semantic codes."""
+        """Return the losses by name, and under "right" the share of right semantic codes, each a scalar tensor.
+
+        "look" is the loss of attention to the current word's token. "count" and "frame" are the losses of the heads
+        `count` and `acoustic`. "semantic" and "flow" are the losses of the flow head.
+        """
         model = self.model
         u = self.embed(batch)
         S, config = u.shape[1], model.backbone_config
@@ -216,13 +223,13 @@ class SpeechTrainer(nn.Module):
 def flow_loss(model: VoxtralTTS, h: Tensor, x: Tensor) -> Tensor:
     """Return the mean squared error of the velocity at DRAWS random frames (arXiv 2210.02747).
 
-    The target is ``x - noise``, the velocity on the straight line from noise to x. In 10 % of the draws the hidden
-    state is zero, to train the unconditional branch of the guidance.
+    The target is ``x - noise``, the velocity on the straight line from noise to x. For 10 % of the random frames, the
+    hidden state is set to zero, which trains the unconditional branch of the guidance.
 
     Args:
         model: the model.
-        h: [N, dim], hidden states.
-        x: [N, K], the acoustic latents of their frames, in -1..1.
+        h: [N, dim], the backbone's hidden states.
+        x: [N, K], the acoustic latents, in -1..1, of the frame to generate from each hidden state.
     """
     i = torch.randint(len(h), (DRAWS,))
     h, x = h[i] * (torch.rand(DRAWS, 1) > 0.1), x[i]
@@ -232,7 +239,7 @@ def flow_loss(model: VoxtralTTS, h: Tensor, x: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Train for the given minutes, continue an earlier run if one was saved, and write ``speech.pt``."""
+    """Train for the given minutes, starting from the saved state if there is one, and write ``speech.pt``."""
     args = arguments(__doc__, minutes=40)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -241,13 +248,14 @@ def main() -> None:
     model.audio_tokenizer.requires_grad_(False)
     table = model.mm_audio_embeddings.audio_codebook_embeddings.embeddings.weight
     with torch.no_grad():
-        table[model.config.audio.embedding_offsets[1] :] *= 0.15  # a frame adds 36 of these rows to one semantic row
+        # a frame's embedding sums 1 semantic row and 36 of these acoustic rows, which would outweigh the semantic one
+        table[model.config.audio.embedding_offsets[1] :] *= 0.15
     trainer = SpeechTrainer(model)
     stage = TrainingStage(args.folder / "speech_training.pt", trainer, args.minutes, rate=1e-3)
     generator = np.random.default_rng(stage.step)
     codes = code_bank(model.audio_tokenizer, make_bank(), generator)
     while not stage.ended:
-        # the MATH backend is the faster one for the head's three tokens, measured with the backward pass
+        # MATH is the faster backend for attention of the flow head's three tokens, measured with the backward pass
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             losses = trainer(make_batch(codes, generator))
         loss = losses["semantic"] + losses["flow"] + losses["frame"] + 0.3 * losses["look"] + 0.3 * losses["count"]

@@ -1,4 +1,4 @@
-"""The code that both training stages share: command line, time limit, learning rate, and saved state."""
+"""The code that both training stages use: command line, time limit, learning rate and saved state."""
 
 import argparse
 import math
@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-SHOWN_EVERY = 100  # steps between printed lines; the state is saved then, too
+SHOWN_EVERY = 100  # steps between two printed lines; the state is saved at the same steps
 WARM_UP = 100  # steps over which the learning rate rises linearly
 
 
 def arguments(description: str | None, minutes: float) -> argparse.Namespace:
-    """Parse the command line of a training stage."""
+    """Parse the command line of a training stage; `minutes` is the default of ``--minutes``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path, help="folder for the files of both stages, outside the repository")
     parser.add_argument(
@@ -26,13 +26,13 @@ def arguments(description: str | None, minutes: float) -> argparse.Namespace:
 class TrainingStage:
     """Trains a module with AdamW for a number of minutes of processor time.
 
-    The learning rate follows a cosine of the spent processor time, so the load of the machine does not change it. If
-    `path` exists, training continues from its state.
+    The learning rate follows a cosine of the processor time spent, so other load on the machine does not change the
+    schedule. If `path` exists, training continues from the state saved there.
 
     Args:
-        path: file of the saved state.
+        path: file in which the state is saved.
         trainer: the module to train.
-        minutes: processor time in total, earlier runs included.
+        minutes: limit of the processor time in total, earlier runs included.
         rate: the highest learning rate.
 
     Attributes:
@@ -58,15 +58,15 @@ class TrainingStage:
 
     @property
     def ended(self) -> bool:
-        """Whether the processor time is spent."""
+        """Whether the limit of the processor time is reached."""
         return self._seconds >= self._limit
 
     def learn(self, loss: Tensor, figures: dict[str, Tensor]) -> bool:
         """Take one optimiser step on `loss`, and print the means of `figures` every SHOWN_EVERY steps.
 
         Args:
-            loss: [].
-            figures: values of this step by name, each [].
+            loss: the loss to minimise, a scalar tensor.
+            figures: values of this step by name, each a scalar tensor.
 
         Returns:
             Whether the state was saved, which happens every SHOWN_EVERY steps and at the end.

@@ -1,7 +1,7 @@
 """Decode the frames of all requests to samples, on the reference codec or on the fused codec.
 
-``generate`` and ``stream`` decode in the same way. So the chunks of a stream, whatever their sizes, equal the sound of
-``generate`` to the last bit.
+``generate`` and ``stream`` decode in the same way. The joined chunks of a stream therefore equal the sound of
+``generate`` to the last bit, for all chunk sizes.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ class CapturedCodecStream:
             new_frames: int64 [B], 1 for each request with a new frame, else 0.
 
         Returns:
-            fp32 [B, 1, samples_per_frame], or fp64 if the model is.
+            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame].
         """
         self._codes.copy_(codes)
         self._new_frames.copy_(new_frames)
@@ -45,17 +45,17 @@ class CapturedCodecStream:
 
 
 class CodecRunner:
-    """Decodes one frame of many requests at a time.
+    """Decodes one frame of all running requests at a time; each slot has one row.
 
-    The reference codec runs in blocks of a fixed number of rows. The fused codec runs all rows in one block,
-    because its bits do not depend on the number of rows.
+    The reference codec runs in blocks of a fixed number of rows. The fused codec runs all rows in one block, because a
+    row's bits from the fused codec do not depend on the number of rows.
 
     Attributes:
         sampling_rate: samples per second.
     """
 
     def __init__(self, model: VoxtralTTS, n_slots: int, capture: Capture | None = None) -> None:
-        """Make streams for `n_slots` slots; with `capture`, a frame of a fused codec is captured as a graph."""
+        """Make streams for `n_slots` slots; with `capture`, the frames of a fused codec are captured as a graph."""
         is_fused = "stream" in vars(model.audio_tokenizer)
         self.sampling_rate = model.config.codec.sampling_rate
         self._codec, self._n_slots = model.audio_tokenizer, n_slots
@@ -66,7 +66,10 @@ class CodecRunner:
         self.refresh_weights()
 
     def refresh_weights(self) -> None:
-        """Restart all streams, or rebuild them if the codec's weights changed; called when no request is running."""
+        """Restart all streams, or rebuild the streams if the codec's weights changed.
+
+        The engine calls this when no request is running.
+        """
         folded, addresses = self._codec.folded_weights(), weight_addresses(self._codec)
         if self._streams and folded is self._weights[0] and addresses == self._weights[1]:
             every_row = torch.ones(self._rows, dtype=torch.bool, device=folded.weights[0].device)
@@ -79,14 +82,14 @@ class CodecRunner:
             self._streams = [CapturedCodecStream(stream, self._capture) for stream in self._streams]
 
     def restart(self, slot: int) -> None:
-        """Clear the past of a slot, in which another request begins."""
+        """Reset the streaming state of a slot for a new request."""
         stream, row = self._streams[slot // self._rows], slot % self._rows
         stream.restart(torch.arange(self._rows, device=stream.state.past_frames.device) == row)
 
     def decode(self, output: FrameOutput, slots: list[int]) -> Tensor:
-        """Decode a frame to samples, fp32 [slots, samples_per_frame]; zeros where the output is not valid.
+        """Decode a frame to samples, fp32 [n_slots, samples_per_frame].
 
-        Rows other than those of `slots` are not meaningful.
+        Only the rows of `slots` are meaningful. A row of `slots` has zeros if its ``output.valid`` is 0.
         """
         padding = self._n_blocks * self._rows - self._n_slots
         codes = F.pad(output.codes - N_SPECIAL_CODES, (0, 0, 0, padding)).unsqueeze(2)  # [rows, 37, 1]

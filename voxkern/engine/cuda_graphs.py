@@ -1,7 +1,7 @@
-"""Capture a frame as one CUDA graph for each of a few numbers of rows; the host starts it with a single launch.
+"""Capture a frame as CUDA graphs, one for each of a few numbers of rows; the host starts a graph with one launch.
 
 A graph repeats the captured launches with the same addresses and arguments. So everything that varies from frame to
-frame is in static memory on the device. A frame of fewer rows than a graph has is padded with empty rows of length 0.
+frame is in static memory on the device. A frame with fewer rows than its graph is padded with empty rows of length 0.
 
 :class:`CudaCapture` needs a GPU, and has not been run on one yet. The rest is tested with a capture that records
 launches in Triton's interpreter and replays them (tests/test_cuda_graphs.py).
@@ -40,10 +40,10 @@ class CudaCapture:
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                run()  # compiles, loads and allocates, none of which may happen during a capture
+                run()  # this run compiles, loads and allocates; a capture may do none of these
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # thread_local, because other threads may use the GPU meanwhile: a server's, or one that copies sound
+            # thread_local lets other threads use the GPU meanwhile, such as a server's or one that copies sound
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = run()
         self._pool = graph.pool()
@@ -51,12 +51,12 @@ class CudaCapture:
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """Return the capture for a device, or None where kernels are launched one by one."""
+    """Return the capture for a device, or None for a CPU, on which kernels are launched one by one."""
     return CudaCapture(device) if device.type == "cuda" else None
 
 
 class BatchGraphs(Generic[T]):
-    """Captures work on the first rows of static memory for several numbers of rows, and replays the smallest that fits.
+    """Captures a function of the first rows of static memory for several numbers of rows; replays the smallest fit.
 
     Attributes:
         sizes: numbers of rows that have a graph.
@@ -65,13 +65,13 @@ class BatchGraphs(Generic[T]):
     def __init__(self, work: Callable[[int], T], n: int, capture: Capture) -> None:
         """Capture `work` on 1, 2, 4, .. and `n` rows, all of which must be empty.
 
-        The largest is captured first, so that the others can use its memory.
+        The largest graph is captured first, so that the other graphs can use the memory of the largest.
         """
         self.sizes = (*(size for size in CAPTURE_SIZES if size < n), n)
         self._graphs = {size: capture(lambda size=size: work(size)) for size in reversed(self.sizes)}  # type: ignore[misc]
 
     def __call__(self, rows: int) -> T:
-        """Run the work on the first `rows` rows, and on empty rows behind them up to the size of the graph."""
+        """Run the work on the first `rows` rows, and on the empty rows after them up to the graph's number of rows."""
         replay, outputs = self._graphs[next(size for size in self.sizes if size >= rows)]
         replay()
         return outputs

@@ -1,10 +1,10 @@
-"""The scheduler: many requests share a model, frame by frame, and join and leave between frames.
+"""The scheduler: many requests share a model, which runs frame by frame; requests join and leave between frames.
 
 No background thread runs. A caller that waits for a frame runs it for all requests, and the callers in other threads
 wait until that frame is done. Calls from several threads are safe, and nothing needs to be shut down.
 
-Requests are admitted in order, each with all pages that it may ever need. So no request holds pages while it waits for
-more, none is overtaken, and all are served.
+Requests are admitted in order, and a request gets all pages that it may ever need when it is admitted. So no request
+holds pages while it waits for more. No request is overtaken, and all requests are served.
 """
 
 import itertools
@@ -43,7 +43,7 @@ class Engine:
         self.running: dict[int, RequestState] = {}
         self._queue: deque[RequestState] = deque()
         self._cancelled: deque[RequestState] = deque()
-        self._pending: list[PendingOutput] = []  # outputs that are not read yet, at most one
+        self._pending: list[PendingOutput] = []  # outputs that the host has not read yet, at most one
         self._frame_lock = threading.Lock()  # held by the thread that runs a frame
         self._frame_done, self._epoch = threading.Condition(), 0
 
@@ -58,7 +58,7 @@ class Engine:
         return len(self.running)
 
     def submit(self, request: Request) -> RequestState:
-        """Queue a request, and return its state; it runs while a caller waits for frames.
+        """Queue a request, and return its state; the request runs whenever a caller waits for frames.
 
         Raises:
             ValueError: the request has more tokens than the runner allows, so it could never be admitted.
@@ -76,7 +76,7 @@ class Engine:
     def cancel(self, state: RequestState) -> None:
         """Stop a request and free its memory: now, or at the end of the frame in flight.
 
-        The call never waits, because a garbage-collected iterator may make it at any time and in any thread.
+        The call never waits, because Python may make it at any time, in any thread, when a stream is garbage-collected.
         """
         self._cancelled.append(state)
         self._free_cancelled()
@@ -88,7 +88,7 @@ class Engine:
 
         Args:
             requests: the requests; those without a free slot wait in the queue.
-            on_frame: called after each frame that this call runs, with the number of those frames so far.
+            on_frame: called with 1, 2, 3, .. after each frame that this call, not another thread, has run.
 
         Raises:
             BaseException: the error that the computation of a request raised.
@@ -121,18 +121,18 @@ class Engine:
             raise state.error
 
     def run_until(self, ready: Callable[[], bool], on_frame: Callable[[], None] | None = None) -> None:
-        """Run frames until `ready` returns True, and wait while another thread runs one.
+        """Run frames until `ready` returns True, and wait while another thread runs a frame.
 
-        `on_frame` is called after each frame that this call runs.
+        `on_frame` is called after each frame that this call, not another thread, has run.
 
         Raises:
-            RuntimeError: no request is queued or running, and `ready` is still false.
+            RuntimeError: no request is queued or running, but `ready` still returns False.
         """
         ran = False
 
         def run() -> None:
             nonlocal ran
-            ran = not ready()  # checked again with the lock held: another thread's frame may have made it true
+            ran = not ready()  # called again under the lock: another thread's frame may have changed the result
             if ran and not self.running and not self._queue:
                 raise RuntimeError("no request is queued or running, but the awaited frames are missing")
             if ran:
@@ -179,7 +179,7 @@ class Engine:
         if self.running:
             try:
                 self._generate_and_deliver(start)
-            except BaseException as error:  # all requests share this work, so its error is the error of each
+            except BaseException as error:  # all requests share this work, so an error in it is the error of each
                 for state in list(self.running.values()):
                     self._finish(state, error)
                 if not isinstance(error, Exception):
@@ -188,12 +188,12 @@ class Engine:
             state.queue_seconds += time.perf_counter() - start
 
     def _generate_and_deliver(self, start: float) -> None:
-        """Generate, decode and deliver a frame for each running request; `start` is when the engine's frame began."""
+        """Generate, decode and deliver a frame for each running request; `start` is the time when it began."""
         output = self.runner.generate_frame()
         generated = time.perf_counter()
         samples = self.codec.decode(output, sorted(self.running))
         pending = [*self._pending, PendingOutput(dict(self.running), output, samples)]
-        # a request's first frame is read at once: an early first sound is worth a wait for the device
+        # a request's first frame is read at once, although this waits for the device: its sound is ready earlier
         deferred = self.runner.deferred and all(state.n_frames for state in self.running.values())
         self._pending = [pending.pop()] if deferred else []
         read = [line for one in pending for line in one.read()]
@@ -202,7 +202,7 @@ class Engine:
             state.frame_seconds += generated - start
             state.codec_seconds += end - generated
         for state, codes, frame_samples in read:
-            if not state.finished:  # the request may have been cancelled, or have ended, before this frame
+            if not state.finished:  # otherwise the request was over before this frame
                 self._deliver(state, codes, frame_samples)
 
     def _deliver(self, state: RequestState, codes: NDArray[np.int16] | None, samples: NDArray[np.float32]) -> None:
@@ -227,11 +227,11 @@ class Engine:
                     raise
             else:
                 state.prefill_seconds = time.perf_counter() - start
-                state.frame_seconds = -state.prefill_seconds  # the frame's own time includes the prefill
+                state.frame_seconds = -state.prefill_seconds  # the frame's time, added later, includes it
             self._queue.remove(state)
 
     def _start(self, state: RequestState) -> bool:
-        """Allocate a request's pages, run its prompt and put it into a slot; return False if it must wait for pages."""
+        """Allocate a request's pages, run its prompt and put it into a slot; return False if too few pages are free."""
         request, runner = state.request, self.runner
         if not self.running:
             runner.refresh_weights()
@@ -275,8 +275,8 @@ class Engine:
                 self.runner.remove(slot)
             if not self.running:
                 self._pending = []
-        finally:  # no caller may wait forever, even if the GPU is lost
-            state.error, state.finished = error, True  # `finished` last: another thread may read it
+        finally:  # runs even if the GPU is lost, so that no caller waits forever
+            state.error, state.finished = error, True  # `finished` last, because other threads wait for it
 
 
 class PendingOutput:
@@ -291,7 +291,10 @@ class PendingOutput:
             self._ready.record(torch.cuda.current_stream(samples.device))
 
     def read(self) -> list[tuple[RequestState, NDArray[np.int16] | None, NDArray[np.float32]]]:
-        """Wait for the copy, and return each request's codes, int16 [37], or None for END, and its samples."""
+        """Wait for the copy; return each request's state, codes and samples.
+
+        The codes are int16 [37], or None if the request generated END in this frame or was over before.
+        """
         if self._ready is not None:
             self._ready.synchronize()
         codes, valid, samples = (x.numpy() for x in self._on_host)
@@ -303,5 +306,5 @@ class PendingOutput:
 
 def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
-        return x.clone()  # a copy, because the next frame may overwrite `x` before it is read
+        return x.clone()  # a copy, because the next frame may overwrite `x` before the output is read
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -1,7 +1,7 @@
-"""Run requests on fused modules, in static memory: a frame is kernel launches, without a read by the host.
+"""Run requests on fused modules, in static memory: a frame only launches kernels, and the host reads nothing.
 
-Lengths, frame numbers and codes stay on the device. A request that generates END, or reaches its frame limit, gets
-length 0 there. The host reads this one frame later, which costs the time of that frame and nothing else.
+Lengths, frame numbers and codes stay on the device. If a request generates END or reaches its frame limit, a kernel
+sets its length to 0. The host reads the new state one frame later, which costs the time of that frame and nothing else.
 """
 
 from collections.abc import Hashable
@@ -21,7 +21,7 @@ from .kv_cache import KVCache, pages_for
 from .request import Request
 from .runner import FrameOutput, backbone_weights_version
 
-MAX_DECODE_BATCHES = 4  # pairs of steps and solver with memory and graphs, above which idle ones are dropped
+MAX_DECODE_BATCHES = 4  # most pairs of steps and solver that keep memory and graphs; idle ones beyond are dropped
 
 
 class DecodeBatch:
@@ -31,10 +31,10 @@ class DecodeBatch:
 
     Attributes:
         slots: the slots that hold a request of this batch.
-        lengths: int32 [slots], tokens of each request in the KV cache; 0 where the slot is free or its request is over.
+        lengths: int32 [slots], tokens of each request in the KV cache; 0 if the slot is free or its request is over.
         n_frames: int64 [slots], frames generated so far.
         codes: int64 [slots, 37], the last frame of each request with the +2 offset.
-        valid: int64 [slots], 1 where `codes` is a new frame, else 0.
+        valid: int64 [slots], 1 if the slot's row of `codes` is a new frame, else 0.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DecodeBatch:
         solver: str,
         capture: Capture | None = None,
     ) -> None:
-        """Allocate `n_slots` free rows; with `capture`, a frame is captured as a graph here."""
+        """Allocate `n_slots` free rows; with `capture`, also capture the graphs of a frame."""
         self._backbone, self._flow_head = fused_modules_of(model)
         self._kv, self._steps, self._solver = kv_cache.kv, steps, solver
         weight = model.norm.weight
@@ -79,7 +79,7 @@ class DecodeBatch:
         self.lengths[slot] = self.valid[slot] = 0
 
     def generate_frame(self) -> FrameOutput:
-        """Generate a frame for all requests; it runs all rows up to the last one in use.
+        """Generate a frame for all requests, by running all rows up to the last row in use.
 
         The output is in memory that the next frame overwrites.
         """
@@ -87,7 +87,7 @@ class DecodeBatch:
         return FrameOutput(self.codes, self.valid)
 
     def launch(self, rows: int) -> None:
-        """Launch a frame of the first `rows` rows; after a first frame of as many rows, it only launches kernels."""
+        """Launch a frame of the first `rows` rows. The first call with this number of rows also allocates memory."""
         hidden, lengths = self._hidden[:rows], self.lengths[:rows]
         codes, next_embedding = self._flow_head.generate_codes(
             hidden, self._cfg_alpha[:rows],
@@ -101,14 +101,14 @@ class DecodeBatch:
 
 
 class FusedRunner:
-    """Implements :class:`voxkern.engine.runner.ModelRunner` on fused modules, a batch per pair of steps and solver."""
+    """Implements :class:`voxkern.engine.runner.ModelRunner` on fused modules, with a batch per (steps, solver)."""
 
     deferred = True
 
     def __init__(
         self, model: VoxtralTTS, n_slots: int, kv_cache: KVCache, max_seq_len: int, capture: Capture | None = None
     ) -> None:
-        """Make `n_slots` slots, at most the `max_batch` of the accelerated model; with `capture`, frames are graphs."""
+        """Make `n_slots` slots, at most the accelerated model's `max_batch`; with `capture`, frames replay graphs."""
         self.model, self.n_slots, self.kv_cache, self.max_seq_len = model, n_slots, kv_cache, max_seq_len
         self._capture, self._addresses = capture, weight_addresses(model)
         self._backbone, self._flow_head = fused_modules_of(model)
@@ -116,7 +116,7 @@ class FusedRunner:
         self._block_table = torch.zeros(1, pages_for(max_seq_len), dtype=torch.int32, device=kv_cache.kv.device)
 
     def refresh_weights(self) -> None:
-        """Rebuild the flow head's tables, and drop all batches and graphs if weights have another address or dtype."""
+        """Rebuild the flow head's tables; drop all batches and graphs if a weight has a new address or dtype."""
         self._flow_head.refresh()
         if (found := weight_addresses(self.model)) != self._addresses:
             self._batches, self._addresses = {}, found
@@ -126,14 +126,17 @@ class FusedRunner:
         return backbone_weights_version(self.model)
 
     def prefill(self, embeddings: Tensor, pages: list[int], n_past: int) -> Tensor:
-        """Run a prompt in six launches per layer; a prompt in parts gives the same bits as the whole."""
+        """Run a prompt, in six launches per layer (more with experts).
+
+        A prompt in parts gives the same bits as the whole prompt.
+        """
         self._block_table[0, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         batch = TokenBatch.of([len(embeddings)], [n_past + len(embeddings)], embeddings.device)
         states = self._backbone.prefill(embeddings, batch, self.kv_cache.kv, self._block_table)
         return self._backbone.norm(states[-1:])[0]
 
     def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
-        """Put a request into the batch of its steps and solver, which is made if it is missing."""
+        """Put a request into the batch of its steps and solver; make the batch if it is missing."""
         key = (request.steps, request.solver)
         if key not in self._batches:
             idle = [known for known, batch in self._batches.items() if not batch.slots]

@@ -1,4 +1,4 @@
-"""The paged KV cache: its pages, how many requests use each, and the prefixes that requests share."""
+"""The paged KV cache: its pages, the number of references to each page, and the prefixes that requests share."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ class KVCache:
     Several requests may share a page. A page without references is free.
 
     Attributes:
-        kv: [layers, pages, 2, Hkv, PAGE, D] in the given dtype, keys at index 0 and values at 1.
+        kv: [layers, pages, 2, Hkv, PAGE, D]; the third index is 0 for keys and 1 for values.
         n_pages: number of all pages.
-        ref_counts: references to each page: how often it was allocated or retained, and not freed since.
+        ref_counts: number of references to each page: how often it was allocated or retained, less how often it was
+            freed.
     """
 
     def __init__(self, config: BackboneConfig, n_pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate `n_pages` pages of ``PAGE_SIZE`` tokens; on a CPU only pages that are written take memory."""
+        """Allocate `n_pages` pages of ``PAGE_SIZE`` tokens; on a CPU, a page takes memory only once it is written."""
         shape = (config.n_layers, n_pages, 2, config.n_kv_heads, PAGE_SIZE, config.head_dim)
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.n_pages, self.ref_counts = n_pages, [0] * n_pages
@@ -38,7 +39,7 @@ class KVCache:
         """Take `n_pages` free pages, each with a reference count of 1, and return them.
 
         Raises:
-            RuntimeError: fewer pages are free.
+            RuntimeError: fewer than `n_pages` pages are free.
         """
         if n_pages > len(self._free):
             raise RuntimeError(f"the KV cache has {len(self._free)} free pages, {n_pages} are needed")
@@ -46,13 +47,13 @@ class KVCache:
         return self.retain(pages)
 
     def retain(self, pages: list[int]) -> list[int]:
-        """Add one reference to each of these pages, and return them."""
+        """Add one reference to each page of `pages`, and return `pages`."""
         for page in pages:
             self.ref_counts[page] += 1
         return pages
 
     def free(self, pages: list[int]) -> None:
-        """Remove one reference from each of these pages; a page without references becomes free.
+        """Remove one reference from each page of `pages`; a page without references becomes free.
 
         Raises:
             RuntimeError: a page has no references.
@@ -87,15 +88,15 @@ class PrefixKey:
 
     @classmethod
     def of(cls, embeddings: Tensor, weights_version: Hashable, n_tokens: int) -> "PrefixKey":
-        """Make a key for the embeddings as they are now.
+        """Make a key for the present values of the embeddings.
 
-        A later write to the embeddings gives another key, unless the embeddings were made in inference mode.
+        A key made after a write to the embeddings differs, unless the embeddings were made in inference mode.
         """
         return cls(embeddings, 0 if embeddings.is_inference() else embeddings._version, weights_version, n_tokens)
 
     @property
     def identity(self) -> tuple[int, int, int]:
-        """A tuple that is equal for two prefixes with the same keys and values under the same weights."""
+        """A tuple that is equal for two keys of one embeddings tensor, unwritten in between, with the same length."""
         return id(self.embeddings), self.version, self.n_tokens
 
 
@@ -104,8 +105,8 @@ class CachedPrefix:
     """Holds the pages of a prefix in the KV cache.
 
     Attributes:
-        key: the prefix's key. It keeps the embeddings alive, so that Python does not reuse their id.
-        pages: the pages of its tokens; the last may be partly filled.
+        key: the prefix's key. The key keeps the embeddings alive, so that Python does not reuse their id.
+        pages: the pages of the prefix's tokens; the last page may be partly filled.
     """
 
     key: PrefixKey
@@ -115,7 +116,8 @@ class CachedPrefix:
 class PrefixCache:
     """Keeps prefixes of prompts in the KV cache.
 
-    A prefix is computed once, shared by all requests with the same voice, and evicted when pages are short.
+    A prefix is computed once and shared by all requests with the same voice. An unused prefix is evicted when a request
+    needs its pages.
 
     Attributes:
         entries: prefixes in the KV cache, least recently used first.
@@ -131,8 +133,8 @@ class PrefixCache:
     ) -> list[int] | None:
         """Allocate the pages of a request, with its prefix already filled in.
 
-        The prefix is not shared if the weights have changed since the prompt was made. Neither is it shared if the
-        whole KV cache is too small for the prefix beside the request.
+        The prefix is computed for this request alone in two cases: the weights have changed since the prompt was made,
+        or the whole KV cache is too small for the shared prefix beside the request's other pages.
 
         Args:
             key: key of the request's prefix; None shares nothing.
@@ -171,7 +173,7 @@ class PrefixCache:
         return self._kv_cache.retain(shared) + own
 
     def clear(self) -> None:
-        """Evict all prefixes; pages that running requests share stay allocated."""
+        """Evict all prefixes; a page that a running request shares stays allocated."""
         for prefix in self.entries.values():
             self._kv_cache.free(prefix.pages)
         self.entries.clear()
@@ -186,7 +188,7 @@ class PrefixCache:
         return pages
 
     def _evict_for(self, n_pages: int, keep: CachedPrefix | None = None) -> bool:
-        """Evict unused prefixes until `n_pages` pages are free; evict none and return False if that is not enough."""
+        """Evict unused prefixes until `n_pages` pages are free; if that cannot succeed, evict none and return False."""
         unused = [prefix for prefix in self.entries.values() if prefix is not keep and self._unused(prefix)]
         if n_pages > self._kv_cache.n_free + sum(len(prefix.pages) for prefix in unused):
             return False
@@ -200,11 +202,11 @@ class PrefixCache:
 
 
 def pages_for(n_tokens: int) -> int:
-    """Return the number of pages that hold `n_tokens` tokens."""
+    """Return the number of pages that `n_tokens` tokens need."""
     return -(-n_tokens // PAGE_SIZE)
 
 
 def cache_bytes(config: BackboneConfig, n_tokens: int, dtype: torch.dtype) -> int:
-    """Return the bytes that the keys and values of a request take, in whole pages."""
+    """Return the number of bytes of the keys and values of a request with `n_tokens` tokens, in whole pages."""
     row = 2 * config.n_kv_heads * config.head_dim * dtype.itemsize
     return config.n_layers * pages_for(n_tokens) * PAGE_SIZE * row

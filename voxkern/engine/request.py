@@ -17,7 +17,7 @@ class Request:
     Attributes:
         prompt: [T, dim], embeddings of voice and text in the model's dtype.
         seed: 0 .. 2^64 - 1, the seed of the noise.
-        cfg_alpha: strength of the classifier-free guidance; 1 is none.
+        cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
         max_frames: most frames to generate.
         steps: evaluations of the velocity network per frame.
         solver: "euler" or "ab2".
@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(eq=False)
 class RequestState:
-    """Holds what a submitted request has generated so far. "Taken" is what :meth:`take` has returned.
+    """Holds what a submitted request has generated so far. A frame is taken once :meth:`take` has returned it.
 
     Attributes:
         request: the request itself.
@@ -53,11 +53,11 @@ class RequestState:
         finished: whether generation is over: by END, the frame limit, a cancel or an error.
         error: the error that the request's computation raised, or None.
         slot: the request's slot in the runner; None while it is not running.
-        pages: the pages of the KV cache that it holds.
-        queue_seconds: seconds of frames for other requests before this one was admitted.
-        prefill_seconds: seconds of its prompt's work, not taken yet.
-        frame_seconds: seconds of generating frames, not taken yet.
-        codec_seconds: seconds of decoding frames, not taken yet.
+        pages: the pages of the KV cache that the request holds.
+        queue_seconds: seconds of frames for other requests while this request was queued.
+        prefill_seconds: seconds of the prompt's prefill; :meth:`take` sets this and the next two to 0.
+        frame_seconds: seconds of generating frames.
+        codec_seconds: seconds of decoding frames.
     """
 
     request: Request
@@ -77,7 +77,7 @@ class RequestState:
     codec_seconds: float = 0.0
 
     def take(self, n: int | None = None) -> Audio:
-        """Remove the next `n` frames, or all that are ready, and return them.
+        """Remove the next `n` frames, or all that are ready if these are fewer or `n` is None, and return them.
 
         ``Audio.ended`` is True only if END followed the last frame that is returned.
         """

@@ -1,9 +1,9 @@
 """Model runners: the interface that the engine drives, and its implementation on the reference modules.
 
 The same seed gives the same sound, because a request's results do not depend on the other requests. To that end rows
-run in zero-padded blocks of a fixed number of rows, and attention runs request by request. On a CPU, ``F.linear`` in
-fp32 gives a row other bits in a batch of 2 than alone, and other bits in the last two rows of a batch of 6 (measured).
-For the same reason a prompt always runs in two parts, its prefix and the rest, whether or not the cache has the prefix.
+run in zero-padded blocks of a fixed number of rows, and attention runs request by request. On a CPU, fp32 ``F.linear``
+gives a row different bits alone, in a batch of 2, and at the end of a batch of 6 (measured). For the same reason a
+prompt always runs in two parts, its prefix and the rest, whether or not the cache has the prefix.
 """
 
 from collections.abc import Hashable, Iterator
@@ -21,7 +21,9 @@ from ..reference.noise import noise, seed_tensor
 from .kv_cache import KVCache
 from .request import Request
 
-BLOCK_ROWS = 4  # rows of a block if several requests may run; the flow head then has 24 rows, a whole number of tiles
+# Rows of a block if several requests may run. The flow head then has 24 rows (4 requests x 2 branches x 3 tokens), a
+# whole number of tiles.
+BLOCK_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class FrameOutput:
     """Holds one frame of all slots, on the device.
 
     Attributes:
-        codes: int64 [slots, 37] with the +2 offset; meaningful where `valid` is 1.
-        valid: int64 [slots], 1 for a new frame, 0 where the slot is free or its request has ended.
+        codes: int64 [slots, 37] with the +2 offset; a row is meaningful only if `valid` is 1.
+        valid: int64 [slots], 1 for a new frame, 0 if the slot is free or its request has ended.
     """
 
     codes: Tensor
@@ -41,10 +43,10 @@ class ModelRunner(Protocol):
     """Runs the prompts and the frames of the requests in its slots.
 
     Attributes:
-        n_slots: number of slots: requests that run side by side.
+        n_slots: number of slots, the most requests that run side by side.
         kv_cache: the KV cache; the engine allocates its pages.
         max_seq_len: most tokens of a request.
-        deferred: whether a frame's output is best read after the next frame has been launched.
+        deferred: whether the engine may read a frame's output after it has launched the next frame.
     """
 
     n_slots: int
@@ -56,16 +58,16 @@ class ModelRunner(Protocol):
         """Rebuild everything derived from the weights; the engine calls this when no request is running."""
 
     def weights_version(self) -> Hashable:
-        """Return a value that changes when the backbone's weights change."""
+        """Return a value that changes when a weight of the backbone's layers or embeddings changes."""
 
     def prefill(self, embeddings: Tensor, pages: list[int], n_past: int) -> Tensor:
-        """Run the rows [T, dim] of a prompt that follow `n_past` tokens; return the last row's hidden state, [dim]."""
+        """Run T rows of a prompt, [T, dim], after its first `n_past` tokens; return the last hidden state, [dim]."""
 
     def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
         """Put a request into a free slot; `hidden` is the hidden state that :meth:`prefill` returned for its prompt."""
 
     def remove(self, slot: int) -> None:
-        """Free a slot; the output of its last frame is not read."""
+        """Free a slot; output of the slot that has not been read yet is ignored."""
 
     def generate_frame(self) -> FrameOutput:
         """Generate a frame for every request that has neither ended nor reached its frame limit."""
@@ -77,10 +79,10 @@ class RunningRequest:
 
     Attributes:
         request: the request itself.
-        slot: the number of its slot.
+        slot: the request's slot.
         hidden: [dim], the backbone's last hidden state.
-        pages: int32 [n], its pages of the KV cache.
-        length: number of its tokens in the KV cache.
+        pages: int32 [n], the request's pages of the KV cache.
+        length: number of the request's tokens in the KV cache.
         n_frames: number of frames generated so far.
         codes: int64 [37], the last frame with the +2 offset.
     """
@@ -100,13 +102,13 @@ class TorchRunner:
     deferred = False
 
     def __init__(self, model: VoxtralTTS, n_slots: int, kv_cache: KVCache, max_seq_len: int) -> None:
-        """Make `n_slots` slots; a single slot runs in blocks of one row, which is the fastest."""
+        """Make `n_slots` slots; a single slot runs in blocks of one row, because fewer rows are faster."""
         self.model, self.n_slots, self.kv_cache, self.max_seq_len = model, n_slots, kv_cache, max_seq_len
         self._rows = block_rows(n_slots)
         self._running: dict[int, RunningRequest] = {}
 
     def refresh_weights(self) -> None:
-        """Do nothing: every product reads the weights, and nothing is derived from them."""
+        """Do nothing, because nothing is derived from the weights."""
 
     def weights_version(self) -> Hashable:
         """Return the version of the backbone's weights, see :func:`backbone_weights_version`."""
@@ -125,11 +127,11 @@ class TorchRunner:
         self._running[slot] = RunningRequest(request, slot, hidden, table, len(request.prompt))
 
     def remove(self, slot: int) -> None:
-        """Free a slot, unless its request has ended and left it already."""
+        """Free a slot, if it is not free already because its request has ended."""
         self._running.pop(slot, None)
 
     def generate_frame(self) -> FrameOutput:
-        """Run the backbone on the last frame of each request that has one, then generate the next frame of all."""
+        """Run the backbone on the last frame of each request that has a frame, then generate the next frame of all."""
         for block in blocks([r for r in self._running.values() if r.n_frames], self._rows):
             decode_block(self.model, self.kv_cache.kv, block, self._rows)
         weight = self.model.norm.weight
@@ -154,7 +156,7 @@ def generate_block(model: VoxtralTTS, block: list[RunningRequest], rows: int, st
     alpha = torch.tensor([r.request.cfg_alpha for r in block] + padding, dtype=torch.float32, device=device)
     x = noise(seeds, frames, model.config.audio.n_acoustic_codebook)
     codes = model.acoustic_transformer(_padded([r.hidden for r in block], rows), alpha, x, steps, solver)
-    for r, row in zip(block, codes, strict=False):  # drops the codes of the padding rows
+    for r, row in zip(block, codes, strict=False):  # not strict: the codes of the padding rows are dropped
         r.codes = row
         r.n_frames += 1
 
@@ -174,7 +176,7 @@ def decode_block(model: VoxtralTTS, kv: Tensor, block: list[RunningRequest], row
 
 
 def block_rows(n: int) -> int:
-    """Return the number of rows of a block if `n` requests may run."""
+    """Return the number of rows of a block if at most `n` requests run side by side."""
     return BLOCK_ROWS if n > 1 else 1
 
 
@@ -185,7 +187,7 @@ def blocks(running: list[RunningRequest], rows: int) -> Iterator[list[RunningReq
 
 
 def backbone_weights_version(model: VoxtralTTS) -> Hashable:
-    """Return a value that changes when a weight of the layers or embeddings is replaced or written to.
+    """Return a value that changes when a weight of the backbone's layers or embeddings is replaced or written to.
 
     Writes through ``.data``, or to weights that were made in inference mode, are not detected.
     """

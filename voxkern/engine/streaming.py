@@ -14,8 +14,8 @@ from .request import Request, RequestState
 def chunk_sizes(first: int, most: int) -> Iterator[int]:
     """Yield the number of frames of each chunk: `first`, then twice as many each time, up to `most`.
 
-    So the first chunk is ready early. Each next chunk is ready before the one before it has been played, if a frame is
-    generated in less than half of its 80 ms.
+    So the first chunk is ready early. Each next chunk is ready before the previous chunk has been played, if a frame of
+    80 ms is generated in less than 40 ms.
     """
     while True:
         yield first
@@ -25,9 +25,9 @@ def chunk_sizes(first: int, most: int) -> Iterator[int]:
 class SpeechStream:
     """Runs requests one after the other, and returns their audio in chunks.
 
-    The last chunk may be empty. Its `ended` is True if the model ended every request by END; that of all other chunks
-    is False. Nothing runs before the first chunk is requested. Closing the stream, or dropping it, stops the work and
-    frees its memory.
+    The last chunk may be empty. In the last chunk, `ended` is True if the model ended every request by END; in earlier
+    chunks `ended` is False. Nothing runs before the first chunk is requested. Closing or dropping the stream stops the
+    work and frees the memory in use.
     """
 
     def __init__(self, engine: Engine, requests: list[Request], sizes: Iterator[int]) -> None:
@@ -82,9 +82,9 @@ class SpeechStream:
 
 
 async def iterate_in_thread(stream: SpeechStream) -> AsyncIterator[Audio]:
-    """Iterate over a stream's chunks, each computed in a thread, and close the stream when the iteration ends.
+    """Iterate over a stream's chunks, which a thread computes; close the stream when the iteration ends.
 
-    Each stream has a thread of its own: asyncio's shared threads are few, and a stream that waits for one would stall.
+    Each stream has a separate thread. asyncio has only a few shared threads, and a stream without a thread would stall.
     """
     own = ThreadPoolExecutor(1, "voxkern")
     try:

@@ -1,9 +1,8 @@
 """The fused backbone: it runs a backbone's layers through kernels, on the backbone's weights and a paged KV cache.
 
-A decode step runs one token of each request, in memory that is allocated once. It takes five launches per layer, or
-eight where the layer has experts. A prefill runs many tokens of several requests, concatenated, with
-tiles as large as the matrix units need. The launch configs depend on which of the two runs, never on the number of
-rows in a call.
+A decode step runs one token of each request, in memory that is allocated once. A layer takes five launches, or eight or
+nine if the layer has experts. A prefill runs many tokens of several requests, concatenated, with tiles as large as the
+matrix units need. The launch configs depend on the phase, decode or prefill, but never on the number of rows in a call.
 """
 
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from .moe import FusedMoE
 MAX_BATCH = 64
 MAX_SEQ_LEN = 16_384  # 64 attention spans of 256 tokens; 20 minutes of speech
 PREFILL_ROWS = 1 << 20  # max_rows of a prefill's launches; no launch config of the prefill phase depends on it
-MOE_ROWS = 1024  # the most tokens of a prefill that one run of the experts takes
+MOE_ROWS = 1024  # a prefill runs the experts on at most this many tokens at a time
 NAME = "the accelerated backbone"
 PAGE_SIZE = 64  # tokens per page of the cache that a call without a cache allocates
 
@@ -67,7 +66,7 @@ class TokenBatch:
         cu_seqlens: int32 [B + 1], the first row of each request, and R at the end.
         request_ids: int32 [R], the request of each row.
         positions: int32 [R], the position of each row in its request; -1 marks a row without a request.
-        lengths: int32 [B], tokens of each request including the new ones; 0 marks a row without a request.
+        lengths: int32 [B], tokens of each request including the new ones; 0 marks an unused entry.
     """
 
     n_new: list[int]
@@ -92,8 +91,9 @@ class FusedBackbone:
 
     Attributes:
         module: the backbone. Every call reads the weights that the module holds at that time.
-        max_batch: the most requests of a decode step. The launch configs depend on it, and so do a result's last bits.
-        max_seq_len: the most tokens of a request. It decides how attention is split, and so a result's last bits.
+        max_batch: the most requests of a decode step. The launch configs, and thus a result's last bits, depend on it.
+        max_seq_len: the most tokens of a request. The spans of attention and a result's last bits depend on this
+            number.
     """
 
     def __init__(self, module: Backbone, max_batch: int, max_seq_len: int | None = None) -> None:
@@ -102,10 +102,11 @@ class FusedBackbone:
         Args:
             module: the backbone.
             max_batch: the most requests of a decode step, 1..64.
-            max_seq_len: the most tokens of a request, at least 1; None is the config's, but at most 16,384.
+            max_seq_len: the most tokens of a request, at least 1. None takes the config's number, or 16,384 if that is
+                less.
 
         Raises:
-            ValueError: a number is out of range.
+            ValueError: `max_batch` or `max_seq_len` is out of range.
         """
         if not 1 <= max_batch <= MAX_BATCH:
             raise ValueError(f"max_batch must lie in 1..{MAX_BATCH}, got {max_batch}")
@@ -121,9 +122,9 @@ class FusedBackbone:
     def __call__(self, u: Tensor, cache: PagedCache | None = None) -> Tensor:
         """Run the layers over T tokens of each request, see :meth:`Backbone.hidden_states`.
 
-        T = 1 is always a decode step, even for the last token of a prompt in parts. A decode step sums in other tiles
-        than a prefill, so the result's last bits differ. :meth:`prefill` runs any number of tokens, 1 included, and a
-        prompt in parts has the same bits there as the whole prompt.
+        A call with T = 1 is always a decode step, even for the last token of a prompt in parts. A decode step sums in
+        other tiles than a prefill, so the last bits of the two differ. :meth:`prefill` runs any number of tokens, 1
+        included, and gives the same bits for a prompt in parts as for the whole prompt.
 
         Raises:
             RuntimeError: a gradient is needed.
@@ -145,14 +146,14 @@ class FusedBackbone:
     def decode(self, u: Tensor, kv: Tensor, block_table: Tensor, lengths: Tensor, out: Tensor | None = None) -> Tensor:
         """Run one token of each request.
 
-        The first call with B requests allocates memory; later ones only launch kernels.
+        The first call with B requests allocates memory; later calls with B requests only launch kernels.
 
         Args:
             u: [B, dim], embeddings in the weights' dtype.
             kv: [layers, pages, 2, Hkv, PAGE, D], the cache; the tokens' keys and values are written to it.
             block_table: int32 [B, max_pages], the pages of each request in order.
             lengths: int32 [B], tokens of each request including the new one; 0 marks a row without a request.
-            out: contiguous [B, dim], the memory for the result; None is this object's own memory.
+            out: contiguous [B, dim], the memory for the result; None uses this object's own memory.
 
         Returns:
             [B, dim] after the final norm. Without `out`, the next call with B requests overwrites it. The values of
@@ -184,7 +185,7 @@ class FusedBackbone:
         return out
 
     def prefill(self, u: Tensor, batch: TokenBatch, kv: Tensor, block_table: Tensor) -> Tensor:
-        """Run many tokens of several requests, in six launches per layer (more where the layer has experts).
+        """Run many tokens of several requests, in six launches per layer (more if the layer has experts).
 
         Every call allocates its memory. A prompt may be run in parts: the result has the same bits as in one call.
 
@@ -288,8 +289,8 @@ class FusedBackbone:
     def rope(self, device: torch.device) -> Tensor:
         """Return the table of RoPE's cosines and sines, fp32 [positions, 2, D / 2].
 
-        The first call computes the table in fp64. It has `max_seq_len` positions, rounded up to whole pages of the
-        largest size, because a request may fill its last page beyond `max_seq_len`.
+        The first call computes the table in fp64. A request may fill its last page beyond `max_seq_len`, so the table
+        has `max_seq_len` positions rounded up to whole pages of the largest size.
         """
         if self._rope is None or self._rope.device != device:
             config, rows = self.module.backbone_config, -(-self.max_seq_len // PAGE_SIZES[-1]) * PAGE_SIZES[-1]

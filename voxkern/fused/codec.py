@@ -25,19 +25,20 @@ from ..reference.layers import upcast
 
 NAME = "the accelerated codec"
 MAX_BATCH = 64
-MAX_CHUNK_FRAMES = 25  # the most frames of a chunk: 2 s, the chunk that servers send
-CONFIG_ROWS = 32  # max_rows of the linear kernels: a chunk has 1 to 200 rows per request, usually few
+MAX_CHUNK_FRAMES = 25  # the most frames of a chunk: 2 s, as long as the chunks of servers
+CONFIG_ROWS = 32  # max_rows of the linear kernels; a request has 1 to 200 rows in a chunk, usually few
 
 
 @dataclass(frozen=True)
 class FusedCodecState:
-    """The streaming state of B requests, double-buffered: a chunk reads index `parity` and writes the other index.
+    """The streaming state of B requests, double-buffered: a chunk reads one half and writes the other half.
 
     Attributes:
         past_frames: int64 [B], frames decoded so far.
-        parity: int32 [1], 0 or 1.
-        conv_state: the last input rows of each convolution, [2, B, rows, channels].
-        kv_window: the last keys and values of each layer, [2, 2, B, window, H * D].
+        parity: int32 [1], the half that the next chunk reads, 0 or 1.
+        conv_state: for each convolution, its last input rows, [2, B, rows, channels]; the first index is the half.
+        kv_window: for each layer, its last keys and values, [2, 2, B, window, H * D]; the first index is the half, the
+            second is 0 for keys and 1 for values.
     """
 
     past_frames: Tensor
@@ -57,11 +58,12 @@ class CodecBuffers:
 
     Attributes:
         latents: [rows, latent_dim], the dequantised codes.
-        streams: of each convolution but the last, [rows, dim], its output and the residual stream of the next layers.
+        streams: for each convolution but the last, its output [rows, dim], which is the residual stream of the layers
+            after the convolution.
         qkv: [rows, 3 * H * D], q | k | v.
         attended: [rows, H * D], the result of the attention.
         gated: [rows, hidden], the feed-forward's hidden activations.
-        sound: fp32 [rows, patch], the samples.
+        sound: fp32 (fp64 in an fp64 model) [rows, patch], the samples.
     """
 
     latents: Tensor
@@ -76,8 +78,8 @@ class FusedCodec:
     """Replaces a codec's ``stream`` by streams that decode through kernels.
 
     Attributes:
-        module: the codec. Every chunk reads the weights that the module holds at that time. The convolutions are an
-            exception: their weights, with the weight norm folded in, are those at the start of a stream.
+        module: the codec. Every chunk reads the weights that the module holds at that time, except the weights of the
+            convolutions. A stream keeps the convolution weights of its start, with the weight norm folded in.
     """
 
     def __init__(self, module: AudioTokenizer) -> None:
@@ -90,7 +92,7 @@ class FusedCodec:
         rows = module.config.samples_per_frame // module.config.pretransform_patch_size
         windows = [block.window for block in module.decoder_blocks if isinstance(block, CodecTransformer)]
         if not all(1 <= window <= MAX_WINDOW for window in windows):
-            raise ValueError(f"the codec's windows are {windows}, kernels do 1..{MAX_WINDOW}: use the reference")
+            raise ValueError(f"the codec's windows are {windows}, kernels need 1..{MAX_WINDOW}: use the reference")
         if rows <= module.output_proj.padding or any(conv.padding < 1 for conv in convolutions(module)):
             raise ValueError(
                 f"the codec has {rows} rows per frame and convolutions of sizes "
@@ -138,7 +140,7 @@ class FusedCodecStream:
         """Decode the next 1..MAX_CHUNK_FRAMES frames, see :meth:`CodecStream.decode`.
 
         Returns:
-            fp32 [B, 1, samples_per_frame * T].
+            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame * T].
 
         Raises:
             ValueError: a shape or the number of frames is wrong.
@@ -157,10 +159,10 @@ class FusedCodecStream:
 
         Args:
             codes: int64 [B, 1 + K, T], contiguous, without the +2 offset; T in 1..MAX_CHUNK_FRAMES.
-            new_frames: int64 [B], how many of the T frames each request has.
+            new_frames: int64 [B], the number of frames of each request, 0..T; later codes are ignored.
 
         Returns:
-            fp32 [B, 1, samples_per_frame * T], which the next chunk overwrites.
+            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame * T], which the next chunk overwrites.
         """
         module, memory, b = self.codec, self.state, self._buffers
         config, codebook, rows = module.config, module.quantizer.semantic_codebook, self.batch * codes.shape[2]
@@ -188,7 +190,7 @@ class FusedCodecStream:
     def _run_layers(
         self, transformer: CodecTransformer, x: Tensor, kv_window: Any, state: tuple[Tensor, Tensor, Tensor], rate: int
     ) -> None:
-        """Run all layers of one transformer on `x`, in place: 5 launches each; `rate` is its rows per frame."""
+        """Run all layers of one transformer on `x` in place, five launches per layer; `x` has `rate` rows per frame."""
         b, config, M = self._buffers, self.codec.config, len(x)
         qkv, attended, gated = b.qkv[:M], b.attended[:M], b.gated[:M]
         for layer in cast(list[CodecBlock], list(transformer.layers)):

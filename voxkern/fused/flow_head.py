@@ -22,11 +22,13 @@ MAX_BATCH = 64  # the transformer head has six rows per request, and the linear 
 class HeadBuffers:
     """The memory that one frame of B requests needs in every head.
 
+    K is the number of acoustic codes, and E is the width of the codes' embeddings.
+
     Attributes:
         x: fp32 [B, K], the flow's state.
         v_last: fp32 [B, K], the velocity of the previous step.
         semantic: int64 [B], the semantic codes.
-        argmax_scratch: int64 [max_batch, tiles], scratch memory of the semantic head.
+        argmax_scratch: int64 [max_batch, tiles], scratch memory of the semantic argmax.
         codes: int64 [B, 1 + K], the result.
         next_embedding: [B, E], the sum of the codes' embeddings.
     """
@@ -47,7 +49,7 @@ class StepTables:
         weights: the weights that the tables were computed from.
         key: addresses, versions, dtypes and devices of the weights at that time.
         dt: length of each step.
-        ab2_ratio: weight of the velocity's last change in each step, see
+        ab2_ratio: factor of each step on the velocity's last change, see
             :func:`voxkern.reference.solver.step_ratios`.
     """
 
@@ -66,12 +68,12 @@ TablesT = TypeVar("TablesT", bound=StepTables)
 class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
     """Replaces a flow head's ``forward`` and ``solve``, with the same arguments and, up to rounding, the same results.
 
-    The fused head of a velocity network is a subclass with the methods that raise NotImplementedError here.
+    A subclass for each velocity network implements the methods that raise NotImplementedError here.
 
     Attributes:
         module: the flow head. Every frame reads the weights that the module holds at that time.
         embeddings: the embedding table of the codes, or None.
-        max_batch: the most requests of a frame. The launch configs depend on it, and so do a result's last bits.
+        max_batch: the most requests of a frame. The launch configs and a result's last bits depend on this number.
     """
 
     def __init__(self, module: ModuleT, max_batch: int, embeddings: nn.Embedding | None = None) -> None:
@@ -80,7 +82,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         Args:
             module: the flow head.
             max_batch: the most requests of a frame, 1..64.
-            embeddings: the embedding table of the codes, to compute the backbone's next input; None computes none.
+            embeddings: the embedding table of the codes, for the backbone's next input; None computes no input.
 
         Raises:
             ValueError: `max_batch` is not in 1..64.
@@ -117,8 +119,8 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
     def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
         """Return a frame's acoustic latents before they are quantised, fp32 [B, K]; see :meth:`FlowHead.solve`.
 
-        The whole frame runs, including its codes. After :meth:`generate_codes`, ``x`` of its :meth:`buffers` holds the
-        same latents.
+        The whole frame runs, including the codes. A caller of :meth:`generate_codes` finds the same latents in ``x`` of
+        :meth:`buffers`.
         """
         alpha, noise = cfg_alpha.float().contiguous(), noise.float().contiguous()
         self.generate_codes(h, alpha, steps=steps, solver=solver, noise=noise)
@@ -137,15 +139,15 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
     ) -> tuple[Tensor, Tensor]:
         """Generate one frame of codes.
 
-        The first call with B requests, or with a new solver or number of steps, allocates memory. Later ones only
+        The first call with B requests, or with a new solver or number of steps, allocates memory. Later calls only
         launch kernels.
 
         Args:
             h: [B, input_dim], the backbone's hidden state in the weights' dtype.
-            cfg_alpha: fp32 [B], strength of the guidance; 1 is none.
-            steps: evaluations of the velocity, 1..64; None is the config's number.
+            cfg_alpha: fp32 [B], strength of the guidance; 1 means no guidance.
+            steps: evaluations of the velocity network, 1..64; None takes the config's number.
             solver: "euler" or "ab2".
-            noise: fp32 [B, K] standard normals; None draws them from `seed` and `frame`.
+            noise: fp32 [B, K] standard normals; with None, the kernel draws the noise from `seed` and `frame`.
             seed: int64 [B], see :func:`voxkern.reference.noise.seed_tensor`.
             frame: int64 [B], the number of the frame, counted from 0 in each request.
 
@@ -155,7 +157,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
 
         Raises:
             RuntimeError: a gradient is needed.
-            ValueError: a shape is wrong, a number is out of range, or there is neither `noise` nor `seed` and `frame`.
+            ValueError: a shape is wrong, a number is out of range, or `noise` is missing and so is `seed` or `frame`.
             TypeError: a dtype or device is wrong.
         """
         steps = self.module.config.n_decoding_steps if steps is None else steps
@@ -168,7 +170,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         return buffers.codes, buffers.next_embedding
 
     def buffers(self, B: int, dtype: torch.dtype, device: torch.device) -> BuffersT:
-        """Return the memory for a frame of `B` requests, which the first call allocates."""
+        """Return the memory for a frame of `B` requests; the first call with `B`, dtype and device allocates it."""
         if (B, dtype, device) not in self._buffers:
 
             def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -190,15 +192,15 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         return self._buffers[B, dtype, device]
 
     def step_tables(self, solver: str, steps: int) -> TablesT:
-        """Return the tables of a solver's steps; rebuild them if a weight that they were computed from has changed.
+        """Return the tables of a solver's steps; rebuild the tables if a weight used for them has changed.
 
         Writes through ``.data``, and writes to weights made in inference mode, cannot be detected. Call
-        :meth:`refresh` after them.
+        :meth:`refresh` after such writes.
         """
         weights = self._step_table_weights()
         key = _key(weights)
         known = self._step_tables.get((solver, steps))
-        # compare the tensor objects too: a new tensor may have the address of an old one
+        # compare the tensor objects too, because a new tensor may have the address of an old tensor
         if known is None or known.key != key or any(a is not b for a, b in zip(known.weights, weights, strict=True)):
             self._step_tables[solver, steps] = self._new_step_tables(solver, steps, weights, key)
         return self._step_tables[solver, steps]
@@ -210,7 +212,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
             self._step_tables[solver, steps] = self._new_step_tables(solver, steps, weights, _key(weights))
 
     def _new_step_tables(self, solver: str, steps: int, weights: list[Tensor], key: tuple[Any, ...]) -> TablesT:
-        """Compute the tables, in the memory of the old ones where it fits: a captured graph reads that memory."""
+        """Compute the tables, in the memory of the old tables where sizes match, because captured graphs read it."""
         times = time_grid(solver, steps)
         lengths = [end - start for start, end in itertools.pairwise(times)]
         with torch.inference_mode(False), torch.no_grad():
@@ -222,7 +224,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
             return made if known is None else replace(made, **_written_over(vars(known), vars(made)))
 
     def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> BuffersT:
-        """Allocate the memory for a frame of B requests: the `common` part, and the network's own through `zeros`."""
+        """Return the memory for a frame of B requests: the `common` tensors, and the network's own, made by `zeros`."""
         raise NotImplementedError
 
     def _step_table_weights(self) -> list[Tensor]:
@@ -230,7 +232,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         raise NotImplementedError
 
     def _make_step_tables(self, tables: StepTables, projected: Tensor) -> TablesT:
-        """Add the network's own tables to `tables`; `projected` are the projected times, [steps, dim]."""
+        """Return `tables` with the network's own tables added; `projected` has the projected times, [steps, dim]."""
         raise NotImplementedError
 
     def _flow(self, b: BuffersT, tables: TablesT, h: Tensor, cfg_alpha: Tensor, noise_source: NoiseSource) -> None:
@@ -248,7 +250,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
 
     @property
     def _codebooks(self) -> tuple[int, Tensor | None, int]:
-        """Levels of an acoustic code, the codes' embedding table, and size of the semantic codebook."""
+        """The number of levels of an acoustic code, the codes' embedding table, and the semantic codebook's size."""
         audio = self.module.audio
         embeddings = None if self.embeddings is None else self.embeddings.weight
         return audio.acoustic_codebook_size, embeddings, audio.semantic_codebook_size
@@ -301,7 +303,7 @@ def _key(weights: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _written_over(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Copy new tensors into the old ones of the same name, shape, dtype and device; return these old ones by name."""
+    """Copy each new tensor into the old tensor if shape, dtype and device agree; return these old tensors by name."""
     pairs = {name: (old[name], tensor) for name, tensor in new.items() if isinstance(tensor, Tensor)}
     return {
         name: a.copy_(b)

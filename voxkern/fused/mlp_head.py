@@ -1,12 +1,13 @@
 """The fused MLP head: it runs the velocity MLP through kernels, on the head's weights.
 
-An evaluation takes two launches per block, and one for the solver's step.
+An evaluation takes two launches per block, and one launch for the solver's step.
 
-The modulations depend on the time and the hidden state together, as ``silu(time + state)``. They can therefore not be
-split into a table and a part per frame. But all times are known when a frame begins, so one launch computes the
-modulations of every step. It reads their weights once per frame instead of once per step. These are two thirds of the
-network where a block is as wide inside as outside. Without a hidden state, the modulations depend only on the weights,
-so they are a table.
+The modulations (shift, scale and gate) depend on the time and the hidden state together, as ``silu(time + state)``. The
+modulations can therefore not be split into a table for the times and a part per frame. But all times are known when a
+frame begins, so one launch computes the modulations of every step. That launch reads the modulations' weights once per
+frame instead of once per step. These weights are about two thirds of a network with three blocks and equal `dim` and
+`hidden_dim`. In the branch without a hidden state, the modulations do not change from frame to frame, so they are kept
+in a table.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
 
 @dataclass(frozen=True)
 class MLPHeadBuffers(HeadBuffers):
-    """The memory that one frame of B requests needs; of 2B rows, those with the condition come first.
+    """The memory that one frame of B requests needs. Of 2B rows, the first B have the condition.
 
     Attributes:
         stream: [2B, dim], the residual stream.
@@ -42,10 +43,10 @@ class MLPHeadTables(StepTables):
     """The tables of the flow times, and memory for the modulations of one frame.
 
     Attributes:
-        projected: [steps, dim], the projected times, the other term of the condition.
+        projected: [steps, dim], the projected times, which are the other term of the condition.
         modulations: [steps, 1 + max_batch, W], the concatenated shift, scale and gate of every block, then shift and
-            scale of the final layer. The first row of a step is the table for the branch without a hidden state; every
-            frame overwrites the other rows.
+            scale of the final layer. The first row of each step is the table for the branch without a hidden state. The
+            other rows belong to the requests, and every frame overwrites them.
     """
 
     projected: Tensor
@@ -104,8 +105,8 @@ class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables
 
     def _modulate(self, tables: MLPHeadTables, states: Tensor, out: Tensor) -> None:
         """Compute the modulations of all steps, `out` [steps, R, W], from the projected hidden states [R, dim]."""
-        # Prepared for MAX_STEPS steps: a launch config that depended on the number of steps would compile
-        # another binary while requests run.
+        # The launch is prepared for MAX_STEPS steps. If the launch config depended on the number of steps, Triton would
+        # compile another binary while requests run.
         max_rows = MAX_STEPS * self.max_batch
         launch_adaln_modulation(out, tables.projected, states, self._weights, self._biases, max_rows)
 
@@ -125,7 +126,7 @@ class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables
             self._step(b, tables, modulation[:, -2 * module.config.dim :], cfg_alpha, step)
 
     def _run_layers(self, b: MLPHeadBuffers, modulation: Tensor) -> None:
-        """Run all blocks of one evaluation, 2 launches each."""
+        """Run all blocks of one evaluation, two launches per block."""
         dim, max_rows = self.module.config.dim, 2 * self.max_batch
         for i, block in enumerate(self._blocks):
             mine = modulation[:, 3 * i * dim : 3 * (i + 1) * dim]
@@ -134,7 +135,7 @@ class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables
             launch_gated_linear(b.stream, b.gated, down.weight, down.bias, mine[:, 2 * dim :], b.stream, max_rows)
 
     def _step(self, b: MLPHeadBuffers, tables: MLPHeadTables, modulation: Tensor, cfg_alpha: Tensor, step: int) -> None:
-        """Run the solver's step and compute the next evaluation's stream or, after the last step, the codes."""
+        """Run the solver's step, and compute the next evaluation's residual stream or, in the last step, the codes."""
         module, dt, ratio = self.module, tables.dt[step], tables.ab2_ratio[step]
         final = module.final_layer.linear
         common = (b.stream, modulation, final.weight, final.bias, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last)

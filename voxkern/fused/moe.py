@@ -3,8 +3,8 @@
 A run takes five launches:
 
 1. RMSNorm and the router's gate.
-2. Routing, which also groups the tokens by expert. For many rows (more than 64 of up to 128 experts) grouping is a
-   sixth launch.
+2. Routing, which also groups the tokens by expert. Grouping is a sixth launch for a `max_rows` of more than 64 with up
+   to 128 experts, or of more than 32 with up to 256.
 3. RMSNorm, and the gate and up projections of the experts.
 4. The down projections of the experts.
 5. The sum of the experts' results and the residual.
@@ -34,17 +34,17 @@ from ..reference.moe import MoEBlock
 
 @dataclass(frozen=True)
 class Scratch:
-    """The memory between the launches; layers of the same sizes run one after the other, so they may share it.
+    """The memory between the launches. Layers of the same sizes may share it, because layers run one after the other.
 
-    R = max_rows, and P = experts of a token, the shared ones included. A pair is a token and one of its P experts; see
-    ``kernels/moe_routing.py`` for `ids`, `weights`, `pairs` and `tiles`.
+    R = max_rows, E = routed experts, P = experts of a token, including shared experts, and T = the most tiles. A pair
+    is a token and one of its P experts. See ``kernels/moe_routing.py`` for `ids`, `weights`, `pairs` and `tiles`.
 
     Attributes:
         logits: fp32 [R, E], the router's logits.
         ids: int32 [R, P], the experts of each token.
         weights: fp32 [R, P], the experts' weights.
         pairs: int32 [R * P], the numbers of the pairs, grouped by expert.
-        tiles: int32 [T, 3], expert, first and end of each tile of `pairs`.
+        tiles: int32 [T, 3], each tile's expert, its first index in `pairs`, and the index after its last.
         gated: [R * P, hidden], the experts' hidden activations.
         parts: fp32 [R * P, dim], the experts' weighted results.
     """
@@ -62,12 +62,13 @@ class FusedMoE:
     """Computes ``stream += experts(RMSNorm(stream))`` of one layer: the feed-forward of a layer with experts.
 
     Attributes:
-        layer: the module. Its weights may be loaded, moved or replaced between runs.
-        max_rows: the most tokens of a run. The launch configs depend on it and on `phase`, and so do a result's last
-            bits.
-        phase: "decode" or "prefill". In decode, a tile is so large that the weights of a used expert are read once. In
-            prefill, it has about twice an expert's mean number of tokens, at most 64.
-        scratch: memory between the launches, which the fused mixtures of other layers may share.
+        layer: the module. The module's weights may be loaded, moved or replaced between runs.
+        max_rows: the most tokens of a run. The launch configs and a result's last bits depend on `max_rows` and
+            `phase`.
+        phase: "decode" or "prefill". In decode, a tile has space for `max_rows` tokens, so that the weights of a used
+            expert are read once. In prefill, a tile has about twice an expert's mean number of tokens. In both phases a
+            tile has at most 64 tokens, or 16 if the weights are fp32.
+        scratch: the memory between the launches, which the fused mixtures of other layers may share.
     """
 
     def __init__(self, layer: MoEBlock, max_rows: int, phase: str = "decode", scratch: Scratch | None = None) -> None:
@@ -75,10 +76,11 @@ class FusedMoE:
 
         Args:
             layer: the module.
-            max_rows: the most tokens of a run. In decode 1..512; with more than 64, an expert's weights may be read
-                more than once.
+            max_rows: the most tokens of a run, 1..512 in decode. In decode with more than 64 tokens (16 if the
+                weights are fp32), an expert's weights may be read more than once.
             phase: "decode" or "prefill".
-            scratch: memory of another layer's FusedMoE with the same sizes, `max_rows` and `phase`; None allocates it.
+            scratch: memory of another layer's FusedMoE with the same sizes, `max_rows` and `phase`; None allocates
+                memory.
 
         Raises:
             ValueError: `phase` is unknown, `max_rows` is out of range, or `scratch` has other sizes.
@@ -104,15 +106,15 @@ class FusedMoE:
     def run(self, stream: Tensor) -> None:
         """Add the mixture's result to `stream`.
 
-        The first run, and the first after weights have moved, builds tables of the weights' addresses. Other runs only
-        launch kernels.
+        The first run, and the first run after weights have moved, build tables of the weights' addresses. Other runs
+        only launch kernels.
 
         Args:
-            stream: [M, dim] in the weights' dtype, written in place; only its last dimension must be contiguous.
+            stream: [M, dim] in the weights' dtype, written in place; the last dimension must have stride 1.
 
         Raises:
             ValueError: a shape is wrong, or M is not in 1..max_rows.
-            TypeError: the dtype differs from the weights', or from that of the weights at preparation.
+            TypeError: `stream` or the weights have another dtype than the weights had at preparation.
         """
         layer, gate, norm = self.layer, self.layer.gate, self.layer.ffn_norm
         if stream.ndim != 2 or stream.shape[1] != gate.in_features or stream.stride(1) != 1:
@@ -144,7 +146,7 @@ class FusedMoE:
         return cast(list[FeedForward], list(self.layer.experts))
 
     def _weights(self) -> tuple[PointerTable, PointerTable, PointerTable]:
-        """Return the pointer tables of w1, w3 and w2, which are kept because captured graphs read them."""
+        """Return the pointer tables of w1, w3 and w2; captured graphs read the same tables until an address changes."""
         addresses = tuple(linear.weight.data_ptr() for linear in self._linears)
         if self._addresses != addresses:
             experts, layer = self._experts, self.layer

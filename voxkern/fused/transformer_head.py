@@ -1,13 +1,14 @@
 """The fused transformer head: it runs the flow-matching transformer through kernels, on the head's weights.
 
-An evaluation of the public model's three layers takes 13 launches, or 16 if the head is prepared for more than one
-request. The fused head also computes less than the module:
+An evaluation of the public model's three layers takes 13 launches, or 16 if the weights are fp32 or the head is
+prepared for more than one request. The fused head also computes less than the module:
 
-- The t tokens, and their queries, keys and values in the first layer, depend only on the weights. They are a table.
-- The h tokens, and their queries, keys and values in the first layer, are computed once per frame. Without the
-  condition they are exactly zero.
-- Before the first layer, the x token is the same with and without the condition, so it is computed once.
-- In the last layer only the x tokens need more than keys and values.
+- The t (time) tokens and their queries, keys and values in the first layer are kept in a table. The table depends only
+  on the weights, the solver and the number of steps.
+- The h (hidden state) tokens and their queries, keys and values in the first layer are computed once per frame. In the
+  branch without the condition, all of these are exactly zero.
+- Before the first layer, the x (flow state) token is the same in both branches, so it is computed once.
+- In the last layer, the t and h tokens need only keys and values. Everything else is computed for x alone.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from ..reference.attention import TransformerBlock
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
 
-MAX_FUSED_ROWS = 8  # the most rows with attention fused into wo; from 16 on, a stage would hold too few weight bytes
+MAX_FUSED_ROWS = 8  # most rows for which attention is fused into wo; with 16, a stage would hold too few weight bytes
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TransformerHeadBuffers(HeadBuffers):
             zero.
         stream: [6B, dim], the residual stream of the layers.
         x_qkv: [B, W], q | k | v of the x tokens in the first layer.
-        h_qkv: [2B, W], q | k | v of the h tokens in the first layer; the second half is always zero.
+        h_qkv: [2B, W], q | k | v of the h tokens in the first layer; the last B rows are always zero.
         qkv: [6B, W], q | k | v of all tokens in the later layers.
         attended: [6B, H * D], the result of the attention.
         gated: [6B, hidden], the feed-forward's hidden activations.
@@ -128,7 +129,7 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
     def _start(
         self, b: TransformerHeadBuffers, tables: TransformerHeadTables, h: Tensor, noise_source: NoiseSource
     ) -> None:
-        """Compute the h tokens, the noise, and the first x and t tokens: 3 launches."""
+        """Compute the h tokens and their q | k | v, the noise, and the first x and t tokens, in three launches."""
         module, B = self.module, len(h)
         hidden = b.tokens[4 * B : 5 * B]
         launch_linear(hidden, h, module.llm_projection.weight, None, None, self._max_rows)
@@ -144,14 +145,15 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
         )  # fmt: skip
 
     def _run_layers(self, b: TransformerHeadBuffers, t_qkv: Tensor | None) -> None:
-        """Run all layers of one evaluation: 4 launches each, or 5 if prepared for more than one request.
+        """Run all layers of one evaluation.
 
-        `t_qkv` is a row of the table: the first layer then reads ``b.tokens`` and ``b.h_qkv``. Without it, the first
-        layer computes q | k | v of all tokens from ``b.stream``.
+        A layer takes four launches, or five if the weights are fp32 or the head is prepared for more than one request.
+        If `t_qkv`, a row of the table, is given, the first layer reads ``b.tokens`` and ``b.h_qkv``. If `t_qkv` is
+        None, the first layer computes q | k | v of all tokens from ``b.stream``.
         """
         B, layers = len(b.x), self._blocks
         for i, layer in enumerate(layers):
-            rows = 2 * B if i == len(layers) - 1 else 6 * B  # the last layer needs the x tokens' queries only
+            rows = 2 * B if i == len(layers) - 1 else 6 * B  # the last layer needs only the queries of the x tokens
             if i == 0 and t_qkv is not None:
                 self._qkv(b.x_qkv, b.tokens[:B], layer, B)
                 self._attend(b, b.tokens[:rows], b.x_qkv, t_qkv, b.h_qkv, layer)
@@ -184,7 +186,7 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
         launch_linear(b.stream[:rows], attended, wo, None, residual, self._max_rows)
 
     def _step(self, b: TransformerHeadBuffers, tables: TransformerHeadTables, cfg_alpha: Tensor, step: int) -> None:
-        """Run the solver's step and compute the next evaluation's tokens or, after the last step, the codes."""
+        """Run the solver's step, and compute the next evaluation's tokens or, in the last step, the codes."""
         module, dt, ratio = self.module, tables.dt[step], tables.ab2_ratio[step]
         norm, w_out = module.norm.weight, module.acoustic_codebook_output.weight
         if step + 1 < len(tables.dt):

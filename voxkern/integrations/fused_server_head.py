@@ -1,4 +1,4 @@
-"""Fused flow heads for public servers: the servers' own methods, with their arguments and results, through kernels.
+"""Fused flow heads for public servers, with methods that take the arguments of the servers' own methods.
 
 A server passes its tensors in the weights' dtype, for any number of requests, and receives the codes of one frame. The
 server still decides its noise, its guidance and its CUDA graphs.
@@ -18,7 +18,7 @@ from ..reference.transformer_head import FlowMatchingAudioTransformer
 
 
 class FusedServerHead(FusedTransformerHead):
-    """The fused head of a server's flow head; a batch above `max_batch` runs in groups of at most `max_batch`.
+    """Runs a server's flow head through kernels; a batch above `max_batch` runs in groups of at most `max_batch`.
 
     Attributes:
         server: the server's module.
@@ -32,7 +32,7 @@ class FusedServerHead(FusedTransformerHead):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Rebuild the tables from the current weights, and compile the kernels by running them once.
+        """Rebuild the tables from the current weights, and compile the kernels by running each kernel once.
 
         Raises:
             RuntimeError: the weights are on a device on which kernels cannot run.
@@ -57,9 +57,9 @@ class FusedServerHead(FusedTransformerHead):
 
         Args:
             llm_hidden: [B, input_dim], the backbone's hidden state in the weights' dtype.
-            cfg_alpha: [B], strength of each request's guidance; None is the server's own ``_cfg_alpha``, if it has one.
-            noise: [B, K] standard normals. None draws them from `seed` and `frame`; without these, it draws them as the
-                server does.
+            cfg_alpha: [B], strength of each request's guidance; None takes the ``_cfg_alpha`` of the server's module.
+            noise: [B, K] standard normals. With None, the noise is drawn from `seed` and `frame`, or as the server does
+                if `seed` is None too.
             seed: int64 [B], see :func:`voxkern.reference.noise.seed_tensor`. With a seed, a request's codes depend only
                 on its own arguments.
             frame: int64 [B], the number of the frame, counted from 0 in each request.
@@ -90,11 +90,11 @@ class FusedServerHead(FusedTransformerHead):
         """Generate one frame in groups of at most `max_batch` requests, and write the codes to `out`.
 
         Args:
-            out: int64 [B, 1 + K], written.
-            h: [B, input_dim], see :meth:`generate_codes`, also for `cfg_alpha`, `steps` and errors.
+            out: int64 [B, 1 + K], the memory for the codes.
+            h: [B, input_dim]. See :meth:`generate_codes` for this argument, the following arguments, and the errors.
             cfg_alpha: fp32 [B].
-            steps: evaluations of the velocity.
-            noise_source: `seed`, `frame` and `noise` of :meth:`generate_codes`.
+            steps: evaluations of the velocity network.
+            noise_source: `seed`, `frame` and `noise`, each with B rows or None.
         """
         for first in range(0, len(h), self.max_batch):
             rows = slice(first, first + self.max_batch)
@@ -145,7 +145,8 @@ class FusedServerHead(FusedTransformerHead):
     def _velocity(self, out: Tensor, x: Tensor, time: Tensor, hidden: Tensor) -> None:
         """Compute the velocity of R rows into `out`, [R, K].
 
-        The layers take rows in pairs. If R is odd, the last pair's second row keeps its old values, which are not used.
+        The layers take an even number of rows of each token. If R is odd, each token has one extra row with old values,
+        and the results of the extra rows are not used.
         """
         module, R = self.module, len(x)
         b = self.buffers((R + 1) // 2, hidden.dtype, hidden.device)
@@ -171,7 +172,7 @@ class CapturableFrame:
     """Replaces ``_forward_cudagraph_compatible``, the method that vLLM-Omni captures in its CUDA graphs.
 
     A call allocates nothing for the batch sizes that this object was prepared for. The next call with the same batch
-    size overwrites the results, as a graph does.
+    size overwrites the results, as the replay of a graph does.
     """
 
     def __init__(self, head: FusedServerHead, steps: int, sizes: list[int]) -> None:
@@ -194,8 +195,8 @@ class CapturableFrame:
             noise: [B, K] standard normals.
 
         Returns:
-            [B] in the hidden states' dtype, 1 where a request has ended and 0 elsewhere, and the codes, int64
-            [B, 1 + K].
+            ended: [B] in the hidden states' dtype, 1 if a request has ended and 0 otherwise.
+            codes: int64 [B, 1 + K].
         """
         alpha, x, ended, codes = self._of(len(hidden_states), hidden_states)
         alpha.copy_(cfg_alpha[:, 0])

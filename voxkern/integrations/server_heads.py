@@ -1,9 +1,9 @@
 """Accelerate the flow heads of public servers, recognised by their attributes; no server is imported.
 
-The layers of vLLM-Omni's and SGLang-Omni's heads have the checkpoint's names. Both heads also have their sizes in
+The layers of vLLM-Omni's and SGLang-Omni's heads have the checkpoint's names. Both heads store the sizes in
 ``model_args`` and ``acoustic_transformer_args``, and the flow times in ``_timesteps``. vLLM-Omni captures its head in
-CUDA graphs through a wrapper, which is not a module. The wrapper repeats the head's computation in
-``_forward_cudagraph_compatible``.
+CUDA graphs through a wrapper, which is not a module. The wrapper's method ``_forward_cudagraph_compatible`` repeats the
+head's computation.
 """
 
 import inspect
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class UnsupportedHead(ValueError):
-    """A module is named like a flow head, but kernels cannot replace it; the message gives the reason."""
+    """Raised for a server's head or wrapper that kernels cannot replace; the message gives the reason."""
 
 
 def is_server_head(module: nn.Module) -> bool:
@@ -72,14 +72,15 @@ def as_reference(module: nn.Module) -> FlowMatchingAudioTransformer:
 
 
 def accelerate_servers(model: object, max_batch: int) -> tuple[list[str], dict[str, str]]:
-    """Replace the methods of every server's flow head in `model`, and of every wrapper that captures one.
+    """Replace the methods of every server's flow head in `model`, and of every wrapper that captures such a head.
 
     Args:
         model: a module that contains servers' heads, or vLLM-Omni's wrapper.
         max_batch: the most requests that run together, 1..64; larger batches run in groups.
 
     Returns:
-        Names of the methods that were replaced, and names of those that were not, each with the reason.
+        The names of the replaced methods, and a dict from the names of methods, heads and wrappers that were not
+        replaced to the reasons.
 
     Raises:
         ValueError: `max_batch` is out of range.

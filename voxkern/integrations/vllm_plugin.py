@@ -1,9 +1,10 @@
 """A vLLM plugin that accelerates the flow head of vLLM-Omni's Voxtral TTS in every worker.
 
-vLLM finds :func:`register` through the entry point group ``vllm.general_plugins`` and calls it in each of its
-processes. It does nothing unless the environment has ``VOXKERN_VLLM=1``. The head is then accelerated as soon as its
-weights are loaded. The method that vLLM-Omni captures in CUDA graphs is replaced as soon as its wrapper is made. One
-line in vLLM's log reports what was accelerated, or why nothing was. The server runs in both cases.
+vLLM finds :func:`register` through the entry point group ``vllm.general_plugins`` and calls it in each vLLM process.
+With ``VOXKERN_VLLM=1`` in the environment, the head is accelerated as soon as its weights are loaded. The method that
+vLLM-Omni captures in CUDA graphs is replaced as soon as the wrapper with this method is made. One line in vLLM's log
+reports what was accelerated, or why nothing was accelerated. The server runs in both cases. If ``VOXKERN_VLLM`` is
+unset, empty or 0, the plugin does nothing.
 """
 
 import functools
@@ -23,7 +24,7 @@ log = logging.getLogger("vllm.plugins.voxkern")  # a child of vLLM's logger, whi
 
 
 def register() -> None:
-    """Patch vLLM-Omni's classes so that a flow head is accelerated; a second call in a process changes nothing."""
+    """Patch vLLM-Omni's classes so that flow heads are accelerated; a second call in a process changes nothing."""
     if os.environ.get(SWITCH, "0") in ("", "0"):
         return
     try:
