@@ -129,7 +129,7 @@ def launch_adaln_modulation(
     """Run :func:`adaln_modulation` into `out`, [S, R, W] with any strides of S and R, without checks."""
     (S, K), R, (N, *_, N_LAST) = times.shape, len(states), [len(weight) for weight in weights]
     constants = ADALN_MODULATION(N=N, K=K, dtype=times.dtype, rows=max_rows)
-    constants["N_LAST"] = N_LAST
+    constants |= {"N": N, "N_LAST": N_LAST, "K": K}
     tiles = triton.cdiv(N, constants["BLOCK_N"]) * (len(weights) - 1) + triton.cdiv(N_LAST, constants["BLOCK_N"])
     _adaln_modulation_kernel[(triton.cdiv(S * R, constants["BLOCK_M"]), tiles)](
         times, states, tuple(weights), tuple(biases), out, S * R, R, out.stride(0), out.stride(1), **constants
@@ -240,7 +240,7 @@ def launch_adaln_linear_silu(
 ) -> None:
     """Run :func:`adaln_linear_silu` into `out`, contiguous [M, N], without checking the arguments."""
     (M, K), N, R = x.shape, len(weight), len(modulation) - 1
-    constants = ADALN_LINEAR_SILU(N=N, K=K, dtype=x.dtype, rows=max_rows)
+    constants = ADALN_LINEAR_SILU(N=N, K=K, dtype=x.dtype, rows=max_rows) | {"N": N, "K": K}
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
     _adaln_linear_silu_kernel[(triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))](
@@ -308,7 +308,7 @@ def launch_gated_linear(
     """Run :func:`gated_linear` into `out`, contiguous [M, N], without checking the arguments."""
     (M, K), N = x.shape, len(weight)
     R, stride_gate = (0, 0) if gate is None else (len(gate) - 1, gate.stride(0))
-    constants = GATED_LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows)
+    constants = GATED_LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows) | {"N": N, "K": K}
     stride_x = x.stride(0) if M > 1 else K
     _gated_linear_kernel[(triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))](
         x, weight, bias, gate, residual, out, M, R, stride_x, stride_gate, **constants

@@ -189,7 +189,7 @@ def launch_codec_conv(
 ) -> None:  # fmt: skip
     """Run :func:`codec_conv` without checking the arguments."""
     (M, K), N, B, n_past = x.shape, weight.shape[0], conv_state.shape[1], conv_state.shape[2]
-    constants = CODEC_CONV(N=N, K=K, dtype=weight.dtype, rows=1)
+    constants = CODEC_CONV(N=N, K=K, dtype=weight.dtype, rows=1) | {"N": N, "K": K}
     constants |= {"N_PAST": n_past, "ROWS": triton.next_power_of_2(n_past), "PAD_MODE": PAD_MODES.index(pad_mode)}
     constants["COLUMNS"] = min(512, triton.next_power_of_2(K))
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]) + 1)

@@ -148,7 +148,6 @@ def launch_codec_attention(
     (M, W), (B, window) = out.shape, kv_window.shape[2:4]
     T, D = M // B, W // n_heads
     constants = CODEC_ATTENTION(N=W, K=D, dtype=qkv.dtype, rows=1)
-    del constants["N"], constants["K"]
     constants |= {"H": n_heads, "D": D, "COLUMNS": max(16, triton.next_power_of_2(D)), "WINDOW": window}
     constants["KEPT"] = triton.next_power_of_2(window)
     # T rows that begin anywhere in a tile touch up to cdiv(T - 1, BLOCK_Q) + 1 tiles; one more block writes the window

@@ -68,7 +68,7 @@ class LaunchConfigs:
         self.conditions, self.names = head[:bar], head[bar + 1 :]
 
     def __call__(self, *, N: int, K: int, dtype: torch.dtype, rows: int, phase: str = "decode") -> dict[str, Any]:
-        """Return the constants of a launch: N, K, the values of the first matching row, and ``enable_fp_fusion``.
+        """Return the columns right of the bar in the first matching row, and ``enable_fp_fusion``.
 
         Args:
             N: rows of the weight.
@@ -91,7 +91,7 @@ class LaunchConfigs:
         for row in self.lines:
             if all(_fits(asked[key], row[key]) for key in self.conditions):
                 chosen = [(name, int(row[name])) for name in self.names]
-                return (("N", N), ("K", K), *chosen, ("enable_fp_fusion", FP_FUSION))
+                return (*chosen, ("enable_fp_fusion", FP_FUSION))
         raise ValueError(
             f"no launch config of {self.kernel} for {arch}, {dtype}, {rows} rows, N = {N}, K = {K}, {phase}"
         )

@@ -201,7 +201,8 @@ def _norm_linear_kernel(
 
 def norm_constants(configs: LaunchConfigs, x: Tensor, weight: Tensor, max_rows: int, phase: str) -> dict[str, Any]:
     """Return the constants of a launch that computes a product after RMSNorm: those of `configs`, and NORM_FIRST."""
-    constants = configs(N=weight.shape[0], K=weight.shape[1], dtype=x.dtype, rows=max_rows, phase=phase)
+    N, K = weight.shape
+    constants = configs(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
     return constants | {"NORM_FIRST": x.dtype == torch.float16}  # x * norm, not yet scaled, may exceed fp16's 65,504
 
 
@@ -355,7 +356,7 @@ def launch_linear(
 ) -> None:  # fmt: skip
     """Run :func:`linear` into `out`, contiguous [M, N], without checking the arguments."""
     (M, K), N = x.shape, weight.shape[0]
-    constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase)
+    constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
     stride_x = x.stride(0) if M > 1 else K
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
     _linear_kernel[grid](x, weight, scale, residual, out, M, stride_x, **constants)

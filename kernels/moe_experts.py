@@ -161,7 +161,7 @@ def launch_moe_experts_up(
     """
     gate, up = _as_pointer_table(w1, tiles), _as_pointer_table(w3, tiles)
     (M, K), N = x.shape, gate.rows
-    constants = MOE_EXPERTS_UP(N=N, K=K, dtype=x.dtype, rows=tile_rows)
+    constants = MOE_EXPERTS_UP(N=N, K=K, dtype=x.dtype, rows=tile_rows) | {"N": N, "K": K}
     constants["NORM_FIRST"] = x.dtype == torch.float16  # x * norm, not yet scaled, may exceed fp16's 65,504
     constants |= {
         "E": len(gate.table),
@@ -252,7 +252,8 @@ def launch_moe_experts_down(
 ) -> None:
     """Run :func:`moe_experts_down` into `out`, fp32, contiguous [M * P, N], without checking the arguments."""
     down = _as_pointer_table(w2, tiles)
-    constants = MOE_EXPERTS_DOWN(N=down.rows, K=x.shape[1], dtype=x.dtype, rows=tile_rows)
+    N, K = down.rows, x.shape[1]
+    constants = MOE_EXPERTS_DOWN(N=N, K=K, dtype=x.dtype, rows=tile_rows) | {"N": N, "K": K}
     constants |= {"E": len(down.table), "ALIGNED": down.aligned, "BLOCK_M": tile_rows}
     grid = (len(tiles), triton.cdiv(down.rows, constants["BLOCK_N"]))
     _moe_experts_down_kernel[grid](x, down.table, weights, pairs, tiles, out, **constants)
@@ -305,8 +306,7 @@ def _moe_combine_kernel(p_stream, p_parts, stride_stream, P: tl.constexpr, N: tl
 def launch_moe_combine(stream: Tensor, parts: Tensor) -> None:
     """Run :func:`moe_combine` without checking the arguments."""
     M, N = stream.shape
-    constants = MOE_COMBINE(N=N, K=1, dtype=stream.dtype, rows=1)
-    constants = {name: value for name, value in constants.items() if name != "K"} | {"P": len(parts) // M}
+    constants = MOE_COMBINE(N=N, K=1, dtype=stream.dtype, rows=1) | {"N": N, "P": len(parts) // M}
     stride = stream.stride(0) if M > 1 else N
     grid = (M, triton.cdiv(N, constants["BLOCK_N"]))
     _moe_combine_kernel[grid](stream, parts, stride, **constants)

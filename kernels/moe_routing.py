@@ -285,7 +285,6 @@ def launch_moe_route(
     ids, weights, pairs, tiles = out
     (M, E), T = logits.shape, len(tiles)
     constants = MOE_ROUTE(N=E, K=top_k, dtype=torch.float32, rows=max_rows)
-    del constants["N"], constants["K"]
     constants |= {"E": E, "E_PAD": triton.next_power_of_2(E), "TOP_K": top_k, "N_SHARED": n_shared, "TILE": tile_rows}
     one_launch = constants["ROWS"] >= max_rows
     how = {

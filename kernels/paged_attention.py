@@ -247,7 +247,6 @@ def launch_paged_attention(
     SPAN, spans = span_of(max_seq_len), partial.shape[2]
     constants = PAGED_ATTENTION(N=H * D, K=D, dtype=q.dtype, rows=1)
     constants["GROUP"] = max(triton.next_power_of_2(H // HKV), constants.pop("MIN_GROUP"))
-    del constants["N"], constants["K"]
     constants |= {"H": H, "HKV": HKV, "D": D, "PAGE": PAGE, "SPAN": SPAN, "COLUMNS": triton.next_power_of_2(D)}
     numbers = {"spans": spans, "window": window or NO_WINDOW} | page_strides(kv_cache)
     grid = (min(spans, triton.cdiv(block_table.shape[1] * PAGE, SPAN)), HKV, B)
@@ -340,7 +339,6 @@ def launch_prefill_attention(
     constants = PREFILL_ATTENTION(N=n_heads * D, K=D, dtype=q.dtype, rows=1, phase="prefill")
     group = triton.next_power_of_2(n_heads // HKV)
     constants["BLOCK_Q"] = max(constants.pop("COLUMNS_Q") // group, 1)
-    del constants["N"], constants["K"]
     constants |= {"H": n_heads, "HKV": HKV, "D": D, "PAGE": PAGE, "GROUP": group}
     constants["COLUMNS"] = triton.next_power_of_2(D)
     numbers = {"window": window or NO_WINDOW} | page_strides(kv_cache)

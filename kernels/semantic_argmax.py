@@ -88,7 +88,8 @@ def _semantic_argmax_final_kernel(p_best, p_codes, TILES: tl.constexpr, PAD_TILE
 def _constants(weight: Tensor, n_codes: int, max_batch: int) -> dict[str, Any]:
     # N is n_codes because the rows of the weight from n_codes on are padding, which is not read
     constants = SEMANTIC_ARGMAX(N=n_codes, K=weight.shape[1], dtype=weight.dtype, rows=max_batch)
-    return constants | {"TILES": triton.cdiv(n_codes, constants["BLOCK_N"])}
+    tiles = triton.cdiv(n_codes, constants["BLOCK_N"])
+    return constants | {"N": n_codes, "K": weight.shape[1], "TILES": tiles}
 
 
 def semantic_argmax_scratch(weight: Tensor, n_codes: int, max_batch: int) -> Tensor:

@@ -149,7 +149,7 @@ def padded(N: int, K: int) -> dict[str, int]:
     PAD_N and PAD_K are N and K, rounded up to powers of two. PAD_K is at least 4, because noise is drawn for four
     codebooks at once.
     """
-    return {"N": N, "PAD_N": triton.next_power_of_2(N), "PAD_K": max(4, triton.next_power_of_2(K))}
+    return {"N": N, "K": K, "PAD_N": triton.next_power_of_2(N), "PAD_K": max(4, triton.next_power_of_2(K))}
 
 
 def expect_codes(

@@ -152,7 +152,6 @@ def launch_token_attention(
     B2, W = h_qkv.shape
     D = W // (n_heads + 2 * n_kv_heads)
     constants = TOKEN_ATTENTION(N=W, K=D, dtype=h_qkv.dtype, rows=max_batch)
-    del constants["N"], constants["K"]
     constants |= {"W": W, "H": n_heads, "HKV": n_kv_heads, "D": D, "N_TOKENS": n_tokens}
     constants["N_QUERIES"] = triton.next_power_of_2(n_tokens)
     constants["GROUP"] = triton.next_power_of_2(n_heads // n_kv_heads)
@@ -232,8 +231,7 @@ def launch_token_attention_linear(
     (B2, W), (M, N) = h_qkv.shape, out.shape
     D = W // (n_heads + 2 * n_kv_heads)
     constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6 * max_batch)
-    del constants["K"]
-    constants |= {"W": W, "H": n_heads, "HKV": n_kv_heads, "D": D}
+    constants |= {"N": N, "W": W, "H": n_heads, "HKV": n_kv_heads, "D": D}
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
     _token_attention_linear_kernel[grid](
         x_qkv, t_qkv, h_qkv, wo, residual, out, M, B2, x_qkv.shape[0], t_qkv.shape[0], **constants

@@ -33,7 +33,7 @@ ADD_BIAS = LaunchConfigs("toy_add_bias", """
 
 
 @triton.jit(do_not_specialize=["M"])
-def _add_bias_kernel(p_x, p_bias, M, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _add_bias_kernel(p_x, p_bias, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = (o_m < M)[:, None] & (o_n < N)[None, :]
@@ -44,7 +44,8 @@ def _add_bias_kernel(p_x, p_bias, M, N: tl.constexpr, K: tl.constexpr, BLOCK_M: 
 
 
 def launch_add_bias(x: Tensor, bias: Tensor) -> None:
-    (M, N), constants = x.shape, ADD_BIAS(N=x.shape[1], K=1, dtype=x.dtype, rows=x.shape[0])
+    M, N = x.shape
+    constants = ADD_BIAS(N=N, K=1, dtype=x.dtype, rows=M) | {"N": N}
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
     _add_bias_kernel[grid](x, bias, M, **constants)
 
