@@ -8,7 +8,8 @@ For B requests with T rows each, row = request * T + t::
                        conv_state[1 - parity] = the request's last n rows for the next chunk
     codec_update_state past_frames += new_frames, parity = 1 - parity
 
-where c is the semantic code and c_k the acoustic codes of a row.
+where c is the semantic code of a row and c_k are its K acoustic codes. In ``codec_conv``, K is the number of input
+channels instead.
 
 A convolution of n + 1 taps is one matrix product over (n + 1) K columns. A block computes BLOCK_M rows by BLOCK_N
 columns of y. As in ``linear.py``, which gives the reason, the weight's rows are the first axis of a tile. One more

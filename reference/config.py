@@ -254,7 +254,8 @@ class Config:
         """Return the configuration that the dict of a ``params.json`` describes.
 
         Raises:
-            ConfigError: keys are missing, of the wrong type, contradictory or unsupported; the message names them all.
+            ConfigError: keys are missing, of the wrong type or unsupported, and the message names them all; or, if none
+                is, values contradict each other.
         """
         if not isinstance(params, dict):
             raise ConfigError(f"params must be the dict of a params.json, got {type(params).__name__}")

@@ -99,7 +99,7 @@ def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, dtype: 
 def test_output_is_the_same_with_and_without_shared_prefixes(tiny_folder: Path, backend: str) -> None:
     """A voice of 70 rows makes a prefix of 72 tokens. Requests share its full page and copy its partly filled page."""
     tts = voxkern.load(tiny_folder, backend=backend, max_batch=2)
-    vars(tts.model.audio_tokenizer).pop("stream", None)  # decode with the reference codec; kernels generate the codes
+    vars(tts.model.audio_tokenizer).pop("stream", None)  # on triton too, the reference codec decodes
     tts.voices["ada"] = torch.cat([tts.voices["bob"], tts.voices["ada"]] * 8)[:70]
     tts._prompt.add("ada", 70)
     n = 30 if backend == "torch" else 3
@@ -276,7 +276,7 @@ def test_on_kernels(tiny_folder: Path) -> None:
     Each request gives the same audio as alone.
     """
     tts = voxkern.load(tiny_folder, backend="triton", max_batch=2)
-    del tts.model.audio_tokenizer.stream  # decode with the reference codec; kernels generate the codes
+    del tts.model.audio_tokenizer.stream  # on triton too, the reference codec decodes
     arguments = {"voice": "ada", "max_frames": 4}
     expected = [tts.generate(text, seed=i, steps=1 + i % 2, **arguments) for i, text in enumerate(WORDS[:3])]
     requests = [

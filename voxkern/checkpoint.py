@@ -217,7 +217,10 @@ def is_finite(x: Tensor) -> bool:
 
 
 def _read_tensors(path: Path, names: list[str], remap_bytes: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors `names` in order; map the file again every `remap_bytes`, which frees unused tensors."""
+    """Yield the tensors `names` in order.
+
+    The file is opened again after every `remap_bytes`, so that the pages of tensors already used are unmapped.
+    """
     left = iter(names)
     name = next(left, None)
     while name is not None:

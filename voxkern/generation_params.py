@@ -14,7 +14,7 @@ class GenerationParams:
     """Holds the arguments of one text; :meth:`voxkern.TTS.generate` describes the arguments in full.
 
     Attributes:
-        voice: name of the voice; None takes the checkpoint's first voice.
+        voice: name of the voice; None takes the default.
         seed: 0 .. 2^64 - 1; None draws a random seed.
         cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
         max_frames: most frames of a part; None takes the default.

@@ -60,9 +60,10 @@ def load(
         cache_tokens: tokens of keys and values that all running requests together may reserve, at least 64. A request
             reserves its prompt's tokens plus `max_frames` tokens (80 ms each), in pages of 64, and waits until all are
             free. None allows 2560 for each of `max_batch` requests, or the model's length if that is less.
-        graphs: True replays the frames of kernels on a GPU as CUDA graphs, one for the model and one for the codec. A
-            model's graphs are captured when a request first has a pair of steps and solver. False launches the kernels
-            one by one, which gives the same bits but is slower. `graphs` has no effect without kernels or on a CPU.
+        graphs: True replays the frames of kernels on a GPU as CUDA graphs: one graph for the codec, and several for the
+            model, one for each number of rows and each pair of steps and solver. The graphs of a pair are captured when
+            the first request with this pair starts. False launches the kernels one by one, which gives the same bits
+            but is slower. `graphs` has no effect without kernels or on a CPU.
 
     Raises:
         ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the
@@ -195,7 +196,8 @@ class TTS:
 
         Args:
             text: the text to speak, or a list of texts.
-            voice: name of the voice, one of ``voices``. None takes the checkpoint's first voice.
+            voice: name of the voice, one of ``voices``. None takes the first voice of ``params.json`` that the
+                checkpoint has, or else the first of ``voices``.
             seed: 0 .. 2^64 - 1. The same seed gives the same sound, alone or beside other texts. None draws a random
                 seed for each text; ``Audio.seed`` has the seed.
             steps: evaluations of the velocity network per frame, 1..64. None takes the checkpoint's number (7).
@@ -254,12 +256,13 @@ class TTS:
 
         The joined chunks equal the sound of :meth:`generate` to the last bit. The first chunk has `first_chunk` frames,
         and each next chunk has twice as many, up to `chunk`. The last chunk of a text or of a part may have fewer
-        frames; a text's last chunk may have none. All arguments are checked by this call; generation starts when the
-        first chunk is requested. Closing or dropping the iterator stops the generation and frees the memory in use.
+        frames. A text's last chunk has none if the model ends the text exactly after a full chunk; if it ends a part
+        there, one size is left out. All arguments are checked by this call; generation starts when the first chunk is
+        requested. Closing or dropping the iterator stops the generation and frees the memory in use.
 
         Args:
             text: the text to speak. For this and the arguments up to `max_chars`, see :meth:`generate`.
-            voice: name of the voice; None takes the checkpoint's first voice.
+            voice: name of the voice; None takes the default.
             seed: 0 .. 2^64 - 1; None draws a random seed.
             steps: evaluations of the velocity network per frame, 1..64; None takes the checkpoint's number.
             solver: "euler" or "ab2".
@@ -295,7 +298,7 @@ class TTS:
 
         Args:
             text: the text to speak.
-            voice: name of the voice; None takes the checkpoint's first voice.
+            voice: name of the voice; None takes the default.
             seed: 0 .. 2^64 - 1; None draws a random seed.
             **arguments: the keyword arguments of :meth:`stream`, from `steps` to `chunk`.
 
@@ -359,7 +362,7 @@ class TTS:
         if n_left < 1:
             raise ValueError(
                 f"text is too long: its prompt has {len(tokens)} tokens, but a request may have {positions}, frames "
-                "included (the model's length, or cache_tokens); split the text or lower max_chars"
+                "included (the model's length, cache_tokens or the kernels' limit); split the text or lower max_chars"
             )
         max_frames = min(MAX_FRAMES, n_left) if params.max_frames is None else params.max_frames
         check_int("max_frames", max_frames, 1, n_left)
@@ -370,7 +373,7 @@ class TTS:
         return Request(prompt, seed, float(params.cfg_alpha), max_frames, steps, params.solver, prefix_key)
 
     def _default_voice(self) -> str:
-        """Return the config's first voice that the checkpoint has, or else the checkpoint's first voice."""
+        """Return the first voice of ``params.json`` that the checkpoint has, or else the first of ``voices``."""
         if not self.voices:
             raise ValueError("the checkpoint has no voices (no files in voice_embedding)")
         named = [name for name in self.model.config.voices if name in self.voices]

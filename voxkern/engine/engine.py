@@ -61,7 +61,8 @@ class Engine:
         """Queue a request, and return its state; the request runs whenever a caller waits for frames.
 
         Raises:
-            ValueError: the request has more tokens than the runner allows, so it could never be admitted.
+            ValueError: the request has more tokens than the runner allows, so it could never be admitted. The runner's
+                limit is the model's length, the tokens of the KV cache or the kernels' limit.
         """
         if request.n_tokens > self.runner.max_seq_len:
             raise ValueError(
@@ -149,12 +150,12 @@ class Engine:
                 self._frame_done.wait_for(lambda: self._epoch != seen)  # noqa: B023, the lambda is called at once
 
     def _free_cancelled(self) -> None:
-        """Drop cancelled requests; if another thread runs a frame, that thread drops them when the frame is done."""
+        """Drop cancelled requests; if a frame is running, they are dropped when it is done."""
         while self._cancelled and self._try_exclusively(self._drop_cancelled):
             pass
 
     def _try_exclusively(self, work: Callable[[], None]) -> bool:
-        """Run `work` unless another thread holds the frame lock, and return whether it ran."""
+        """Run `work` unless a thread, this one included, holds the frame lock; return whether it ran."""
         if not self._frame_lock.acquire(blocking=False):
             return False
         try:
@@ -171,7 +172,7 @@ class Engine:
         """Run one frame for all requests.
 
         Cancelled requests are dropped and waiting ones are admitted. Then one frame of each running request is
-        generated, decoded and delivered.
+        generated, decoded and delivered. A deferred runner's frames may be delivered by the next call.
         """
         start = time.perf_counter()
         self._drop_cancelled()
@@ -188,7 +189,10 @@ class Engine:
             state.queue_seconds += time.perf_counter() - start
 
     def _generate_and_deliver(self, start: float) -> None:
-        """Generate, decode and deliver a frame for each running request; `start` is the time when it began."""
+        """Generate and decode a frame for each running request, and deliver the frames that may be read by now.
+
+        `start` is the time when the frame began, in seconds of ``time.perf_counter``.
+        """
         output = self.runner.generate_frame()
         generated = time.perf_counter()
         samples = self.codec.decode(output, sorted(self.running))

@@ -1,7 +1,7 @@
 """Run requests on fused modules, in static memory: a frame only launches kernels, and the host reads nothing.
 
 Lengths, frame numbers and codes stay on the device. If a request generates END or reaches its frame limit, a kernel
-sets its length to 0. The host reads the new state one frame later, which costs the time of that frame and nothing else.
+sets its length to 0. The host reads this one frame later, and until then the request keeps its slot.
 """
 
 from collections.abc import Hashable

@@ -96,7 +96,7 @@ class PrefixKey:
 
     @property
     def identity(self) -> tuple[int, int, int]:
-        """A tuple that is equal for two keys of one embeddings tensor, unwritten in between, with the same length."""
+        """Equal for two keys of the same tensor and length, if nothing was written to the tensor in between."""
         return id(self.embeddings), self.version, self.n_tokens
 
 
