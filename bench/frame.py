@@ -95,7 +95,7 @@ def frame_cost(
         count_bytes: count DRAM bytes too. If False, the head may be on the meta device.
     """
     calls: dict[str, list[Cost]] = defaultdict(list)
-    fused: fused_flow_head.FusedHead[Any, Any, Any]
+    fused: fused_flow_head.FusedHead
     if isinstance(head, FlowMatchingAudioMLP):
         fused = fused_mlp_head.FusedMLPHead(head, B, embeddings)
     else:

@@ -165,9 +165,9 @@ def test_one_launch_config_serves_any_number_of_steps(
     fused = FusedMLPHead(head, max_batch)
     with launch_config.target_arch(arch), counting(indirect=list(head.parameters())):
         for steps in (1, 2, 7, MAX_STEPS):
-            tables = fused.step_tables("euler", steps)
+            projected, modulations = fused.step_tables("euler", steps).network
             states = torch.zeros(max_batch, config.acoustic_transformer.dim, dtype=torch.bfloat16)
-            fused._modulate(tables, states, tables.modulations[:, 1:])
+            fused._modulate(projected, states, modulations[:, 1:])
     assert chosen == 8 * chosen[:1]
     assert chosen[0]["BLOCK_M"] == ({1: 16, 8: 64, 32: 64}[max_batch])
 

@@ -130,7 +130,7 @@ def test_it_is_the_servers_own_weights(server: SGLangHead) -> None:
     h = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     voxkern.accelerate(server, 2)
     fused = server.forward.__self__
-    tables = [fused.step_tables("euler", STEPS).tokens.data_ptr(), fused.step_tables("euler", STEPS).qkv.data_ptr()]
+    addresses = [table.data_ptr() for table in fused.step_tables("euler", STEPS).network]
     before = seeded(server, h)
     for p in server.parameters():
         p.data.mul_(-1.5)
@@ -141,10 +141,7 @@ def test_it_is_the_servers_own_weights(server: SGLangHead) -> None:
             voxkern.accelerate(one, 2)
     after = seeded(server, h)
     assert server.forward.__self__ is fused
-    assert tables == [
-        fused.step_tables("euler", STEPS).tokens.data_ptr(),
-        fused.step_tables("euler", STEPS).qkv.data_ptr(),
-    ]
+    assert addresses == [table.data_ptr() for table in fused.step_tables("euler", STEPS).network]
     assert torch.equal(after, seeded(copied, h))
     voxkern.restore(server)
     expected = seeded(server, h)

@@ -58,7 +58,7 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
             module.hidden_states = FusedBackbone(module, max_batch)  # type: ignore[method-assign]
             replaced.append(f"{name}.hidden_states".lstrip("."))
         if isinstance(module, FlowMatchingAudioTransformer | FlowMatchingAudioMLP):
-            fused: FusedHead[Any, Any, Any]
+            fused: FusedHead
             if isinstance(module, FlowMatchingAudioMLP):
                 fused = FusedMLPHead(module, max_batch, table)
             else:

@@ -5,7 +5,6 @@ sets its length to 0. The host reads this one frame later, and until then the re
 """
 
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +162,7 @@ class FusedRunner:
         return FrameOutput((codes * valid.unsqueeze(2)).sum(0), valid.sum(0))
 
 
-def fused_modules_of(model: VoxtralTTS) -> tuple[FusedBackbone, FusedHead[Any, Any, Any]]:
+def fused_modules_of(model: VoxtralTTS) -> tuple[FusedBackbone, FusedHead]:
     """Return the fused backbone and the fused flow head of an accelerated model."""
     backbone, flow_head = model.hidden_states, model.acoustic_transformer.forward
     assert isinstance(backbone, FusedBackbone)

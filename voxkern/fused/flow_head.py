@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,21 +51,20 @@ class StepTables:
         dt: length of each step.
         ab2_ratio: factor of each step on the velocity's last change, see
             :func:`voxkern.reference.solver.step_ratios`.
+        network: the tables of the velocity network, see ``_make_network_tables`` of its fused head.
     """
 
     weights: list[Tensor]
     key: tuple[Any, ...]
     dt: list[float]
     ab2_ratio: list[float]
+    network: tuple[Tensor, ...]
 
 
 NoiseSource = tuple[Tensor | None, Tensor | None, Tensor | None]  # seed, frame, noise: either noise, or seed and frame
-ModuleT = TypeVar("ModuleT", bound=FlowHead)
-BuffersT = TypeVar("BuffersT", bound=HeadBuffers)
-TablesT = TypeVar("TablesT", bound=StepTables)
 
 
-class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
+class FusedHead:
     """Replaces a flow head's ``forward`` and ``solve``, with the same arguments and, up to rounding, the same results.
 
     A subclass for each velocity network implements the methods that raise NotImplementedError here.
@@ -76,7 +75,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         max_batch: the most requests of a frame. The launch configs and a result's last bits depend on this number.
     """
 
-    def __init__(self, module: ModuleT, max_batch: int, embeddings: nn.Embedding | None = None) -> None:
+    def __init__(self, module: FlowHead, max_batch: int, embeddings: nn.Embedding | None = None) -> None:
         """Prepare for a flow head.
 
         Args:
@@ -90,8 +89,8 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         if not 1 <= max_batch <= MAX_BATCH:
             raise ValueError(f"max_batch must lie in 1..{MAX_BATCH}, got {max_batch}")
         self.module, self.embeddings, self.max_batch = module, embeddings, max_batch
-        self._buffers: dict[tuple[int, torch.dtype, torch.device], BuffersT] = {}
-        self._step_tables: dict[tuple[str, int], TablesT] = {}
+        self._buffers: dict[tuple[int, torch.dtype, torch.device], HeadBuffers] = {}
+        self._step_tables: dict[tuple[str, int], StepTables] = {}
         self._quantiles: Tensor | None = None
 
     def __call__(
@@ -169,7 +168,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
             self._flow(buffers, tables, h, cfg_alpha, (seed, frame, noise))
         return buffers.codes, buffers.next_embedding
 
-    def buffers(self, B: int, dtype: torch.dtype, device: torch.device) -> BuffersT:
+    def buffers(self, B: int, dtype: torch.dtype, device: torch.device) -> HeadBuffers:
         """Return the memory for a frame of `B` requests; the first call with `B`, dtype and device allocates it."""
         if (B, dtype, device) not in self._buffers:
 
@@ -178,20 +177,20 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
 
             K = self.module.audio.n_acoustic_codebook
             with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
-                common = HeadBuffers(
-                    x=zeros(B, K, dtype=torch.float32),
-                    v_last=zeros(B, K, dtype=torch.float32),
-                    semantic=zeros(B, dtype=torch.int64),
-                    argmax_scratch=semantic_argmax_scratch(
+                common = {
+                    "x": zeros(B, K, dtype=torch.float32),
+                    "v_last": zeros(B, K, dtype=torch.float32),
+                    "semantic": zeros(B, dtype=torch.int64),
+                    "argmax_scratch": semantic_argmax_scratch(
                         self.module.semantic_codebook_output.weight, self._n_codes, self.max_batch
                     ),
-                    codes=zeros(B, 1 + K, dtype=torch.int64),
-                    next_embedding=zeros(B, 0 if self.embeddings is None else self.embeddings.embedding_dim),
-                )
-                self._buffers[B, dtype, device] = self._make_buffers(B, vars(common), zeros)
+                    "codes": zeros(B, 1 + K, dtype=torch.int64),
+                    "next_embedding": zeros(B, 0 if self.embeddings is None else self.embeddings.embedding_dim),
+                }
+                self._buffers[B, dtype, device] = self._make_buffers(B, common, zeros)
         return self._buffers[B, dtype, device]
 
-    def step_tables(self, solver: str, steps: int) -> TablesT:
+    def step_tables(self, solver: str, steps: int) -> StepTables:
         """Return the tables of a solver's steps; rebuild the tables if a weight used for them has changed.
 
         Writes through ``.data``, and writes to weights made in inference mode, cannot be detected. Call
@@ -211,7 +210,7 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         for solver, steps in self._step_tables:
             self._step_tables[solver, steps] = self._new_step_tables(solver, steps, weights, _key(weights))
 
-    def _new_step_tables(self, solver: str, steps: int, weights: list[Tensor], key: tuple[Any, ...]) -> TablesT:
+    def _new_step_tables(self, solver: str, steps: int, weights: list[Tensor], key: tuple[Any, ...]) -> StepTables:
         """Compute the tables, in the memory of the old tables where sizes match, because captured graphs read it."""
         times = time_grid(solver, steps)
         lengths = [end - start for start, end in itertools.pairwise(times)]
@@ -219,11 +218,14 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
             projected = self.module.project_time(
                 torch.tensor(times[:-1], dtype=torch.float64, device=weights[0].device)
             )
-            made = self._make_step_tables(StepTables(weights, key, lengths, step_ratios(solver, times)), projected)
+            made = self._make_network_tables(projected)
             known = self._step_tables.get((solver, steps))
-            return made if known is None else replace(made, **_written_over(vars(known), vars(made)))
+            if known is not None:
+                pairs = zip(known.network, made, strict=True)
+                made = tuple(old.copy_(new) if _same_form(old, new) else new for old, new in pairs)
+        return StepTables(weights, key, lengths, step_ratios(solver, times), made)
 
-    def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> BuffersT:
+    def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> HeadBuffers:
         """Return the memory for a frame of B requests: the `common` tensors, and the network's own, made by `zeros`."""
         raise NotImplementedError
 
@@ -231,11 +233,13 @@ class FusedHead(Generic[ModuleT, BuffersT, TablesT]):
         """Return the weights that the step tables are computed from."""
         raise NotImplementedError
 
-    def _make_step_tables(self, tables: StepTables, projected: Tensor) -> TablesT:
-        """Return `tables` with the network's own tables added; `projected` has the projected times, [steps, dim]."""
+    def _make_network_tables(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """Return the velocity network's tables; `projected` has the projected times, [steps, dim]."""
         raise NotImplementedError
 
-    def _flow(self, b: BuffersT, tables: TablesT, h: Tensor, cfg_alpha: Tensor, noise_source: NoiseSource) -> None:
+    def _flow(
+        self, b: HeadBuffers, tables: StepTables, h: Tensor, cfg_alpha: Tensor, noise_source: NoiseSource
+    ) -> None:
         """Launch all kernels of a frame except those of the semantic codes."""
         raise NotImplementedError
 
@@ -302,11 +306,5 @@ def _key(weights: list[Tensor]) -> tuple[Any, ...]:
     return tuple((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.device) for w in weights)
 
 
-def _written_over(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Copy each new tensor into the old tensor if shape, dtype and device agree; return these old tensors by name."""
-    pairs = {name: (old[name], tensor) for name, tensor in new.items() if isinstance(tensor, Tensor)}
-    return {
-        name: a.copy_(b)
-        for name, (a, b) in pairs.items()
-        if (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    }
+def _same_form(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)

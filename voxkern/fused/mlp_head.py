@@ -38,23 +38,10 @@ class MLPHeadBuffers(HeadBuffers):
     states: Tensor
 
 
-@dataclass(frozen=True)
-class MLPHeadTables(StepTables):
-    """The tables of the flow times, and memory for the modulations of one frame.
-
-    Attributes:
-        projected: [steps, dim], the projected times, which are the other term of the condition.
-        modulations: [steps, 1 + max_batch, W], the concatenated shift, scale and gate of every block, then shift and
-            scale of the final layer. The first row of each step is the table for the branch without a hidden state. The
-            other rows belong to the requests, and every frame overwrites them.
-    """
-
-    projected: Tensor
-    modulations: Tensor
-
-
-class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables]):
+class FusedMLPHead(FusedHead):
     """The fused head of a velocity network that is a residual MLP with adaptive layer norm."""
+
+    module: FlowMatchingAudioMLP
 
     def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> MLPHeadBuffers:
         config = self.module.config
@@ -68,15 +55,18 @@ class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables
     def _step_table_weights(self) -> list[Tensor]:
         return [*self.module.time_embed.parameters(), self.module.cond_embed.bias, *self._weights, *self._biases]
 
-    def _make_step_tables(self, tables: StepTables, projected: Tensor) -> MLPHeadTables:
-        width = sum(map(len, self._weights))
-        made = MLPHeadTables(
-            **vars(tables),
-            projected=projected,
-            modulations=projected.new_zeros(len(projected), 1 + self.max_batch, width),
-        )
-        self._modulate(made, self.module.cond_embed.bias.unsqueeze(0), made.modulations[:, :1])
-        return made
+    def _make_network_tables(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the projected times, and the modulations with those of the branch without a hidden state filled in.
+
+        Returns:
+            projected: [steps, dim], one of the two terms of the condition.
+            modulations: [steps, 1 + max_batch, W], the concatenated shift, scale and gate of every block, then shift
+                and scale of the final layer. The first row of each step is the table for the branch without a hidden
+                state. The other rows belong to the requests, and every frame overwrites them.
+        """
+        modulations = projected.new_zeros(len(projected), 1 + self.max_batch, sum(map(len, self._weights)))
+        self._modulate(projected, self.module.cond_embed.bias.unsqueeze(0), modulations[:, :1])
+        return projected, modulations
 
     @property
     def _hidden_projection(self) -> nn.Linear:
@@ -103,25 +93,30 @@ class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables
     def _eps(self) -> float:
         return self.module.config.norm_eps
 
-    def _modulate(self, tables: MLPHeadTables, states: Tensor, out: Tensor) -> None:
-        """Compute the modulations of all steps, `out` [steps, R, W], from the projected hidden states [R, dim]."""
+    def _modulate(self, projected: Tensor, states: Tensor, out: Tensor) -> None:
+        """Compute the modulations of all steps, `out` [steps, R, W].
+
+        `projected` [steps, dim] are the projected times, and `states` [R, dim] the projected hidden states.
+        """
         # The launch is prepared for MAX_STEPS steps. If the launch config depended on the number of steps, Triton would
         # compile another binary while requests run.
         max_rows = MAX_STEPS * self.max_batch
-        launch_adaln_modulation(out, tables.projected, states, self._weights, self._biases, max_rows)
+        launch_adaln_modulation(out, projected, states, self._weights, self._biases, max_rows)
 
     def _flow(
-        self, b: MLPHeadBuffers, tables: MLPHeadTables, h: Tensor, cfg_alpha: Tensor, noise_source: NoiseSource
+        self, b: HeadBuffers, tables: StepTables, h: Tensor, cfg_alpha: Tensor, noise_source: NoiseSource
     ) -> None:
+        assert isinstance(b, MLPHeadBuffers)
         module, B = self.module, len(h)
+        projected, modulations = tables.network
         launch_gated_linear(
             b.states, h, module.cond_embed.weight, module.cond_embed.bias, None, None, 2 * self.max_batch
         )
-        self._modulate(tables, b.states, tables.modulations[:, 1 : 1 + B])
+        self._modulate(projected, b.states, modulations[:, 1 : 1 + B])
         entrance = module.input_proj.weight, module.input_proj.bias
         launch_mlp_start(*noise_source, self._quantiles_on(h.device), *entrance, b.x, b.stream, self.max_batch)
         for step in range(len(tables.dt)):
-            modulation = tables.modulations[step, : 1 + B]
+            modulation = modulations[step, : 1 + B]
             self._run_layers(b, modulation)
             self._step(b, tables, modulation[:, -2 * module.config.dim :], cfg_alpha, step)
 
@@ -134,7 +129,7 @@ class FusedMLPHead(FusedHead[FlowMatchingAudioMLP, MLPHeadBuffers, MLPHeadTables
             launch_adaln_linear_silu(b.gated, b.stream, mine, up.weight, up.bias, self._eps, max_rows)
             launch_gated_linear(b.stream, b.gated, down.weight, down.bias, mine[:, 2 * dim :], b.stream, max_rows)
 
-    def _step(self, b: MLPHeadBuffers, tables: MLPHeadTables, modulation: Tensor, cfg_alpha: Tensor, step: int) -> None:
+    def _step(self, b: MLPHeadBuffers, tables: StepTables, modulation: Tensor, cfg_alpha: Tensor, step: int) -> None:
         """Run the solver's step, and compute the next evaluation's residual stream or, in the last step, the codes."""
         module, dt, ratio = self.module, tables.dt[step], tables.ab2_ratio[step]
         final = module.final_layer.linear

@@ -56,21 +56,10 @@ class TransformerHeadBuffers(HeadBuffers):
     gated: Tensor
 
 
-@dataclass(frozen=True)
-class TransformerHeadTables(StepTables):
-    """The tables of the flow times.
-
-    Attributes:
-        tokens: [steps, dim], the t tokens.
-        qkv: [steps, W], q | k | v of the t tokens in the first layer.
-    """
-
-    tokens: Tensor
-    qkv: Tensor
-
-
-class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHeadBuffers, TransformerHeadTables]):
+class FusedTransformerHead(FusedHead):
     """The fused head of the public model's velocity network, a transformer over the tokens x, t and h."""
+
+    module: FlowMatchingAudioTransformer
 
     def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> TransformerHeadBuffers:
         config = self.module.config
@@ -90,12 +79,13 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
         attention, norm = self._blocks[0].attention, self._blocks[0].attention_norm.weight
         return [self.module.time_projection.weight, norm, attention.wq.weight, attention.wk.weight, attention.wv.weight]
 
-    def _make_step_tables(self, tables: StepTables, projected: Tensor) -> TransformerHeadTables:
+    def _make_network_tables(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the t tokens, [steps, dim], and their q | k | v in the first layer, [steps, W]."""
         _, norm, wq, wk, wv = self._step_table_weights()
         steps = len(projected)
         qkv = projected.new_empty(steps, len(wq) + len(wk) + len(wv))
         launch_norm_qkv(qkv, projected, norm, wq, wk, wv, self._eps, steps, self._max_rows)
-        return TransformerHeadTables(**vars(tables), tokens=projected, qkv=qkv)
+        return projected, qkv
 
     @property
     def _hidden_projection(self) -> nn.Linear:
@@ -114,28 +104,23 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
         return 6 * self.max_batch
 
     def _flow(
-        self,
-        b: TransformerHeadBuffers,
-        tables: TransformerHeadTables,
-        h: Tensor,
-        cfg_alpha: Tensor,
-        noise_source: NoiseSource,
+        self, b: HeadBuffers, tables: StepTables, h: Tensor, cfg_alpha: Tensor, noise_source: NoiseSource
     ) -> None:
-        self._start(b, tables, h, noise_source)
+        assert isinstance(b, TransformerHeadBuffers)
+        t_tokens, t_qkv = tables.network
+        self._start(b, t_tokens[0], h, noise_source)
         for step in range(len(tables.dt)):
-            self._run_layers(b, tables.qkv[step : step + 1])
+            self._run_layers(b, t_qkv[step : step + 1])
             self._step(b, tables, cfg_alpha, step)
 
-    def _start(
-        self, b: TransformerHeadBuffers, tables: TransformerHeadTables, h: Tensor, noise_source: NoiseSource
-    ) -> None:
+    def _start(self, b: TransformerHeadBuffers, t_token: Tensor, h: Tensor, noise_source: NoiseSource) -> None:
         """Compute the h tokens and their q | k | v, the noise, and the first x and t tokens, in three launches."""
         module, B = self.module, len(h)
         hidden = b.tokens[4 * B : 5 * B]
         launch_linear(hidden, h, module.llm_projection.weight, None, None, self._max_rows)
         self._qkv(b.h_qkv[:B], hidden, self._blocks[0], B)
         w_in, quantiles = module.input_projection.weight, self._quantiles_on(h.device)
-        launch_flow_start(*noise_source, quantiles, w_in, tables.tokens[0], b.x, b.tokens, self.max_batch)
+        launch_flow_start(*noise_source, quantiles, w_in, t_token, b.x, b.tokens, self.max_batch)
 
     def _qkv(self, out: Tensor, x: Tensor, layer: TransformerBlock, q_rows: int) -> None:
         attention = layer.attention
@@ -185,14 +170,15 @@ class FusedTransformerHead(FusedHead[FlowMatchingAudioTransformer, TransformerHe
         launch_token_attention(attended, x_qkv, t_qkv, h_qkv, *heads, rows // len(h_qkv), self.max_batch)
         launch_linear(b.stream[:rows], attended, wo, None, residual, self._max_rows)
 
-    def _step(self, b: TransformerHeadBuffers, tables: TransformerHeadTables, cfg_alpha: Tensor, step: int) -> None:
+    def _step(self, b: TransformerHeadBuffers, tables: StepTables, cfg_alpha: Tensor, step: int) -> None:
         """Run the solver's step, and compute the next evaluation's tokens or, in the last step, the codes."""
         module, dt, ratio = self.module, tables.dt[step], tables.ab2_ratio[step]
         norm, w_out = module.norm.weight, module.acoustic_codebook_output.weight
         if step + 1 < len(tables.dt):
+            t_tokens, _ = tables.network
             launch_flow_step(
                 b.stream, norm, w_out, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last, module.input_projection.weight,
-                tables.tokens[step + 1], b.tokens, self.max_batch,
+                t_tokens[step + 1], b.tokens, self.max_batch,
             )  # fmt: skip
             return
         launch_flow_finish(
