@@ -4,7 +4,7 @@ For B requests with T rows each, row = request * T + t::
 
     codec_dequantise   z = embedding_sum[c] / max(cluster_usage[c], 1e-5) | 2 c_k / (levels - 1) - 1    [B T, dim + K]
     codec_conv         y[t] = sum over i = 0..n of W_i @ x[t - n + i]     [B T, N], x [B T, K], W_i [N, K]
-                       x[-n..-1] of a request = conv_state[parity]        the n rows before the chunk
+                       x[-n..-1] of a request = conv_state[parity]        the n rows before the chunk; padding at first
                        conv_state[1 - parity] = the request's last n rows for the next chunk
     codec_update_state past_frames += new_frames, parity = 1 - parity
 
@@ -37,9 +37,10 @@ __all__ = ["codec_conv", "codec_dequantise", "codec_update_state"]
 
 PAD_MODES = ("zero", "replicate", "reflect")  # how the rows before a request's first row are filled
 
-# A request has 1 to 8 rows per frame, so up to 200 rows in a chunk of 25 frames. Tiles of 32 rows are a compromise. The
-# table's fp32 rows also serve the last convolution of a bf16 or fp16 codec, which computes fp32 samples. On sm_120, the
-# first convolution, with 292 input channels, spills registers on four warps.
+# A request has 1 to 8 rows per frame, so up to 200 rows in a chunk of 25 frames. Tiles of 32 rows are a compromise: one
+# frame fills only a part of a tile, and 200 rows need seven tiles, each of which reads the weights again. The table's
+# fp32 rows also serve the last convolution of a bf16 or fp16 codec, which computes fp32 samples. On sm_120, the first
+# convolution, with 292 input channels, spills registers on four warps.
 CODEC_CONV = LaunchConfigs(
     "codec_conv",
     """

@@ -32,14 +32,15 @@ from .operator import expect, operator
 
 __all__ = ["linear", "norm_linear", "norm_swiglu"]
 
-# For few rows of 16 bits, a stage holds 8 to 16 KB of weights, or 4 KB for 32 rows on sm_120. All stages together fit
-# into 101,376 bytes, the shared memory of a block on sm_86, sm_89 and sm_120. For N = 4096, an H100 has only 64 blocks
-# on 132 multiprocessors, so each block must keep at least 32 KB in flight.
-# BLOCK_K is smaller than the number of threads in a block. Otherwise each thread would load one element of the `norm`
-# tile. A load of one element cannot be pipelined, so it would stall every step.
+# For up to 32 rows in bf16 or fp16, a stage holds 8 to 16 KB of weights, or 4 KB for 32 rows on sm_120. All stages
+# together fit into 101,376 bytes, the shared memory of a block on sm_86, sm_89 and sm_120. For N = 4096, an H100 has
+# only 64 blocks on 132 multiprocessors, so each block must keep at least 32 KB in flight.
+# BLOCK_K is smaller than the number of threads in a block. If the `norm` tile had an element for every thread, Triton
+# would load one element of 2 bytes per thread. Asynchronous copies move at least 4 bytes, so this load could not be
+# pipelined, and would stall every step.
 # On sm_120, norm_linear spills registers with BLOCK_M = 64 on four warps, and with BLOCK_M = 32 and BLOCK_K = 128.
-# kernels/qkv.py uses this table too. There, BLOCK_M = 32 with BLOCK_N = 64 spills on sm_120: norm_qkv_append, which
-# rotates, spills on four warps, and norm_qkv, which has three weights, on eight.
+# kernels/qkv.py uses this table too. There, BLOCK_M = 32 with BLOCK_N = 64 spills on sm_120: norm_qkv_append spills
+# on four warps, and norm_qkv on eight.
 # On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
 # tiles spill.
 NORM_LINEAR = LaunchConfigs(
@@ -200,7 +201,7 @@ def _norm_linear_kernel(
 
 
 def norm_constants(configs: LaunchConfigs, x: Tensor, weight: Tensor, max_rows: int, phase: str) -> dict[str, Any]:
-    """Return the constants of a launch that computes a product after RMSNorm: those of `configs`, and NORM_FIRST."""
+    """Return the constants of a launch with RMSNorm before the product: N, K, NORM_FIRST, and those of `configs`."""
     N, K = weight.shape
     constants = configs(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
     return constants | {"NORM_FIRST": x.dtype == torch.float16}  # x * norm, not yet scaled, may exceed fp16's 65,504
@@ -236,8 +237,8 @@ def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: i
         eps: added to the mean square.
         max_rows: the most rows that the layer is prepared for, 1..512 in decode. The launch config depends on this
             number, so a row's result depends neither on M nor on the other rows.
-        phase: "decode", or "prefill", which takes tiles for many rows whatever `max_rows` is. In fp32, both take the
-            same tiles.
+        phase: "decode", or "prefill", which takes tiles for many rows whatever `max_rows` is. In fp32 on a GPU,
+            both take the same tiles.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.

@@ -361,5 +361,7 @@ def expect_rope(rope: Tensor, D: int, like: Tensor) -> None:
         ValueError: `D` is odd, or `rope` has a wrong shape, stride or device.
     """
     if D % 2:
-        raise ValueError(f"kv_cache has heads of {D} columns but must have an even number of them: rope rotates pairs")
+        raise ValueError(
+            f"kv_cache has heads of {D} columns, but this number must be even: rope rotates pairs of columns"
+        )
     expect("rope", rope, ("positions", 2, D // 2), like=like, dtype=torch.float32)

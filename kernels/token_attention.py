@@ -16,7 +16,7 @@ Rows that are equal for many pairs are stored once. Before the first layer both 
 pairs share the time (n_t = 1).
 
 For BLOCK_B requests, a block of ``token_attention`` computes all queries that read one key head: 2 branches, 3 tokens
-and H / Hkv query heads. The block loads a request's q, k and v once. With only three keys, scores are elementwise
+and H / Hkv query heads. No other block loads these q, k and v. With only three keys, scores are elementwise
 products and sums, not matrix products. ``token_attention_linear`` is tiled along the rows of wo, and each block repeats
 the attention, one head at a time. The repeated attention is cheap for few requests, and saves a launch.
 """

@@ -63,8 +63,8 @@ class CodecStream:
 
     Attributes:
         state: the state between chunks. It is updated in place, so the addresses of its tensors never change.
-        max_chunk_frames: number of frames of the largest chunk for which the sound's bits do not depend on how the
-            frames are divided into chunks. It is 1, because ``F.linear`` rounds a row differently among more rows.
+        max_chunk_frames: if no chunk has more frames than this, the sound's bits do not depend on the chunks' sizes. It
+            is 1, because the last bits of a row of ``F.linear`` depend on the number of rows.
     """
 
     max_chunk_frames = 1

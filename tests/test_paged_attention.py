@@ -293,7 +293,7 @@ def test_heads_of_an_odd_size_cannot_be_rotated() -> None:
     """In heads of an odd size, the last pair of columns would reach into the next head."""
     table, one = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     kv_cache, rope, x, w = torch.zeros(1, 2, 2, 16, 25), torch.ones(8, 2, 12), torch.ones(1, 32), torch.ones(100, 32)
-    message = "kv_cache has heads of 25 columns but must have an even number of them"
+    message = "kv_cache has heads of 25 columns, but this number must be even"
     with pytest.raises(ValueError, match=message):
         rope_append(rope, one, one, table, torch.ones(1, 8 * 25), kv_cache)
     with pytest.raises(ValueError, match=message):

@@ -61,9 +61,9 @@ def load(
             reserves its prompt's tokens plus `max_frames` tokens (80 ms each), in pages of 64, and waits until all are
             free. None allows 2560 for each of `max_batch` requests, or the model's length if that is less.
         graphs: True replays the frames of kernels on a GPU as CUDA graphs: one graph for the codec, and several for the
-            model, one for each number of rows and each pair of steps and solver. The graphs of a pair are captured when
-            the first request with this pair starts. False launches the kernels one by one, which gives the same bits
-            but is slower. `graphs` has no effect without kernels or on a CPU.
+            model: for each pair of steps and solver, graphs for 1, 2, 4, .. and `max_batch` requests. The graphs of a
+            pair are captured when the first request with this pair starts. False launches the kernels one by one, which
+            gives the same bits but is slower. `graphs` has no effect without kernels or on a CPU.
 
     Raises:
         ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the
@@ -256,9 +256,10 @@ class TTS:
 
         The joined chunks equal the sound of :meth:`generate` to the last bit. The first chunk has `first_chunk` frames,
         and each next chunk has twice as many, up to `chunk`. The last chunk of a text or of a part may have fewer
-        frames. A text's last chunk has none if the model ends the text exactly after a full chunk; if it ends a part
-        there, one size is left out. All arguments are checked by this call; generation starts when the first chunk is
-        requested. Closing or dropping the iterator stops the generation and frees the memory in use.
+        frames. If the model ends the text exactly after a full chunk, one more chunk follows, without frames. If the
+        model ends an earlier part exactly after a full chunk, the next size is skipped. All arguments are checked by
+        this call; generation starts when the first chunk is requested. Closing or dropping the iterator stops the
+        generation and frees the memory in use.
 
         Args:
             text: the text to speak. For this and the arguments up to `max_chars`, see :meth:`generate`.

@@ -67,8 +67,8 @@ class Engine:
         if request.n_tokens > self.runner.max_seq_len:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens and {request.max_frames} frames are {request.n_tokens} "
-                f"tokens, but a request may have {self.runner.max_seq_len} (cache_tokens); split the text or lower "
-                "max_frames"
+                f"tokens, but a request may have {self.runner.max_seq_len} (the model's length, cache_tokens or the "
+                "kernels' limit); split the text or lower max_frames"
             )
         state = RequestState(request, self.codec.sampling_rate, self.n_codebooks)
         self._queue.append(state)

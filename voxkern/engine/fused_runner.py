@@ -1,7 +1,7 @@
-"""Run requests on fused modules, in static memory: a frame only launches kernels, and the host reads nothing.
+"""Run requests on fused modules, in static memory: a frame only launches kernels, and waits for nothing.
 
 Lengths, frame numbers and codes stay on the device. If a request generates END or reaches its frame limit, a kernel
-sets its length to 0. The host reads this one frame later, and until then the request keeps its slot.
+sets its length to 0. The host learns this one frame later. Until then the request keeps its slot.
 """
 
 from collections.abc import Hashable
@@ -20,7 +20,8 @@ from .kv_cache import KVCache, pages_for
 from .request import Request
 from .runner import FrameOutput, backbone_weights_version
 
-MAX_DECODE_BATCHES = 4  # most pairs of steps and solver that keep memory and graphs; idle ones beyond are dropped
+# pairs of steps and solver that keep memory and graphs; before one more is made, pairs without requests are dropped
+MAX_DECODE_BATCHES = 4
 
 
 class DecodeBatch:

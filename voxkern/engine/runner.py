@@ -22,7 +22,7 @@ from .kv_cache import KVCache
 from .request import Request
 
 # Rows of a block if several requests may run. The flow head then has 24 rows (4 requests x 2 branches x 3 tokens), a
-# whole number of tiles.
+# multiple of 8.
 BLOCK_ROWS = 4
 
 
