@@ -94,8 +94,8 @@ def codec_dequantise(
     The vectors of the semantic codes are ``embedding_sum / max(cluster_usage, 1e-5)``.
 
     Args:
-        codes: int64 [B, 1 + K, T] without the offset of 2, the semantic code first. The codes of a request's own frames
-            must be in range, which is not checked.
+        codes: int64 [B, 1 + K, T] without the offset of 2, the semantic code first. The codes of a request's first
+            `new_frames` frames must be in range, which is not checked.
         new_frames: int64 [B], the number of frames of each request, 0..T. The codes of later frames are ignored.
         embedding_sum: [size, dim] fp32, bf16 or fp16, each semantic code's running sum. The sum divided by the code's
             count is the code's vector.
@@ -209,7 +209,7 @@ def codec_conv(
     side by side.
 
     Args:
-        y: [B T, N], written; zeros after a request's own rows.
+        y: [B T, N], written. The rows after a request's first `new_frames * rate` rows are zeros.
         x: [B T, K] fp32, bf16 or fp16.
         weight: [N, (n + 1) K], the taps side by side, the oldest first; in x's dtype or in fp32. `y` has the dtype of
             `weight`.

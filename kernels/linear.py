@@ -35,9 +35,8 @@ __all__ = ["linear", "norm_linear", "norm_swiglu"]
 # For up to 32 rows in bf16 or fp16, a stage holds 8 to 16 KB of weights, or 4 KB for 32 rows on sm_120. All stages
 # together fit into 101,376 bytes, the shared memory of a block on sm_86, sm_89 and sm_120. For N = 4096, an H100 has
 # only 64 blocks on 132 multiprocessors, so each block must keep at least 32 KB in flight.
-# BLOCK_K is smaller than the number of threads in a block. If the `norm` tile had an element for every thread, Triton
-# would load one element of 2 bytes per thread. Asynchronous copies move at least 4 bytes, so this load could not be
-# pipelined, and would stall every step.
+# A tile of `norm` has BLOCK_K elements, fewer than a block has threads. A longer tile is loaded one element of 2 bytes
+# per thread. Asynchronous copies move at least 4 bytes, so this load is not pipelined, and every step waits for it.
 # On sm_120, norm_linear spills registers with BLOCK_M = 64 on four warps, and with BLOCK_M = 32 and BLOCK_K = 128.
 # kernels/qkv.py uses this table too. There, BLOCK_M = 32 with BLOCK_N = 64 spills on sm_120: norm_qkv_append spills
 # on four warps, and norm_qkv on eight.

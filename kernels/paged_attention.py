@@ -239,7 +239,7 @@ def launch_paged_attention(
         window: the number of last tokens that each query sees, or 0 for all tokens.
         max_seq_len: the value that `scratch` was allocated for.
         scratch: from :func:`paged_attention_scratch`, for B requests or more. With None, the launcher
-            allocates this memory. Modules whose launches a CUDA graph captures must pass `scratch`.
+            allocates this memory. Pass `scratch` if a CUDA graph captures the launches.
     """
     B, _, HKV, PAGE, D = len(q), *kv_cache.shape[1:]
     H = q.shape[1] // D

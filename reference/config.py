@@ -125,7 +125,7 @@ class AcousticTransformerConfig:
 class VelocityMLPConfig:
     """The sizes of a flow head with a residual MLP as its velocity network (``"kind": "adaln_mlp"``).
 
-    The MLP is that of MAR (see ``mlp_head.py``), where `hidden_dim` equals `dim`.
+    The MLP is that of MAR, see ``mlp_head.py``. In MAR, `hidden_dim` equals `dim`; here they may differ.
 
     Attributes:
         n_decoding_steps: default number of evaluations of the velocity network per frame.

@@ -73,9 +73,9 @@ def assert_within(entry: Entry, case: Case) -> None:
 
 
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
-    """Check that a row tile loads each weight byte once, at the sizes of `case` and with the tiles of `arch`.
+    """Check that all blocks of a row tile (the blocks that compute the same rows of the output) load a weight once.
 
-    The weights are the arguments in ``entry.read_once``.
+    The weights are the arguments in ``entry.read_once``. The sizes are those of `case`, and the tiles those of `arch`.
     """
     args = entry.args(case, TensorMaker(DTYPES[dtype]))
     with launch_config.target_arch(arch), counting(whole=not entry.regular_grid, indirect=listed(args)) as launches:

@@ -144,7 +144,7 @@ class Traffic(RuleBasedStateMachine):
         self.runner = FakeRunner(deferred)
         self.engine = self.runner.engine = Engine(self.runner, FakeCodecRunner(), 2)
         self.voices = {voice: torch.full((1, 1), float(voice)) for voice in SHARED}
-        self.states: list[RequestState] = []  # all requests in order, without those found finished after a frame
+        self.states: list[RequestState] = []  # in the order of submission; finished ones are removed after each frame
         self.taken: dict[RequestState, list[int]] = {}
         self.short: set[RequestState] = set()  # the requests that had to wait for pages, each counted once
 
@@ -259,7 +259,8 @@ class Traffic(RuleBasedStateMachine):
         assert sorted(kv_cache._free) == [page for page, n in enumerate(ref_counts) if not n]
         assert engine.running.keys() == self.runner.running.keys()
         partly = [p.pages[-1] for p in engine.prefix_cache.entries.values() if p.key.n_tokens % PAGE_SIZE]
-        assert all(ref_counts[page] == 1 for page in partly)  # a page that is written to is not shared
+        # requests copy a prefix's partly filled page, so only the cache holds it
+        assert all(ref_counts[page] == 1 for page in partly)
 
     @invariant()
     def requests_are_admitted_in_order(self) -> None:
@@ -269,7 +270,7 @@ class Traffic(RuleBasedStateMachine):
         assert self.engine.n_waiting == admitted.count(False)
 
     def teardown(self) -> None:
-        """Every request ends within the frames that all may need; without cached prefixes, all pages are free then."""
+        """Every request ends within the sum of their frames. When the cached prefixes are gone, all pages are free."""
         if not hasattr(self, "runner"):
             return
         most = sum(state.request.max_frames + 2 for state in self.states) + 1

@@ -46,7 +46,7 @@ def test_chunks_are_generates_sound(tts: voxkern.TTS, first: int, most: int) -> 
 
 
 def test_on_kernels(tiny_folder: Path) -> None:
-    """On kernels, the CPU reads all frames but the first after the next frame has been launched.
+    """On kernels, the CPU reads the first frame at once, and a later frame only when the next one is launched.
 
     The chunks must nevertheless join to the sound of generate().
     """

@@ -1,7 +1,7 @@
 """Run requests on fused modules, in static memory: a frame only launches kernels, and waits for nothing.
 
 Lengths, frame numbers and codes stay on the device. If a request generates END or reaches its frame limit, a kernel
-sets its length to 0. The host learns this one frame later. Until then the request keeps its slot.
+sets its length to 0. The host learns of this with a delay of one frame. Until then, the request keeps its slot.
 """
 
 from collections.abc import Hashable

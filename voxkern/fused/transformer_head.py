@@ -26,8 +26,8 @@ from ..reference.attention import TransformerBlock
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
 
-# Most rows for which attention is fused into wo. With 16 rows, q, k and v take 36 KB of each pipeline stage, beside
-# 8 KB of weights: too few weight bytes would be in flight, see TOKEN_ATTENTION_LINEAR.
+# The largest number of rows for which attention is fused into wo. With 16 rows, q, k and v take 36 KB of each pipeline
+# stage, beside 8 KB of weights: too few weight bytes would be in flight, see TOKEN_ATTENTION_LINEAR.
 MAX_FUSED_ROWS = 8
 
 
