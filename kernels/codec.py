@@ -39,8 +39,8 @@ PAD_MODES = ("zero", "replicate", "reflect")  # how the rows before a request's 
 
 # A request has 1 to 8 rows per frame, so up to 200 rows in a chunk of 25 frames. Tiles of 32 rows are a compromise: one
 # frame fills only a part of a tile, and 200 rows need seven tiles, each of which reads the weights again. The table's
-# fp32 rows also serve the last convolution of a bf16 or fp16 codec, which computes fp32 samples. On sm_120, the first
-# convolution, with 292 input channels, spills registers on four warps.
+# fp32 entries also serve the last convolution of a bf16 or fp16 codec, which computes fp32 samples. On sm_120, the
+# first convolution, with 292 input channels, spills registers on four warps.
 CODEC_CONV = LaunchConfigs(
     "codec_conv",
     """
@@ -293,5 +293,5 @@ def expect_chunk(
     expect("parity", parity, (1,), like=past_frames, dtype=torch.int32)
     if rate < 1 or rows % (B * rate) or not rows:
         raise ValueError(
-            f"{name} has {rows} rows but must have a multiple of {rate} (rate, 1 or more) for each of {B} requests"
+            f"{name} has {rows} rows, but each of {B} requests must have 1 or more frames of {rate} rows (rate >= 1)"
         )

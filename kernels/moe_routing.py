@@ -52,8 +52,8 @@ MOE_ROUTE = LaunchConfigs(
 
 # ROWS is the number of pairs in a tile. It depends on `rows`, the number of tokens for which an expert is prepared. At
 # decode, this is `max_rows`, so that in bf16 and fp16 a tile can hold up to 64 tokens, and an expert's weights are read
-# once for them. At prefill, it is twice the mean over the experts, so that the weights of an expert with many tokens
-# are read only a few times.
+# once for them. At prefill, `rows` is twice the mean number of tokens per expert, so that the weights of an expert
+# with many tokens are read only a few times.
 # On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
 # tiles spill.
 MOE_TILE_ROWS = LaunchConfigs(

@@ -15,8 +15,8 @@ directly into their pages (see kernels/paged_attention.py). ``rope_append`` is f
 compute q | k | v themselves.
 
 Each of the two norm operators has one grid over the tiles of wq, wk and wv, in this order, so one launch reads all
-three weights. The tiles are those of ``norm_linear``, see kernels/linear.py. The weight's rows are the first axis of a
-tile, so both numbers of a pair are in the same tile.
+three weights. The tiles are those of ``norm_linear``, see kernels/linear.py: the weight's rows are the first axis of a
+tile. A tile begins at an even row and has an even number of rows, so both numbers of a pair are in the same tile.
 """
 
 import torch

@@ -45,7 +45,7 @@ TOKEN_ATTENTION = LaunchConfigs(
 )
 
 # A block computes attention and wo one head at a time. N = 3072 gives 96 blocks of 32 rows, with 8 KB of weights per
-# head. Each block repeats the attention, which takes 0.3 MFLOP for 6 rows. For 8 rows, a stage holds 27 KB: the
+# head. Each block repeats the attention, which takes 0.3 MFLOP for 6 rows. For 8 rows, a stage holds 26 KB: the
 # weights, and tiles of q, k and v. The table's rows for GPUs with 101,376 bytes of shared memory per block therefore
 # have fewer stages. On sm_120, four warps spill 8 bytes.
 TOKEN_ATTENTION_LINEAR = LaunchConfigs(

@@ -254,8 +254,8 @@ class Config:
         """Return the configuration that the dict of a ``params.json`` describes.
 
         Raises:
-            ConfigError: keys are missing, of the wrong type or unsupported; the message names them all. If there are no
-                such keys: values contradict each other.
+            ConfigError: keys are missing, of the wrong type or unsupported; the message names them all. Values that
+                contradict each other are reported only if there are no such keys.
         """
         if not isinstance(params, dict):
             raise ConfigError(f"params must be the dict of a params.json, got {type(params).__name__}")

@@ -24,8 +24,9 @@ def results(entry: Entry, call: Callable[..., Any], args: dict[str, Any]) -> lis
 def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
     """Run the launcher of an operator, and return what :func:`results` returns.
 
-    The launcher writes its results to guarded memory full of NaN, and the bands around this memory are checked. If the
-    operator has no results, the caller must guard the arguments that it writes to, and their bands are checked.
+    The results lie between two bands of poison (see ``poison.py``), and the launcher must not write to the bands. If
+    the operator returns no results, the caller must pass :func:`guarded` copies of the arguments that the operator
+    writes to. The bands of these copies are checked.
     """
 
     def call(**args: Any) -> Any:
@@ -73,7 +74,7 @@ def assert_within(entry: Entry, case: Case) -> None:
 
 
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
-    """Check that all blocks of a row tile (the blocks that compute the same rows of the output) load a weight once.
+    """Check that each weight is loaded once per row tile, by all blocks together that compute the tile's output rows.
 
     The weights are the arguments in ``entry.read_once``. The sizes are those of `case`, and the tiles those of `arch`.
     """

@@ -77,7 +77,7 @@ def test_each_running_request_gets_one_frame_per_engine_frame(tts: voxkern.TTS, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, dtype: str) -> None:
-    """Audio stays the same while requests with other steps and solvers join and leave and pages are too few for all."""
+    """Audio stays the same while requests with other steps and solvers join and leave, with too few pages for all."""
     tts = voxkern.load(tiny_folder, dtype=dtype, backend="torch", max_batch=3, cache_tokens=4 * 64)
     expected = each_alone(tts)
     requests = requests_of(tts)
@@ -99,7 +99,7 @@ def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, dtype: 
 def test_output_is_the_same_with_and_without_shared_prefixes(tiny_folder: Path, backend: str) -> None:
     """A voice of 70 rows makes a prefix of 72 tokens. Requests share its full page and copy its partly filled page."""
     tts = voxkern.load(tiny_folder, backend=backend, max_batch=2)
-    vars(tts.model.audio_tokenizer).pop("stream", None)  # on triton too, the reference codec decodes
+    vars(tts.model.audio_tokenizer).pop("stream", None)  # without the fused codec, the reference codec is used
     tts.voices["ada"] = torch.cat([tts.voices["bob"], tts.voices["ada"]] * 8)[:70]
     tts._prompt.add("ada", 70)
     n = 30 if backend == "torch" else 3
@@ -214,7 +214,7 @@ def test_requests_from_several_threads_equal_those_run_alone(tts: voxkern.TTS, a
 
 
 def test_async(tts: voxkern.TTS, alone: list[Audio]) -> None:
-    """Ten requests share 8 slots. One is cancelled, and the loop over another's chunks ends after the first chunk."""
+    """Ten requests share 8 slots. One is cancelled, and the caller of another leaves the loop after one chunk."""
 
     async def listen(i: int) -> Audio:
         chunks = await tts.submit(WORDS[i], VOICES[i], i, chunk=3, **ARGUMENTS)
@@ -276,7 +276,7 @@ def test_on_kernels(tiny_folder: Path) -> None:
     Each request gives the same audio as alone.
     """
     tts = voxkern.load(tiny_folder, backend="triton", max_batch=2)
-    del tts.model.audio_tokenizer.stream  # on triton too, the reference codec decodes
+    del tts.model.audio_tokenizer.stream  # without the fused codec, the reference codec is used
     arguments = {"voice": "ada", "max_frames": 4}
     expected = [tts.generate(text, seed=i, steps=1 + i % 2, **arguments) for i, text in enumerate(WORDS[:3])]
     requests = [

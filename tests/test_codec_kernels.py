@@ -35,12 +35,12 @@ def test_a_fault_is_caught(operator: str, case: str, edit: Edit) -> None:
     ("operator", "changes", "named"),
     [
         ("codec_conv", {"pad_mode": "wrap"}, "pad_mode must be one of zero, replicate, reflect"),
-        ("codec_conv", {"rate": 2}, "x has 15 rows but must have a multiple of 2"),
+        ("codec_conv", {"rate": 2}, "x has 15 rows, but each of 5 requests must have 1 or more frames of 2 rows"),
         ("codec_conv", {"parity": torch.zeros(2, dtype=torch.int32)}, r"parity is \[2\] but must be \[1\]"),
         ("codec_conv", {"past_frames": torch.zeros(4, dtype=torch.int64)}, r"past_frames is \[4\] but must be \[5\]"),
         ("codec_attention", {"n_heads": 7}, r"which are no multiple of 3 \* 7"),
         ("codec_attention", {"kv_window": torch.zeros(2, 2, 3, 17, 72)}, r"a window of 17 but must have 1\.\.16"),
-        ("codec_attention", {"rate": 0}, "must have a multiple of 0"),
+        ("codec_attention", {"rate": 0}, r"1 or more frames of 0 rows \(rate >= 1\)"),
         (
             "codec_dequantise",
             {"new_frames": torch.zeros(2, dtype=torch.int64)},

@@ -218,7 +218,7 @@ class Traffic(RuleBasedStateMachine):
 
     def _run_frame(self) -> None:
         before = {state: state.n_frames for state in self.engine.running.values()}
-        # a frame that fails does not get as far as the cancellations
+        # the fake runner raises the error of a frame before it makes the cancellations
         cancelled = [] if self.runner.fails else list(self.runner.cancelled_during_frame)
         self.engine._try_exclusively(self.engine.run_frame)
         self.engine._free_cancelled()
@@ -270,7 +270,7 @@ class Traffic(RuleBasedStateMachine):
         assert self.engine.n_waiting == admitted.count(False)
 
     def teardown(self) -> None:
-        """Every request ends within the sum of their frames. When the cached prefixes are gone, all pages are free."""
+        """All requests end within a known number of frames. When the cached prefixes are gone, all pages are free."""
         if not hasattr(self, "runner"):
             return
         most = sum(state.request.max_frames + 2 for state in self.states) + 1

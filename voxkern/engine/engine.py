@@ -3,7 +3,7 @@
 No background thread runs. A caller that waits for a frame runs it for all requests, and the callers in other threads
 wait until that frame is done. Calls from several threads are safe, and nothing needs to be shut down.
 
-Requests are admitted in order, and a request gets all pages that it may ever need when it is admitted. So no request
+Requests are admitted in order, and an admitted request at once gets all pages that it may ever need. So no request
 holds pages while it waits for more. No request is overtaken, and all requests are served.
 """
 
@@ -197,7 +197,7 @@ class Engine:
         generated = time.perf_counter()
         samples = self.codec.decode(output, sorted(self.running))
         pending = [*self._pending, PendingOutput(dict(self.running), output, samples)]
-        # a request's first frame is read at once, although this waits for the device: its sound is ready earlier
+        # Reading a frame at once waits for the device, but if it is a request's first frame, its sound starts earlier.
         deferred = self.runner.deferred and all(state.n_frames for state in self.running.values())
         self._pending = [pending.pop()] if deferred else []
         read = [line for one in pending for line in one.read()]

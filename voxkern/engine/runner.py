@@ -1,9 +1,9 @@
 """Model runners: the interface that the engine drives, and its implementation on the reference modules.
 
 The same seed gives the same sound, because a request's results do not depend on the other requests. To that end rows
-run in zero-padded blocks of a fixed number of rows, and attention runs request by request. On a CPU, fp32 ``F.linear``
-gives a row different bits alone, in a batch of 2, and at the end of a batch of 6 (measured). For the same reason a
-prompt always runs in two parts, its prefix and the rest, whether or not the cache has the prefix.
+run in zero-padded blocks of a fixed number of rows, and attention runs request by request. On a CPU, the bits of a row
+of fp32 ``F.linear`` differ between a row alone, in a batch of 2, and at the end of a batch of 6 (measured). For the
+same reason a prompt always runs in two parts, its prefix and the rest, whether or not the cache has the prefix.
 """
 
 from collections.abc import Hashable, Iterator
