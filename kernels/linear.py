@@ -35,9 +35,9 @@ __all__ = ["linear", "norm_linear", "norm_swiglu"]
 # For up to 32 rows in bf16 or fp16, a stage holds 8 to 16 KB of weights, or 4 KB for 32 rows on sm_120. All stages
 # together fit into 101,376 bytes, the shared memory of a block on sm_86, sm_89 and sm_120. For N = 4096, an H100 has
 # only 64 blocks on 132 multiprocessors, so each block must keep at least 32 KB in flight.
-# BLOCK_K must be smaller than the number of threads in a block (32 * num_warps). With a larger BLOCK_K, each thread
-# would load one element of `norm`, 2 bytes. Asynchronous copies move at least 4 bytes, so that load would not be
-# pipelined, and every step would wait for it.
+# BLOCK_K must be smaller than the number of threads in a block (32 * num_warps). Otherwise the compiled code loads
+# `norm` in pieces of 2 bytes, one element per thread. Asynchronous copies move at least 4 bytes, so this load is not
+# pipelined, and every step waits for it.
 # On sm_120, norm_linear spills registers with BLOCK_M = 64 on four warps, and with BLOCK_M = 32 and BLOCK_K = 128.
 # kernels/qkv.py uses this table too. There, BLOCK_M = 32 with BLOCK_N = 64 spills on sm_120: norm_qkv_append spills
 # on four warps, and norm_qkv on eight.

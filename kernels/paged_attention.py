@@ -288,7 +288,8 @@ def paged_attention(
     max_pages, PAGE = block_table.shape[1], kv_cache.shape[3]
     if max_pages > triton.cdiv(max_seq_len, PAGE):
         raise ValueError(
-            f"max_seq_len is {max_seq_len}, but block_table has {max_pages} pages of {PAGE} tokens per request"
+            f"block_table has {max_pages} pages of {PAGE} tokens per request but must have at most "
+            f"{triton.cdiv(max_seq_len, PAGE)}, because max_seq_len is {max_seq_len}"
         )
     return torch.empty_like(q)
 

@@ -1,7 +1,7 @@
 """Attention over the three tokens [x, t, h] of the flow head, alone or fused with the output projection wo.
 
-Each pair (branch, request) is a sequence of three tokens: the flow's state x, the time t and the hidden state h. Branch
-0 is with the condition, branch 1 without::
+Each pair (branch, request) is a sequence of three tokens: the flow's state x, the time t and the hidden state h. The
+two branches are those of classifier-free guidance: branch 0 has the hidden state, and branch 1 has zeros in its place::
 
     q | k | v                          columns of x_qkv [n_x, W], t_qkv [n_t, W], h_qkv [2B, W]; W = (H + 2 Hkv) * D
     s_ij = q_i . k_j / sqrt(D)         [3, 3] for each pair and query head; i, j = x, t, h

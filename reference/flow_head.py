@@ -130,7 +130,8 @@ class FlowHead(nn.Module):
         """Integrate the flow from noise (t = 0) to the acoustic latents (t = 1).
 
         :meth:`forward` quantises these latents. Models without quantisation, unlike the public one, use them directly.
-        The unconditional branch gets hidden states of zeros. Their projection is zeros, or the projection's bias.
+        The unconditional branch gets hidden states of zeros. :meth:`project_hidden` maps them to zeros, or to its bias
+        if it has one.
 
         Args:
             h: [B, input_dim], the backbone's hidden state.

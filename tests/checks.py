@@ -74,7 +74,7 @@ def assert_within(entry: Entry, case: Case) -> None:
 
 
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
-    """Check that each weight is loaded once per row tile, by all blocks together that compute the tile's output rows.
+    """Check that each weight is read from DRAM once, and is loaded at most once for each tile of output rows.
 
     The weights are the arguments in ``entry.read_once``. The sizes are those of `case`, and the tiles those of `arch`.
     """

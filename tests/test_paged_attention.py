@@ -313,7 +313,11 @@ def test_heads_of_an_odd_size_cannot_be_rotated() -> None:
         ({"block_table": torch.zeros(2, 5).long()}, TypeError, "block_table is torch.int64 but must be torch.int32"),
         ({"lengths": torch.zeros(3).int()}, ValueError, r"lengths is \[3\] but must be \[2\]"),
         ({"window": -1}, ValueError, "window is -1"),
-        ({"max_seq_len": 64}, ValueError, "max_seq_len is 64, but block_table has 5 pages of 16 tokens"),
+        (
+            {"max_seq_len": 64},
+            ValueError,
+            "block_table has 5 pages of 16 tokens per request but must have at most 4, because max_seq_len is 64",
+        ),
     ],
 )
 def test_errors_name_the_argument(change: dict, error: type[Exception], message: str) -> None:

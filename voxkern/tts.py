@@ -363,7 +363,8 @@ class TTS:
         if n_left < 1:
             raise ValueError(
                 f"text is too long: its prompt has {len(tokens)} tokens, but a request may have {positions}, frames "
-                "included (the model's length, cache_tokens or the kernels' limit); split the text or lower max_chars"
+                "included (the smallest of the model's max_seq_len, cache_tokens and the kernels' limit); split the "
+                "text or lower max_chars"
             )
         max_frames = min(MAX_FRAMES, n_left) if params.max_frames is None else params.max_frames
         check_int("max_frames", max_frames, 1, n_left)

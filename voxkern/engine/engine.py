@@ -62,13 +62,14 @@ class Engine:
 
         Raises:
             ValueError: the request has more tokens than the runner allows, so it could never be admitted. The runner's
-                limit is the model's length, the tokens of the KV cache or the kernels' limit.
+                limit is the smallest of three: the model's `max_seq_len`, the tokens of the KV cache and the kernels'
+                limit.
         """
         if request.n_tokens > self.runner.max_seq_len:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens and {request.max_frames} frames are {request.n_tokens} "
-                f"tokens, but a request may have {self.runner.max_seq_len} (the model's length, cache_tokens or the "
-                "kernels' limit); split the text or lower max_frames"
+                f"tokens, but a request may have {self.runner.max_seq_len} (the smallest of the "
+                "model's max_seq_len, cache_tokens and the kernels' limit); split the text or lower max_frames"
             )
         state = RequestState(request, self.codec.sampling_rate, self.n_codebooks)
         self._queue.append(state)
@@ -197,7 +198,8 @@ class Engine:
         generated = time.perf_counter()
         samples = self.codec.decode(output, sorted(self.running))
         pending = [*self._pending, PendingOutput(dict(self.running), output, samples)]
-        # Reading a frame at once waits for the device, but if it is a request's first frame, its sound starts earlier.
+        # Reading this frame now makes the CPU wait for the device. This is done only if the frame is the first of some
+        # request, so that the request's sound starts earlier. Otherwise the next call reads a deferred frame.
         deferred = self.runner.deferred and all(state.n_frames for state in self.running.values())
         self._pending = [pending.pop()] if deferred else []
         read = [line for one in pending for line in one.read()]

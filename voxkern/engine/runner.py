@@ -127,7 +127,7 @@ class TorchRunner:
         self._running[slot] = RunningRequest(request, slot, hidden, table, len(request.prompt))
 
     def remove(self, slot: int) -> None:
-        """Free a slot, if it is not free already because its request has ended."""
+        """Free a slot; do nothing if :meth:`generate_frame` has freed it, because the request has ended."""
         self._running.pop(slot, None)
 
     def generate_frame(self) -> FrameOutput:
