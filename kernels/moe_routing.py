@@ -51,9 +51,9 @@ MOE_ROUTE = LaunchConfigs(
 )
 
 # ROWS is the number of pairs in a tile. It depends on `rows`, the number of tokens for which an expert is prepared. At
-# decode, this is `max_rows`, so that in bf16 and fp16 a tile can hold up to 64 tokens, and an expert's weights are read
-# once for them. At prefill, `rows` is twice the mean number of tokens per expert, so that the weights of an expert
-# with many tokens are read only a few times.
+# decode, `rows` is `max_rows`. On a GPU in bf16 and fp16, one tile then holds all tokens of an expert, up to 64, and
+# the expert's weights are read once. At prefill, `rows` is twice the mean number of tokens per expert, so that the
+# weights of an expert with many tokens are read only a few times.
 # On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
 # tiles spill.
 MOE_TILE_ROWS = LaunchConfigs(
@@ -326,7 +326,7 @@ def moe_route(
         scoring: "softmax" or "sigmoid".
         n_groups: the number of groups; each group has E / n_groups consecutive experts.
         n_groups_per_tok: the number of groups that a token may use. These are the groups with the largest sum of their
-            two best scores. A given bias is first added to the scores.
+            two best scores. If `bias` is given, it is added to the scores before.
         renormalise: whether a token's k weights are divided by their sum.
         scale: the factor on the k weights, applied last.
         tile_rows: the number of pairs in a tile, a power of 2; see :func:`choose_tile_rows`.

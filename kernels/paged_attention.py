@@ -1,6 +1,6 @@
 """Attention over a paged KV cache: one new token per request (decode), or many (prefill).
 
-For one request and one key head, with the H / Hkv query heads that share it as columns::
+This is computed for each request and key head; the H / Hkv query heads that read this key head are columns::
 
     q [H / Hkv, D]    kv_cache [pages, 2, Hkv, PAGE, D]    block_table [B, max_pages]
     K, V [tokens, D]: token t of request b is entry t % PAGE of page block_table[b, t // PAGE]
@@ -37,10 +37,10 @@ NO_WINDOW = 1 << 30
 MAX_SPANS = 64
 PAGE_SIZES = (16, 32, 64, 128)  # the number of tokens of a page
 
-# A stage holds 64 tokens, with 128 columns per head: 16 KB of keys and 16 KB of values. Three stages need 98,304 bytes,
-# and a block may have 101,376 bytes of shared memory on sm_86, sm_89 and sm_120. On NVIDIA GPUs, fp32 products run on
-# the ordinary FP32 units, which read their operands from registers, so fp32 tiles are smaller. MIN_GROUP is the fewest
-# columns that a tile has.
+# A stage holds 64 tokens of one key head: 16 KB of keys and 16 KB of values for D = 128. Three stages need 98,304
+# bytes, and a block may have 101,376 bytes of shared memory on sm_86, sm_89 and sm_120. On NVIDIA GPUs, fp32 products
+# run on the ordinary FP32 units, which read their operands from registers, so fp32 tiles are smaller. A tile has at
+# least MIN_GROUP columns, also if fewer query heads read the key head.
 PAGED_ATTENTION = LaunchConfigs(
     "paged_attention",
     """

@@ -1,8 +1,8 @@
 """The streaming codec decoder, which decodes codes chunk by chunk with a state of fixed size.
 
 The state of a request is small. In the public model, the state has the last two latents and, per transformer layer, a
-window of keys and values. It also has one input row per transposed convolution, and six of the last convolution. Only
-the rows before a request's first frame are padded; later chunks read the state instead.
+window of keys and values. It also has the last input row of each transposed convolution, and the last six input rows
+of the output convolution. Only the rows before a request's first frame are padded; later chunks read the state instead.
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@
 ::
 
     params.json                     the configuration
-    consolidated.safetensors        all tensors, under the module tree's own names
+    consolidated.safetensors        all tensors, with the names of VoxtralTTS.state_dict()
     tekken.json                     the tokenizer, with the prefix length of each voice
     voice_embedding/NAME.pt         one tensor [N, dim] per voice (or NAME.safetensors)
 """

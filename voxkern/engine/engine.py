@@ -198,8 +198,8 @@ class Engine:
         generated = time.perf_counter()
         samples = self.codec.decode(output, sorted(self.running))
         pending = [*self._pending, PendingOutput(dict(self.running), output, samples)]
-        # Reading this frame now makes the CPU wait for the device. This is done only if the frame is the first of some
-        # request, so that the request's sound starts earlier. Otherwise the next call reads a deferred frame.
+        # The next call reads a deferred runner's frame, because reading it now would make the CPU wait for the device.
+        # But if the frame is the first of some request, it is read now, so that the request's sound starts earlier.
         deferred = self.runner.deferred and all(state.n_frames for state in self.running.values())
         self._pending = [pending.pop()] if deferred else []
         read = [line for one in pending for line in one.read()]
@@ -233,7 +233,7 @@ class Engine:
                     raise
             else:
                 state.prefill_seconds = time.perf_counter() - start
-                state.frame_seconds = -state.prefill_seconds  # the frame's time, added later, includes it
+                state.frame_seconds = -state.prefill_seconds  # the first frame's time, added later, has it too
             self._queue.remove(state)
 
     def _start(self, state: RequestState) -> bool:
