@@ -326,7 +326,7 @@ def moe_route(
         scoring: "softmax" or "sigmoid".
         n_groups: the number of groups; each group has E / n_groups consecutive experts.
         n_groups_per_tok: the number of groups that a token may use. These are the groups with the largest sum of their
-            two best scores. If `bias` is given, it is added to the scores before.
+            two best scores. If `bias` is given, it is added to the scores before they are compared.
         renormalise: whether a token's k weights are divided by their sum.
         scale: the factor on the k weights, applied last.
         tile_rows: the number of pairs in a tile, a power of 2; see :func:`choose_tile_rows`.

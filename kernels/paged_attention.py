@@ -318,7 +318,7 @@ def _prefill_attention_kernel(
     o_row, o_head = start + o_t, i_kv * (H // HKV) + o_g
     b_q = tl.load(p_q + (o_row * stride_q + o_head * D)[:, None] + o_d[None, :], mask=m_q, other=0.0)  # [R, D]
     b_end = length - T + o_t + 1  # a query sees the tokens up to and including its own
-    # steps begin at multiples of BLOCK_N wherever the queries begin, so the parts of a divided prompt are summed in the
+    # steps begin at multiples of BLOCK_N, no matter where the queries begin: the sums of a divided prompt run in the
     # same order as the whole prompt
     first = tl.maximum(length - T + i_q * BLOCK_Q + 1 - window, 0) // BLOCK_N * BLOCK_N
     end = tl.minimum(length - T + (i_q + 1) * BLOCK_Q, length)

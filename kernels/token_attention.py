@@ -16,9 +16,10 @@ Rows that are equal for many pairs are stored once. Before the first layer both 
 pairs share the time (n_t = 1).
 
 For BLOCK_B requests, a block of ``token_attention`` computes all queries that read one key head: 2 branches, 3 tokens
-and H / Hkv query heads. No other block loads these q, k and v. With only three keys, scores are elementwise
-products and sums, not matrix products. ``token_attention_linear`` is tiled along the rows of wo, and each block repeats
-the attention, one head at a time. The repeated attention is cheap for few requests, and saves a launch.
+and H / Hkv query heads. No other block loads these q, k and v, except those of a shared t row. With only three keys,
+scores are elementwise products and sums, not matrix products. ``token_attention_linear`` is tiled along the rows of wo,
+and each block repeats the attention, one head at a time. The repeated attention is cheap for few requests, and saves a
+launch.
 """
 
 import torch
@@ -32,9 +33,9 @@ from .operator import expect, expect_batch, operator
 
 __all__ = ["token_attention", "token_attention_linear"]
 
-# A block computes all queries that read one key head of a request, so no two blocks load the same element of a request.
-# In the public model these are 2 branches x 3 tokens x 4 query heads = 24 rows per request, padded to 32. A row has 128
-# columns, which are held in registers as fp32.
+# A block computes all queries that read one key head of a request, so no other block loads the same elements of q, k
+# and v, except those of a t row that all requests share. In the public model, these queries are 2 branches x 3 tokens x
+# 4 query heads = 24 rows per request, padded to 32. A row has 128 columns, which are held in registers as fp32.
 TOKEN_ATTENTION = LaunchConfigs(
     "token_attention",
     """

@@ -336,7 +336,9 @@ def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
         if not isinstance(part, VelocityMLPConfig) and (part.n_kv_heads < 1 or part.n_heads % part.n_kv_heads):
             found.append(f"{name}n_heads ({part.n_heads}) must be a multiple of n_kv_heads ({part.n_kv_heads})")
     if backbone.head_dim % 2 or acoustic.time_dim % 2:
-        found.append("head_dim must be even, and so must acoustic_transformer_args.dim, or time_dim in an adaln_mlp")
+        found.append(
+            "head_dim must be even, and acoustic_transformer_args.dim too (in an adaln_mlp, its time_dim instead of dim)"
+        )
     if not 1 <= acoustic.n_decoding_steps <= 64:
         found.append(f"n_decoding_steps ({acoustic.n_decoding_steps}) must lie in 1..64")
     if audio.acoustic_codebook_size < 2:

@@ -135,7 +135,7 @@ class FakeCodecRunner:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Whatever callers may do, in any order."""
+    """Calls the engine in any order, as its callers may, and checks it after each frame."""
 
     events: ClassVar[Counter[str]] = Counter()
 
@@ -218,7 +218,7 @@ class Traffic(RuleBasedStateMachine):
 
     def _run_frame(self) -> None:
         before = {state: state.n_frames for state in self.engine.running.values()}
-        # the fake runner raises the error of a frame before it makes the cancellations
+        # in a frame that fails, the fake runner raises before it cancels these requests, so they are not cancelled
         cancelled = [] if self.runner.fails else list(self.runner.cancelled_during_frame)
         self.engine._try_exclusively(self.engine.run_frame)
         self.engine._free_cancelled()

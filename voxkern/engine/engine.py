@@ -173,7 +173,8 @@ class Engine:
         """Run one frame for all requests.
 
         Cancelled requests are dropped and waiting ones are admitted. Then one frame of each running request is
-        generated, decoded and delivered. A deferred runner's frames may be delivered by the next call.
+        generated, decoded and delivered. If ``runner.deferred`` is True, a frame is delivered by the next call,
+        unless it is the first frame of some request.
         """
         start = time.perf_counter()
         self._drop_cancelled()
@@ -233,7 +234,8 @@ class Engine:
                     raise
             else:
                 state.prefill_seconds = time.perf_counter() - start
-                state.frame_seconds = -state.prefill_seconds  # the first frame's time, added later, has it too
+                # the first frame's time, added later, includes the prefill, which must not be counted twice
+                state.frame_seconds = -state.prefill_seconds
             self._queue.remove(state)
 
     def _start(self, state: RequestState) -> bool:
