@@ -29,7 +29,7 @@ from .operator import expect, operator
 
 __all__ = ["choose_tile_rows", "moe_route", "tile_count"]
 
-# The lowest value by which an expert can be chosen. It replaces NaN and -inf, so -inf marks only excluded experts.
+# The lowest value that an expert has in `order`. It replaces NaN and -inf, so that -inf marks only excluded experts.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 # For few rows, one block routes all tokens, and writes pairs and tiles in the same launch. With 32 logits per thread,

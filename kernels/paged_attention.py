@@ -1,6 +1,7 @@
 """Attention over a paged KV cache: one new token per request (decode), or many (prefill).
 
-This is computed for each request and key head; the H / Hkv query heads that read this key head are columns::
+The following is computed for each request and key head. The queries of the H / Hkv query heads that read this key head
+are the columns of s, p and o::
 
     q [H / Hkv, D]    kv_cache [pages, 2, Hkv, PAGE, D]    block_table [B, max_pages]
     K, V [tokens, D]: token t of request b is entry t % PAGE of page block_table[b, t // PAGE]

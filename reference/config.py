@@ -337,7 +337,8 @@ def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
             found.append(f"{name}n_heads ({part.n_heads}) must be a multiple of n_kv_heads ({part.n_kv_heads})")
     if backbone.head_dim % 2 or acoustic.time_dim % 2:
         found.append(
-            "head_dim must be even, and acoustic_transformer_args.dim too (in an adaln_mlp, its time_dim instead of dim)"
+            "head_dim must be even, and so must acoustic_transformer_args.dim (acoustic_transformer_args.time_dim if "
+            "the kind is adaln_mlp)"
         )
     if not 1 <= acoustic.n_decoding_steps <= 64:
         found.append(f"n_decoding_steps ({acoustic.n_decoding_steps}) must lie in 1..64")

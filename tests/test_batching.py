@@ -296,7 +296,7 @@ def test_on_kernels(tiny_folder: Path) -> None:
 
 
 def test_memory_is_flat(tts: voxkern.TTS) -> None:
-    """Finished requests leave no tensors behind: their number is the same after 3 calls and after 20 more calls."""
+    """Finished requests leave no tensors behind: the number of live tensors is the same after 3 and after 23 calls."""
     import gc
 
     def tensors() -> int:

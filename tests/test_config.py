@@ -121,7 +121,7 @@ def test_what_is_wrong_is_named(path: str, value: Any, named: str) -> None:
     [
         ("hidden_dim", None, "missing keys: multimodal.audio_model_args.acoustic_transformer_args.hidden_dim"),
         ("input_dim", 65, r"input_dim \(65\) != dim \(64\)"),
-        ("time_dim", 31, "in an adaln_mlp, its time_dim"),
+        ("time_dim", 31, "time_dim if the kind is adaln_mlp"),
         ("use_biases", False, r"use_biases = False is not supported \(only True\)"),
         ("head_dim", 16, "head_dim is no key of the kind adaln_mlp"),
         ("n_layers", 2.0, "n_layers must be int"),

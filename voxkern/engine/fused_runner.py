@@ -20,8 +20,8 @@ from .kv_cache import KVCache, pages_for
 from .request import Request
 from .runner import FrameOutput, backbone_weights_version
 
-# The number of batches that keep memory and graphs; each pair of steps and solver has a batch. If a new batch would
-# exceed this number, as many batches without requests as necessary are dropped first, if there are enough.
+# The number of batches that keep memory and graphs; each pair of steps and solver has one. If a new batch would exceed
+# this number, batches without requests are dropped first, the oldest before the others.
 MAX_DECODE_BATCHES = 4
 
 

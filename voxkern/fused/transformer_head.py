@@ -1,7 +1,7 @@
-"""The fused transformer head: it runs the flow-matching transformer through kernels, on the head's weights.
+"""The fused transformer head: it runs the reference head through kernels, on the reference head's weights.
 
 An evaluation of the public model's three layers takes 13 launches, or 16 if the weights are fp32 or the head is
-prepared for more than one request. The fused head also computes less than the module:
+prepared for more than one request. The fused head also computes less than the reference head:
 
 - The t (time) tokens and their queries, keys and values in the first layer are kept in a table. The table depends only
   on the weights, the solver and the number of steps.
