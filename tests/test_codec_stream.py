@@ -88,8 +88,8 @@ def test_state_of_the_public_model() -> None:
         state = CodecStream(codec).state
     assert [tuple(t.shape) for t in state.conv_state] == [(1, 2, 292), *[(1, 1, 1024)] * 3, (1, 6, 1024)]
     assert [r.shape[2] for r in state.kv_window] == [2, 2, 4, 4, 8, 8, 16, 16]
-    rings = 2 * (2 + 4 + 8 + 16) * 2 * 1024 * 2
-    assert state.nbytes == rings + (2 * 292 + 3 * 1024) * 2 + 6 * 1024 * 4 + 8
+    window_bytes = 2 * (2 + 4 + 8 + 16) * 2 * 1024 * 2
+    assert state.nbytes == window_bytes + (2 * 292 + 3 * 1024) * 2 + 6 * 1024 * 4 + 8
 
 
 @settings(max_examples=25, deadline=None)

@@ -99,24 +99,24 @@ def complaints() -> dict[str, list[str]]:
 
     Another process compiles the kernels, because these faults are not visible in the interpreter.
     """
-    asks: dict[str, tuple[str, str, list[Edit]]] = {
+    plants: dict[str, tuple[str, str, list[Edit]]] = {
         "nothing": ("sm_89", "bf16", []),
         "shared": ("sm_89", "bf16", [("128      8          6", "128      8          7")]),
         "binaries": ("sm_89", "bf16", [(JIT, "@triton.jit\ndef _norm_linear_kernel")]),
         "TF32 on sm_80": ("sm_80", "fp32", [(DOT, "b_acc = tl.dot(b_w, tl.trans(b_a), b_acc)")]),
         "TF32 on sm_90": ("sm_90", "fp32", [(DOT, "b_acc = tl.dot(b_w, tl.trans(b_a), b_acc)")]),
     }
-    asked = [
+    queries = [
         {"operator": "norm_linear", "case": "q-b1", "arch": arch, "dtype": dtype, "edits": edits}
-        for arch, dtype, edits in asks.values()
+        for arch, dtype, edits in plants.values()
     ]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     answer = subprocess.run(
         [sys.executable, Path(__file__).with_name("plant.py")],
-        input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)},
+        input=json.dumps(queries), capture_output=True, text=True, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
-    return dict(zip(asks, json.loads(answer.stdout), strict=True))
+    return dict(zip(plants, json.loads(answer.stdout), strict=True))
 
 
 def test_the_kernel_as_it_is_has_no_complaints(complaints: dict[str, list[str]]) -> None:

@@ -65,9 +65,9 @@ def test_a_provider_that_fails_is_named_and_the_others_are_timed() -> None:
         raise KeyError("float32")
 
     made: list[int] = []
-    late = LazyCall(lambda: made.append(0) or named("good"))  # type: ignore[func-returns-value]
+    lazy = LazyCall(lambda: made.append(0) or named("good"))  # type: ignore[func-returns-value]
     clock = FakeClock({"good": [2e-6], "copy": [1e-6]})
-    both = trial(good=late, bad=LazyCall(unmade))
+    both = trial(good=lazy, bad=LazyCall(unmade))
     assert made == []
     found, wrong = time_trial(both, clock, ROOF)
     assert list(found) == ["good", "copy"]
