@@ -311,9 +311,9 @@ def _split_product(
 ):  # fmt: skip
     """Compute ``w x^T`` of a tile, fp32 [BLOCK_N, BLOCK_M], in SPLIT partial sums along K, one per warp.
 
-    Because each warp computes its own partial sum, a tile with only 16 rows of weights keeps four warps busy, and
-    N = 3072 gives 192 blocks for the 132 multiprocessors of an H100. The partial sums are added in a fixed order at the
-    end. No block needs the result of another block.
+    Because each warp computes its own partial sum, a tile with only 16 rows of weights keeps four warps busy. Such
+    tiles give 192 blocks for N = 3072, and an H100 has 132 multiprocessors. The partial sums are added in a fixed order
+    at the end. No block needs the result of another block.
     """
     o_k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [SPLIT, K]
     b_acc = tl.zeros([SPLIT, BLOCK_N, BLOCK_M], dtype=tl.float32)

@@ -29,7 +29,8 @@ from .operator import expect, operator
 
 __all__ = ["choose_tile_rows", "moe_route", "tile_count"]
 
-# The lowest value that an expert has in `order`. It replaces NaN and -inf, so that -inf marks only excluded experts.
+# The lowest value in `order` of an expert that can be chosen. It replaces NaN and -inf, so that -inf marks only
+# excluded experts.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 # For few rows, one block routes all tokens, and writes pairs and tiles in the same launch. With 32 logits per thread,

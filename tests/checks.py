@@ -1,4 +1,4 @@
-"""Checks that every operator must pass: test_operators.py runs them, test_faults.py tests that they catch faults."""
+"""Checks that every operator must pass: test_operators.py runs them; test_faults.py tests that they catch faults."""
 
 from collections.abc import Callable
 from typing import Any

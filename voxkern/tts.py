@@ -58,10 +58,10 @@ def load(
         max_batch: requests that run side by side, at most 64 on kernels. More requests wait in a queue. Another
             `max_batch` may change the last bits of a sound, because products are summed in another order.
         cache_tokens: tokens of keys and values that all running requests together may reserve, at least 64. A request
-            reserves its prompt's tokens plus `max_frames` tokens (80 ms each), in pages of 64, and waits until all are
-            free. None allows 2560 for each of `max_batch` requests, or the model's length if that is less.
-        graphs: True replays the frames of kernels on a GPU as CUDA graphs: one graph for the codec, and several for the
-            model: for each pair of steps and solver, graphs for 1, 2, 4, .. and `max_batch` requests. The graphs of a
+            reserves its prompt's tokens plus `max_frames` tokens (80 ms each), in pages of 64, and waits until enough
+            pages are free. None allows 2560 for each of `max_batch` requests, or the model's length if that is less.
+        graphs: True replays a frame's launches on a GPU as CUDA graphs. The codec has one graph. The model has graphs
+            for each pair of steps and solver, one each for 1, 2, 4, .. and `max_batch` requests. The graphs of a
             pair are captured when the first request with this pair starts. False launches the kernels one by one, which
             gives the same bits but is slower. `graphs` has no effect without kernels or on a CPU.
 
@@ -317,7 +317,7 @@ class TTS:
     def engine(self) -> Engine:
         """The engine that runs the requests.
 
-        The engine is replaced once the model is accelerated, restored, cast or moved, or once `max_batch` changes.
+        A new engine is made after the model was accelerated, restored, cast or moved, or `max_batch` was changed.
         """
         fused_backbone, weight = self._fused_backbone, self.model.norm.weight
         key = (fused_backbone, self.max_batch, weight.dtype, weight.device)
@@ -369,7 +369,7 @@ class TTS:
         max_frames = min(MAX_FRAMES, n_left) if params.max_frames is None else params.max_frames
         check_int("max_frames", max_frames, 1, n_left)
         voice_rows, audio = self.voices[voice], self.model.config.audio.audio_token_id
-        n_shared = tokens.index(audio) + len(voice_rows)  # prompts with one voice are equal up to its last row
+        n_shared = tokens.index(audio) + len(voice_rows)  # prompts with the same voice begin with the same rows
         prefix_key = PrefixKey.of(voice_rows, self.engine.runner.weights_version(), n_shared)
         prompt = self._embed_prompt(tokens, voice_rows)
         return Request(prompt, seed, float(params.cfg_alpha), max_frames, steps, params.solver, prefix_key)

@@ -1,4 +1,4 @@
-"""Capture a frame as CUDA graphs, one for each of a few numbers of rows; the host starts a graph with one launch.
+"""Capture a frame as CUDA graphs, one for each of several numbers of rows; the host starts a graph in one launch.
 
 A graph repeats the captured launches with the same addresses and arguments. So everything that varies from frame to
 frame is in static memory on the device. A frame with fewer rows than its graph is padded with empty rows of length 0.

@@ -21,7 +21,7 @@ from .request import Request
 from .runner import FrameOutput, backbone_weights_version
 
 # The number of batches that keep memory and graphs; each pair of steps and solver has one. If a new batch would exceed
-# this number, batches without requests are dropped first, the oldest before the others.
+# this number, the oldest batches without requests are dropped, as many as needed.
 MAX_DECODE_BATCHES = 4
 
 

@@ -84,7 +84,7 @@ class SpeechStream:
 async def iterate_in_thread(stream: SpeechStream) -> AsyncIterator[Audio]:
     """Iterate over a stream's chunks, which a thread computes; close the stream when the iteration ends.
 
-    Each stream has a separate thread. asyncio has only a few shared threads, and a stream without a thread would stall.
+    Each stream has a separate thread. asyncio's own pool has few threads: many streams would wait for each other.
     """
     own = ThreadPoolExecutor(1, "voxkern")
     try:

@@ -49,7 +49,7 @@ class StepTables:
         weights: the weights that the tables were computed from.
         key: addresses, versions, dtypes and devices of the weights at that time.
         dt: length of each step.
-        ab2_ratio: factor of each step on the velocity's last change, see
+        ab2_ratio: for each step, the factor on the velocity's change since the previous step, see
             :func:`voxkern.reference.solver.step_ratios`.
         network: the tables of the velocity network, see ``_make_network_tables`` of its fused head.
     """
@@ -61,7 +61,8 @@ class StepTables:
     network: tuple[Tensor, ...]
 
 
-NoiseSource = tuple[Tensor | None, Tensor | None, Tensor | None]  # seed, frame, noise: either noise, or seed and frame
+# seed, frame, noise; either the noise or the other two are given
+NoiseSource = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class FusedHead:
@@ -72,7 +73,7 @@ class FusedHead:
     Attributes:
         module: the flow head. Every frame reads the weights that the module holds at that time.
         embeddings: the embedding table of the codes, or None.
-        max_batch: the most requests of a frame. The launch configs and a result's last bits depend on this number.
+        max_batch: the most requests that a frame may have. The launch configs and a result's last bits depend on it.
     """
 
     def __init__(self, module: FlowHead, max_batch: int, embeddings: nn.Embedding | None = None) -> None:
@@ -118,8 +119,8 @@ class FusedHead:
     def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
         """Return a frame's acoustic latents before they are quantised, fp32 [B, K]; see :meth:`FlowHead.solve`.
 
-        The whole frame runs, including the codes. A caller of :meth:`generate_codes` finds the same latents in ``x`` of
-        :meth:`buffers`.
+        The whole frame runs, including the codes. After :meth:`generate_codes`, the same latents are in
+        ``buffers(B, dtype, device).x``.
         """
         alpha, noise = cfg_alpha.float().contiguous(), noise.float().contiguous()
         self.generate_codes(h, alpha, steps=steps, solver=solver, noise=noise)
@@ -211,7 +212,7 @@ class FusedHead:
             self._step_tables[solver, steps] = self._new_step_tables(solver, steps, weights, _key(weights))
 
     def _new_step_tables(self, solver: str, steps: int, weights: list[Tensor], key: tuple[Any, ...]) -> StepTables:
-        """Compute the tables, in the memory of the old tables where sizes match, because captured graphs read it."""
+        """Compute the tables, in the memory of old tables of the same form, because captured graphs read it."""
         times = time_grid(solver, steps)
         lengths = [end - start for start, end in itertools.pairwise(times)]
         with torch.inference_mode(False), torch.no_grad():

@@ -25,7 +25,7 @@ from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
 
 @dataclass(frozen=True)
 class MLPHeadBuffers(HeadBuffers):
-    """The memory that one frame of B requests needs. Of 2B rows, the first B have the condition.
+    """The memory that one frame of B requests needs. Of 2B rows, the first B have the hidden state.
 
     Attributes:
         stream: [2B, dim], the residual stream.
@@ -56,7 +56,7 @@ class FusedMLPHead(FusedHead):
         return [*self.module.time_embed.parameters(), self.module.cond_embed.bias, *self._weights, *self._biases]
 
     def _make_network_tables(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the projected times, and the modulations with those of the branch without a hidden state filled in.
+        """Return the projected times and the modulations; compute those of the branch without a hidden state.
 
         Returns:
             projected: [steps, dim], one of the two terms of the condition.

@@ -1,4 +1,4 @@
-"""The fused transformer head: it runs the reference head through kernels, on the reference head's weights.
+"""The fused transformer head: it computes the reference head's result with kernels, from the same weights.
 
 An evaluation of the public model's three layers takes 13 launches, or 16 if the weights are fp32 or the head is
 prepared for more than one request. The fused head also computes less than the reference head:
