@@ -6,8 +6,8 @@ the result and checks nothing. Inside a frame, a fused module calls the launcher
 allocated, because torch's dispatcher costs some 16 us per call.
 
 Every operator checks its arguments with :func:`expect`: a wrong dtype raises TypeError, and a wrong shape, stride or
-device raises ValueError. All tensors must share one dtype and one device, unless the operator's docstring gives a
-dtype. The docstring of an operator lists only the operator's other errors.
+device raises ValueError. All tensors must be on one device. They must also share one dtype, except those with a dtype
+in the operator's docstring. The docstring of an operator lists only the operator's other errors.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Operator(Generic[P, R]):
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Check the arguments, allocate the result and launch the kernel, without torch's dispatcher.
 
-        Tensors may also be on the meta device, for a ledger that only records the launches.
+        Tensors may also be on the meta device. Then a launch can be recorded, but not run.
         """
         out = self.declare(*args, **kwargs)
         tensor = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))

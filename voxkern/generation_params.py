@@ -13,6 +13,8 @@ CFG_ALPHA = 1.2  # default strength of the classifier-free guidance
 class GenerationParams:
     """Holds the arguments of one text; :meth:`voxkern.TTS.generate` describes the arguments in full.
 
+    A text longer than `max_chars` is split into parts, and each part is one request with these arguments.
+
     Attributes:
         voice: name of the voice; None takes the default.
         seed: 0 .. 2^64 - 1; None draws a random seed.

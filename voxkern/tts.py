@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .fused.backbone import FusedBackbone  # needs Triton
 
 MAX_FRAMES = 2048  # 164 s; vLLM-Omni has the same limit
-PROMPT_TOKENS = 512  # voice and text tokens per request for which the default KV cache has space, beside MAX_FRAMES
+PROMPT_TOKENS = 512  # the default KV cache has space for this many prompt tokens per request, and MAX_FRAMES frames
 DEMO = Path(__file__).with_name("demo")  # the checkpoint that comes with the package
 
 

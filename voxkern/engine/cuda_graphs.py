@@ -43,7 +43,7 @@ class CudaCapture:
                 run()  # this run compiles, loads and allocates; a capture may do none of these
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # thread_local lets other threads use the GPU meanwhile, such as a server's or one that copies sound
+            # thread_local: other threads, such as those of a server, may use the GPU during the capture
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = run()
         self._pool = graph.pool()
@@ -56,7 +56,9 @@ def capture_for(device: torch.device) -> Capture | None:
 
 
 class BatchGraphs(Generic[T]):
-    """Captures a function of the first rows of static memory for several numbers of rows; replays the smallest fit.
+    """Captures a function of the first rows of static memory, as one graph for each of several numbers of rows.
+
+    A call replays the smallest graph that has enough rows.
 
     Attributes:
         sizes: numbers of rows that have a graph.
@@ -78,6 +80,6 @@ class BatchGraphs(Generic[T]):
 
 
 def weight_addresses(module: nn.Module) -> tuple[tuple[int, torch.dtype], ...]:
-    """Return the address and dtype of each parameter and buffer; a graph captured before they changed is invalid."""
+    """Return the address and dtype of each parameter and buffer; if one changes, earlier graphs are invalid."""
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)

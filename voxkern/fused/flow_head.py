@@ -105,7 +105,7 @@ class FusedHead:
         """Return one frame of codes, int64 [B, 1 + K]; see :meth:`FlowHead.forward`.
 
         Raises:
-            RuntimeError: a gradient is needed.
+            RuntimeError: a gradient is needed, or the tensors are on the CPU and Triton's interpreter is off.
             ValueError: a shape is wrong, or there are more requests than `max_batch`.
             TypeError: a dtype is wrong.
         """
@@ -156,7 +156,7 @@ class FusedHead:
             frame of B requests overwrites both.
 
         Raises:
-            RuntimeError: a gradient is needed.
+            RuntimeError: a gradient is needed, or the tensors are on the CPU and Triton's interpreter is off.
             ValueError: a shape is wrong, a number is out of range, or `noise` is missing and so is `seed` or `frame`.
             TypeError: a dtype or device is wrong.
         """
