@@ -1,6 +1,6 @@
 """The update of the decode state after a frame: which requests continue, and how many tokens each one has.
 
-For each request b, with its codes of this frame [1 + K]::
+For each request b, with its N codes of this frame, the semantic one first::
 
     lengths[b] == 0         valid = 0                                       no request
     codes[b, 0] == END      valid = 0, lengths = 0                          the request ends, without this frame
@@ -29,18 +29,18 @@ __all__ = ["update_decode_state"]
     do_not_specialize_on_alignment=["p_codes", "p_max_frames", "p_lengths", "p_n_frames", "p_last_codes", "p_valid"],
 )
 def _update_decode_state_kernel(
-    p_codes, p_max_frames, p_lengths, p_n_frames, p_last_codes, p_valid, K: tl.constexpr, COLUMNS: tl.constexpr
+    p_codes, p_max_frames, p_lengths, p_n_frames, p_last_codes, p_valid, N: tl.constexpr, COLUMNS: tl.constexpr
 ):
     i_b = tl.program_id(0).to(tl.int64)
     length, frame = tl.load(p_lengths + i_b), tl.load(p_n_frames + i_b)
-    semantic = tl.load(p_codes + i_b * K)
+    semantic = tl.load(p_codes + i_b * N)
     if length == 0 or semantic == END_AUDIO:
         tl.store(p_valid + i_b, 0)
         tl.store(p_lengths + i_b, 0)
         return
-    o_k = tl.arange(0, COLUMNS)
-    b_codes = tl.load(p_codes + i_b * K + o_k, mask=o_k < K, other=0)
-    tl.store(p_last_codes + i_b * K + o_k, b_codes, mask=o_k < K)
+    o_n = tl.arange(0, COLUMNS)
+    b_codes = tl.load(p_codes + i_b * N + o_n, mask=o_n < N, other=0)
+    tl.store(p_last_codes + i_b * N + o_n, b_codes, mask=o_n < N)
     tl.store(p_valid + i_b, 1)
     tl.store(p_n_frames + i_b, frame + 1)
     is_last = frame + 1 >= tl.load(p_max_frames + i_b)
@@ -51,10 +51,10 @@ def launch_update_decode_state(
     codes: Tensor, max_frames: Tensor, lengths: Tensor, n_frames: Tensor, last_codes: Tensor, valid: Tensor
 ) -> None:
     """Run :func:`update_decode_state` without checking the arguments."""
-    B, K = codes.shape
+    B, N = codes.shape
     constants: dict[str, Any] = {
-        "K": K,
-        "COLUMNS": triton.next_power_of_2(K),
+        "N": N,
+        "COLUMNS": triton.next_power_of_2(N),
         "num_warps": 1,
         "enable_fp_fusion": FP_FUSION,
     }
@@ -72,19 +72,19 @@ def update_decode_state(
     length 0. Any other request keeps this frame and gets one token more.
 
     Args:
-        codes: int64 [B, 1 + K], the codes of this frame with the +2 offset, the semantic code first.
+        codes: int64 [B, N], the codes of this frame with the +2 offset, the semantic code first (N = 37).
         max_frames: int64 [B], the most frames that each request may have.
         lengths: int32 [B], tokens in the KV cache; updated to include the next frame's token.
         n_frames: int64 [B], the number of frames kept so far; updated.
-        last_codes: int64 [B, 1 + K], receives `codes` where this frame is kept.
+        last_codes: int64 [B, N], receives `codes` where this frame is kept.
         valid: int64 [B], receives 1 where this frame is kept, 0 elsewhere.
 
     Raises:
         ValueError: B is not in 1..64.
     """
-    B, K = expect("last_codes", last_codes, ("B", "1 + K"), dtype=torch.int64)
+    B, N = expect("last_codes", last_codes, ("B", "N"), dtype=torch.int64)
     expect_batch("last_codes", B, 1, 64)
-    expect("codes", codes, (B, K), like=last_codes)
+    expect("codes", codes, (B, N), like=last_codes)
     expect("max_frames", max_frames, (B,), like=last_codes)
     expect("lengths", lengths, (B,), like=last_codes, dtype=torch.int32)
     expect("n_frames", n_frames, (B,), like=last_codes)

@@ -362,8 +362,8 @@ class TTS:
         n_left = positions - len(tokens)
         if n_left < 1:
             raise ValueError(
-                f"text is too long: its prompt has {len(tokens)} tokens, but a request may have {positions}, frames "
-                "included (the smallest of the model's max_seq_len, cache_tokens and the kernels' limit); split the "
+                f"text is too long: its prompt has {len(tokens)} tokens, and prompt and frames may have {positions} "
+                "together (the smallest of the model's max_seq_len, cache_tokens and the kernels' limit). Split the "
                 "text or lower max_chars"
             )
         max_frames = min(MAX_FRAMES, n_left) if params.max_frames is None else params.max_frames
