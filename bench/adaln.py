@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.linear import own_rows, split_stage
 from bench.registry import Case, Entry, TensorMaker
-from voxkern.kernels.adaln import adaln_linear_silu, adaln_modulation, gated_linear
+from voxkern.kernels.adaln import adaln_linear_silu, adaln_modulation
 from voxkern.reference.mlp_head import modulated_norm
 from voxkern.reference.solver import MAX_STEPS
 
@@ -35,15 +36,6 @@ def adaln_modulation_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     }
 
 
-def own_rows(modulation: Tensor, M: int) -> Tensor:
-    """Return the modulation of each of M rows.
-
-    Row 1 + i of `modulation` belongs to row i; row 0 is for all rows without a modulation of their own.
-    """
-    i = torch.arange(M, device=modulation.device) + 1
-    return modulation[i.where(i < len(modulation), 0)]
-
-
 def adaln_linear_silu_reference(
     x: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor, eps: float, max_rows: int
 ) -> Tensor:
@@ -62,32 +54,6 @@ def adaln_linear_silu_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
         "eps": 1e-6,
         "max_rows": s.max_rows,
     }
-
-
-def gated_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None, max_rows: int
-) -> Tensor:
-    """Compute the linear product, the gate and the sum with the residual, rounding after each operation."""
-    y = F.linear(x, weight, bias)
-    y = y if gate is None else own_rows(gate, len(x)) * y
-    return y if residual is None else residual + y
-
-
-def gated_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
-    """Return arguments; with `s.gated` other than 0 they have a residual, and half of the rows have their own gate."""
-    return {
-        "x": make(s.M, s.K),
-        "weight": make(s.N, s.K, std=s.K**-0.5),
-        "bias": make(s.N, std=0.1),
-        "gate": make(1 + s.M // 2, s.N, std=0.5) if s.gated else None,
-        "residual": make(s.M, s.N) if s.gated else None,
-        "max_rows": s.max_rows,
-    }
-
-
-def split_stage(c: Any) -> int:
-    """Return the number of weight elements that one stage of the pipeline loads, for all SPLIT partial sums along K."""
-    return c["SPLIT"] * c["BLOCK_N"] * c["BLOCK_K"]  # type: ignore[no-any-return]
 
 
 BLOCK = {"N": 1536, "K": 1536}
@@ -116,19 +82,6 @@ ENTRIES = [
             Case("odd-many", {"M": 70, "N": 97, "K": 129, "max_rows": 100}),
             Case("mar-b1", {"M": 2, **BLOCK, "max_rows": 2}, public=True),
             Case("mar-b32", {"M": 64, **BLOCK, "max_rows": 64}, public=True, dtypes=("bf16",)),
-        ),
-        stage=split_stage,
-    ),
-    Entry(
-        op=gated_linear,
-        reference=gated_linear_reference,
-        inputs=gated_linear_inputs,
-        cases=(
-            Case("odd", {"M": 19, "N": 75, "K": 150, "gated": 1, "max_rows": 19}),
-            Case("odd-many", {"M": 70, "N": 97, "K": 129, "gated": 1, "max_rows": 100}),
-            Case("odd-plain", {"M": 19, "N": 75, "K": 150, "gated": 0, "max_rows": 19}),
-            Case("mar-b1", {"M": 2, **BLOCK, "gated": 1, "max_rows": 2}, public=True),
-            Case("mar-b32", {"M": 64, **BLOCK, "gated": 1, "max_rows": 64}, public=True, dtypes=("bf16",)),
         ),
         stage=split_stage,
     ),

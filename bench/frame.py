@@ -6,10 +6,11 @@ of regular grids are counted by their first, second and last blocks, so no resul
 a launch, each weight that the launch uses counts once, and so does each activation that it reads or writes.
 """
 
+import inspect
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -29,7 +30,7 @@ from voxkern.fused import flow_head as fused_flow_head
 from voxkern.fused import mlp_head as fused_mlp_head
 from voxkern.fused import transformer_head as fused_transformer_head
 from voxkern.kernels import launch_config
-from voxkern.kernels.linear import launch_norm_linear
+from voxkern.kernels.norm_linear import launch_norm_linear
 from voxkern.kernels.paged_attention import launch_paged_attention, paged_attention_scratch
 from voxkern.random_checkpoint import public_params
 from voxkern.reference import Config
@@ -46,19 +47,16 @@ MAX_SEQ_LEN, PAGE = 4096, 64
 # are counted.
 REGULAR_GRID = {
     "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_argmax", "rms_norm", "adaln_modulation",
-    "adaln_linear_silu", "gated_linear",
+    "adaln_linear_silu",
 }  # fmt: skip
 ONCE_A_FRAME = {
     "semantic_argmax",
     "flow_start",
     "flow_finish",
-    "mlp_start",
-    "mlp_finish",
     "adaln_modulation",
 }
-SEMANTIC = {"flow_finish": 10, "mlp_finish": 11}  # index of the semantic codes among the launcher's arguments
 # launcher -> number of its calls before the steps; these calls run on the hidden states
-BEFORE_STEPS = {"norm_qkv": 1, "linear": 1, "gated_linear": 1}
+BEFORE_STEPS = {"norm_qkv": 1, "linear": 1}
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def frame_cost(
     for name, costs in calls.items():
         first = BEFORE_STEPS.get(name, 0)
         for i, cost in enumerate(costs):
-            step = STEPS - 1 if name in ("flow_step", "mlp_step") else STEPS / 2
+            step = STEPS - 1 if name == "flow_step" else STEPS / 2
             times = 1.0 if name in ONCE_A_FRAME or i < first else step
             for j, value in enumerate((cost.launches, cost.multiply_adds, cost.dram, cost.fewest)):
                 total[j] += value * times  # type: ignore[assignment]
@@ -207,16 +205,17 @@ def _recorder(
     def record(*args: Any) -> None:
         if name == "adaln_modulation":
             args = _of_all_steps(*args)
-        launches = 2 if name == "semantic_argmax" else 1
-        dram = fewest = 0
-        if name in SEMANTIC and count_bytes:
+        named = inspect.signature(launch).bind(*args).arguments
+        if name == "flow_finish" and count_bytes:
             # The semantic codes must be valid row numbers of the embeddings. Their launch did not write them, because
             # only a few of its blocks ran.
-            args[SEMANTIC[name]].zero_()
+            named["semantic"].zero_()
+        launches = 2 if name == "semantic_argmax" else 1
+        dram = fewest = 0
         if count_bytes and name != "paged_attention":  # cache_traffic counts its bytes
             dram = sum(_dram(one, *some) for one, some in parts(name, launch, args))
-            fewest = _fewest(name, args)
-        calls[name].append(Cost(launches, multiply_adds(name, args), dram, fewest))
+            fewest = _fewest(name, named)
+        calls[name].append(Cost(launches, multiply_adds(name, named), dram, fewest))
 
     return record
 
@@ -273,79 +272,63 @@ def _dram(name: str, launch: Callable[..., None], *args: Any) -> int:
     return sum(traffic.dram for one in launches for traffic in one.traffic().values())
 
 
-def _fewest(name: str, args: tuple[Any, ...]) -> int:
+def _fewest(name: str, args: Mapping[str, Any]) -> int:
     tensors: list[Tensor] = []
-    for arg in args:
+    for arg in args.values():
         tensors += [t for t in (arg if isinstance(arg, tuple | list) else (arg,)) if isinstance(t, Tensor)]
-    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # a tensor updated in place counts once
+    sizes = {t.data_ptr(): _bytes(t) for t in tensors}  # a tensor updated in place counts once
+
+    def count(arg: str, n_bytes: int) -> None:
+        sizes[args[arg].data_ptr()] = n_bytes
+
     if name == "norm_qkv_append":  # counts one token of the cache for each request; the tables, kilobytes, are left out
-        x, _, _, wk, *_, rope, block_table, lengths, _, kv_cache, _, _ = args
-        for tensor in (rope, block_table, lengths):
-            sizes.pop(tensor.data_ptr())
-        sizes[kv_cache.data_ptr()] = 2 * len(x) * len(wk) * kv_cache.element_size()
+        for arg in ("rope", "block_table", "lengths"):
+            count(arg, 0)
+        count("kv_cache", 2 * len(args["x"]) * len(args["wk"]) * args["kv_cache"].element_size())
     if name == "norm_qkv":  # q of the first q_rows rows only; `_dram` counts x and the norm in each of three launches
-        out, _, _, wq, *_, q_rows, _ = args
-        sizes[out.data_ptr()] -= (len(out) - q_rows) * len(wq) * out.element_size()
+        out, n_queries = args["out"], len(args["wq"])
+        count("out", _bytes(out) - (len(out) - args["q_rows"]) * n_queries * out.element_size())
     if name == "semantic_argmax":  # without the weight's padding rows past n_codes; the scratch counts
-        _, _, weight, n_codes, *_ = args
-        sizes[weight.data_ptr()] = n_codes * weight.shape[1] * weight.element_size()
-    if name == "flow_finish":  # counts 37 rows of the embeddings for each request, and the x tokens of y
-        _, y, _, w_out, *_, embeddings, _, _ = args
-        B = len(args[8])
-        sizes[embeddings.data_ptr()] = (1 + len(w_out)) * B * embeddings.shape[1] * embeddings.element_size()
-        sizes[y.data_ptr()] = 2 * B * y.shape[1] * y.element_size()
-    if name == "mlp_finish":
-        _, _, _, w_out, *_, embeddings, _, _ = args
-        each = (1 + len(w_out)) * embeddings.shape[1] * embeddings.element_size()
-        sizes[embeddings.data_ptr()] = len(args[9]) * each
+        count("weight", _bytes(args["weight"][: args["n_codes"]]))
     if name == "adaln_linear_silu":  # reads shift and scale, two thirds of the modulation; the next launch reads gates
-        sizes[args[2].data_ptr()] = args[2].numel() * args[2].element_size() * 2 // 3
-    if name in ("flow_start", "flow_step"):  # writes the x and t tokens, 4B of 6B rows, and keeps the h tokens
-        tokens = args[-2]
-        sizes[tokens.data_ptr()] = tokens.numel() * tokens.element_size() * 4 // 6
-    if name == "flow_step":
-        sizes[args[0].data_ptr()] = 2 * len(args[7]) * args[0].shape[1] * args[0].element_size()
-    if name in ("flow_start", "mlp_start"):
-        sizes.pop(args[3].data_ptr())  # only a few entries of the table of quantiles are read
+        count("modulation", _bytes(args["modulation"]) * 2 // 3)
+    if name in ("flow_step", "flow_finish"):  # reads only the x tokens
+        count("y", _bytes(args["y"][: 2 * len(args["x"])]))
+    if name in ("flow_start", "flow_step") and args["time"] is not None:  # keeps the h tokens, 2B of 6B rows
+        count("tokens", _bytes(args["tokens"]) * 4 // 6)
+    if name == "flow_start":
+        count("quantiles", 0)  # only a few entries of the table are read
+    if name == "flow_finish":  # reads a row of the embeddings for each code
+        count("embeddings", args["out"][0].numel() * _bytes(args["embeddings"][0]))
     return sum(sizes.values())
 
 
-def multiply_adds(name: str, args: tuple[Any, ...]) -> int:
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def multiply_adds(name: str, args: Mapping[str, Any]) -> int:
     """Return the multiply-adds of a launcher's matrix products, rows x N x K each.
 
     Args:
         name: the launcher's name without ``launch_``.
-        args: the launcher's arguments.
+        args: the launcher's arguments by name.
     """
-    if name == "norm_qkv_append":
-        return len(args[0]) * sum(weight.numel() for weight in args[2:5])
-    if name == "norm_qkv":
-        _, x, _, wq, wk, wv, _, q_rows, _ = args
-        return q_rows * wq.numel() + len(x) * (wk.numel() + wv.numel())
-    if name == "norm_swiglu":
-        return len(args[1]) * (args[3].numel() + args[4].numel())  # type: ignore[no-any-return]
-    if name in ("linear", "gated_linear"):
-        return len(args[1]) * args[2].numel()  # type: ignore[no-any-return]
-    if name == "adaln_linear_silu":
-        return len(args[1]) * args[3].numel()  # type: ignore[no-any-return]
+    n = {key: arg.numel() for key, arg in args.items() if isinstance(arg, Tensor)}
     if name == "adaln_modulation":
-        _, times, states, weights, _, _ = args
-        return len(times) * len(states) * sum(weight.numel() for weight in weights)
-    if name == "mlp_start":
-        return len(args[6]) * args[4].numel()  # type: ignore[no-any-return]
-    if name == "mlp_step":
-        return len(args[8]) * (args[2].numel() + args[10].numel())  # type: ignore[no-any-return]
-    if name == "mlp_finish":
-        return len(args[9]) * args[3].numel()  # type: ignore[no-any-return]
+        return len(args["times"]) * len(args["states"]) * sum(weight.numel() for weight in args["weights"])
     if name == "token_attention_linear":
-        return len(args[0]) * args[4].numel()  # type: ignore[no-any-return]
+        return len(args["out"]) * n["wo"]
     if name == "semantic_argmax":
-        return len(args[1]) * args[2].shape[1] * args[3]  # type: ignore[no-any-return]
-    if name == "flow_start":
-        return len(args[6]) * args[4].numel()  # type: ignore[no-any-return]
-    if name == "flow_step":
-        return len(args[7]) * (2 * args[2].numel() + args[9].numel())  # type: ignore[no-any-return]
-    return len(args[8]) * 2 * args[3].numel() if name == "flow_finish" else 0
+        return len(args["h"]) * args["h"].shape[1] * args["n_codes"]  # type: ignore[no-any-return]
+    if name == "flow_step" and args["norm"] is not None:
+        return len(args["x"]) * (2 * n["w_out"] + n["w_in"])
+    if name == "flow_finish" and args["norm"] is not None:
+        return len(args["x"]) * 2 * n["w_out"]
+    if name == "norm_qkv":
+        return args["q_rows"] * n["wq"] + len(args["x"]) * (n["wk"] + n["wv"])  # type: ignore[no-any-return]
+    matrices = [] if name == "rms_norm" else {"wq", "wk", "wv", "w1", "w3", "weight", "w_in", "w_out"} & n.keys()
+    return len(args["x"]) * sum(n[key] for key in matrices) if matrices else 0
 
 
 def plain_multiply_adds(head: FlowHead, B: int) -> int:

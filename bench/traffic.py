@@ -55,9 +55,7 @@ PARTLY: dict[str, dict[str, Callable[[Args], int]]] = {
     "norm_qkv_append": {"kv_cache": _written_cache("x")},
     "rope_append": {"kv_cache": _written_cache("qkv")},
     "flow_start": {"quantiles": lambda args: 0},
-    "mlp_start": {"quantiles": lambda args: 0},
     "flow_finish": {"embeddings": _embedded},
-    "mlp_finish": {"embeddings": _embedded},
     "semantic_argmax": {"weight": lambda args: args["n_codes"] * int(args["weight"].shape[1])},
     "codec_dequantise": {
         "embedding_sum": lambda args: _codes(args) * int(args["embedding_sum"].shape[1]),

@@ -1,12 +1,11 @@
 """Search launch configs for this machine's GPU, and write them into the tables in the kernels' files.
 
-``python -m bench tune --op norm_linear`` prints a diff of ``kernels/linear.py``, and ``--write`` writes it. The search
-starts from the table. It halves and doubles one column after the other (stages: one more, one less) while that gains at
-least 2 %. A candidate that spills, does not fit or gives wrong results is dropped before it is timed. The search does
-not time operators that use the table of another operator, as norm_qkv uses norm_linear's: time these afterwards. **The
-search has not been run on a GPU**, only with a simulated clock. ``--arch sm_90`` needs no GPU, and only shows which
-candidates fit that architecture.
-"""
+``python -m bench tune --op norm_linear`` prints a diff of ``kernels/norm_linear.py``, and ``--write`` writes it. The
+search starts from the table. It halves and doubles one column after the other (stages: one more, one less) while that
+gains at least 2 %. A candidate that spills, does not fit or gives wrong results is dropped before it is timed. The
+search does not time operators that use the table of another operator, as norm_qkv uses norm_linear's: time these
+afterwards. **The search has not been run on a GPU**, only with a simulated clock. ``--arch sm_90`` needs no GPU, and
+only shows which candidates fit that architecture."""
 
 import argparse
 import copy

@@ -7,7 +7,7 @@ weight and bias::
         columns of a layer: shift | scale | gate                K each; the final layer has no gate
     n                 = (x - mean) / sqrt(variance + eps) * (1 + scale) + shift     [M, K], never stored
     adaln_linear_silu = silu(n @ weight.T + bias)               [M, N], the first half of a block
-    gated_linear      = residual + gate * (y @ weight.T + bias) [M, K], the second half, of y [M, N]
+    linear            = residual + gate * (y @ weight.T + bias) [M, K], the second half, of y [M, N], in ``linear.py``
 
     a block:  y^T [BLOCK_N, BLOCK_M]  =  sum over K of  weight [BLOCK_N, BLOCK_K] @ n^T [BLOCK_K, BLOCK_M]
 
@@ -27,10 +27,10 @@ from torch import Tensor
 
 from .common import cast, dot
 from .launch_config import LaunchConfigs
-from .linear import _product, _split_product, expect_rows
+from .linear import expect_modulation, expect_rows
 from .operator import expect, operator
 
-__all__ = ["adaln_linear_silu", "adaln_modulation", "gated_linear"]
+__all__ = ["adaln_linear_silu", "adaln_modulation"]
 
 # As in norm_linear, a tile of weights has 16 KB. A network with three blocks of width 1536 has 264 tiles, each with 64
 # rows of weights. A head is prepared for 64 steps per request but mostly runs few, so BLOCK_M is chosen for few steps.
@@ -55,7 +55,7 @@ ADALN_MODULATION = LaunchConfigs(
 # For N = 1536 an H100 has only 96 blocks on 132 multiprocessors, so each block must keep many bytes in flight. A stage
 # holds 8 KB of weights, and 12 KB of x, shift and scale. With num_stages = 8, seven stages are in flight, which take
 # 143 KB of shared memory. The other sm_* have num_stages = 5, so four stages are in flight.
-# The product is split along K among the four warps of a block, as in _split_product of linear.py. The product therefore
+# The product is split along K among the four warps of a block, as in split_product of linear.py. The product therefore
 # has three dimensions, and each warp computes one slice of the first dimension, SPLIT.
 ADALN_LINEAR_SILU = LaunchConfigs(
     "adaln_linear_silu",
@@ -70,22 +70,6 @@ ADALN_LINEAR_SILU = LaunchConfigs(
     sm_*         *      8    | 4      8        16       64       1024     4          5
     sm_*         *      16   | 4      16       16       32       512      4          6
     sm_*         *      *    | 4      16       32       32       512      4          4
-    """,
-)
-
-GATED_LINEAR = LaunchConfigs(
-    "gated_linear",
-    """
-    arch         dtype  rows | SPLIT  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      32   | 2      16       32       32       4          1
-    interpreter  *      *    | 1      16       32       64       4          1
-    gfx*         fp32   *    | 1      16       32       64       4          2
-    gfx*         *      16   | 4      16       16       64       4          2
-    gfx*         *      *    | 1      64       64       64       4          2
-    sm_*         fp32   *    | 1      16       32       32       4          6
-    sm_*         *      8    | 4      8        16       64       4          8
-    sm_*         *      16   | 4      16       16       64       4          6
-    sm_*         *      *    | 4      16       32       64       4          4
     """,
 )
 
@@ -271,81 +255,6 @@ def adaln_linear_silu(x: Tensor, modulation: Tensor, weight: Tensor, bias: Tenso
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     N, _ = expect("weight", weight, ("N", K), like=x)
     expect("bias", bias, (N,), like=x)
-    _expect_modulation("modulation", modulation, 2 * K, x)
+    expect_modulation("modulation", modulation, 2 * K, x)
     expect_rows(M, max_rows, "decode")
     return x.new_empty(M, N)
-
-
-@triton.jit(do_not_specialize=["M", "R"])
-def _gated_linear_kernel(
-    p_x, p_w, p_bias, p_gate, p_residual, p_y,
-    M, R, stride_x, stride_gate,
-    N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, m_n = o_m < M, o_n < N
-    if SPLIT == 1:
-        b_y = _product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, BLOCK_M, BLOCK_N, BLOCK_K)
-    else:
-        b_y = _split_product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K)
-    b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]  # [N, M]
-    m_y = m_m[None, :] & m_n[:, None]
-    o_y = o_m[None, :] * N + o_n[:, None]
-    if p_gate is not None:
-        o_gate = (tl.where(o_m < R, o_m + 1, 0) * stride_gate)[None, :] + o_n[:, None]
-        b_y *= tl.load(p_gate + o_gate, mask=m_y, other=0.0).to(tl.float32)
-    if p_residual is not None:
-        b_y += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(p_y + o_y, cast(b_y, p_y.dtype.element_ty), mask=m_y)
-
-
-def launch_gated_linear(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None, max_rows: int
-) -> None:
-    """Run :func:`gated_linear` into `out`, contiguous [M, N], without checking the arguments."""
-    (M, K), N = x.shape, len(weight)
-    R, stride_gate = (0, 0) if gate is None else (len(gate) - 1, gate.stride(0))
-    constants = GATED_LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows) | {"N": N, "K": K}
-    stride_x = x.stride(0) if M > 1 else K
-    _gated_linear_kernel[(triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))](
-        x, weight, bias, gate, residual, out, M, R, stride_x, stride_gate, **constants
-    )
-
-
-@operator(launch_gated_linear)
-def gated_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, residual: Tensor | None, max_rows: int
-) -> Tensor:
-    """Compute ``residual + gate * (x @ weight.T + bias)``: a gated product, added to the residual stream.
-
-    Args:
-        x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
-        weight: [N, K], as a checkpoint stores it.
-        bias: [N].
-        gate: [1 + R, N or more], with R in 0..M, or None for 1; only its last dimension must be contiguous. Row 1 + i
-            belongs to row i of x, and row 0 to the rows of x from R on.
-        residual: [M, N], contiguous, or None for 0.
-        max_rows: the most rows that the layer is prepared for, see :func:`adaln_linear_silu`, also for errors.
-
-    Returns:
-        [M, N] in x's dtype, summed in fp32 and rounded once.
-    """
-    M, K = expect("x", x, ("M", "K"), contiguous=False)
-    N, _ = expect("weight", weight, ("N", K), like=x)
-    expect("bias", bias, (N,), like=x)
-    if gate is not None:
-        _expect_modulation("gate", gate, N, x)
-    if residual is not None:
-        expect("residual", residual, (M, N), like=x)
-    expect_rows(M, max_rows, "decode")
-    return x.new_empty(M, N)
-
-
-def _expect_modulation(name: str, modulation: Tensor, columns: int, x: Tensor) -> None:
-    """Check that `modulation` has `columns` columns or more, and from 1 to 1 + M rows, where `x` has M rows."""
-    rows, found = expect(name, modulation, ("1 + R", "columns"), like=x, contiguous=False)
-    if found < columns or not 1 <= rows <= 1 + len(x):
-        raise ValueError(f"{name} is [{rows}, {found}] but must have 1..{1 + len(x)} rows of {columns} columns or more")

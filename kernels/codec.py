@@ -4,7 +4,7 @@ For B requests with T rows each, row = request * T + t::
 
     codec_dequantise   z = embedding_sum[c] / max(cluster_usage[c], 1e-5) | 2 c_k / (levels - 1) - 1    [B T, dim + K]
     codec_conv         y[t] = sum over i = 0..n of W_i @ x[t - n + i]     [B T, N], x [B T, K], W_i [N, K]
-                       x[-n..-1] of a request = conv_state[parity]        the n rows before the chunk; padding at first
+                       x[-n..-1] of a request = conv_state[parity]        the n rows before the chunk, or padding
                        conv_state[1 - parity] = the request's last n rows for the next chunk
     codec_update_state past_frames += new_frames, parity = 1 - parity
 
@@ -97,9 +97,9 @@ def codec_dequantise(
         codes: int64 [B, 1 + K, T] without the offset of 2, the semantic code first. The codes of a request's first
             `new_frames` frames must be in range, which is not checked.
         new_frames: int64 [B], the number of frames of each request, 0..T. The codes of later frames are ignored.
-        embedding_sum: [size, dim] fp32, bf16 or fp16, each semantic code's running sum. The sum divided by the code's
-            count is the code's vector.
-        cluster_usage: [size], each semantic code's running count.
+        embedding_sum: [size, dim] fp32, bf16 or fp16, for each semantic code, the moving-average sum of the vectors
+            that training assigned to it. Divided by `cluster_usage`, it is the code's vector.
+        cluster_usage: [size], for each semantic code, the moving-average number of those vectors.
         levels: the number of levels of an acoustic code.
 
     Returns:

@@ -1,27 +1,20 @@
-"""Linear layers for few rows, fused with the operations around the product.
+"""Linear layers for few rows, fused with the operations after the product.
 
-The activations are x [M, K]; norm [K] and the weights [N, K] are stored as in the checkpoint::
+The activations are x [M, K]; the weight [N, K] and the bias [N] are stored as in the checkpoint::
 
-    n           = x / sqrt(mean(x^2) + eps) * norm     [M, K], never stored
-    norm_linear = n @ weight.T                         [M, N]
-    norm_swiglu = silu(n @ w1.T) * (n @ w3.T)          [M, N]
-    linear      = residual + scale * (x @ weight.T)    [M, N]
+    linear = residual + gate * (x @ weight.T + bias)     [M, N]
+    gate     [1 + R, N]: row 1 + i is the gate of row i, and row 0 the gate of the rows from R on
 
-    a block:  y^T [BLOCK_N, BLOCK_M]  =  sum over K of  weight [BLOCK_N, BLOCK_K] @ n^T [BLOCK_K, BLOCK_M]
+    a block:  y^T [BLOCK_N, BLOCK_M]  =  sum over K of  weight [BLOCK_N, BLOCK_K] @ x^T [BLOCK_K, BLOCK_M]
 
 With few rows, reading the weights takes nearly all of a layer's time. The operations around the product are therefore
 fused into the launch that reads the weights.
 
 The weight's rows are the first axis of a tile. On NVIDIA GPUs, a matrix instruction takes 16 or 64 rows on its left
-side, but as few as 8 columns on its right side. Six rows of activations are then padded to 8, not to 16 or 64.
-
-One kernel computes ``norm_linear`` and ``norm_swiglu``; a second kernel computes ``linear``. A prefill has many rows,
-so a prefill's tiles are large enough to keep the matrix units busy.
+side, but as few as 8 columns on its right side. The six rows of one request in the public flow head are then padded to
+8, not to 16 or 64. A prefill has many rows, so a prefill's tiles are large enough to keep the matrix units busy.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,266 +23,34 @@ from .common import cast, dot
 from .launch_config import LaunchConfigs
 from .operator import expect, operator
 
-__all__ = ["linear", "norm_linear", "norm_swiglu"]
+__all__ = ["linear"]
 
-# For up to 32 rows in bf16 or fp16, a stage holds 8 to 16 KB of weights, or 4 KB for 32 rows on sm_120. All stages
-# together fit into 101,376 bytes, the shared memory of a block on sm_86, sm_89 and sm_120. For N = 4096, an H100 has
-# only 64 blocks on 132 multiprocessors, so each block must keep at least 32 KB in flight.
-# BLOCK_K must be smaller than the number of threads in a block (32 * num_warps). Otherwise the compiled code loads
-# `norm` in pieces of 2 bytes, one element per thread. Asynchronous copies move at least 4 bytes, so this load is not
-# pipelined, and every step waits for it.
-# On sm_120, norm_linear spills registers with BLOCK_M = 64 on four warps, and with BLOCK_M = 32 and BLOCK_K = 128.
-# kernels/qkv.py uses this table too. There, BLOCK_M = 32 with BLOCK_N = 64 spills on sm_120: norm_qkv_append spills
-# on four warps, and norm_qkv on eight.
-# On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
-# tiles spill.
-NORM_LINEAR = LaunchConfigs(
-    "norm_linear",
-    """
-    arch         dtype  phase    rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      *        *    | 16       32       64       4          1
-    gfx*         fp32   *        *    | 16       32       64       4          2
-    gfx*         *      prefill  *    | 64       128      64       8          2
-    gfx*         *      *        16   | 16       64       128      4          2
-    gfx*         *      *        *    | 64       64       64       4          2
-    sm_*         fp32   *        *    | 16       32       32       4          6
-    sm_*         *      prefill  *    | 128      128      64       8          3
-    sm_*         *      *        8    | 8        64       128      8          6
-    sm_*         *      *        16   | 16       64       128      8          5
-    sm_12?       *      *        32   | 32       32       64       8          8
-    sm_*         *      *        32   | 32       64       64       4          8
-    sm_*         *      *        *    | 64       64       64       8          4
-    """,
-)
-
-# Each step loads two tiles of weights, one of w1 and one of w3, and a block has two accumulators. The tiles are
-# therefore smaller, or the stages fewer, than in NORM_LINEAR.
-NORM_SWIGLU = LaunchConfigs(
-    "norm_swiglu",
-    """
-    arch         dtype  phase    rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      *        *    | 16       32       64       4          1
-    gfx*         fp32   *        *    | 16       32       32       4          2
-    gfx*         *      prefill  *    | 64       64       64       8          2
-    gfx*         *      *        16   | 16       64       64       4          2
-    gfx*         *      *        *    | 64       64       32       4          2
-    sm_*         fp32   *        *    | 16       32       32       4          4
-    sm_*         *      prefill  *    | 64       128      64       8          3
-    sm_*         *      *        8    | 8        32       128      8          5
-    sm_*         *      *        16   | 16       32       128      8          4
-    sm_*         *      *        32   | 32       64       64       4          4
-    sm_*         *      *        *    | 64       64       64       8          3
-    """,
-)
-
-# SPLIT is the number of partial sums along K, see _split_product.
+# SPLIT is the number of partial sums along K, see split_product. With N = 1536, as in an MLP head, tiles with 64 rows
+# of weights would make only 24 blocks, so a tile has 32 rows.
 LINEAR = LaunchConfigs(
     "linear",
     """
-    arch         dtype  phase    rows | SPLIT  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      prefill  *    | 1      16       32       64       4          1
-    interpreter  *      *        32   | 2      16       32       32       4          1
-    interpreter  *      *        *    | 1      16       32       64       4          1
-    gfx*         fp32   *        *    | 1      16       32       64       4          2
-    gfx*         *      prefill  *    | 1      64       128      64       8          2
-    gfx*         *      *        16   | 4      16       16       64       4          2
-    gfx*         *      *        *    | 1      64       64       64       4          2
-    sm_*         fp32   *        *    | 1      16       32       32       4          6
-    sm_*         *      prefill  *    | 1      128      128      64       8          3
-    sm_*         *      *        8    | 4      8        16       64       4          8
-    sm_*         *      *        16   | 4      16       16       64       4          6
-    sm_*         *      *        32   | 1      32       64       64       4          8
-    sm_*         *      *        *    | 1      64       64       64       8          4
+    arch         dtype  phase    rows N    | SPLIT  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      prefill  *    *    | 1      16       32       64       4          1
+    interpreter  *      *        32   *    | 2      16       32       32       4          1
+    interpreter  *      *        *    *    | 1      16       32       64       4          1
+    gfx*         fp32   *        *    *    | 1      16       32       64       4          2
+    gfx*         *      prefill  *    *    | 1      64       128      64       8          2
+    gfx*         *      *        16   *    | 4      16       16       64       4          2
+    gfx*         *      *        *    *    | 1      64       64       64       4          2
+    sm_*         fp32   *        *    *    | 1      16       32       32       4          6
+    sm_*         *      prefill  *    *    | 1      128      128      64       8          3
+    sm_*         *      *        8    *    | 4      8        16       64       4          8
+    sm_*         *      *        16   *    | 4      16       16       64       4          6
+    sm_*         *      *        *    1536 | 4      16       32       64       4          4
+    sm_*         *      *        32   *    | 1      32       64       64       4          8
+    sm_*         *      *        *    *    | 1      64       64       64       8          4
     """,
 )
 
 
 @triton.jit
-def _row_scale(
-    p_x, o_m, m_m, stride_x, eps,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Return ``1 / sqrt(mean(x^2) + eps)`` of each row, fp32 [BLOCK_M], in a separate pass over the activations."""
-    o_k = tl.arange(0, BLOCK_K)
-    b_square = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        m_x = m_m[:, None] & (k + o_k < K)[None, :]
-        b_x = tl.load(p_x + o_m[:, None] * stride_x + (k + o_k)[None, :], mask=m_x, other=0.0).to(tl.float32)
-        b_square += b_x * b_x
-    return tl.rsqrt(tl.sum(b_square, 1) / K + eps)
-
-
-@triton.jit
-def norm_product(
-    p_x, p_norm, p_w, p_up, o_m, o_n, m_m, m_n, stride_x, eps,
-    K: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Compute ``w RMSNorm(x)^T`` of one tile, for the weight `p_w` and for a second weight `p_up`.
-
-    With NORM_FIRST, a first pass over x computes the scale ``1 / sqrt(mean(x^2) + eps)``, and x is scaled before the
-    product. Without NORM_FIRST, the scale is applied to the finished sums, so x is read once.
-
-    Args:
-        p_x: activations [M, K].
-        p_norm: [K], the weight of RMSNorm.
-        p_w: [N, K].
-        p_up: [N, K], or None.
-        o_m: [BLOCK_M], rows of x.
-        o_n: [BLOCK_N], rows of the weights.
-        m_m: bool [BLOCK_M], which rows of x exist.
-        m_n: bool [BLOCK_N], which rows of the weights exist.
-        stride_x: elements between rows of x.
-        eps: added to the mean square.
-        K: columns of x and of the weights.
-        NORM_FIRST: whether x is scaled before the product.
-        BLOCK_M: rows of x in a tile.
-        BLOCK_N: rows of the weights in a tile.
-        BLOCK_K: columns per step.
-
-    Returns:
-        Two fp32 blocks [BLOCK_N, BLOCK_M], of `p_w` and of `p_up`. The second is zero where `p_up` is None.
-    """
-    o_k = tl.arange(0, BLOCK_K)
-    eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
-    if NORM_FIRST:
-        b_scale = _row_scale(p_x, o_m, m_m, stride_x, eps, K, BLOCK_M, BLOCK_K)  # [M]
-    b_square = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
-    b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    b_up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        m_k = k + o_k < K
-        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
-        b_x = tl.load(
-            p_x + o_m[:, None] * stride_x + (k + o_k)[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0
-        ).to(tl.float32)  # [M, K]
-        b_norm = tl.load(p_norm + k + o_k, mask=m_k, other=0.0).to(tl.float32)  # [K]
-        if NORM_FIRST:
-            b_x *= b_scale[:, None]
-        else:
-            b_square += b_x * b_x
-        b_a = cast(b_x * b_norm[None, :], b_w.dtype)
-        b_acc = dot(b_w, tl.trans(b_a), b_acc)  # [N, M]
-        if p_up is not None:
-            p_tile_up = p_up + o_n[:, None] * K + (k + o_k)[None, :]
-            b_up = dot(tl.load(p_tile_up, mask=m_n[:, None] & m_k[None, :], other=0.0), tl.trans(b_a), b_up)
-    if not NORM_FIRST:
-        # the scale is one number per row, so it can be applied to the finished sums: one pass over x is enough
-        b_scale = tl.rsqrt(tl.sum(b_square, 1) / K + eps)
-        b_acc, b_up = b_acc * b_scale[None, :], b_up * b_scale[None, :]
-    return b_acc, b_up
-
-
-@triton.jit(do_not_specialize=["M"])
-def _norm_linear_kernel(
-    p_x, p_norm, p_w, p_up, p_y,
-    M, stride_x, eps,
-    N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    # tiles of the same weights are neighbours in launch order: all but the first find the weights in the L2 cache
-    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, m_n = o_m < M, o_n < N
-    b_acc, b_up = norm_product(
-        p_x, p_norm, p_w, p_up, o_m, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    if p_up is not None:
-        b_acc = b_acc * tl.sigmoid(b_acc) * b_up
-    p_tile = p_y + o_m[None, :] * N + o_n[:, None]
-    tl.store(p_tile, cast(b_acc, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
-
-
-def norm_constants(configs: LaunchConfigs, x: Tensor, weight: Tensor, max_rows: int, phase: str) -> dict[str, Any]:
-    """Return the constants of a launch with RMSNorm before the product: N, K, NORM_FIRST, and those of `configs`."""
-    N, K = weight.shape
-    constants = configs(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
-    return constants | {"NORM_FIRST": x.dtype == torch.float16}  # x * norm, not yet scaled, may exceed fp16's 65,504
-
-
-def _launch_norm(
-    configs: LaunchConfigs, out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, w_up: Tensor | None, eps: float,
-    max_rows: int, phase: str,
-) -> None:  # fmt: skip
-    (M, K), N = x.shape, weight.shape[0]
-    constants = norm_constants(configs, x, weight, max_rows, phase)
-    # a single row's stride is not used, but Triton would compile another binary if the stride were 1
-    stride_x = x.stride(0) if M > 1 else K
-    grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
-    _norm_linear_kernel[grid](x, norm, weight, w_up, out, M, stride_x, eps, **constants)
-
-
-def launch_norm_linear(
-    out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode"
-) -> None:
-    """Run :func:`norm_linear` into `out`, contiguous [M, N], without checking the arguments."""
-    _launch_norm(NORM_LINEAR, out, x, norm, weight, None, eps, max_rows, phase)
-
-
-@operator(launch_norm_linear)
-def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode") -> Tensor:
-    """Compute ``RMSNorm(x) @ weight.T``, where RMSNorm is ``x / sqrt(mean(x^2) + eps) * norm`` of each row.
-
-    Args:
-        x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
-        norm: [K], the weight of RMSNorm.
-        weight: [N, K], as a checkpoint stores it.
-        eps: added to the mean square.
-        max_rows: the most rows that the layer is prepared for, 1..512 in decode. The launch config depends on this
-            number, so a row's result depends neither on M nor on the other rows.
-        phase: "decode", or "prefill", which takes tiles for many rows whatever `max_rows` is. In fp32 on a GPU,
-            both take the same tiles.
-
-    Returns:
-        [M, N] in x's dtype, summed in fp32 and rounded once.
-
-    Raises:
-        ValueError: M is not in 1..max_rows, max_rows is out of range, or the phase is unknown.
-    """
-    M, K = expect("x", x, ("M", "K"), contiguous=False)
-    expect("norm", norm, (K,), like=x)
-    N, _ = expect("weight", weight, ("N", K), like=x)
-    expect_rows(M, max_rows, phase)
-    return x.new_empty(M, N)
-
-
-def launch_norm_swiglu(
-    out: Tensor, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
-) -> None:
-    """Run :func:`norm_swiglu` into `out`, contiguous [M, N], without checking the arguments."""
-    _launch_norm(NORM_SWIGLU, out, x, norm, w1, w3, eps, max_rows, phase)
-
-
-@operator(launch_norm_swiglu)
-def norm_swiglu(
-    x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
-) -> Tensor:
-    """Compute ``silu(n @ w1.T) * (n @ w3.T)`` with ``n = RMSNorm(x)``.
-
-    This is SwiGLU (arXiv 2002.05202) without its down projection, which :func:`linear` computes.
-
-    Args:
-        x: [M, K], see :func:`norm_linear`, also for `norm`, `eps`, `max_rows`, `phase` and errors.
-        norm: [K].
-        w1: [N, K], the weight of the gate.
-        w3: [N, K], the weight of the up projection, which the gate multiplies.
-        eps: added to the mean square.
-        max_rows: the most rows that the layer is prepared for.
-        phase: "decode" or "prefill".
-
-    Returns:
-        [M, N] in x's dtype, summed in fp32 and rounded once.
-    """
-    M, K = expect("x", x, ("M", "K"), contiguous=False)
-    expect("norm", norm, (K,), like=x)
-    N, _ = expect("w1", w1, ("N", K), like=x)
-    expect("w3", w3, (N, K), like=x)
-    expect_rows(M, max_rows, phase)
-    return x.new_empty(M, N)
-
-
-@triton.jit
-def _product(
+def product(
     p_x, p_w, o_m, o_n, m_m, m_n, stride_x,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -305,7 +66,7 @@ def _product(
 
 
 @triton.jit
-def _split_product(
+def split_product(
     p_x, p_w, o_m, o_n, m_m, m_n, stride_x,
     K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -329,10 +90,10 @@ def _split_product(
     return tl.sum(b_acc, 0)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "R"])
 def _linear_kernel(
-    p_x, p_w, p_scale, p_residual, p_y,
-    M, stride_x,
+    p_x, p_w, p_bias, p_gate, p_residual, p_y,
+    M, R, stride_x, stride_gate,
     N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -341,56 +102,71 @@ def _linear_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < M, o_n < N
     if SPLIT == 1:
-        b_acc = _product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        b_y = product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, BLOCK_M, BLOCK_N, BLOCK_K)
     else:
-        b_acc = _split_product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K)
-    m_y = m_m[None, :] & m_n[:, None]
+        b_y = split_product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K)
+    m_y = m_m[None, :] & m_n[:, None]  # [N, M]
     o_y = o_m[None, :] * N + o_n[:, None]
-    if p_scale is not None:
-        b_acc *= tl.load(p_scale + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+    if p_bias is not None:
+        b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+    if p_gate is not None:
+        o_gate = (tl.where(o_m < R, o_m + 1, 0) * stride_gate)[None, :] + o_n[:, None]
+        b_y *= tl.load(p_gate + o_gate, mask=m_y, other=0.0).to(tl.float32)
     if p_residual is not None:
-        b_acc += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(p_y + o_y, cast(b_acc, p_y.dtype.element_ty), mask=m_y)
+        b_y += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + o_y, cast(b_y, p_y.dtype.element_ty), mask=m_y)
 
 
 def launch_linear(
-    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None, max_rows: int,
-    phase: str = "decode",
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, residual: Tensor | None,
+    max_rows: int, phase: str = "decode",
 ) -> None:  # fmt: skip
     """Run :func:`linear` into `out`, contiguous [M, N], without checking the arguments."""
-    (M, K), N = x.shape, weight.shape[0]
+    (M, K), N = x.shape, len(weight)
+    R, stride_gate = (0, 0) if gate is None else (len(gate) - 1, gate.stride(0))
     constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
+    # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
-    _linear_kernel[grid](x, weight, scale, residual, out, M, stride_x, **constants)
+    _linear_kernel[grid](x, weight, bias, gate, residual, out, M, R, stride_x, stride_gate, **constants)
 
 
 @operator(launch_linear)
 def linear(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
     residual: Tensor | None,
     max_rows: int,
     phase: str = "decode",
 ) -> Tensor:
-    """Compute ``residual + scale * (x @ weight.T)``: a product, added to the residual stream.
+    """Compute ``residual + gate * (x @ weight.T + bias)``: a gated product, added to the residual stream.
 
     Args:
         x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
         weight: [N, K], as a checkpoint stores it.
-        scale: [N], a layer scale, or None for 1.
+        bias: [N], or None for 0.
+        gate: [1 + R, N or more], with R in 0..M, or None for 1; only its last dimension must be contiguous. Row 1 + i
+            belongs to row i of x, and row 0 to the rows of x from R on. A layer scale is a gate with one row.
         residual: [M, N], contiguous, or None for 0.
-        max_rows: the most rows that the layer is prepared for, see :func:`norm_linear`, also for `phase` and errors.
-        phase: "decode" or "prefill".
+        max_rows: the most rows that the layer is prepared for, 1..512 in decode. The launch config depends on this
+            number, so a row's result depends neither on M nor on the other rows.
+        phase: "decode", or "prefill", which takes tiles for many rows whatever `max_rows` is. In fp32 on a GPU,
+            both take the same tiles.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
+
+    Raises:
+        ValueError: M is not in 1..max_rows, max_rows is out of range, or the phase is unknown.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     N, _ = expect("weight", weight, ("N", K), like=x)
-    if scale is not None:
-        expect("scale", scale, (N,), like=x)
+    if bias is not None:
+        expect("bias", bias, (N,), like=x)
+    if gate is not None:
+        expect_modulation("gate", gate, N, x)
     if residual is not None:
         expect("residual", residual, (M, N), like=x)
     expect_rows(M, max_rows, phase)
@@ -416,3 +192,10 @@ def expect_rows(M: int, max_rows: int, phase: str) -> None:
         )
     if not 1 <= M <= max_rows:
         raise ValueError(f"x has {M} rows but must have 1..{max_rows} (max_rows)")
+
+
+def expect_modulation(name: str, modulation: Tensor, columns: int, x: Tensor) -> None:
+    """Check that `modulation` has `columns` columns or more, and from 1 to 1 + M rows, where `x` has M rows."""
+    rows, found = expect(name, modulation, ("1 + R", "columns"), like=x, contiguous=False)
+    if found < columns or not 1 <= rows <= 1 + len(x):
+        raise ValueError(f"{name} is [{rows}, {found}] but must have 1..{1 + len(x)} rows of {columns} columns or more")

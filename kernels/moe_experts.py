@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .common import cast, dot
 from .launch_config import LaunchConfigs
-from .linear import norm_product
+from .norm_linear import norm_product
 from .operator import expect, operator
 
 __all__ = ["PointerTable", "moe_combine", "moe_experts_down", "moe_experts_up", "pointer_table"]

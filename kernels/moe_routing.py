@@ -51,10 +51,10 @@ MOE_ROUTE = LaunchConfigs(
     """,
 )
 
-# ROWS is the number of pairs in a tile. It depends on `rows`, the number of tokens for which an expert is prepared. At
-# decode, `rows` is `max_rows`. On a GPU in bf16 and fp16, one tile then holds all tokens of an expert, up to 64, and
-# the expert's weights are read once. At prefill, `rows` is twice the mean number of tokens per expert, so that the
-# weights of an expert with many tokens are read only a few times.
+# Here ROWS is the most pairs in a tile, not the tokens of a block as in MOE_ROUTE. It depends on `rows`, the number of
+# tokens for which an expert is prepared. At decode, `rows` is `max_rows`. On a GPU in bf16 and fp16, one tile then
+# holds all tokens of an expert, up to 64, and the expert's weights are read once. At prefill, `rows` is twice the mean
+# number of tokens per expert, so that the weights of an expert with many tokens are read only a few times.
 # On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
 # tiles spill.
 MOE_TILE_ROWS = LaunchConfigs(
@@ -78,7 +78,7 @@ def _open_groups(
     b_order, b_ranked, o_e, m_e,
     ROWS: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, N_GROUPS: tl.constexpr, GROUPS_PER_TOK: tl.constexpr,
 ):  # fmt: skip
-    """Return `b_order` [M, E] with -inf for the experts outside their token's best groups.
+    """Return `b_order` [M, E], with -inf in each row for the experts outside that token's best groups.
 
     A group's score is the sum of its two best values in `b_ranked` [M, E], or its only value.
     """
@@ -233,7 +233,7 @@ def _moe_group_kernel(
 
 
 def choose_tile_rows(E: int, top_k: int, dtype: torch.dtype, max_rows: int, phase: str) -> int:
-    """Return the number of pairs in a tile.
+    """Return the most pairs that a tile may hold.
 
     Args:
         E: the number of experts of the layer, without the shared experts.
@@ -330,7 +330,7 @@ def moe_route(
             two best scores. If `bias` is given, it is added to the scores before they are compared.
         renormalise: whether a token's k weights are divided by their sum.
         scale: the factor on the k weights, applied last.
-        tile_rows: the number of pairs in a tile, a power of 2; see :func:`choose_tile_rows`.
+        tile_rows: the most pairs in a tile, a power of 2; see :func:`choose_tile_rows`.
         max_rows: the most tokens that the operator is prepared for. The launch config depends on this number, so a
             token's experts depend neither on M nor on the other tokens.
 

@@ -141,8 +141,8 @@ def _paged_attention_kernel(
 ):  # fmt: skip
     i_s, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length = tl.load(p_lengths + i_b).to(tl.int32)
-    seen = tl.maximum(length - window, 0)  # tokens before the window, which the query does not see
-    n_spans = tl.cdiv(length - seen, SPAN)
+    skipped = tl.maximum(length - window, 0)  # the tokens before the window; the query does not see these tokens
+    n_spans = tl.cdiv(length - skipped, SPAN)
     if i_s >= tl.maximum(n_spans, 1):
         return
     o_g, o_d = tl.arange(0, GROUP), tl.arange(0, COLUMNS)
@@ -150,7 +150,7 @@ def _paged_attention_kernel(
     o_head = i_b * H + i_kv * (H // HKV) + o_g
     m_q = m_g[:, None] & m_d[None, :]
     b_q = tl.load(p_q + o_head[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [G, D]
-    first = seen + i_s * SPAN
+    first = skipped + i_s * SPAN
     b_acc, b_max, b_sum = _attend(
         b_q, length + tl.zeros_like(o_g), p_kv + i_kv * stride_head, p_table + i_b * stride_table,
         first, tl.minimum(first + SPAN, length), window, stride_page, stride_v, stride_token,

@@ -15,8 +15,8 @@ directly into their pages (see kernels/paged_attention.py). ``rope_append`` is f
 compute q | k | v themselves.
 
 Each of the two norm operators has one grid over the tiles of wq, wk and wv, in this order, so one launch reads all
-three weights. The tiles are those of ``norm_linear``, see kernels/linear.py: the weight's rows are the first axis of a
-tile. A tile begins at an even row and has an even number of rows, so both numbers of a pair are in the same tile.
+three weights. The tiles are those of ``norm_linear.py``: the weight's rows are the first axis of a tile. A tile begins
+at an even row and has an even number of rows, so both numbers of a pair are in the same tile.
 """
 
 import torch
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .common import cast
 from .launch_config import FP_FUSION
-from .linear import NORM_LINEAR, expect_rows, norm_constants, norm_product
+from .linear import expect_rows
+from .norm_linear import NORM_LINEAR, norm_constants, norm_product
 from .operator import expect, operator
 from .paged_attention import expect_cache, expect_heads, page_strides
 
@@ -134,7 +135,7 @@ def norm_qkv(
     """Compute the queries, keys and values of ``RMSNorm(x)``, each from its own weight.
 
     Args:
-        x: [M, K], see :func:`voxkern.kernels.linear.norm_linear`, also for `norm`, `eps`, `max_rows` and `phase`.
+        x: [M, K], see :func:`voxkern.kernels.norm_linear.norm_linear`, also for `norm`, `eps`, `max_rows` and `phase`.
         norm: [K].
         wq: [Nq, K], the weight of the queries.
         wk: [Nkv, K], the weight of the keys.
@@ -242,7 +243,7 @@ def norm_qkv_append(
     """Compute :func:`norm_qkv` for one new token per request, rotate q and k, and write k and v into the KV cache.
 
     Args:
-        x: [B, K], the new tokens, see :func:`voxkern.kernels.linear.norm_linear`, also for `norm` and `eps`.
+        x: [B, K], the new tokens, see :func:`voxkern.kernels.norm_linear.norm_linear`, also for `norm` and `eps`.
         norm: [K].
         wq: [H * D, K], the weight of the queries.
         wk: [Hkv * D, K], the weight of the keys.

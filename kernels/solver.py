@@ -1,28 +1,26 @@
-"""Device functions around a velocity network: initial noise, projections of one row, a solver step and codes.
+"""Device functions of a frame's solver steps, which ``flow.py`` puts together: noise, guidance, projections, codes.
 
 For one request with K acoustic codebooks, a network of width N and embeddings of width E::
 
-    init_noise     x ~ N(0, 1)                                     [K], or given
-    project_in     token = w_in @ x + bias                         [N], the same for both branches
-        the network, in other launches: token -> y                 [N]
-    project_out    v = w_out @ y                                   [K], the velocity
-    solver_step    x = x + dt * (v + ab2_ratio * (v - v_last))     [K], with v_last of the step before
-    write_codes    code = round((clamp(x, -1, 1) + 1) / 2 * (levels - 1)) + 2      int64 [K]
-                   next = sum of the embeddings of the semantic and acoustic codes     [E]
+    init_noise       x ~ N(0, 1)                                     [K], or given
+    project_in       token = w_in @ x + bias                         [N], the same for both branches
+        the network, in other launches: token -> y                   [N] of each branch
+    guided_step      n = a * norm(y_cond) + (1 - a) * norm(y_uncond) [N]
+                     v = w_out @ n + bias                            [K], the guided velocity
+                     x = x + dt * (v + ab2_ratio * (v - v_last))     [K], with v_last of the step before
+    write_codes      code = round((clamp(x, -1, 1) + 1) / 2 * (levels - 1)) + 2      int64 [K]
+                     next = sum of the embeddings of the semantic and acoustic codes     [E]
 
 Both projections are small, and the next input projection needs the velocity of all K codebooks. One block therefore
 computes a whole step of one request: a step is one launch, and no block waits for another.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .common import END_AUDIO, N_SPECIAL_CODES, cast, normals, round_half_even
-from .operator import expect
 
-__all__ = ["init_noise", "load_state", "project_in", "project_out", "solver_step", "write_codes"]
+__all__ = ["guided_step", "init_noise", "project_in", "write_codes", "write_time_tokens"]
 
 
 @triton.jit
@@ -45,51 +43,6 @@ def init_noise(p_seed, p_frame, p_noise, p_quantiles, i_b, K: tl.constexpr, PAD_
 
 
 @triton.jit
-def project_out(
-    p_w_out, b_y,
-    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
-    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
-):  # fmt: skip
-    """Return ``w_out @ y``, fp32 [PAD_K] with zeros past K, for one row `b_y`, fp32 [PAD_N]."""
-    o_n, o_k = tl.arange(0, PAD_N), tl.arange(0, PAD_K)
-    b_v = tl.zeros([PAD_K], dtype=tl.float32)
-    for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
-        o_row = k + tl.arange(0, BLOCK_K)
-        m_w = (o_row < K)[:, None] & (o_n < N)[None, :]
-        b_w = tl.load(p_w_out + o_row[:, None] * N + o_n[None, :], mask=m_w, other=0.0).to(tl.float32)
-        b_some = tl.sum(b_w * b_y[None, :], 1)  # [BLOCK_K]
-        b_v += tl.sum(tl.where(o_k[:, None] == o_row[None, :], b_some[None, :], 0.0), 1)
-    return b_v
-
-
-@triton.jit
-def load_state(p_x, p_last, i_b, K: tl.constexpr, PAD_K: tl.constexpr):
-    """Return a request's state x and the velocity of its last step, fp32 [PAD_K] each, zeros past K."""
-    o_k = tl.arange(0, PAD_K)
-    b_x = tl.load(p_x + i_b * K + o_k, mask=o_k < K, other=0.0)
-    b_last = tl.load(p_last + i_b * K + o_k, mask=o_k < K, other=0.0)
-    tl.debug_barrier()  # several warps load the same x: all warps must read x before one warp writes x
-    return b_x, b_last
-
-
-@triton.jit
-def solver_step(p_x, p_last, b_x, b_last, b_v, i_b, dt, ab2_ratio, K: tl.constexpr, PAD_K: tl.constexpr):
-    """Compute x + dt * (v + ab2_ratio * (v - v_last)), store it as x and v as v_last, and return the new x.
-
-    Returns:
-        fp32 [PAD_K], zeros past K.
-    """
-    dt, ab2_ratio = tl.full([], dt, tl.float32), tl.full([], ab2_ratio, tl.float32)  # torch.compile passes both as fp64
-    o_k = tl.arange(0, PAD_K)
-    b_x += dt * tl.where(
-        ab2_ratio == 0.0, b_v, b_v + ab2_ratio * (b_v - b_last)
-    )  # v_last may be NaN in a first step, where ab2_ratio is 0
-    tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
-    tl.store(p_last + i_b * K + o_k, b_v, mask=o_k < K)
-    return b_x
-
-
-@triton.jit
 def project_in(
     p_w_in, p_bias, p_tokens, b_x, i_b, n, B,
     N: tl.constexpr, K: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -108,6 +61,101 @@ def project_in(
     b_token = cast(b_token, p_tokens.dtype.element_ty)
     tl.store(p_tokens + i_b * N + o_n, b_token, mask=m_n)
     tl.store(p_tokens + (B + i_b) * N + o_n, b_token, mask=m_n)
+
+
+@triton.jit
+def write_time_tokens(p_time, p_tokens, i_b, B, N: tl.constexpr, PAD_N: tl.constexpr):
+    """Write `p_time` [N] to the t tokens of both branches of a request."""
+    o_n = tl.arange(0, PAD_N)
+    b_time = tl.load(p_time + o_n, mask=o_n < N, other=0.0)
+    tl.store(p_tokens + (2 * B + i_b) * N + o_n, b_time, mask=o_n < N)
+    tl.store(p_tokens + (3 * B + i_b) * N + o_n, b_time, mask=o_n < N)
+
+
+@triton.jit
+def _modulated_norm(p_x, p_mod, eps, N: tl.constexpr, PAD_N: tl.constexpr):
+    """Return ``(x - mean) / sqrt(variance + eps) * (1 + scale) + shift`` of one row: fp32 [PAD_N], zeros past N.
+
+    `p_mod` points to the row's shift [N]; the row's scale [N] follows directly.
+    """
+    o_n = tl.arange(0, PAD_N)
+    m_n = o_n < N
+    b_x = tl.load(p_x + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_x = tl.where(m_n, b_x - tl.sum(b_x, 0) / N, 0.0)
+    b_x *= tl.rsqrt(tl.sum(b_x * b_x, 0) / N + eps)
+    b_shift = tl.load(p_mod + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_scale = tl.load(p_mod + N + o_n, mask=m_n, other=0.0).to(tl.float32)
+    return b_x * (1 + b_scale) + b_shift
+
+
+@triton.jit
+def _guided_input(
+    p_y, p_norm, p_mod, stride_mod, alpha, i_b, B, eps,
+    N: tl.constexpr, PAD_N: tl.constexpr,
+):  # fmt: skip
+    """Return ``alpha * norm(y_cond) + (1 - alpha) * norm(y_uncond)`` of a request: fp32 [PAD_N], zeros past N.
+
+    The norm is RMSNorm with the weight `p_norm` or, where that is None, a layer norm modulated by rows of `p_mod`. The
+    guidance and the projection after it are both linear, so combining the two rows first halves the multiply-adds.
+    """
+    if p_norm is None:
+        b_y = alpha * _modulated_norm(p_y + i_b * N, p_mod + (1 + i_b) * stride_mod, eps, N, PAD_N)
+        b_y += (1 - alpha) * _modulated_norm(p_y + (B + i_b) * N, p_mod, eps, N, PAD_N)
+    else:
+        o_n = tl.arange(0, PAD_N)
+        m_n = o_n < N
+        b_y = tl.load(p_y + i_b * N + o_n, mask=m_n, other=0.0).to(tl.float32)
+        b_uncond = tl.load(p_y + (B + i_b) * N + o_n, mask=m_n, other=0.0).to(tl.float32)
+        b_norm = tl.load(p_norm + o_n, mask=m_n, other=0.0).to(tl.float32)
+        b_y *= alpha * tl.rsqrt(tl.sum(b_y * b_y, 0) / N + eps)
+        b_uncond *= (1 - alpha) * tl.rsqrt(tl.sum(b_uncond * b_uncond, 0) / N + eps)
+        b_y = (b_y + b_uncond) * b_norm  # [N]
+    return b_y
+
+
+@triton.jit
+def guided_step(
+    p_y, p_norm, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, i_b, B, stride_mod, eps, dt, ab2_ratio,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    """Run a solver step of one request: update x and v_last, and return the new x, fp32 [PAD_K] with zeros past K.
+
+    The bias of the projection, which may be None, is added once, because the guidance weights a and 1 - a sum to 1.
+    """
+    # torch.compile passes these numbers as fp64
+    eps, dt, ab2_ratio = tl.full([], eps, tl.float32), tl.full([], dt, tl.float32), tl.full([], ab2_ratio, tl.float32)
+    o_k = tl.arange(0, PAD_K)
+    b_x = tl.load(p_x + i_b * K + o_k, mask=o_k < K, other=0.0)
+    b_last = tl.load(p_last + i_b * K + o_k, mask=o_k < K, other=0.0)
+    tl.debug_barrier()  # several warps load the same x: all warps must read x before one warp writes x
+    b_y = _guided_input(p_y, p_norm, p_mod, stride_mod, tl.load(p_alpha + i_b), i_b, B, eps, N, PAD_N)
+    b_v = _project_out(p_w_out, b_y, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
+    if p_b_out is not None:
+        b_v += tl.load(p_b_out + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    # v_last may be NaN in a first step, where ab2_ratio is 0
+    b_x += dt * tl.where(ab2_ratio == 0.0, b_v, b_v + ab2_ratio * (b_v - b_last))
+    tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
+    tl.store(p_last + i_b * K + o_k, b_v, mask=o_k < K)
+    return b_x
+
+
+@triton.jit
+def _project_out(
+    p_w_out, b_y,
+    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+):  # fmt: skip
+    """Return ``w_out @ y``, fp32 [PAD_K] with zeros past K, for one row `b_y`, fp32 [PAD_N]."""
+    o_n, o_k = tl.arange(0, PAD_N), tl.arange(0, PAD_K)
+    b_v = tl.zeros([PAD_K], dtype=tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
+        o_row = k + tl.arange(0, BLOCK_K)
+        m_w = (o_row < K)[:, None] & (o_n < N)[None, :]
+        b_w = tl.load(p_w_out + o_row[:, None] * N + o_n[None, :], mask=m_w, other=0.0).to(tl.float32)
+        b_some = tl.sum(b_w * b_y[None, :], 1)  # [BLOCK_K]
+        b_v += tl.sum(tl.where(o_k[:, None] == o_row[None, :], b_some[None, :], 0.0), 1)
+    return b_v
 
 
 @triton.jit
@@ -141,47 +189,3 @@ def write_codes(
                 tl.load(p_embeddings + o_row[:, None] * E + o_e[None, :], mask=m_b, other=0.0).to(tl.float32), 0
             )
         tl.store(p_next + i_b * E + o_e, cast(b_next, p_next.dtype.element_ty), mask=m_e)
-
-
-def padded(N: int, K: int) -> dict[str, int]:
-    """Return the kernel constants N, PAD_N and PAD_K.
-
-    PAD_N and PAD_K are N and K, rounded up to powers of two. PAD_K is at least 4, because noise is drawn for four
-    codebooks at once.
-    """
-    return {"N": N, "K": K, "PAD_N": triton.next_power_of_2(N), "PAD_K": max(4, triton.next_power_of_2(K))}
-
-
-def expect_codes(
-    B: int, w_out: Tensor, semantic: Tensor, levels: int, embeddings: Tensor | None, semantic_size: int
-) -> tuple[Tensor, Tensor]:
-    """Check the arguments of :func:`write_codes`, and allocate its results.
-
-    Args:
-        B: requests.
-        w_out: [K, dim], the projection of the velocity, with the dtype and device of the embeddings.
-        semantic: int64 [B], semantic codes with the offset of 2.
-        levels: the number of levels of an acoustic code, 2 or more.
-        embeddings: [rows, E], or None.
-        semantic_size: the number of codes in the semantic codebook, without the 2 special codes, 1 or more.
-
-    Returns:
-        Two uninitialised tensors: the codes, int64 [B, 1 + K], and the sums of embeddings, [B, E], where E = 0 if
-        `embeddings` is None.
-
-    Raises:
-        ValueError: `embeddings` has too few rows for all codes, or `levels` or `semantic_size` is too small.
-    """
-    K = len(w_out)
-    expect("semantic", semantic, (B,), like=w_out, dtype=torch.int64)
-    codes = w_out.new_empty((B, 1 + K), dtype=torch.int64)
-    if embeddings is None:
-        return codes, w_out.new_empty(B, 0)
-    rows, E = expect("embeddings", embeddings, ("rows", "E"), like=w_out)
-    least = semantic_size + 2 + K * (levels + 2)
-    if levels < 2 or semantic_size < 1 or rows < least:
-        raise ValueError(
-            f"embeddings has {rows} rows but must have {least} or more: {semantic_size} + 2 semantic codes "
-            f"(semantic_size, 1 or more) and {K} x ({levels} + 2) acoustic codes (levels, 2 or more)"
-        )
-    return codes, w_out.new_empty(B, E)

@@ -12,8 +12,8 @@ two branches are those of classifier-free guidance: branch 0 has the hidden stat
 
     row = token * 2B + branch * B + request          token 0 = x, 1 = t, 2 = h
 
-Rows that are equal for many pairs are stored once. Before the first layer both branches share x (n_x = B), and all
-pairs share the time (n_t = 1).
+Rows that are equal for many pairs are stored once. In the first layer, the two branches of a request share the x row
+(n_x = B), and all pairs share one t row (n_t = 1).
 
 For BLOCK_B requests, a block of ``token_attention`` computes all queries that read one key head: 2 branches, 3 tokens
 and H / Hkv query heads. No other block loads these q, k and v, except those of a shared t row. With only three keys,

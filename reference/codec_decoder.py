@@ -62,6 +62,18 @@ class CodecDecoder(nn.Module):
         if codes.ndim != 3 or codes.shape[1] != n_codebooks:
             raise ValueError(f"codes must be [B, {n_codebooks}, T], got {list(codes.shape)}")
 
+    def check_chunk(self, codes: Tensor, new_frames: Tensor | None, batch: int) -> None:
+        """Check the shapes of a stream's next codes, [batch, 1 + K, T], and of `new_frames`, [batch] or None.
+
+        Raises:
+            ValueError: `codes` or `new_frames` has another shape.
+        """
+        self.check_codes(codes)
+        if len(codes) != batch:
+            raise ValueError(f"codes must have {batch} requests, as the stream has, got {len(codes)}")
+        if new_frames is not None and list(new_frames.shape) != [batch]:
+            raise ValueError(f"new_frames must be [{batch}], one number for each request, got {list(new_frames.shape)}")
+
 
 def convolutions(codec: CodecDecoder) -> list[CausalConv1d | CausalConvTranspose1d]:
     """Return the decoder's convolutions in the order in which they run."""

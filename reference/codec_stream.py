@@ -112,9 +112,7 @@ class CodecStream:
             ValueError: `codes` or `new_frames` has another shape.
         """
         config, (B, T) = self.codec.config, (self.batch, codes.shape[-1])
-        self.codec.check_codes(codes)
-        if len(codes) != B or (new_frames is not None and list(new_frames.shape) != [B]):
-            raise ValueError(f"codes and new_frames must be of {B} requests, got {len(codes)} and {new_frames}")
+        self.codec.check_chunk(codes, new_frames, B)
         if new_frames is None:
             new_frames = torch.full_like(self.state.past_frames, T)
         has = torch.arange(T, device=codes.device) < new_frames.unsqueeze(1)  # [B, T]

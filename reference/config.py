@@ -2,7 +2,8 @@
 
 Every size of the model comes from here, for example layer counts, head dimensions and numbers of codebooks. Unknown
 keys are ignored. An error names each required key that is missing, and each key that is of the wrong type,
-contradictory or unsupported. Without these checks, a model with a wrong size could load and generate a buzz.
+contradictory or unsupported. Without these checks, a model with a wrong size could load and produce noise instead of
+speech.
 """
 
 import dataclasses
@@ -70,8 +71,8 @@ class MoEConfig:
         open_to_each = self.num_experts // max(self.num_expert_groups, 1) * self.num_expert_groups_per_tok
         if not found and self.num_experts_per_tok > open_to_each:
             found.append(
-                f"moe.num_experts_per_tok ({self.num_experts_per_tok}) is more than the {open_to_each} experts in "
-                "moe.num_expert_groups_per_tok groups"
+                f"moe.num_experts_per_tok ({self.num_experts_per_tok}) is more than the {open_to_each} experts that "
+                f"a token may use with moe.num_expert_groups_per_tok ({self.num_expert_groups_per_tok})"
             )
         return found
 
@@ -303,7 +304,9 @@ def _head(reader: ParamsReader, args: dict[str, Any]) -> type[AcousticTransforme
         return AcousticTransformerConfig
     other = {field.name for cls in HEADS.values() for field in dataclasses.fields(cls)}
     other -= {field.name for field in dataclasses.fields(HEADS[kind])}
-    reader.wrong += [f"acoustic_transformer_args.{key} is no key of the kind {kind}" for key in args if key in other]
+    reader.wrong += [
+        f"acoustic_transformer_args.{key} is not allowed if its kind is {kind!r}" for key in args if key in other
+    ]
     return HEADS[kind]
 
 

@@ -196,7 +196,7 @@ def scaled(x: np.ndarray, levels: int) -> np.ndarray:
 
 
 def quantise(x: np.ndarray, levels: int) -> np.ndarray:
-    """Round x, of any shape, to integers 0..levels - 1, halves to even; levels is the codebook size, 21."""
+    """Clamp x, of any shape, to [-1, 1], scale it to [0, levels - 1], and round it, halves to even."""
     return np.rint(scaled(x, levels)).astype(np.int64)
 
 
@@ -364,7 +364,7 @@ def codec_codes(weights: Weights, params: Params, latents: np.ndarray) -> tuple[
 
     A margin measures how far a code is from changing to another one. The semantic code is that of the nearest vector.
     Its margin is the squared distance to the second nearest vector, minus that to the nearest. The acoustic codes are
-    those of tanh of the latents. Their margins are the distances from a rounding edge, in levels.
+    the quantised values of tanh(latent). Their margins are the distances from a rounding edge, in levels.
     """
     args = params["multimodal"]["audio_tokenizer_args"]
     prefix = "audio_tokenizer.quantizer.semantic_codebook"

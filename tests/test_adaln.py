@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench import adaln as adaln_bench
 from bench.counters import counting
+from bench.linear import own_rows
 from bench.registry import Case, TensorMaker, listed
 from voxkern.fused.mlp_head import FusedMLPHead
 from voxkern.kernels import adaln as kernels
@@ -19,7 +20,6 @@ from voxkern.kernels.adaln import (
     ADALN_MODULATION,
     adaln_linear_silu,
     adaln_modulation,
-    gated_linear,
     launch_adaln_modulation,
 )
 from voxkern.random_checkpoint import tiny_params
@@ -42,16 +42,14 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
 
     In the batch, rows 0 to 8 have rows 1 to 9 of the modulation; rows 9 to 18 share row 0 of the modulation.
     """
-    up, down = inputs("adaln_linear_silu", dtype), inputs("gated_linear", dtype)
+    args = inputs("adaln_linear_silu", dtype)
     with launch_config.target_arch(arch):
-        for op, args, modulation in ((adaln_linear_silu, up, "modulation"), (gated_linear, down, "gate")):
-            whole = op(**args)
-            for i in (0, 5, 8, 9, 18):
-                own = args[modulation][[0, i + 1]] if i < 9 else args[modulation][:1]
-                mine = {"x": args["x"][i : i + 1], modulation: own}
-                if op is gated_linear:
-                    mine["residual"] = args["residual"][i : i + 1]
-                assert torch.equal(op(**(args | mine))[0], whole[i])
+        whole = adaln_linear_silu(**args)
+        for i in (0, 5, 8, 9, 18):
+            own = args["modulation"][[0, i + 1]] if i < 9 else args["modulation"][:1]
+            assert torch.equal(
+                adaln_linear_silu(**(args | {"x": args["x"][i : i + 1], "modulation": own}))[0], whole[i]
+            )
         # 16 rows give tiles of 16 rows: in wider tiles, numpy's product rounds a row depending on its position
         args = inputs("adaln_modulation", dtype, S=3, max_rows=16)
         whole = adaln_modulation(**args)
@@ -62,16 +60,15 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 64])
-@pytest.mark.parametrize("operator", ["adaln_linear_silu", "gated_linear"])
-def test_right_for_these_rows(operator: str, rows: int) -> None:
+def test_right_for_these_rows(rows: int) -> None:
     """The velocity MLP has two rows per request: these are 1, 8 and 32 requests, and odd numbers of rows."""
-    entry = entry_of(operator)
+    entry = entry_of("adaln_linear_silu")
     sizes = {**case_of(entry, "odd").sizes, "M": rows, "max_rows": rows}
     with launch_config.target_arch("sm_90"):
         assert_accurate(entry, Case(f"rows-{rows}", sizes), "bf16")
 
 
-@pytest.mark.parametrize("operator", ["adaln_modulation", "adaln_linear_silu", "gated_linear"])
+@pytest.mark.parametrize("operator", ["adaln_modulation", "adaln_linear_silu"])
 def test_right_at_the_width_of_mar_h(operator: str) -> None:
     entry = entry_of(operator)
     sizes = dict(case_of(entry, "mar-b1").sizes)
@@ -117,7 +114,7 @@ def test_a_large_mean_does_not_cancel() -> None:
 def test_a_constant_row_is_its_shift() -> None:
     args = inputs("adaln_linear_silu")
     args["x"][:] = 7.0
-    shift = adaln_bench.own_rows(args["modulation"], 19)[:, :150]
+    shift = own_rows(args["modulation"], 19)[:, :150]
     expected = torch.nn.functional.silu(torch.nn.functional.linear(shift, args["weight"], args["bias"]))
     torch.testing.assert_close(adaln_linear_silu(**args), expected)
 
@@ -129,13 +126,6 @@ def test_fp16_normalises_before_the_cast() -> None:
     assert out.isfinite().all()
     exact = {name: a.double() if isinstance(a, Tensor) else a for name, a in args.items()}
     torch.testing.assert_close(out.double(), adaln_bench.adaln_linear_silu_reference(**exact), rtol=2e-2, atol=2e-2)
-
-
-def test_modulations_of_zero_leave_the_stream_alone() -> None:
-    """MAR's training begins with modulations of zero."""
-    args = inputs("gated_linear")
-    args["gate"] = torch.zeros_like(args["gate"])
-    assert torch.equal(gated_linear(**args), args["residual"])
 
 
 def test_launch_config_is_chosen_by_max_rows() -> None:
@@ -187,9 +177,6 @@ def test_one_launch_config_serves_any_number_of_steps(
         ("adaln_linear_silu", {"modulation": torch.ones(0, 300)}, ValueError, r"modulation is \[0, 300\]"),
         ("adaln_linear_silu", {"modulation": torch.ones(5, 300).half()}, TypeError, "modulation is torch.float16"),
         ("adaln_linear_silu", {"bias": torch.ones(74)}, ValueError, r"bias is \[74\] but must be \[75\]"),
-        ("gated_linear", {"gate": torch.ones(5, 74)}, ValueError, r"gate is \[5, 74\]"),
-        ("gated_linear", {"residual": torch.ones(19, 74)}, ValueError, r"residual is \[19, 74\] but must be"),
-        ("gated_linear", {"weight": torch.ones(75, 149)}, ValueError, r"weight is \[75, 149\] but must be \[N, 150\]"),
         ("adaln_modulation", {"max_rows": 24}, ValueError, r"times and states make 5 x 5 rows but must make 1..24"),
         ("adaln_modulation", {"max_rows": 4097}, ValueError, r"max_rows is 4097 but must lie in 1..4096"),
         ("adaln_modulation", {"states": torch.ones(5, 74)}, ValueError, r"states is \[5, 74\] but must be \[R, 75\]"),

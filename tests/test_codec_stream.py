@@ -135,9 +135,9 @@ def test_a_restarted_row_ignores_its_old_state(tiny_model: VoxtralTTS) -> None:
 
 def test_batch_size_and_shapes_are_checked(tiny_model: VoxtralTTS) -> None:
     stream = CodecStream(tiny_model.audio_tokenizer, 2)
-    with pytest.raises(ValueError, match="must be of 2 requests"):
+    with pytest.raises(ValueError, match="codes must have 2 requests, as the stream has, got 1"):
         stream.decode(_codes(3))
-    with pytest.raises(ValueError, match="must be of 2 requests"):
+    with pytest.raises(ValueError, match=r"new_frames must be \[2\], one number for each request, got \[1\]"):
         stream.decode(_codes(3, B=2), torch.tensor([3]))
     with pytest.raises(ValueError, match="codes must be"):
         stream.decode(torch.zeros(2, 36, 1, dtype=torch.long))

@@ -93,8 +93,16 @@ ACOUSTIC = "multimodal.audio_model_args.acoustic_transformer_args."
         (ACOUSTIC + "n_decoding_steps", 65, "n_decoding_steps"),
         (ACOUSTIC + "kind", "unet", "acoustic_transformer_args.kind must be one of transformer, adaln_mlp, got 'unet'"),
         (ACOUSTIC + "kind", ["adaln_mlp"], "acoustic_transformer_args.kind must be one of"),
-        (ACOUSTIC + "kind", "adaln_mlp", "acoustic_transformer_args.n_heads is no key of the kind adaln_mlp"),
-        (ACOUSTIC + "time_dim", 256, "acoustic_transformer_args.time_dim is no key of the kind transformer"),
+        (
+            ACOUSTIC + "kind",
+            "adaln_mlp",
+            "acoustic_transformer_args.n_heads is not allowed if its kind is 'adaln_mlp'",
+        ),
+        (
+            ACOUSTIC + "time_dim",
+            256,
+            "acoustic_transformer_args.time_dim is not allowed if its kind is 'transformer'",
+        ),
         ("multimodal.audio_tokenizer_args.semantic_codebook_size", 63, "semantic_codebook_size"),
         ("multimodal.audio_tokenizer_args.acoustic_dim", 35, "acoustic_dim"),
         ("multimodal.audio_tokenizer_args.decoder_convs_strides_str", "1,2,2", "encoder_\\*_str"),
@@ -123,7 +131,7 @@ def test_what_is_wrong_is_named(path: str, value: Any, named: str) -> None:
         ("input_dim", 65, r"input_dim \(65\) != dim \(64\)"),
         ("time_dim", 31, "time_dim if the kind is adaln_mlp"),
         ("use_biases", False, r"use_biases = False is not supported \(only True\)"),
-        ("head_dim", 16, "head_dim is no key of the kind adaln_mlp"),
+        ("head_dim", 16, "head_dim is not allowed if its kind is 'adaln_mlp'"),
         ("n_layers", 2.0, "n_layers must be int"),
     ],
 )

@@ -9,10 +9,10 @@ import triton.language as tl
 from plant import case_of, entry_of
 
 from bench.counters import Traffic, counting, launches_only
-from bench.linear import norm_linear_inputs
+from bench.norm_linear import norm_linear_inputs
 from bench.registry import TensorMaker
 from voxkern.kernels import launch_config
-from voxkern.kernels.linear import launch_norm_linear, norm_linear
+from voxkern.kernels.norm_linear import launch_norm_linear, norm_linear
 
 
 @triton.jit

@@ -33,7 +33,14 @@ from voxkern.engine.runner import FrameOutput
 from voxkern.reference.config import END_AUDIO, N_SPECIAL_CODES
 
 N_PAGES, N_SLOTS = 12, 4
-SHARED = {0: 5, 1: 64, 2: 70, 3: 150, 4: 0, 5: 70}  # voice: number of rows at a prompt's start that are its prefix
+SHARED = {
+    0: 5,
+    1: 64,
+    2: 70,
+    3: 150,
+    4: 0,
+    5: 70,
+}  # voice -> how many of a prompt's first rows are shared
 BAD_VOICE = 5
 BROKEN = -1.0  # prefill raises for a prompt with a row of this value
 REQUESTS = st.tuples(  # voice, tokens of text, frames, seed, broken

@@ -14,7 +14,7 @@ from plant import Edit, case_of, entry_of, plant
 from bench import frame as costs
 from bench.counters import launches_only
 from bench.registry import ROOT, TensorMaker
-from voxkern.kernels.linear import launch_norm_linear
+from voxkern.kernels.norm_linear import launch_norm_linear
 
 DOT = "b_acc = dot(b_w, tl.trans(b_a), b_acc)"
 LOAD = "b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)"

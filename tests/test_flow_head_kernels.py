@@ -1,4 +1,4 @@
-"""Tests of the flow head's kernels: noise, END, guidance, ties, NaN. test_operators.py has the common checks."""
+"""Tests of token attention and the semantic argmax; test_operators.py has the tests that every operator must pass."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bench import semantic_argmax as argmax_bench
 from bench import token_attention as attention_bench
-from bench import transformer_solver as solver_bench
 from bench.counters import counting, launches_only
 from bench.registry import TensorMaker
 from voxkern.kernels import launch_config
@@ -24,22 +23,8 @@ from voxkern.kernels.semantic_argmax import (
     semantic_argmax_scratch,
 )
 from voxkern.kernels.token_attention import attend_tokens, launch_token_attention, token_attention
-from voxkern.kernels.transformer_solver import (
-    flow_finish,
-    flow_start,
-    flow_step,
-    launch_flow_finish,
-    launch_flow_start,
-    launch_flow_step,
-)
-from voxkern.reference.flow_head import quantise
-from voxkern.reference.noise import noise, quantile_table, seed_tensor
 
 NAN = float("nan")
-
-
-def sizes(**other: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{**solver_bench.ODD, **other})
 
 
 def token_sizes(**other: Any) -> SimpleNamespace:
@@ -69,11 +54,6 @@ CASES: dict[str, tuple[Any, Callable[[TensorMaker], dict[str, Any]], tuple[str, 
                      ("x_qkv", "t_qkv", "h_qkv")),
     "tokens-last": (token_attention, lambda make: attention_bench.token_attention_inputs(token_sizes(n_tokens=1), make),
                     ("x_qkv", "t_qkv", "h_qkv")),
-    "start": (flow_start, lambda make: solver_bench.flow_start_inputs(sizes(), make), ("seed", "frame", "x", "tokens")),
-    "step": (flow_step, lambda make: solver_bench.flow_step_inputs(sizes(), make),
-             ("y", "cfg_alpha", "x", "v_last", "tokens")),
-    "finish": (flow_finish, lambda make: solver_bench.flow_finish_inputs(sizes(), make),
-               ("y", "cfg_alpha", "x", "v_last", "semantic")),
     "semantic": (semantic_argmax, lambda make: argmax_bench.semantic_argmax_inputs(semantic_sizes(), make), ("h",)),
 }  # fmt: skip
 
@@ -99,86 +79,6 @@ def test_a_request_does_not_depend_on_the_others(name: str, dtype: torch.dtype, 
             mine = {n: args[n][rows_of(part, B, len(args[n]))] for n in own}
             for one, all_ in zip(run(op, args | mine), whole, strict=True):
                 assert torch.equal(one, all_[rows_of(part, B, len(all_))])
-
-
-@pytest.mark.parametrize("K", [1, 5, 36, 37])
-def test_noise_is_the_reference_s_to_the_bit(K: int) -> None:
-    seed = seed_tensor([0, 1, 2**31, 2**32 + 7, 2**63 - 1, 2**64 - 1])
-    frame = torch.tensor([0, 1, 2, 2047, 2**31, 2**32 - 1])
-    x, written = torch.empty(6, K), torch.empty(36, 40)
-    w_in, time = torch.ones(40, K), torch.zeros(40)
-    flow_start(seed, frame, None, quantile_table(), w_in, time, x, written, 6)
-    assert torch.equal(x, noise(seed, frame, K))
-    given, again = torch.empty(6, K), torch.empty(36, 40)
-    flow_start(seed + 1, frame, x, quantile_table(), w_in, time, given, again, 6)
-    assert torch.equal(given, x)
-    assert torch.equal(again[:24], written[:24])
-    assert again[24:].isnan().all()  # this kernel does not write the hidden state's rows
-
-
-@pytest.mark.parametrize("op", [flow_step, flow_finish])
-def test_guidance_of_one_reads_the_condition_alone_and_of_zero_the_other(op: Any) -> None:
-    inputs = solver_bench.flow_step_inputs if op is flow_step else solver_bench.flow_finish_inputs
-    args = inputs(sizes(), TensorMaker())
-    for alpha, other in ((1.0, slice(5, 10)), (0.0, slice(0, 5))):
-        args["cfg_alpha"] = torch.full((5,), alpha)
-        expected = run(op, args)
-        y = args["y"].clone()
-        y[other] = 123.0
-        y[10:] = NAN  # the rows of the t and h tokens
-        assert all(map(torch.equal, run(op, args | {"y": y}), expected))
-
-
-def test_a_first_step_does_not_read_the_last_velocity() -> None:
-    args = solver_bench.flow_step_inputs(sizes(), TensorMaker())
-    assert args["ab2_ratio"] == 0
-    expected = run(flow_step, args)
-    assert all(map(torch.equal, run(flow_step, args | {"v_last": torch.full_like(args["x"], NAN)}), expected))
-
-
-def test_end_gives_codes_of_two_and_their_embeddings() -> None:
-    args = solver_bench.flow_finish_inputs(sizes(), TensorMaker())
-    codes, next_embedding, x, _ = run(flow_finish, args)
-    assert args["semantic"].tolist()[1] == 1
-    assert codes[1].tolist() == [1] + [2] * 37
-    rows = torch.tensor([1] + [52 + 23 * j + 2 for j in range(37)])
-    torch.testing.assert_close(next_embedding[1], args["embeddings"][rows].sum(0))
-    assert (codes[0, 1:] != 2).any()
-    assert x.abs().max() > 1  # the state in x is not clamped
-
-
-def finish_at(x: Tensor, levels: int) -> Tensor:
-    """Return the acoustic levels of the state `x`, after a step of length 0 that leaves `x` as it is."""
-    args = solver_bench.flow_finish_inputs(sizes(B=1, max_batch=1, K=x.shape[1], levels=levels), TensorMaker())
-    codes, _, left, _ = run(flow_finish, args | {"x": x, "dt": 0.0})
-    assert torch.equal(left.nan_to_num(7.0), x.nan_to_num(7.0))
-    return codes[:, 1:] - 2
-
-
-@pytest.mark.parametrize("levels", [2, 8, 21])
-def test_levels_are_the_reference_s_on_ties_and_beyond_the_ends(levels: int) -> None:
-    ties = (torch.arange(levels - 1) + 0.5) * 2 / (levels - 1) - 1
-    near = torch.cat([ties, ties.nextafter(torch.tensor(9.0)), ties.nextafter(torch.tensor(-9.0))])
-    x = torch.cat([near, torch.tensor([-1, 1, -1.5, 1.5, 1e30, -1e30, 0.0, -0.0])])[None]
-    assert torch.equal(finish_at(x, levels), quantise(x, levels))
-
-
-def test_a_state_of_nan_or_infinity_has_levels() -> None:
-    x = torch.tensor([[NAN, float("inf"), -float("inf"), 0.0, NAN]])
-    assert finish_at(x, 21).tolist() == [[0, 20, 0, 10, 0]]
-
-
-def test_fp16_does_not_overflow_inside() -> None:
-    args = solver_bench.flow_step_inputs(sizes(), TensorMaker(torch.float16))
-    args["y"], args["norm"] = (args["y"] * 12000).clamp(-60000, 60000), args["norm"] * 30
-    x, _, written = run(flow_step, args)
-    assert x.isfinite().all()
-    assert written.isfinite().all()
-    args["w_out"] = args["w_out"].float()
-    expected = args["x"].clone()
-    head = (args["y"], args["norm"], args["w_out"], 1e-5, args["cfg_alpha"], args["dt"], args["ab2_ratio"])
-    solver_bench.solver_step(*head, expected, args["v_last"].clone())
-    torch.testing.assert_close(x, expected)
 
 
 @triton.jit(do_not_specialize=["n_x", "n_t", "B2"])
@@ -270,23 +170,17 @@ def test_launch_config_is_chosen_by_max_batch() -> None:
         assert choose(64)["BLOCK_B"] == 32
 
 
-def test_a_frame_of_launchers_is_launches_alone() -> None:
+def test_launchers_are_launches_alone() -> None:
     make = TensorMaker(torch.bfloat16)
     attend = attention_bench.token_attention_inputs(token_sizes(), make)
-    start = solver_bench.flow_start_inputs(sizes(), make)
-    step, finish = solver_bench.flow_step_inputs(sizes(), make), solver_bench.flow_finish_inputs(sizes(), make)
     head = argmax_bench.semantic_argmax_inputs(semantic_sizes(), make)
     out, codes = guarded(torch.empty(30, 64).bfloat16()), guarded(torch.empty(19, dtype=torch.int64))
-    frame = guarded(torch.empty(5, 38, dtype=torch.int64)), guarded(torch.empty(5, 129).bfloat16())
     scratch = guarded(semantic_argmax_scratch(head["weight"], head["n_codes"], head["max_batch"]))
     with launches_only() as launches:
         launch_token_attention(out, **attend)
-        launch_flow_start(**start)
-        launch_flow_step(**step)
-        launch_flow_finish(frame, **finish)
         launch_semantic_argmax(codes, **head, scratch=scratch)
-    assert len(launches) == 6
-    for tensor in (out, codes, *frame, scratch):
+    assert len(launches) == 3
+    for tensor in (out, codes, scratch):
         assert_bands(tensor)
     assert torch.equal(codes, semantic_argmax(**head))
 
@@ -307,18 +201,6 @@ def wrong(base: str, **change: Any) -> dict[str, Any]:
         ("tokens", {"h_qkv": lambda t: t[:9]}, ValueError, r"h_qkv has 9 rows but must have 2 for each of 1..6"),
         ("tokens", {"x_qkv": lambda t: t.half()}, TypeError, r"x_qkv is torch.float16 but must be torch.float32"),
         ("tokens", {"max_batch": 4}, ValueError, r"h_qkv has 10 rows but must have 2 for each of 1..4 .*max_batch"),
-        ("start", {"max_batch": 65}, ValueError, r"max_batch is 65 but must lie in 1..64"),
-        ("start", {"seed": lambda t: t.int()}, TypeError, r"seed is torch.int32 but must be torch.int64"),
-        ("start", {"noise": torch.ones(5, 36)}, ValueError, r"noise is \[5, 36\] but must be \[5, 37\]"),
-        ("start", {"quantiles": torch.ones(9)}, ValueError, r"quantiles is \[9\] but must be \[65536\]"),
-        ("start", {"tokens": lambda t: t[:29]}, ValueError, r"tokens is \[29, 150\] but must be \[30, 150\]"),
-        ("step", {"x": lambda t: t.bfloat16()}, TypeError, r"x is torch.bfloat16 but must be torch.float32"),
-        ("step", {"y": lambda t: t[:9]}, ValueError, r"y has 9 rows but must have 2B = 10 or more"),
-        ("step", {"w_out": lambda t: t[:, 1:]}, ValueError, r"w_out .* must be contiguous"),
-        ("step", {"cfg_alpha": lambda t: t[:4]}, ValueError, r"cfg_alpha is \[4\] but must be \[5\]"),
-        ("finish", {"semantic": lambda t: t.float()}, TypeError, r"semantic is torch.float32 but must be torch.int64"),
-        ("finish", {"embeddings": lambda t: t[:-6]}, ValueError, r"embeddings has 902 rows but must have 903 or more"),
-        ("finish", {"levels": 1}, ValueError, r"levels"),
         ("semantic", {"n_codes": 91}, ValueError, r"n_codes is 91 but must lie in 2..90"),
         ("semantic", {"weight": lambda t: t[:, 1:]}, ValueError, r"weight is \[90, 129\] but must be \[N, 130\]"),
     ],

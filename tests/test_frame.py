@@ -14,7 +14,7 @@ from voxkern.fused.mlp_head import FusedMLPHead
 from voxkern.fused.transformer_head import FusedTransformerHead
 from voxkern.kernels import launch_config
 from voxkern.kernels.adaln import launch_adaln_modulation
-from voxkern.kernels.linear import norm_linear
+from voxkern.kernels.norm_linear import norm_linear
 from voxkern.random_checkpoint import tiny_params
 from voxkern.reference import Config
 from voxkern.reference.model import make_head

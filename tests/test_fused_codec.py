@@ -133,7 +133,7 @@ def test_behind_generate(tiny_folder: Path) -> None:
 
 def test_what_cannot_run_says_so(codec: AudioTokenizer, tiny_params: dict) -> None:
     stream = FusedCodec(codec)(2)
-    with pytest.raises(ValueError, match="must be of 2 requests"):
+    with pytest.raises(ValueError, match="codes must have 2 requests, as the stream has, got 1"):
         stream.decode(_codes(3))
     with pytest.raises(ValueError, match=r"codes have 26 frames but must have 1\.\.25"):
         stream.decode(_codes(26, B=2))

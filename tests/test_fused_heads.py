@@ -271,10 +271,10 @@ def test_errors(model: VoxtralTTS) -> None:
     with torch.inference_mode():
         for arguments, error, message in (
             ((h, alpha, x), ValueError, r"h has 3 rows, the flow head is prepared for 1..2 \(max_batch\)"),
-            ((h[:2, :63], alpha[:2], x[:2]), ValueError, r"h must be \[B, 64\]"),
+            ((h[:2, :63], alpha[:2], x[:2]), ValueError, r"h is \[2, 63\] but must be \[B, 64\]"),
             ((h[:2].bfloat16(), alpha[:2], x[:2]), TypeError, "h is torch.bfloat16"),
-            ((h[:2], alpha, x[:2]), ValueError, r"cfg_alpha must be contiguous \[2\]"),
-            ((h[:2], alpha[:2], x[:2, :35]), ValueError, "noise must be contiguous"),
+            ((h[:2], alpha, x[:2]), ValueError, r"cfg_alpha is \[3\] but must be \[2\]"),
+            ((h[:2], alpha[:2], x[:2, :35]), ValueError, r"noise is \[2, 35\] but must be"),
             ((h[:2], alpha[:2], x[:2], 65), ValueError, "steps must lie in 1..64"),
             ((h[:2], alpha[:2], x[:2], 4, "heun"), ValueError, "solver must be one of"),
         ):

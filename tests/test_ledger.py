@@ -85,7 +85,7 @@ def test_the_committed_ledger_is_clean_and_whole() -> None:
         ("linear", "down-b1"),
         ("adaln_modulation", "mar-b1"),
         ("adaln_linear_silu", "mar-b1"),
-        ("gated_linear", "mar-b1"),
+        ("linear", "mar-b1"),
     ],
 )
 def test_the_flow_heads_products_keep_memory_busy(operator: str, case: str) -> None:

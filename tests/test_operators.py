@@ -12,7 +12,7 @@ from voxkern.kernels import launch_config
 
 ENTRIES = entries()
 ODD = [(entry, case) for entry in ENTRIES for case in entry.cases if not case.public]
-FIRST = [(entry, next(case for case in entry.cases if not case.public)) for entry in ENTRIES]
+FIRST = [(entry, case) for entry, case in ODD if case.name == "odd-mlp" or case is entry.cases[0]]
 PUBLIC = [(entry, case) for entry in ENTRIES for case in entry.cases if case.public]
 
 
@@ -26,7 +26,7 @@ def make(case: Case) -> TensorMaker:
 
 
 def per_operator() -> list[object]:
-    return [pytest.param(entry, case, id=entry.name) for entry, case in FIRST]
+    return named(FIRST)
 
 
 def in_each_dtype(pairs: list[tuple[Entry, Case]]) -> list[object]:
@@ -106,7 +106,7 @@ def test_gradients_are_refused(entry: Entry, case: Case) -> None:
     weights = entry.read_once or [name for name, a in args.items() if isinstance(a, Tensor) and a.is_floating_point()]
     if not weights:
         pytest.skip("the operator takes integers only")
-    asked = {name: a.requires_grad_() if name in weights else a for name, a in args.items()}
+    asked = {name: a.requires_grad_() if name in weights and a is not None else a for name, a in args.items()}
     with pytest.raises(RuntimeError, match=f"{entry.name}: an argument requires gradients"):
         entry.op(**asked)
     with torch.inference_mode():

@@ -192,7 +192,7 @@ def test_timings(tts: voxkern.TTS) -> None:
 def test_long_text_is_its_parts(tiny_folder: Path) -> None:
     """Each part of a long text gives the sound of a separate text with the same seed.
 
-    The sound is also the same if another text is generated in the same call, and there are fewer slots (3) than parts.
+    The sound is the same beside another text in the same call. The call has more parts than slots (3).
     """
     tts = voxkern.load(tiny_folder, backend="torch", max_batch=3)
     arguments = {"voice": "bob", "steps": 1, "max_frames": 30}

@@ -4,7 +4,7 @@
 
     params.json                     the configuration
     consolidated.safetensors        all tensors, with the names of VoxtralTTS.state_dict()
-    tekken.json                     the tokenizer, with the prefix length of each voice
+    tekken.json                     the tokenizer, with the number of embeddings of each voice
     voice_embedding/NAME.pt         one tensor [N, dim] per voice (or NAME.safetensors)
 """
 
@@ -50,7 +50,8 @@ class Checkpoint:
 
     Attributes:
         model: the reference model, in eval mode, without gradients.
-        voices: maps each voice's name to its prefix in a prompt, [N, dim] in the model's dtype.
+        voices: maps each voice's name to its embeddings, [N, dim] in the model's dtype. In a prompt, they replace N
+            [AUDIO] tokens.
         folder: the folder that was read; the tokenizer is ``folder / "tekken.json"``.
     """
 
@@ -193,7 +194,7 @@ def write_checkpoint(
         params: the content of ``params.json``.
         state: the model's ``state_dict()``.
         tokenizer: the text of ``tekken.json``.
-        voices: maps each voice's name to its prefix in a prompt, [N, dim].
+        voices: maps each voice's name to its embeddings, [N, dim].
     """
     (folder / VOICES).mkdir(parents=True, exist_ok=True)
     (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")

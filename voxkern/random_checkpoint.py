@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checkpoint import write_checkpoint
 from .reference import Config, VoxtralTTS
+from .reference.params import make_params
 
 N_SPECIAL_TOKENS = 64  # special tokens of the tiny tokenizer; the public one has 1000
 SPECIAL_TOKENS = {
@@ -46,7 +47,7 @@ def public_params(velocity_mlp: bool = False) -> dict[str, Any]:
 
     `velocity_mlp` replaces the flow head's velocity network by a residual MLP.
     """
-    return _params(
+    return make_params(
         backbone={
             "dim": 3072, "n_layers": 26, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32, "n_kv_heads": 8,
             "vocab_size": 131072, "max_seq_len": 65536,
@@ -69,7 +70,7 @@ def tiny_params(velocity_mlp: bool = False) -> dict[str, Any]:
     The model has only 62 semantic codes, so that it generates END by chance. `velocity_mlp` is as in
     :func:`public_params`.
     """
-    return _params(
+    return make_params(
         backbone={
             "dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "n_heads": 4, "n_kv_heads": 2,
             "vocab_size": N_SPECIAL_TOKENS + 256, "max_seq_len": 1024,
@@ -110,8 +111,7 @@ def make_checkpoint(
     Returns:
         `folder`.
     """
-    make_params = public_params if full else tiny_params
-    params = {**make_params(velocity_mlp), **(overrides or {})}
+    params = {**(public_params if full else tiny_params)(velocity_mlp), **(overrides or {})}
     config = Config.from_params(params)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in VoxtralTTS(config, encoder).state_dict().items()}
@@ -166,64 +166,5 @@ def byte_tokenizer(voices: dict[str, int]) -> dict[str, Any]:
             "frame_rate": 12.5,
             "audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400},
             "voice_num_audio_tokens": voices,
-        },
-    }
-
-
-def _params(
-    backbone: dict[str, Any],
-    acoustic: dict[str, Any],
-    codec: dict[str, Any],
-    semantic_codebook_size: int,
-    voices: list[str],
-) -> dict[str, Any]:
-    codebooks = {"semantic_codebook_size": semantic_codebook_size, "acoustic_codebook_size": 21}
-    return {
-        **backbone,
-        "use_biases": False,
-        "causal": True,
-        "rope_theta": 1000000.0,
-        "norm_eps": 1e-5,
-        "tied_embeddings": True,
-        "model_type": "voxtral_tts",
-        "multimodal": {
-            "bos_token_id": 1,
-            "audio_model_args": {
-                **codebooks,
-                "n_acoustic_codebook": 36,
-                "audio_encoding_args": {
-                    "codebook_pattern": "parallel",
-                    "num_codebooks": 37,
-                    "sampling_rate": 24000,
-                    "frame_rate": 12.5,
-                },
-                "audio_token_id": 24,
-                "begin_audio_token_id": 25,
-                "input_embedding_concat_type": "sum",
-                "acoustic_transformer_args": {"use_biases": False, **acoustic, "sigma": 1e-5, "sigma_max": 1.0},
-            },
-            "audio_tokenizer_args": {
-                "channels": 1,
-                "sampling_rate": 24000,
-                "pretransform_patch_size": 240,
-                "patch_proj_kernel_size": 7,
-                **codebooks,
-                "acoustic_dim": 36,
-                "conv_weight_norm": True,
-                "causal": True,
-                "attn_sliding_window_size": 16,
-                "half_attn_window_upon_downsampling": True,
-                "qk_norm": True,
-                "qk_norm_eps": 1e-6,
-                "use_biases": False,
-                "norm_eps": 1e-2,
-                "layer_scale": True,
-                "layer_scale_init": 0.01,
-                "decoder_transformer_lengths_str": "2,2,2,2",
-                "decoder_convs_kernels_str": "3,4,4,4",
-                "decoder_convs_strides_str": "1,2,2,2",
-                **codec,
-                "voice": {name: i for i, name in enumerate(voices)},
-            },
         },
     }

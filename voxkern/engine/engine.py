@@ -78,7 +78,7 @@ class Engine:
     def cancel(self, state: RequestState) -> None:
         """Stop a request and free its memory: now, or at the end of the frame in flight.
 
-        The call never waits, because Python may make it at any time, in any thread, when a stream is garbage-collected.
+        This method never waits, because the garbage collection of a stream may call it at any time, in any thread.
         """
         self._cancelled.append(state)
         self._free_cancelled()

@@ -20,8 +20,8 @@ from .kv_cache import KVCache, pages_for
 from .request import Request
 from .runner import FrameOutput, backbone_weights_version
 
-# The number of batches that keep memory and graphs; each pair of steps and solver has one. If a new batch would exceed
-# this number, the oldest batches without requests are dropped, as many as needed.
+# Each pair of steps and solver has one batch, with its own memory and graphs. When a new batch would exceed this number
+# of batches, the oldest batches without requests are dropped; batches with requests are kept even above it.
 MAX_DECODE_BATCHES = 4
 
 

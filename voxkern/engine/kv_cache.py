@@ -96,7 +96,7 @@ class PrefixKey:
 
     @property
     def identity(self) -> tuple[int, int, int]:
-        """Equal for two keys of the same tensor and length, if nothing was written to the tensor in between."""
+        """A value that two keys share if they have the same tensor and length, and the tensor did not change."""
         return id(self.embeddings), self.version, self.n_tokens
 
 

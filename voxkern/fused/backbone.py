@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..kernels.linear import launch_linear, launch_norm_swiglu
+from ..kernels.linear import launch_linear
+from ..kernels.norm_linear import launch_norm_swiglu
 from ..kernels.operator import on_device
 from ..kernels.paged_attention import (
     PAGE_SIZES,
@@ -177,7 +178,7 @@ class FusedBackbone:
                     rope, block_table, lengths, b.q, layer_kv, self._eps, self.max_batch,
                 )  # fmt: skip
                 launch_paged_attention(b.attended, b.q, layer_kv, block_table, lengths, 0, self.max_seq_len, b.scratch)
-                launch_linear(b.stream, b.attended, attention.wo.weight, None, stream, self.max_batch)
+                launch_linear(b.stream, b.attended, attention.wo.weight, None, None, stream, self.max_batch)
                 stream = b.stream
                 self._feed_forward(layer, stream, b.gated, self.max_batch, "decode")
             out = b.hidden if out is None else out
@@ -228,7 +229,7 @@ class FusedBackbone:
                     max(batch.n_new),
                     config.n_heads,
                 )
-                launch_linear(out, attended, attention.wo.weight, None, stream, *many)
+                launch_linear(out, attended, attention.wo.weight, None, None, stream, *many)
                 stream = out
                 self._feed_forward(layer, stream, gated, *many)
         return stream
@@ -242,7 +243,7 @@ class FusedBackbone:
             return
         feed, norm = layer.feed_forward, layer.ffn_norm.weight
         launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, *prepared)
-        launch_linear(stream, gated, feed.w2.weight, None, stream, *prepared)
+        launch_linear(stream, gated, feed.w2.weight, None, None, stream, *prepared)
 
     def _fused_moe(self, layer: MoEBlock, max_rows: int, phase: str) -> FusedMoE:
         """Return the fused mixture of a layer with experts; all layers share one scratch memory per phase."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..kernels.codec import launch_codec_conv, launch_codec_dequantise, launch_codec_update_state
 from ..kernels.codec_attention import MAX_WINDOW, launch_codec_attention
-from ..kernels.linear import launch_linear, launch_norm_swiglu
+from ..kernels.linear import launch_linear
+from ..kernels.norm_linear import launch_norm_swiglu
 from ..kernels.operator import on_device
 from ..kernels.qkv import launch_norm_qkv
 from ..reference.codec import AudioTokenizer
@@ -145,10 +146,8 @@ class FusedCodecStream:
         Raises:
             ValueError: a shape or the number of frames is wrong.
         """
-        self.codec.check_codes(codes)
-        B, T = len(codes), codes.shape[2]
-        if self.batch != B or (new_frames is not None and list(new_frames.shape) != [B]):
-            raise ValueError(f"codes and new_frames must be of {self.batch} requests, got {B} and {new_frames}")
+        self.codec.check_chunk(codes, new_frames, self.batch)
+        T = codes.shape[2]
         if not 1 <= T <= MAX_CHUNK_FRAMES:
             raise ValueError(f"codes have {T} frames but must have 1..{MAX_CHUNK_FRAMES}")
         new_frames = torch.full_like(self.state.past_frames, T) if new_frames is None else new_frames
@@ -203,11 +202,11 @@ class FusedCodecStream:
                 attended, qkv, attention.q_norm.weight, attention.k_norm.weight, next(kv_window), *state, rate,
                 config.qk_norm_eps, config.n_heads,
             )  # fmt: skip
-            launch_linear(x, attended, attention.wo.weight, layer.attention_scale, x, CONFIG_ROWS)
+            launch_linear(x, attended, attention.wo.weight, None, layer.attention_scale[None], x, CONFIG_ROWS)
             launch_norm_swiglu(
                 gated, x, layer.ffn_norm.weight, feed.w1.weight, feed.w3.weight, config.norm_eps, CONFIG_ROWS
             )
-            launch_linear(x, gated, feed.w2.weight, layer.ffn_scale, x, CONFIG_ROWS)
+            launch_linear(x, gated, feed.w2.weight, None, layer.ffn_scale[None], x, CONFIG_ROWS)
 
 
 def _new_state(codec: AudioTokenizer, batch: int) -> FusedCodecState:

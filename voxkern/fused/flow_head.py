@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.operator import on_device
+from ..kernels.flow import launch_flow_finish, launch_flow_step
+from ..kernels.operator import expect, on_device
 from ..kernels.semantic_argmax import launch_semantic_argmax, semantic_argmax_scratch
 from ..reference.config import N_SPECIAL_CODES
 from ..reference.flow_head import FlowHead
@@ -157,8 +158,9 @@ class FusedHead:
 
         Raises:
             RuntimeError: a gradient is needed, or the tensors are on the CPU and Triton's interpreter is off.
-            ValueError: a shape is wrong, a number is out of range, or `noise` is missing and so is `seed` or `frame`.
-            TypeError: a dtype or device is wrong.
+            ValueError: a shape or device is wrong, a number is out of range, or `noise` is missing and so is `seed` or
+                `frame`.
+            TypeError: a dtype is wrong.
         """
         steps = self.module.config.n_decoding_steps if steps is None else steps
         self._check(h, cfg_alpha, noise, seed, frame)
@@ -244,6 +246,30 @@ class FusedHead:
         """Launch all kernels of a frame except those of the semantic codes."""
         raise NotImplementedError
 
+    def _solver_step(
+        self,
+        b: HeadBuffers,
+        tables: StepTables,
+        step: int,
+        cfg_alpha: Tensor,
+        final: tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None],
+        entrance: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
+    ) -> None:
+        """Run the solver's step, and compute the next evaluation's tokens or, in the last step, the codes.
+
+        `final` are `y`, `norm`, `modulation`, `w_out` and `b_out` of :func:`voxkern.kernels.flow.flow_step`, and
+        `entrance` are its `w_in`, `b_in`, `time` and `tokens`.
+        """
+        common = (*final, self._eps, cfg_alpha, tables.dt[step], tables.ab2_ratio[step], b.x, b.v_last)
+        if step + 1 < len(tables.dt):
+            launch_flow_step(*common, *entrance, self.max_batch)
+        else:
+            launch_flow_finish((b.codes, b.next_embedding), *common, b.semantic, *self._codebooks, self.max_batch)
+
+    @property
+    def _eps(self) -> float:
+        return self.module.config.norm_eps
+
     @property
     def _hidden_projection(self) -> nn.Linear:
         """The module's linear layer that projects the hidden state."""
@@ -268,31 +294,18 @@ class FusedHead:
     def _check(
         self, h: Tensor, cfg_alpha: Tensor, noise: Tensor | None, seed: Tensor | None, frame: Tensor | None
     ) -> None:
-        weight, audio = self._hidden_projection.weight, self.module.audio
         self._check_gradients(h)
-        if h.ndim != 2 or h.shape[1] != self.module.config.input_dim:
-            raise ValueError(f"h must be [B, {self.module.config.input_dim}], got {list(h.shape)}")
-        B = len(h)
+        B, _ = expect("h", h, ("B", self.module.config.input_dim), self._hidden_projection.weight, contiguous=False)
         if not 1 <= B <= self.max_batch:
             raise ValueError(f"h has {B} rows, the flow head is prepared for 1..{self.max_batch} (max_batch)")
-        if h.dtype != weight.dtype or h.device != weight.device:
-            raise TypeError(f"h is {h.dtype} on {h.device}, but the weights are {weight.dtype} on {weight.device}")
-        if h.stride(1) != 1:
-            raise ValueError(f"h has strides {h.stride()} but its last dimension must have stride 1")
         if noise is None and (seed is None or frame is None):
             raise ValueError("noise is missing: pass noise, or seed and frame to draw it from")
-        shapes = {"cfg_alpha": (cfg_alpha, [B]), "noise": (noise, [B, audio.n_acoustic_codebook])}
-        shapes |= {"seed": (seed, [B]), "frame": (frame, [B])}
-        for name, (tensor, shape) in shapes.items():
-            if tensor is None:
-                continue
-            dtype = torch.int64 if name in ("seed", "frame") else torch.float32
-            if tensor.dtype != dtype or tensor.device != h.device:
-                raise TypeError(f"{name} is {tensor.dtype} on {tensor.device} but must be {dtype} on {h.device}")
-            if list(tensor.shape) != shape or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} must be contiguous {shape}, got {list(tensor.shape)}, strides {tensor.stride()}"
-                )
+        expect("cfg_alpha", cfg_alpha, (B,), like=h, dtype=torch.float32)
+        if noise is not None:
+            expect("noise", noise, (B, self.module.audio.n_acoustic_codebook), like=h, dtype=torch.float32)
+        for name, tensor in (("seed", seed), ("frame", frame)):
+            if tensor is not None:
+                expect(name, tensor, (B,), like=h, dtype=torch.int64)
 
     def _check_gradients(self, *arguments: Tensor) -> None:
         tensors = (*arguments, self._hidden_projection.weight)

@@ -16,8 +16,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..kernels.adaln import launch_adaln_linear_silu, launch_adaln_modulation, launch_gated_linear
-from ..kernels.mlp_solver import launch_mlp_finish, launch_mlp_start, launch_mlp_step
+from ..kernels.adaln import launch_adaln_linear_silu, launch_adaln_modulation
+from ..kernels.flow import launch_flow_start
+from ..kernels.linear import launch_linear
 from ..reference.mlp_head import FlowMatchingAudioMLP, ResidualBlock
 from ..reference.solver import MAX_STEPS
 from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
@@ -89,10 +90,6 @@ class FusedMLPHead(FusedHead):
     def _biases(self) -> list[Tensor]:
         return [linear.bias for linear in self._modulators]
 
-    @property
-    def _eps(self) -> float:
-        return self.module.config.norm_eps
-
     def _modulate(self, projected: Tensor, states: Tensor, out: Tensor) -> None:
         """Compute the modulations of all steps, `out` [steps, R, W].
 
@@ -109,16 +106,15 @@ class FusedMLPHead(FusedHead):
         assert isinstance(b, MLPHeadBuffers)
         module, B = self.module, len(h)
         projected, modulations = tables.network
-        launch_gated_linear(
-            b.states, h, module.cond_embed.weight, module.cond_embed.bias, None, None, 2 * self.max_batch
-        )
+        launch_linear(b.states, h, module.cond_embed.weight, module.cond_embed.bias, None, None, 2 * self.max_batch)
         self._modulate(projected, b.states, modulations[:, 1 : 1 + B])
-        entrance = module.input_proj.weight, module.input_proj.bias
-        launch_mlp_start(*noise_source, self._quantiles_on(h.device), *entrance, b.x, b.stream, self.max_batch)
+        linear, w_in, b_in = module.final_layer.linear, module.input_proj.weight, module.input_proj.bias
+        launch_flow_start(*noise_source, self._quantiles_on(h.device), w_in, b_in, None, b.x, b.stream, self.max_batch)
         for step in range(len(tables.dt)):
             modulation = modulations[step, : 1 + B]
             self._run_layers(b, modulation)
-            self._step(b, tables, modulation[:, -2 * module.config.dim :], cfg_alpha, step)
+            final = b.stream, None, modulation[:, -2 * module.config.dim :], linear.weight, linear.bias
+            self._solver_step(b, tables, step, cfg_alpha, final, (w_in, b_in, None, b.stream))
 
     def _run_layers(self, b: MLPHeadBuffers, modulation: Tensor) -> None:
         """Run all blocks of one evaluation, two launches per block."""
@@ -127,14 +123,4 @@ class FusedMLPHead(FusedHead):
             mine = modulation[:, 3 * i * dim : 3 * (i + 1) * dim]
             up, down = cast(nn.Linear, block.mlp[0]), cast(nn.Linear, block.mlp[2])
             launch_adaln_linear_silu(b.gated, b.stream, mine, up.weight, up.bias, self._eps, max_rows)
-            launch_gated_linear(b.stream, b.gated, down.weight, down.bias, mine[:, 2 * dim :], b.stream, max_rows)
-
-    def _step(self, b: MLPHeadBuffers, tables: StepTables, modulation: Tensor, cfg_alpha: Tensor, step: int) -> None:
-        """Run the solver's step, and compute the next evaluation's residual stream or, in the last step, the codes."""
-        module, dt, ratio = self.module, tables.dt[step], tables.ab2_ratio[step]
-        final = module.final_layer.linear
-        common = (b.stream, modulation, final.weight, final.bias, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last)
-        if step + 1 < len(tables.dt):
-            launch_mlp_step(*common, module.input_proj.weight, module.input_proj.bias, self.max_batch)
-            return
-        launch_mlp_finish((b.codes, b.next_embedding), *common, b.semantic, *self._codebooks, self.max_batch)
+            launch_linear(b.stream, b.gated, down.weight, down.bias, mine[:, 2 * dim :], b.stream, max_rows)

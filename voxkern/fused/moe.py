@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..kernels.linear import expect_rows, launch_norm_linear
+from ..kernels.linear import expect_rows
 from ..kernels.moe_experts import (
     PointerTable,
     launch_moe_combine,
@@ -27,6 +27,7 @@ from ..kernels.moe_experts import (
     pointer_table,
 )
 from ..kernels.moe_routing import choose_tile_rows, launch_moe_route, tile_count
+from ..kernels.norm_linear import launch_norm_linear
 from ..kernels.operator import on_device
 from ..reference.layers import FeedForward
 from ..reference.moe import MoEBlock

@@ -18,10 +18,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..kernels.linear import launch_linear, launch_norm_swiglu
+from ..kernels.flow import launch_flow_start
+from ..kernels.linear import launch_linear
+from ..kernels.norm_linear import launch_norm_swiglu
 from ..kernels.qkv import launch_norm_qkv
 from ..kernels.token_attention import launch_token_attention, launch_token_attention_linear
-from ..kernels.transformer_solver import launch_flow_finish, launch_flow_start, launch_flow_step
 from ..reference.attention import TransformerBlock
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
@@ -98,10 +99,6 @@ class FusedTransformerHead(FusedHead):
         return cast(list[TransformerBlock], list(self.module.layers))
 
     @property
-    def _eps(self) -> float:
-        return self.module.config.norm_eps
-
-    @property
     def _max_rows(self) -> int:
         return 6 * self.max_batch
 
@@ -109,20 +106,23 @@ class FusedTransformerHead(FusedHead):
         self, b: HeadBuffers, tables: StepTables, h: Tensor, cfg_alpha: Tensor, noise_source: NoiseSource
     ) -> None:
         assert isinstance(b, TransformerHeadBuffers)
-        t_tokens, t_qkv = tables.network
+        module, (t_tokens, t_qkv) = self.module, tables.network
+        final = b.stream, module.norm.weight, None, module.acoustic_codebook_output.weight, None
         self._start(b, t_tokens[0], h, noise_source)
         for step in range(len(tables.dt)):
             self._run_layers(b, t_qkv[step : step + 1])
-            self._step(b, tables, cfg_alpha, step)
+            next_time = t_tokens[step + 1] if step + 1 < len(tables.dt) else None
+            entrance = module.input_projection.weight, None, next_time, b.tokens
+            self._solver_step(b, tables, step, cfg_alpha, final, entrance)
 
     def _start(self, b: TransformerHeadBuffers, t_token: Tensor, h: Tensor, noise_source: NoiseSource) -> None:
         """Compute the h tokens and their q | k | v, the noise, and the first x and t tokens, in three launches."""
         module, B = self.module, len(h)
         hidden = b.tokens[4 * B : 5 * B]
-        launch_linear(hidden, h, module.llm_projection.weight, None, None, self._max_rows)
+        launch_linear(hidden, h, module.llm_projection.weight, None, None, None, self._max_rows)
         self._qkv(b.h_qkv[:B], hidden, self._blocks[0], B)
         w_in, quantiles = module.input_projection.weight, self._quantiles_on(h.device)
-        launch_flow_start(*noise_source, quantiles, w_in, t_token, b.x, b.tokens, self.max_batch)
+        launch_flow_start(*noise_source, quantiles, w_in, None, t_token, b.x, b.tokens, self.max_batch)
 
     def _qkv(self, out: Tensor, x: Tensor, layer: TransformerBlock, q_rows: int) -> None:
         attention = layer.attention
@@ -151,7 +151,7 @@ class FusedTransformerHead(FusedHead):
             feed, stream, gated = layer.feed_forward, b.stream[:rows], b.gated[:rows]
             norm = layer.ffn_norm.weight
             launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, self._max_rows)
-            launch_linear(stream, gated, feed.w2.weight, None, stream, self._max_rows)
+            launch_linear(stream, gated, feed.w2.weight, None, None, stream, self._max_rows)
 
     def _attend(
         self,
@@ -170,20 +170,4 @@ class FusedTransformerHead(FusedHead):
             return
         attended = b.attended[:rows]
         launch_token_attention(attended, x_qkv, t_qkv, h_qkv, *heads, rows // len(h_qkv), self.max_batch)
-        launch_linear(b.stream[:rows], attended, wo, None, residual, self._max_rows)
-
-    def _step(self, b: TransformerHeadBuffers, tables: StepTables, cfg_alpha: Tensor, step: int) -> None:
-        """Run the solver's step, and compute the next evaluation's tokens or, in the last step, the codes."""
-        module, dt, ratio = self.module, tables.dt[step], tables.ab2_ratio[step]
-        norm, w_out = module.norm.weight, module.acoustic_codebook_output.weight
-        if step + 1 < len(tables.dt):
-            t_tokens, _ = tables.network
-            launch_flow_step(
-                b.stream, norm, w_out, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last, module.input_projection.weight,
-                t_tokens[step + 1], b.tokens, self.max_batch,
-            )  # fmt: skip
-            return
-        launch_flow_finish(
-            (b.codes, b.next_embedding), b.stream, norm, w_out, self._eps, cfg_alpha, dt, ratio, b.x, b.v_last,
-            b.semantic, *self._codebooks, self.max_batch,
-        )  # fmt: skip
+        launch_linear(b.stream[:rows], attended, wo, None, None, residual, self._max_rows)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..fused.flow_head import NoiseSource
 from ..fused.transformer_head import FusedTransformerHead, TransformerHeadBuffers
-from ..kernels.linear import launch_linear, launch_norm_linear
+from ..kernels.linear import launch_linear
+from ..kernels.norm_linear import launch_norm_linear
 from ..kernels.operator import on_device
 from ..reference.config import END_AUDIO
 from ..reference.transformer_head import FlowMatchingAudioTransformer
@@ -152,7 +153,7 @@ class FusedServerHead(FusedTransformerHead):
         b = self.buffers((R + 1) // 2, hidden.dtype, hidden.device)
         assert isinstance(b, TransformerHeadBuffers)
         x_tokens, t_tokens, h_tokens = (part[:R] for part in b.stream.chunk(3))
-        launch_linear(x_tokens, x.contiguous(), module.input_projection.weight, None, None, self._max_rows)
+        launch_linear(x_tokens, x.contiguous(), module.input_projection.weight, None, None, None, self._max_rows)
         t_tokens.copy_(time)
         h_tokens.copy_(hidden)
         self._run_layers(b, None)

@@ -1,18 +1,21 @@
-"""The launches of a frame around the transformer head's layers: start, solver steps, and the last step with its codes.
+"""The launches of a frame around the layers of a flow head: start, solver steps, and the last step with its codes.
 
-For B requests, K acoustic codebooks and a model of width dim; the device functions are in ``solver.py``::
+For B requests, K acoustic codebooks and a velocity network of width dim, a transformer or an MLP; the device functions
+are in ``solver.py``::
 
     flow_start    x = noise                                        fp32 [B, K]
-                  x tokens = w_in @ x, t tokens = time             [2B, dim] each, equal for both branches
+                  x tokens = w_in @ x + b_in                       [2B, dim], equal with and without the condition
+                  t tokens = time                                  [2B, dim], of a transformer
     (layers)      y                                                [2B, dim], with and without the condition
-    flow_step     n = (a * rms(y_cond) + (1 - a) * rms(y_uncond)) * norm      [B, dim], a = cfg_alpha
-                  v = w_out @ n                                    [B, K]
+    flow_step     n = a * norm(y_cond) + (1 - a) * norm(y_uncond)  [B, dim], a = cfg_alpha
+                  v = w_out @ n + b_out                            [B, K]
                   x = x + dt * (v + ab2_ratio * (v - v_last)), v_last = v
                   x and t tokens of the next step, as in flow_start
     flow_finish   the last step, then codes [B, 1 + K] and the sum of their embeddings [B, E]
 
-where rms(y) = y / sqrt(mean(y^2) + eps). The tokens are stored as [6B, dim], row = token * 2B + branch * B + request,
-with token 0 = x, 1 = t and 2 = h.
+A transformer ends in an RMSNorm, y / sqrt(mean(y^2) + eps) * weight. Its tokens are stored as [6B, dim], row = token *
+2B + branch * B + request, with token 0 = x, 1 = t and 2 = h. An MLP ends in a modulated layer norm, (y - mean) /
+sqrt(variance + eps) * (1 + scale) + shift. It has x tokens only, its residual stream, which is also its output y.
 
 One block computes a whole step of one request, so that no block waits for another. The block reads both projections,
 221 KB each in the public model. flow_start needs no velocity, so its blocks also divide the rows of w_in.
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from .launch_config import LaunchConfigs
 from .operator import expect, expect_batch, operator
-from .solver import expect_codes, init_noise, load_state, padded, project_in, project_out, solver_step, write_codes
+from .solver import guided_step, init_noise, project_in, write_codes, write_time_tokens
 
 __all__ = ["flow_finish", "flow_start", "flow_step"]
 
@@ -54,53 +57,9 @@ FLOW_STEP = LaunchConfigs(
 )
 
 
-@triton.jit
-def _velocity(
-    p_y, p_norm, p_w_out, p_alpha, i_b, B, eps,
-    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
-    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
-):  # fmt: skip
-    """Compute the guided velocity of one request from the last layer's x tokens: fp32 [PAD_K], zeros past K.
-
-    Guidance and projection are both linear. Combining the two normalised rows first halves the multiply-adds.
-    """
-    o_n = tl.arange(0, PAD_N)
-    m_n = o_n < N
-    b_cond = tl.load(p_y + i_b * N + o_n, mask=m_n, other=0.0).to(tl.float32)
-    b_uncond = tl.load(p_y + (B + i_b) * N + o_n, mask=m_n, other=0.0).to(tl.float32)
-    b_norm = tl.load(p_norm + o_n, mask=m_n, other=0.0).to(tl.float32)
-    alpha = tl.load(p_alpha + i_b)
-    b_cond *= alpha * tl.rsqrt(tl.sum(b_cond * b_cond, 0) / N + eps)
-    b_uncond *= (1 - alpha) * tl.rsqrt(tl.sum(b_uncond * b_uncond, 0) / N + eps)
-    b_y = (b_cond + b_uncond) * b_norm  # [N]
-    return project_out(p_w_out, b_y, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
-
-
-@triton.jit
-def _guided_step(
-    p_y, p_norm, p_w_out, p_alpha, p_x, p_last, i_b, B, eps, dt, ab2_ratio,
-    N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
-    BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
-):  # fmt: skip
-    """Run a solver step of one request with its guided velocity, and return the new x: fp32 [PAD_K], zeros past K."""
-    eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
-    b_x, b_last = load_state(p_x, p_last, i_b, K, PAD_K)
-    b_v = _velocity(p_y, p_norm, p_w_out, p_alpha, i_b, B, eps, N, K, PAD_N, PAD_K, BLOCK_K, PIPE)
-    return solver_step(p_x, p_last, b_x, b_last, b_v, i_b, dt, ab2_ratio, K, PAD_K)
-
-
-@triton.jit
-def _write_time_tokens(p_time, p_tokens, i_b, B, N: tl.constexpr, PAD_N: tl.constexpr):
-    """Write `p_time` [N] to the t tokens of both branches of a request."""
-    o_n = tl.arange(0, PAD_N)
-    b_time = tl.load(p_time + o_n, mask=o_n < N, other=0.0)
-    tl.store(p_tokens + (2 * B + i_b) * N + o_n, b_time, mask=o_n < N)
-    tl.store(p_tokens + (3 * B + i_b) * N + o_n, b_time, mask=o_n < N)
-
-
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_seed", "p_frame"])
 def _flow_start_kernel(
-    p_seed, p_frame, p_noise, p_quantiles, p_w_in, p_time, p_x, p_tokens,
+    p_seed, p_frame, p_noise, p_quantiles, p_w_in, p_b_in, p_time, p_x, p_tokens,
     B,
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -109,19 +68,20 @@ def _flow_start_kernel(
     if i_n == 0:
         o_k = tl.arange(0, PAD_K)
         tl.store(p_x + i_b * K + o_k, b_x, mask=o_k < K)
-        _write_time_tokens(p_time, p_tokens, i_b, B, N, PAD_N)
-    project_in(p_w_in, None, p_tokens, b_x, i_b, i_n * BLOCK_N, B, N, K, PAD_K, BLOCK_N)
+        if p_time is not None:
+            write_time_tokens(p_time, p_tokens, i_b, B, N, PAD_N)
+    project_in(p_w_in, p_b_in, p_tokens, b_x, i_b, i_n * BLOCK_N, B, N, K, PAD_K, BLOCK_N)
 
 
 def launch_flow_start(
-    seed: Tensor | None, frame: Tensor | None, noise: Tensor | None, quantiles: Tensor, w_in: Tensor, time: Tensor,
-    x: Tensor, tokens: Tensor, max_batch: int,
+    seed: Tensor | None, frame: Tensor | None, noise: Tensor | None, quantiles: Tensor, w_in: Tensor,
+    b_in: Tensor | None, time: Tensor | None, x: Tensor, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
     """Run :func:`flow_start` without checking the arguments; `seed` and `frame` may be None if `noise` is given."""
     B, (N, K) = x.shape[0], w_in.shape
-    constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
+    constants = FLOW_START(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | _padded(N, K)
     _flow_start_kernel[(B, triton.cdiv(N, constants["BLOCK_N"]))](
-        seed, frame, noise, quantiles, w_in, time, x, tokens, B, **constants
+        seed, frame, noise, quantiles, w_in, b_in, time, x, tokens, B, **constants
     )
 
 
@@ -132,7 +92,8 @@ def flow_start(
     noise: Tensor | None,
     quantiles: Tensor,
     w_in: Tensor,
-    time: Tensor,
+    b_in: Tensor | None,
+    time: Tensor | None,
     x: Tensor,
     tokens: Tensor,
     max_batch: int,
@@ -145,17 +106,17 @@ def flow_start(
         noise: fp32 [B, K], the initial state, or None to draw it from `seed` and `frame`.
         quantiles: fp32 [65536], the quantiles of the standard normal at (i + 1/2) / 65536.
         w_in: [dim, K] fp32, bf16 or fp16, the input projection.
-        time: [dim], the projected time of the first step.
+        b_in: [dim], the bias of the input projection, or None for 0.
+        time: [dim], the projected time of the first step, or None if the network has no t tokens.
         x: fp32 [B, K], the flow's state, written.
         tokens: [6B, dim], token-major (row = token * 2B + branch * B + request). The first 4B rows, the x and t tokens,
-            are written. The tokens of the hidden state are left unchanged.
+            are written. The tokens of the hidden state are left unchanged. Without `time`, [2B, dim], all written.
         max_batch: the most requests that the operator is prepared for, 1..64; the launch config depends on this number.
 
     Raises:
         ValueError: B is not in 1..max_batch, or `max_batch` is not in 1..64.
     """
-    B = _expect_entrance(w_in, time, x, tokens, max_batch)
-    K = w_in.shape[1]
+    B, K = _expect_entrance(w_in, b_in, time, x, tokens, max_batch)
     expect("seed", seed, (B,), like=w_in, dtype=torch.int64)
     expect("frame", frame, (B,), like=w_in, dtype=torch.int64)
     expect("quantiles", quantiles, (65536,), like=w_in, dtype=torch.float32)
@@ -165,38 +126,46 @@ def flow_start(
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_alpha"])
 def _flow_step_kernel(
-    p_y, p_norm, p_w_out, p_alpha, p_x, p_last, p_w_in, p_time, p_tokens,
-    B, eps, dt, ab2_ratio,
+    p_y, p_norm, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, p_w_in, p_b_in, p_time, p_tokens,
+    B, stride_mod, eps, dt, ab2_ratio,
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    _write_time_tokens(p_time, p_tokens, i_b, B, N, PAD_N)
-    b_x = _guided_step(
-        p_y, p_norm, p_w_out, p_alpha, p_x, p_last, i_b, B, eps, dt, ab2_ratio, N, K, PAD_N, PAD_K, BLOCK_K, PIPE
-    )
+    if p_time is not None:
+        write_time_tokens(p_time, p_tokens, i_b, B, N, PAD_N)
+    b_x = guided_step(
+        p_y, p_norm, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, i_b, B, stride_mod, eps, dt, ab2_ratio,
+        N, K, PAD_N, PAD_K, BLOCK_K, PIPE,
+    )  # fmt: skip
+    if p_time is None:
+        tl.debug_barrier()  # y may be the tokens themselves: all warps must have read y before its rows are overwritten
     for n in tl.range(0, N, BLOCK_N, num_stages=PIPE):
-        project_in(p_w_in, None, p_tokens, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
+        project_in(p_w_in, p_b_in, p_tokens, b_x, i_b, n, B, N, K, PAD_K, BLOCK_N)
 
 
 def launch_flow_step(
-    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ab2_ratio: float,
-    x: Tensor, v_last: Tensor, w_in: Tensor, time: Tensor, tokens: Tensor, max_batch: int,
+    y: Tensor, norm: Tensor | None, modulation: Tensor | None, w_out: Tensor, b_out: Tensor | None, eps: float,
+    cfg_alpha: Tensor, dt: float, ab2_ratio: float, x: Tensor, v_last: Tensor, w_in: Tensor, b_in: Tensor | None,
+    time: Tensor | None, tokens: Tensor, max_batch: int,
 ) -> None:  # fmt: skip
     """Run :func:`flow_step` without checking the arguments."""
     B, (N, K) = x.shape[0], w_in.shape
-    constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | padded(N, K)
+    constants = FLOW_STEP(N=N, K=K, dtype=w_in.dtype, rows=max_batch) | _padded(N, K)
     constants["PIPE"] = constants["num_stages"]
     _flow_step_kernel[(B,)](
-        y, norm, w_out, cfg_alpha, x, v_last, w_in, time, tokens, B, eps, dt, ab2_ratio, **constants
-    )
+        y, norm, modulation, w_out, b_out, cfg_alpha, x, v_last, w_in, b_in, time, tokens,
+        B, _row_stride(modulation), eps, dt, ab2_ratio, **constants,
+    )  # fmt: skip
 
 
 @operator(launch_flow_step, mutates=("x", "v_last", "tokens"))
 def flow_step(
     y: Tensor,
-    norm: Tensor,
+    norm: Tensor | None,
+    modulation: Tensor | None,
     w_out: Tensor,
+    b_out: Tensor | None,
     eps: float,
     cfg_alpha: Tensor,
     dt: float,
@@ -204,7 +173,8 @@ def flow_step(
     x: Tensor,
     v_last: Tensor,
     w_in: Tensor,
-    time: Tensor,
+    b_in: Tensor | None,
+    time: Tensor | None,
     tokens: Tensor,
     max_batch: int,
 ) -> None:
@@ -216,9 +186,12 @@ def flow_step(
     Args:
         y: [2B or more, dim] fp32, bf16 or fp16, the output of the last layer. The first 2B rows are the x tokens, and
             among them the B rows with the condition come first.
-        norm: [dim], the weight of the final RMSNorm.
+        norm: [dim], the weight of the final RMSNorm, or None for a layer norm with `modulation`.
+        modulation: [1 + B, 2 dim], shift | scale of the final layer norm, or None for RMSNorm; only its last dimension
+            must be contiguous. Row 0 belongs to the branch without the condition, row 1 + i to request i.
         w_out: [K, dim], the projection of the velocity.
-        eps: added to the mean square.
+        b_out: [K], the bias of that projection, or None for 0.
+        eps: added to the mean square or the variance.
         cfg_alpha: fp32 [B], the strength a of the guidance; 1 means no guidance.
         dt: the length of the step.
         ab2_ratio: the factor on the change of the velocity since the last step.
@@ -226,29 +199,32 @@ def flow_step(
         v_last: fp32 [B, K], the velocity of the last step, replaced by this step's velocity. If `ab2_ratio` is 0, the
             velocity of the last step is not used.
         w_in: [dim, K], the input projection.
-        time: [dim], the projected time of the next step.
-        tokens: [6B, dim], as in :func:`flow_start`: the first 4B rows are written.
+        b_in: [dim], the bias of the input projection, or None for 0.
+        time: [dim], the projected time of the next step, or None if the network has no t tokens.
+        tokens: the x and t tokens, written as in :func:`flow_start`. Without `time`, `tokens` may be `y` itself.
         max_batch: the most requests that the operator is prepared for, 1..64; the launch config depends on this number.
 
     Raises:
-        ValueError: B is not in 1..max_batch, or `max_batch` is not in 1..64.
+        ValueError: B is not in 1..max_batch, `max_batch` is not in 1..64, or `norm` and `modulation` are both given or
+            both None.
     """
-    B = _expect_entrance(w_in, time, x, tokens, max_batch)
-    _expect_head(y, norm, w_out, cfg_alpha, v_last, B)
+    B, _ = _expect_entrance(w_in, b_in, time, x, tokens, max_batch)
+    _expect_exit(y, norm, modulation, w_out, b_out, cfg_alpha, v_last, B)
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_alpha", "p_semantic"])
 def _flow_finish_kernel(
-    p_y, p_norm, p_w_out, p_alpha, p_x, p_last, p_semantic, p_embeddings, p_codes, p_next,
-    B, eps, dt, ab2_ratio,
+    p_y, p_norm, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, p_semantic, p_embeddings, p_codes, p_next,
+    B, stride_mod, eps, dt, ab2_ratio,
     N: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
     PAD_N: tl.constexpr, PAD_K: tl.constexpr, PAD_E: tl.constexpr,
     LEVELS: tl.constexpr, SEMANTIC_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
-    b_x = _guided_step(
-        p_y, p_norm, p_w_out, p_alpha, p_x, p_last, i_b, B, eps, dt, ab2_ratio, N, K, PAD_N, PAD_K, BLOCK_K, PIPE
-    )
+    b_x = guided_step(
+        p_y, p_norm, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, i_b, B, stride_mod, eps, dt, ab2_ratio,
+        N, K, PAD_N, PAD_K, BLOCK_K, PIPE,
+    )  # fmt: skip
     write_codes(
         b_x, p_semantic, p_embeddings, p_codes, p_next, i_b, K, E, PAD_K, PAD_E, LEVELS, SEMANTIC_SIZE, BLOCK_K, PIPE
     )
@@ -256,42 +232,30 @@ def _flow_finish_kernel(
 
 def launch_flow_finish(
     out: tuple[Tensor, Tensor],
-    y: Tensor, norm: Tensor, w_out: Tensor, eps: float, cfg_alpha: Tensor, dt: float, ab2_ratio: float,
-    x: Tensor, v_last: Tensor, semantic: Tensor, levels: int, embeddings: Tensor | None, semantic_size: int,
-    max_batch: int,
+    y: Tensor, norm: Tensor | None, modulation: Tensor | None, w_out: Tensor, b_out: Tensor | None, eps: float,
+    cfg_alpha: Tensor, dt: float, ab2_ratio: float, x: Tensor, v_last: Tensor, semantic: Tensor, levels: int,
+    embeddings: Tensor | None, semantic_size: int, max_batch: int,
 ) -> None:  # fmt: skip
     """Run :func:`flow_finish` into `out`, codes [B, 1 + K] and next [B, E], without checking the arguments."""
     codes, next_embedding = out
-    B, (K, N) = x.shape[0], w_out.shape
-    E = next_embedding.shape[1]
-    constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | padded(N, K)
+    B, (K, N), E = x.shape[0], w_out.shape, next_embedding.shape[1]
+    constants = FLOW_STEP(N=max(N, E), K=K, dtype=w_out.dtype, rows=max_batch) | _padded(N, K)
     constants |= {"E": E, "PAD_E": triton.next_power_of_2(max(E, 1)), "PIPE": constants["num_stages"]}
     constants |= {"LEVELS": levels, "SEMANTIC_SIZE": semantic_size}
     del constants["BLOCK_N"]  # a size of the input projection, which this kernel does not compute
     _flow_finish_kernel[(B,)](
-        y,
-        norm,
-        w_out,
-        cfg_alpha,
-        x,
-        v_last,
-        semantic,
-        embeddings,
-        codes,
-        next_embedding,
-        B,
-        eps,
-        dt,
-        ab2_ratio,
-        **constants,
-    )
+        y, norm, modulation, w_out, b_out, cfg_alpha, x, v_last, semantic, embeddings, codes, next_embedding,
+        B, _row_stride(modulation), eps, dt, ab2_ratio, **constants,
+    )  # fmt: skip
 
 
 @operator(launch_flow_finish, mutates=("x", "v_last"))
 def flow_finish(
     y: Tensor,
-    norm: Tensor,
+    norm: Tensor | None,
+    modulation: Tensor | None,
     w_out: Tensor,
+    b_out: Tensor | None,
     eps: float,
     cfg_alpha: Tensor,
     dt: float,
@@ -306,13 +270,15 @@ def flow_finish(
 ) -> tuple[Tensor, Tensor]:
     """Run the last solver step of a frame, and return the frame's codes and the sum of their embeddings.
 
-    The sum is the backbone's next input.
+    The sum is the backbone's next input. The arguments up to `v_last` are those of :func:`flow_step`.
 
     Args:
-        y: [2B or more, dim], see :func:`flow_step`, also for the next eight arguments.
-        norm: [dim], the weight of the final RMSNorm.
+        y: [2B or more, dim], the output of the last layer.
+        norm: [dim], the weight of the final RMSNorm, or None.
+        modulation: [1 + B, 2 dim], shift | scale of the final layer norm, or None.
         w_out: [K, dim], the projection of the velocity.
-        eps: added to the mean square.
+        b_out: [K], the bias of that projection, or None for 0.
+        eps: added to the mean square or the variance.
         cfg_alpha: fp32 [B], the strength of the guidance.
         dt: the length of the step.
         ab2_ratio: the factor on the change of the velocity since the last step.
@@ -332,31 +298,93 @@ def flow_finish(
         rounded once.
 
     Raises:
-        ValueError: B is not in 1..max_batch, or `embeddings` has too few rows for `levels` and `semantic_size`.
+        ValueError: as in :func:`flow_step`, or `embeddings` has too few rows for `levels` and `semantic_size`.
     """
     K, _ = expect("w_out", w_out, ("K", "dim"))
     B, _ = expect("x", x, ("B", K), like=w_out, dtype=torch.float32)
     expect_batch("x", B, 1, max_batch)
-    _expect_head(y, norm, w_out, cfg_alpha, v_last, B)
-    return expect_codes(B, w_out, semantic, levels, embeddings, semantic_size)
+    _expect_exit(y, norm, modulation, w_out, b_out, cfg_alpha, v_last, B)
+    return _expect_codes(B, w_out, semantic, levels, embeddings, semantic_size)
 
 
-def _expect_entrance(w_in: Tensor, time: Tensor, x: Tensor, tokens: Tensor, max_batch: int) -> int:
-    """Check the arguments of the input projection and the tokens, and return B."""
+def _padded(N: int, K: int) -> dict[str, int]:
+    """Return the kernel constants N, PAD_N and PAD_K.
+
+    PAD_N and PAD_K are N and K, rounded up to powers of two. PAD_K is at least 4, because noise is drawn for four
+    codebooks at once.
+    """
+    return {"N": N, "K": K, "PAD_N": triton.next_power_of_2(N), "PAD_K": max(4, triton.next_power_of_2(K))}
+
+
+def _row_stride(modulation: Tensor | None) -> int:
+    return 0 if modulation is None else modulation.stride(0)
+
+
+def _expect_entrance(
+    w_in: Tensor, b_in: Tensor | None, time: Tensor | None, x: Tensor, tokens: Tensor, max_batch: int
+) -> tuple[int, int]:
+    """Check the arguments of the input projection and the tokens, and return B and K."""
     N, K = expect("w_in", w_in, ("dim", "K"))
-    expect("time", time, (N,), like=w_in)
+    for name, vector in (("b_in", b_in), ("time", time)):
+        if vector is not None:
+            expect(name, vector, (N,), like=w_in)
     B, _ = expect("x", x, ("B", K), like=w_in, dtype=torch.float32)
     expect_batch("x", B, 1, max_batch)
-    expect("tokens", tokens, (6 * B, N), like=w_in)
-    return B
+    expect("tokens", tokens, (2 * B if time is None else 6 * B, N), like=w_in)
+    return B, K
 
 
-def _expect_head(y: Tensor, norm: Tensor, w_out: Tensor, cfg_alpha: Tensor, v_last: Tensor, B: int) -> None:
-    """Check the arguments of :func:`_guided_step`, except x."""
+def _expect_exit(
+    y: Tensor, norm: Tensor | None, modulation: Tensor | None, w_out: Tensor, b_out: Tensor | None, cfg_alpha: Tensor,
+    v_last: Tensor, B: int,
+) -> None:  # fmt: skip
+    """Check the arguments of a guided step, except x."""
     K, N = expect("w_out", w_out, ("K", "dim"))
-    expect("v_last", v_last, (B, K), like=w_out, dtype=torch.float32)
     rows, _ = expect("y", y, ("rows", N), like=w_out)
     if rows < 2 * B:
         raise ValueError(f"y has {rows} rows but must have 2B = {2 * B} or more")
-    expect("norm", norm, (N,), like=w_out)
+    if (norm is None) == (modulation is None):
+        raise ValueError("norm and modulation are both given or both None, but exactly one must be given")
+    if norm is not None:
+        expect("norm", norm, (N,), like=w_out)
+    if modulation is not None:
+        expect("modulation", modulation, (1 + B, 2 * N), like=w_out, contiguous=False)
+    if b_out is not None:
+        expect("b_out", b_out, (K,), like=w_out)
+    expect("v_last", v_last, (B, K), like=w_out, dtype=torch.float32)
     expect("cfg_alpha", cfg_alpha, (B,), like=w_out, dtype=torch.float32)
+
+
+def _expect_codes(
+    B: int, w_out: Tensor, semantic: Tensor, levels: int, embeddings: Tensor | None, semantic_size: int
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments of :func:`write_codes`, and allocate its results.
+
+    Args:
+        B: requests.
+        w_out: [K, dim], the projection of the velocity, with the dtype and device of the embeddings.
+        semantic: int64 [B], semantic codes with the offset of 2.
+        levels: the number of levels of an acoustic code, 2 or more.
+        embeddings: [rows, E], or None.
+        semantic_size: the number of codes in the semantic codebook, without the 2 special codes, 1 or more.
+
+    Returns:
+        Two uninitialised tensors: the codes, int64 [B, 1 + K], and the sums of embeddings, [B, E], where E = 0 if
+        `embeddings` is None.
+
+    Raises:
+        ValueError: `embeddings` has too few rows for all codes, or `levels` or `semantic_size` is too small.
+    """
+    K = len(w_out)
+    expect("semantic", semantic, (B,), like=w_out, dtype=torch.int64)
+    codes = w_out.new_empty((B, 1 + K), dtype=torch.int64)
+    if embeddings is None:
+        return codes, w_out.new_empty(B, 0)
+    rows, E = expect("embeddings", embeddings, ("rows", "E"), like=w_out)
+    least = semantic_size + 2 + K * (levels + 2)
+    if levels < 2 or semantic_size < 1 or rows < least:
+        raise ValueError(
+            f"embeddings has {rows} rows but must have {least} or more: {semantic_size} + 2 semantic codes "
+            f"(semantic_size, 1 or more) and {K} x ({levels} + 2) acoustic codes (levels, 2 or more)"
+        )
+    return codes, w_out.new_empty(B, E)
