@@ -1,50 +1,39 @@
-"""Run one of the benchmark commands: ``python -m bench COMMAND``, from the repository's root."""
+"""Run one of the benchmark tools: ``python -m bench NAME``, from the repository's root."""
 
 import argparse
 import sys
-import time
-from collections.abc import Sequence
 from importlib import import_module
 
-# command -> help text. Each command except `ledger` is a module of that name in this folder with a `main(arguments)`.
-COMMANDS = {
-    "ledger": "compile every kernel for every architecture and write bench/ledger.csv; --check compares with that file",
-    "run": "time operators, whole frames and single modules",
-    "report": "measure on this machine, then write the page, the pictures and the README's tables",
-    "tune": "search launch configs for this machine's GPU",
+# tool -> its folder and help text; the tool is a module of that folder with a `main(arguments)`
+TOOLS = {
+    "run": ("micro", "time operators, whole frames and single modules"),
+    "tune": ("micro", "search launch configs for this machine's GPU"),
+    "engine": ("micro", "time many requests at once, and their memory"),
+    "depth": ("micro", "compare the flow head with a depth transformer: bytes, launches, times"),
+    "ledger": ("static", "compile every kernel for every architecture; --check compares with bench/ledger.csv"),
+    "frame": ("static", "count the launches, bytes and multiply-adds of a frame in Triton's interpreter"),
+    "roofline": ("static", "predict the time of a frame on each GPU"),
+    "server_cost": ("static", "count the launches and bytes of the public server's flow head"),
+    "errors": ("quality", "count the codes that rounding flips, against fp64"),
+    "distortion": ("quality", "measure what fewer evaluations of the velocity network cost"),
+    "recognition": ("quality", "count the words of the demo voice that a speech recogniser hears"),
+    "demo_voice": ("quality", "write the demo voice's checkpoint from trained weights"),
+    "report": ("report", "measure on this machine, then write the page, the pictures and the tables"),
 }
 
 
 def main() -> int:
-    """Run the command that the command line names, and return the command's exit status."""
-    lines = "\n".join(f"  {name:10s} {what}" for name, what in COMMANDS.items())
+    """Run the tool that the command line names, and return the tool's exit status."""
+    lines = "\n".join(f"  {name:12s} {what}" for name, (_, what) in TOOLS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, epilog=f"commands:\n{lines}",
+        prog="python -m bench", description=__doc__, epilog=f"tools:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's arguments; see COMMAND --help")
+    parser.add_argument("tool", choices=TOOLS, metavar="NAME", help="one of the tools below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the tool's arguments; see NAME --help")
     options = parser.parse_args()
-    if options.command == "ledger":
-        return _ledger(options.arguments)
-    return int(import_module(f"bench.{options.command}").main(options.arguments))
-
-
-def _ledger(arguments: Sequence[str]) -> int:
-    from bench import ledger
-
-    parser = argparse.ArgumentParser(prog="python -m bench ledger", description=COMMANDS["ledger"])
-    parser.add_argument("--check", action="store_true", help="compare with bench/ledger.csv instead of writing it")
-    check, start = parser.parse_args(arguments).check, time.perf_counter()
-    if check:
-        found = ledger.check()
-    else:
-        rows = ledger.compute()
-        ledger.FILE.write_text(ledger.write(rows))
-        found = ledger.faults(rows)
-    print(*found, sep="\n", end="\n" if found else "")
-    print(f"ledger: {len(found)} complaints, {time.perf_counter() - start:.0f} s")
-    return 1 if found else 0
+    folder, _ = TOOLS[options.tool]
+    return int(import_module(f"bench.{folder}.{options.tool}").main(options.arguments))
 
 
 if __name__ == "__main__":

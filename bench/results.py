@@ -1,11 +1,12 @@
 """The table of all figures, ``bench/results.csv``.
 
-Each row has a figure's value, whether it was measured, counted or predicted, on which device, and by which command.
-Rows are only appended, and the newest row of a figure has the current value. A cell that does not apply is empty.
+Each row has a figure's value, whether it was measured, counted or predicted, on which device, and by which command. The
+table has one row for each figure, device and set of versions: the newest one. A cell that does not apply is empty.
 """
 
 import csv
 import datetime
+import fcntl
 import io
 import platform
 import subprocess
@@ -104,34 +105,43 @@ def with_provenance(row: ResultRow, where: Provenance) -> ResultRow:
     return ResultRow(**{**asdict(row), **asdict(where)})
 
 
-def append(rows: Iterable[ResultRow], file: Path = FILE) -> None:
-    """Append rows to `file`, which is created if it does not exist.
+def store(rows: Iterable[ResultRow], file: Path = FILE) -> None:
+    """Write rows to `file`, which is created if it does not exist.
+
+    A row replaces the row with the same figure, device and versions, in its place; other new rows follow at the end.
+    The table is written to a temporary file and renamed, so an interrupted call leaves the old table. A lock lets
+    several processes store rows at the same time.
 
     Raises:
         ValueError: the file does not have the columns of :class:`ResultRow`.
     """
     names = [field.name for field in fields(ResultRow)]
-    if not file.exists():
-        file.write_text(",".join(names) + "\n")
-    with file.open(newline="") as text:
-        if (found := next(csv.reader(text))) != names:
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = file.read_text() if file.exists() else ",".join(names)
+        if (found := next(csv.reader(text.splitlines()))) != names:
             raise ValueError(f"{file} has the columns {found}, but must have {names}")
-    lines = io.StringIO()
-    csv.DictWriter(lines, names, lineterminator="\n").writerows(asdict(row) for row in rows)
-    with file.open("a", newline="") as text:  # one write, because another process may append at the same time
-        text.write(lines.getvalue())
+        table = {(row.key, row.versions): row for row in (*read(text), *rows)}
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in table.values())
+        new = file.with_suffix(".new")
+        new.write_text(lines.getvalue())
+        new.replace(file)
 
 
 def read(text: str) -> list[ResultRow]:
-    """Return the rows of a table's text, oldest first."""
+    """Return the rows of a table's text, in the order of the text."""
     return [_row(line) for line in csv.DictReader(io.StringIO(text))]
 
 
 def newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Return the last row of each figure, in the order in which the figures first occur."""
+    """Return the row with the latest date of each figure, in the order in which the figures first occur."""
     found: dict[tuple[str, ...], ResultRow] = {}
     for row in rows:
-        found[row.key] = row
+        if row.key not in found or row.date >= found[row.key].date:
+            found[row.key] = row
     return list(found.values())
 
 

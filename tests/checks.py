@@ -7,9 +7,9 @@ import torch
 from poison import assert_bands, guarded, guarded_args, spread
 from torch import Tensor
 
-from bench.accuracy import judge
-from bench.counters import counting
-from bench.registry import DTYPES, Case, Entry, TensorMaker, listed, to_dtype
+from bench.ops.accuracy import judge
+from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, listed, to_dtype
+from bench.static.counters import counting
 from voxkern.kernels import launch_config
 
 
@@ -48,9 +48,9 @@ def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
 def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = None) -> None:
     """Check the accuracy of an operator against its reference in fp64, on guarded arguments.
 
-    The largest error may be at most twice that of the reference in `dtype`, plus 1e-6 x the RMS of the fp64 result. The
-    RMS error has a limit by dtype, see bench/accuracy.py. Integer results must equal those of the reference in `dtype`.
-    `apart` names an argument that is passed with gaps between its rows.
+    The largest error may be at most twice that of the reference in `dtype`, plus 1e-6 x the RMS of the fp64 result.
+    The RMS error has a limit by dtype, see bench/ops/accuracy.py. Integer results must equal those of the reference
+    in `dtype`. `apart` names an argument that is passed with gaps between its rows.
     """
     args = entry.args(case, TensorMaker(DTYPES[dtype]))
     truth = results(entry, entry.reference, to_dtype(args, torch.float64))

@@ -1,9 +1,9 @@
-"""A fake clock for the tests of bench/timing.py, which takes times from lists instead of measuring them."""
+"""A fake clock for the tests of bench/micro/timing.py, which takes times from lists instead of measuring them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.timing import Copy
+from bench.micro.timing import Copy
 
 
 class FakeClock:

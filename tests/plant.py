@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import registry
-from bench.registry import Case, Entry
+from bench.ops import registry
+from bench.ops.registry import Case, Entry
 
 FOLDER = Path(tempfile.mkdtemp())
 Edit = tuple[str, str]
@@ -55,7 +55,7 @@ def plant(entry: Entry, *edits: Edit) -> Entry:
 
 def main() -> None:
     """Read a list of {operator, case, dtype, arch, edits} from stdin; write a list of faults for each to stdout."""
-    from bench.ledger import rows_of
+    from bench.static.ledger import rows_of
 
     answers = []
     for ask in json.load(sys.stdin):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.registry import each_tensor
+from bench.ops.registry import each_tensor
 
 BAND = 1 << 16  # elements of a band: more than a stray tile spans, and a multiple of 16 bytes
 

@@ -8,10 +8,10 @@ from checks import assert_accurate
 from plant import case_of, entry_of
 from torch import Tensor
 
-from bench import adaln as adaln_bench
-from bench.counters import counting
-from bench.linear import own_rows
-from bench.registry import Case, TensorMaker, listed
+from bench.ops import adaln as adaln_bench
+from bench.ops.linear import own_rows
+from bench.ops.registry import Case, TensorMaker, listed
+from bench.static.counters import counting
 from voxkern.fused.mlp_head import FusedMLPHead
 from voxkern.kernels import adaln as kernels
 from voxkern.kernels import launch_config

@@ -311,6 +311,15 @@ def test_memory_is_flat(tts: voxkern.TTS) -> None:
     assert speak(3) == speak(20)
 
 
+@pytest.mark.parametrize("source", ["tiny", "demo voice"])
+def test_requests_without_limits_run_side_by_side(tiny_folder: Path, source: str) -> None:
+    """Each request reserves the model's whole length, and its voice's last page is in the prefix cache."""
+    tts = voxkern.load(tiny_folder if source == "tiny" else None, backend="torch", max_batch=3)
+    running: list[int] = []
+    tts.generate(["one", "two", "three"], steps=1, seed=1, on_frame=lambda n: running.append(tts.engine.n_running))
+    assert running[0] == 3
+
+
 @pytest.mark.parametrize("tokens", [64, 128])
 def test_a_small_cache_limits_a_request(tiny_folder: Path, tokens: int) -> None:
     tts = voxkern.load(tiny_folder, backend="torch", cache_tokens=tokens)

@@ -5,7 +5,7 @@ import torch
 from checks import assert_accurate
 from plant import Edit, case_of, entry_of, plant
 
-from bench.registry import TensorMaker
+from bench.ops.registry import TensorMaker
 
 
 @pytest.mark.parametrize(

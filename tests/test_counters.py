@@ -1,4 +1,4 @@
-"""Tests of bench/counters.py on launches small enough to count every block; test_ledger.py tests the ledger."""
+"""Tests of bench/static/counters.py on launches small enough to count every block; test_ledger.py tests the ledger."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from plant import case_of, entry_of
 
-from bench.counters import Traffic, counting, launches_only
-from bench.norm_linear import norm_linear_inputs
-from bench.registry import TensorMaker
+from bench.ops.norm_linear import norm_linear_inputs
+from bench.ops.registry import TensorMaker
+from bench.static.counters import Traffic, counting, launches_only
 from voxkern.kernels import launch_config
 from voxkern.kernels.norm_linear import launch_norm_linear, norm_linear
 

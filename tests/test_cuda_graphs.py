@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
 import voxkern
-from bench.counters import launches_only
+from bench.static.counters import launches_only
 from voxkern.engine.codec_runner import CodecRunner
 from voxkern.engine.cuda_graphs import BatchGraphs, CudaCapture, weight_addresses
 from voxkern.engine.runner import FrameOutput

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("pocketsphinx", reason="speech recognition needs pocketsphinx: pip install 'voxkern[test]'")
 
 import voxkern
-from bench.errors import large_tiles
-from bench.recognition import Speaker, digit_strings, listen, sentences
+from bench.quality.errors import large_tiles
+from bench.quality.recognition import Speaker, digit_strings, listen, sentences
 from voxkern.reference.train.data import DIGITS, RATE, WORDS
 from voxkern.reference.train.recogniser import Recogniser
 

@@ -1,12 +1,12 @@
-"""Tests of bench/depth.py: the depth transformer, and the figures that compare it with the flow head."""
+"""Tests of bench/micro/depth.py: the depth transformer, and the figures that compare it with the flow head."""
 
 import pytest
 import torch
 
-from bench import depth
-from bench.depth import STEPS, DepthTransformer, candidates, depth_work, flow_work
-from bench.roofline import GPUS, predict
-from bench.work import dram_bytes, launches, public, total_multiply_adds, weight_bytes
+from bench.micro import depth
+from bench.micro.depth import STEPS, DepthTransformer, candidates, depth_work, flow_work
+from bench.static.roofline import GPUS, predict
+from bench.static.work import dram_bytes, launches, public, total_multiply_adds, weight_bytes
 from voxkern.random_checkpoint import random_tensor, tiny_params
 from voxkern.reference import Config
 
@@ -81,8 +81,7 @@ def test_the_depth_transformers_weights_are_its_modules() -> None:
 
 @pytest.mark.parametrize("B", [1, 8, 64])
 def test_more_steps_cost_more(B: int) -> None:
-    config, audio = public().acoustic_transformer, public().audio
-    works = [flow_work(config, audio, B, steps) for steps in STEPS]
+    works = [flow_work(B, steps) for steps in STEPS]
     for gpu in GPUS.values():
         times = [predict(work, gpu) for work in works]
         assert times == sorted(times)

@@ -1,4 +1,4 @@
-"""Tests of bench/errors.py and bench/distortion.py, which count flipped codes, SNR and distances, on tiny models."""
+"""Tests of errors.py and distortion.py in bench/quality/: flipped codes, SNR and distances, on tiny models."""
 
 import math
 from itertools import groupby
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import distortion, errors
-from bench.errors import Flips, conditions, generate_histories, measured, next_frames, snr, sound
-from bench.recognition import Score
+from bench.quality import distortion, errors
+from bench.quality.errors import Flips, conditions, generate_histories, measured, next_frames, snr, sound
+from bench.quality.recognition import Score
 from bench.results import ResultRow, read
 from voxkern.checkpoint import read_checkpoint
 from voxkern.generation_params import CFG_ALPHA
@@ -104,7 +104,7 @@ def test_rows_say_what_they_are(rows: list[ResultRow]) -> None:
     assert len({row.key for row in rows}) == len(rows)
     assert {row.bench for row in rows} == {"errors"}
     assert {row.metric for row in rows if row.how == "measured"} == {"waveform SNR"}
-    assert {row.command for row in rows} == {"python -m bench.errors --texts 1"}
+    assert {row.command for row in rows} == {"python -m bench errors --texts 1"}
     n = values(rows[:8])["acoustic codes compared"]
     assert f" of {n:5.0f} = " in errors.table(rows).splitlines()[1]
 
@@ -114,12 +114,10 @@ def test_only_a_named_table_is_written(
 ) -> None:
     monkeypatch.setattr(errors, "measured", lambda folder, n_texts: rows)
     monkeypatch.setattr(errors, "FILE", tmp_path / "none.csv")
-    monkeypatch.setattr("sys.argv", ["errors"])
-    errors.main()
+    errors.main([])
     assert "voxkern" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("sys.argv", ["errors", "--csv", str(tmp_path / "rows.csv")])
-    errors.main()
+    errors.main(["--csv", str(tmp_path / "rows.csv")])
     written = read((tmp_path / "rows.csv").read_text())
     assert values(written) == values(rows)
     assert all(row.date and row.versions for row in written)

@@ -11,9 +11,9 @@ import torch
 from checks import assert_accurate, assert_bytes_once, assert_within
 from plant import Edit, case_of, entry_of, plant
 
-from bench import frame as costs
-from bench.counters import launches_only
-from bench.registry import ROOT, TensorMaker
+from bench.ops.registry import ROOT, TensorMaker
+from bench.static import frame as costs
+from bench.static.counters import launches_only
 from voxkern.kernels.norm_linear import launch_norm_linear
 
 DOT = "b_acc = dot(b_w, tl.trans(b_a), b_acc)"

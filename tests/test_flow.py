@@ -14,9 +14,9 @@ from plant import case_of, entry_of
 from poison import assert_bands, guarded
 from torch import Tensor
 
-from bench import flow as flow_bench
-from bench.counters import launches_only
-from bench.registry import TensorMaker
+from bench.ops import flow as flow_bench
+from bench.ops.registry import TensorMaker
+from bench.static.counters import launches_only
 from voxkern.kernels import launch_config
 from voxkern.kernels.flow import (
     flow_finish,

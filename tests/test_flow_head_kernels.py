@@ -11,10 +11,10 @@ import triton.language as tl
 from poison import assert_bands, guarded
 from torch import Tensor
 
-from bench import semantic_argmax as argmax_bench
-from bench import token_attention as attention_bench
-from bench.counters import counting, launches_only
-from bench.registry import TensorMaker
+from bench.ops import semantic_argmax as argmax_bench
+from bench.ops import token_attention as attention_bench
+from bench.ops.registry import TensorMaker
+from bench.static.counters import counting, launches_only
 from voxkern.kernels import launch_config
 from voxkern.kernels.semantic_argmax import (
     SEMANTIC_ARGMAX,

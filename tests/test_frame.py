@@ -6,10 +6,17 @@ import pytest
 import torch
 from plant import case_of, entry_of
 
-from bench import frame
-from bench.counters import counting, launches_only
-from bench.frame import backbone_cost, cache_traffic, frame_cost, plain_multiply_adds, public_backbone, public_head
-from bench.registry import Case, TensorMaker
+from bench.ops.registry import Case, TensorMaker
+from bench.static import frame
+from bench.static.counters import counting, launches_only
+from bench.static.frame import (
+    backbone_cost,
+    cache_traffic,
+    frame_cost,
+    plain_multiply_adds,
+    public_backbone,
+    public_head,
+)
 from voxkern.fused.mlp_head import FusedMLPHead
 from voxkern.fused.transformer_head import FusedTransformerHead
 from voxkern.kernels import launch_config
@@ -128,7 +135,7 @@ def test_public_shapes_with_the_velocity_mlp(B: int) -> None:
 
 @pytest.mark.parametrize("case", ["odd", "odd-some-queries"])
 def test_q_k_v_in_one_grid_is_three_grids(case: str) -> None:
-    """One launch for q, k and v moves the same weight and result bytes as the three that bench/frame.py counts."""
+    """One launch for q, k and v moves the same weight and result bytes as the three that frame.py counts."""
     entry = entry_of("norm_qkv")
     args = entry.args(case_of(entry, case), TensorMaker(torch.bfloat16))
     with counting(whole=True) as together:
@@ -147,7 +154,7 @@ def test_modulations_in_one_grid_are_a_grid_each() -> None:
     """A layer's weight, bias and results take the same bytes in the joint launch and in a launch of their own.
 
     All blocks of the joint launch are counted. In a layer's own launch, only the outer blocks are counted, as in
-    bench/frame.py.
+    bench/static/frame.py.
     """
     entry = entry_of("adaln_modulation")
     sizes = {"N": 3 * 130, "K": 130, "blocks": 3, "S": 7, "R": 32, "max_rows": 2048}

@@ -13,7 +13,7 @@ from poison import poison_pages
 from torch import Tensor
 
 import voxkern
-from bench.counters import counting, launches_only
+from bench.static.counters import counting, launches_only
 from voxkern.checkpoint import read_checkpoint
 from voxkern.engine.request import Request, RequestState
 from voxkern.fused.backbone import FusedBackbone, TokenBatch

@@ -9,7 +9,7 @@ import torch
 from test_codec_stream import OperatorRecorder
 
 import voxkern
-from bench.counters import launches_only
+from bench.static.counters import launches_only
 from voxkern.fused.codec import FusedCodec, FusedCodecStream
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.codec import AudioTokenizer

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import voxkern
-from bench.accuracy import judge
-from bench.counters import counting, launches_only
+from bench.ops.accuracy import judge
+from bench.static.counters import counting, launches_only
 from voxkern.checkpoint import read_checkpoint
 from voxkern.fused.flow_head import FusedHead
 from voxkern.fused.mlp_head import FusedMLPHead

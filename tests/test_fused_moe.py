@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import voxkern
-from bench.accuracy import judge
-from bench.counters import counting, launches_only
+from bench.ops.accuracy import judge
+from bench.static.counters import counting, launches_only
 from voxkern.checkpoint import read_checkpoint
 from voxkern.fused import backbone
 from voxkern.fused.backbone import FusedBackbone
@@ -69,7 +69,7 @@ def decided(layer: MoEBlock, u: Tensor) -> Tensor:
 
 
 def assert_accurate(layer: MoEBlock, u: Tensor, out: Tensor) -> None:
-    """Check accuracy against fp64 (see bench/accuracy.py), on tokens with experts that do not depend on rounding."""
+    """Check accuracy against fp64 (bench/ops/accuracy.py), on tokens with experts that do not depend on rounding."""
     same = torch.ones(len(u), dtype=torch.bool) if u.dtype == torch.float32 else decided(layer, u)
     assert same.float().mean() > 0.5
     exact = plain(copy.deepcopy(layer).double(), u.double())

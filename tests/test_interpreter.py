@@ -1,4 +1,4 @@
-"""Tests of the patch that makes Triton's interpreter faster (bench/interpreter.py)."""
+"""Tests of the patch that makes Triton's interpreter faster (bench/static/interpreter.py)."""
 
 import inspect
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from bench.interpreter import patch_once_per_launch
+from bench.static.interpreter import patch_once_per_launch
 
 
 @triton.jit

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import triton
 
-from bench import ledger
-from bench.machines import MACHINES
-from bench.registry import entries
+from bench.ops.registry import entries
+from bench.static import ledger
+from bench.static.machines import MACHINES
 
 ROW = ledger.LedgerRow(
     operator="norm_linear", case="q-b1", dtype="bf16", arch="sm_89", launch="0:_norm_linear_kernel", binaries=1,

@@ -7,7 +7,7 @@ import torch
 from checks import assert_accurate
 from plant import case_of, entry_of
 
-from bench.registry import Case, TensorMaker
+from bench.ops.registry import Case, TensorMaker
 from voxkern.kernels import launch_config
 from voxkern.kernels.linear import linear
 

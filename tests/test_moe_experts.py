@@ -9,10 +9,10 @@ from checks import assert_accurate
 from plant import entry_of
 from torch import Tensor
 
-from bench import ledger
-from bench.counters import counting
-from bench.moe_experts import moe_experts_down_inputs, moe_experts_up_inputs
-from bench.registry import Case, TensorMaker, listed
+from bench.ops.moe_experts import moe_experts_down_inputs, moe_experts_up_inputs
+from bench.ops.registry import Case, TensorMaker, listed
+from bench.static import ledger
+from bench.static.counters import counting
 from voxkern.fused.moe import FusedMoE
 from voxkern.kernels import launch_config
 from voxkern.kernels.moe_experts import moe_combine, moe_experts_down, moe_experts_up, pointer_table

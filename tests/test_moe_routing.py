@@ -10,8 +10,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench.moe_routing import PLAIN, moe_route_inputs, moe_route_reference
-from bench.registry import TensorMaker
+from bench.ops.moe_routing import PLAIN, moe_route_inputs, moe_route_reference
+from bench.ops.registry import TensorMaker
 from voxkern.kernels import launch_config
 from voxkern.kernels.moe_routing import choose_tile_rows, moe_route, tile_count
 

@@ -11,8 +11,8 @@ from checks import assert_accurate
 from plant import case_of, entry_of
 from torch import Tensor
 
-from bench.norm_linear import norm_linear_inputs, norm_linear_reference
-from bench.registry import Case, TensorMaker
+from bench.ops.norm_linear import norm_linear_inputs, norm_linear_reference
+from bench.ops.registry import Case, TensorMaker
 from voxkern.kernels import launch_config
 from voxkern.kernels.norm_linear import NORM_LINEAR, norm_linear
 

@@ -6,8 +6,8 @@ from checks import assert_accurate, assert_bytes_once, assert_within
 from poison import assert_bands, guarded, poison_pages, spread
 from torch import Tensor
 
-from bench.counters import counting
-from bench.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
+from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
+from bench.static.counters import counting
 from voxkern.kernels import launch_config
 
 ENTRIES = entries()

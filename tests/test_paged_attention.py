@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime import interpreter
 
-from bench.accuracy import judge
-from bench.counters import counting
-from bench.paged_attention import paged_attention_reference, poisoned, prefill_attention_reference
-from bench.qkv import pages_of, rope_append_reference, rope_of
+from bench.ops.accuracy import judge
+from bench.ops.paged_attention import paged_attention_reference, poisoned, prefill_attention_reference
+from bench.ops.qkv import pages_of, rope_append_reference, rope_of
+from bench.static.counters import counting
 from voxkern.kernels import launch_config
 from voxkern.kernels.paged_attention import (
     launch_paged_attention,

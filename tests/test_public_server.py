@@ -1,6 +1,6 @@
 """Tests of the reference and the kernels against vLLM-Omni's code, on the same random weights and noise.
 
-The tests are skipped if vLLM-Omni is not installed. "Against the public server" in the README explains how to install
+The tests are skipped if vLLM-Omni is not installed. docs/serving.md explains how to install
 vLLM-Omni on a CPU.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import voxkern
-from bench.counters import counting
+from bench.static.counters import counting
 from voxkern.integrations import vllm_plugin
 from voxkern.integrations.server_heads import CAPTURED_METHOD
 from voxkern.reference import VoxtralTTS

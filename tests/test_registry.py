@@ -1,4 +1,4 @@
-"""Test that a new operator takes one file in kernels/, one in bench/, and no edit elsewhere.
+"""Test that a new operator takes one file in kernels/, one in bench/ops/, and no edit elsewhere.
 
 The new operator is a toy that writes to its argument.
 """
@@ -12,9 +12,9 @@ import torch
 from checks import assert_accurate, assert_bytes_once, assert_within
 from plant import case_of, entry_of
 
-import bench
+import bench.ops
 import voxkern.kernels
-from bench import registry
+from bench.ops import registry
 
 KERNEL = '''
 import torch
@@ -57,7 +57,7 @@ def toy_add_bias(x: Tensor, bias: Tensor) -> None:
     expect("bias", bias, (N,), like=x)
 '''
 BENCH = """
-from bench.registry import Case, Entry
+from bench.ops.registry import Case, Entry
 from voxkern.kernels.toy import toy_add_bias
 
 
@@ -85,10 +85,10 @@ def toy_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "toy.py").write_text(text)
     monkeypatch.setattr(registry, "ROOT", tmp_path)
-    monkeypatch.setattr(bench, "__path__", [str(tmp_path / "bench")])
+    monkeypatch.setattr(bench.ops, "__path__", [str(tmp_path / "bench")])
     monkeypatch.setattr(voxkern.kernels, "__path__", [*voxkern.kernels.__path__, str(tmp_path / "kernels")])
     importlib.invalidate_caches()
-    for name in ("bench.toy", "voxkern.kernels.toy"):
+    for name in ("bench.ops.toy", "voxkern.kernels.toy"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 

@@ -6,7 +6,7 @@ The comparison of two revisions is tested as well.
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from fake_clock import FakeClock
 from plant import case_of, entry_of
 from torch import Tensor
 
-from bench import compare, providers, run
-from bench.modules import BenchPoint, modules
-from bench.providers import LazyCall, Trial, by_codes, by_distance, by_frame, by_verdict, operator_trial
-from bench.registry import TensorMaker
+from bench.micro import compare, providers, run
+from bench.micro.modules import BenchPoint, modules
+from bench.micro.providers import LazyCall, Trial, by_codes, by_distance, by_frame, by_verdict, operator_trial
+from bench.micro.run import Selection, rows_of, selection_of, time_trial, trials
+from bench.micro.timing import Copy, Measured, Timing
+from bench.ops.registry import TensorMaker
 from bench.results import Provenance, ResultRow, read
-from bench.run import Selection, rows_of, selection_of, time_trial, trials
-from bench.timing import Copy, Measured, Timing
-from bench.traffic import fewest_bytes
+from bench.static.traffic import fewest_bytes
 from voxkern.kernels import launch_config
 
 HERE = Provenance("2026-01-01T00:00:00+00:00", "abc", "a GPU", "torch 2")
@@ -279,48 +279,31 @@ def test_nothing_is_compared_while_tests_fail(
         assert read(file.read_text()) == [timed(4.0)]
 
 
-def test_a_revision_stands_in_a_worktree_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_has_a_worktree_of_its_own_with_this_tree_s_timer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repo = tmp_path / "repo"
-    (repo / "bench").mkdir(parents=True)
-    for module in compare.TIMER:
-        (repo / "bench" / f"{module}.py").write_text("old")
-    (repo / "kernel").write_text("old")
-    (repo / "kernels").mkdir()
-    (repo / "kernels" / "launch_config.py").write_text("old")
+    files = [repo / "bench" / name for name in ("micro/run.py", "ops/linear.py", "static/traffic.py")]
+    for file in (*files, repo / "kernel"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("old")
     who = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a"}
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "old"]):
         subprocess.run(["git", *words], cwd=repo, check=True, env=os.environ | who)
-    for file in (repo / "bench" / "run.py", repo / "kernel"):
+    for file in (*files, repo / "kernel"):
         file.write_text("new")
     monkeypatch.setattr(compare, "ROOT", repo)
     with compare.worktree("HEAD") as tree:
-        assert [(tree / name).read_text() for name in ("kernel", "bench/run.py", "bench/timing.py")] == [
-            "old", "new", "old",
-        ]  # fmt: skip
+        assert [(tree / file.relative_to(repo)).read_text() for file in files] == ["new", "old", "new"]
+        assert (tree / "kernel").read_text() == "old"
     assert not tree.exists()
     assert (repo / "kernel").read_text() == "new"
     with pytest.raises(SystemExit, match=r"--compare nowhere: .*invalid reference"), compare.worktree("nowhere"):
         pass
-
-
-def test_a_revision_with_old_names_runs_its_own_timer_and_its_rows_have_the_new_names(tmp_path: Path) -> None:
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "__main__.py").write_text(
-        "import sys\n"
-        "words = sys.argv[1:]\n"
-        "assert words[:3] == ['run', '--op', 'advance'], words\n"
-        f"row = {list(asdict(timed(8.0)).values())!r}\n"
-        "row[1], row[6] = 'advance', 'python -m bench run --op advance'\n"
-        f"head = {[one.name for one in fields(ResultRow)]!r}\n"
-        "lines = (','.join('' if x is None else str(x) for x in line) for line in (head, row))\n"
-        "open(words[words.index('--csv') + 1], 'w').write('\\n'.join(lines) + '\\n')\n"
-    )
-    assert compare.has_old_names(tmp_path)
-    (row,) = compare.measure(tmp_path, ["--op", "update_decode_state"])
-    assert row.subject == "update_decode_state"
-    assert row.command == "python -m bench run --op update_decode_state"
-    assert row.value == 8.0
-    assert not compare.has_old_names(compare.ROOT)
+    subprocess.run(["git", "rm", "-qrf", "bench/micro"], cwd=repo, check=True)
+    subprocess.run(["git", "commit", "-qam", "none"], cwd=repo, check=True, env=os.environ | who)
+    with pytest.raises(SystemExit, match="this revision has no bench/micro"), compare.worktree("HEAD"):
+        pass
 
 
 def test_the_rest_of_the_command_line_is_kept() -> None:

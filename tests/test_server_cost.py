@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import server_cost
-from bench.server_cost import SERVER_PACKAGE, Cost, counted, distinct_bytes, kernels, missing, of_batch, plain, zeroed
+from bench.static import server_cost
+from bench.static.server_cost import (
+    SERVER_PACKAGE,
+    Cost,
+    counted,
+    distinct_bytes,
+    kernels,
+    missing,
+    of_batch,
+    plain,
+    zeroed,
+)
 from voxkern.integrations.server_heads import CAPTURED_METHOD
 from voxkern.random_checkpoint import tiny_params
 from voxkern.reference import Config

@@ -8,8 +8,8 @@ from fake_clock import FakeClock, calls
 from fake_gpu import FakeGPU
 from torch import Tensor
 
-from bench import timing
-from bench.timing import CPUClock, GPUClock, Timing, copies_for, measure
+from bench.micro import timing
+from bench.micro.timing import CPUClock, GPUClock, Timing, copies_for, measure
 
 
 def test_variants_are_interleaved_in_rotating_order() -> None:

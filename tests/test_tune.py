@@ -11,10 +11,10 @@ import torch
 from plant import case_of, entry_of
 from torch import Tensor
 
-from bench import tune
-from bench.providers import Trial, by_verdict
-from bench.registry import ROOT
-from bench.tune import Tuner, config_of, configs_of, line_of, lines_of, neighbours, search, with_line
+from bench.micro import tune
+from bench.micro.providers import Trial, by_verdict
+from bench.micro.tune import Tuner, config_of, configs_of, line_of, lines_of, neighbours, search, with_line
+from bench.ops.registry import ROOT
 from voxkern.kernels.launch_config import LaunchConfigs, target_arch
 
 TEXT = """
@@ -170,12 +170,12 @@ def test_a_compile_error_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("tile of 3")
 
-    monkeypatch.setitem(sys.modules, "bench.ledger", SimpleNamespace(rows_of=refuse))
+    monkeypatch.setitem(sys.modules, "bench.static.ledger", SimpleNamespace(rows_of=refuse))
     assert (
         tune.faults_of("moe_combine", "small-4-b1", "bf16", "sm_90", {"BLOCK_N": 3}) == "does not compile: RuntimeError"
     )
     row = SimpleNamespace(faults=lambda uses_matrix_unit: ["spills 8 bytes of registers"])
-    monkeypatch.setitem(sys.modules, "bench.ledger", SimpleNamespace(rows_of=lambda *_: [row]))
+    monkeypatch.setitem(sys.modules, "bench.static.ledger", SimpleNamespace(rows_of=lambda *_: [row]))
     assert (
         tune.faults_of("moe_combine", "small-4-b1", "bf16", "sm_90", {"BLOCK_N": 64}) == "spills 8 bytes of registers"
     )

@@ -1,4 +1,4 @@
-"""The voxkern command line: generate speech, inspect and make checkpoints, compile kernels."""
+"""Speak a text with a Voxtral-class model, and look after its checkpoints and kernels."""
 
 import contextlib
 import importlib.metadata
@@ -16,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import __version__
@@ -27,7 +27,7 @@ from .generation_params import CFG_ALPHA
 from .random_checkpoint import TINY_MOE, make_checkpoint, public_params
 from .reference import Config
 from .reference.config import BackboneConfig
-from .tts import load
+from .tts import DEMO, load
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(), Console(stderr=True)
@@ -82,13 +82,13 @@ def say(
                 voice = f"clip:{clip.name.lower()}"
                 tts.add_voice(voice, clip)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=err) as progress:
+        with _started_later(Progress(*columns, console=err)) as progress:
             task = progress.add_task("frames", total=max_frames)
             if stream or play:
                 chunks = tts.stream(
                     words, voice, seed, steps=steps, solver=solver, cfg_alpha=cfg, max_frames=max_frames
                 )
-                audio = _write_chunks(chunks, output, tts.sampling_rate, play, lambda n: progress.advance(task, n))
+                audio = _write_chunks(chunks, output, tts.sampling_rate, play, lambda n: _advance(progress, task, n))
             else:
                 audio = tts.generate(
                     words,
@@ -98,7 +98,7 @@ def say(
                     solver=solver,
                     cfg_alpha=cfg,
                     max_frames=max_frames,
-                    on_frame=lambda n: progress.update(task, completed=n),
+                    on_frame=lambda n: _advance(progress, task, n - progress.tasks[task].completed),
                 )
                 audio.save(output)
             progress.update(task, total=audio.codes.shape[1], completed=audio.codes.shape[1])
@@ -114,15 +114,15 @@ def say(
 
 @app.command()
 def info(
-    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    source: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id; default: the demo voice.")] = None,
     batch: Annotated[int, typer.Option(help="Requests that run side by side.")] = 1,
     seconds: Annotated[float, typer.Option(help="Seconds of speech per request.")] = 60.0,
 ) -> None:
-    """Show what a checkpoint holds, and how much memory it needs."""
+    """Show what a checkpoint holds, how much memory it needs, and the words that the demo voice can say."""
     with _plain_errors():
         if batch < 1 or seconds <= 0:
             raise ValueError(f"batch and seconds must be positive, got {batch} and {seconds}")
-        folder = find_folder(source)
+        folder = DEMO if source is None else find_folder(source)
         config = Config.from_params(read_params(folder))
         tensors = tensor_table(folder / WEIGHTS)
         voices = read_voices(folder, config.backbone.dim)
@@ -144,6 +144,10 @@ def info(
         ("memory", f"{_size(weights + cache)} plus activations"),
     ):
         table.add_row(name, value)
+    if source is None:
+        from .reference.train.data import WORDS
+
+        table.add_row(f"{len(WORDS)} words", ", ".join(WORDS))
     out.print(table)
 
 
@@ -222,6 +226,21 @@ def _backend(has_triton: bool) -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "triton: the kernels, in Triton's interpreter (slow, for tests)"
     return "torch: there is no GPU for the kernels"
+
+
+@contextlib.contextmanager
+def _started_later(progress: Progress) -> Iterator[Progress]:
+    """Stop a progress bar at the end if :func:`_advance` has started it: an argument error must not show a bar."""
+    try:
+        yield progress
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+def _advance(progress: Progress, task: TaskID, n_frames: float) -> None:
+    progress.start()
+    progress.advance(task, n_frames)
 
 
 def _write_chunks(

@@ -59,7 +59,8 @@ def load(
             `max_batch` may change the last bits of a sound, because products are summed in another order.
         cache_tokens: tokens of keys and values that all running requests together may reserve, at least 64. A request
             reserves its prompt's tokens plus `max_frames` tokens (80 ms each), in pages of 64, and waits until enough
-            pages are free. None allows 2560 for each of `max_batch` requests, or the model's length if that is less.
+            pages are free. None allows 2560 for each of `max_batch` requests, or the model's length if that is less,
+            and a page for each request's voice. So `max_batch` requests of any length run side by side.
         graphs: True replays a frame's launches on a GPU as CUDA graphs. The codec has one graph. The model has graphs
             for each pair of steps and solver, one each for 1, 2, 4, .. and `max_batch` requests. The graphs of a
             pair are captured when the first request with this pair starts. False launches the kernels one by one, which
@@ -329,7 +330,9 @@ class TTS:
     def _new_engine(self) -> Engine:
         fused_backbone, weight, config = self._fused_backbone, self.model.norm.weight, self.model.config
         n = self.max_batch if fused_backbone is None else min(self.max_batch, fused_backbone.max_batch)
-        n_pages = pages_for(self._cache_tokens or n * min(self._positions, MAX_FRAMES + PROMPT_TOKENS))
+        # one page more for each request, because the prefix cache also holds the last, partly filled page of a voice
+        default = n * (pages_for(min(self._positions, MAX_FRAMES + PROMPT_TOKENS)) + 1)
+        n_pages = default if self._cache_tokens is None else pages_for(self._cache_tokens)
         kv_cache = KVCache(config.backbone, n_pages, weight.dtype, weight.device)
         longest = min(self._positions, n_pages * PAGE_SIZE)
         if fused_backbone is None:

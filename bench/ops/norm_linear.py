@@ -1,0 +1,88 @@
+"""Registry entries of RMSNorm with the linear layer after it, at the shapes of the public model."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.ops.linear import phase_of
+from bench.ops.registry import Case, Entry, TensorMaker
+from voxkern.kernels.norm_linear import norm_linear, norm_swiglu
+from voxkern.reference.layers import rms_norm
+
+
+def norm_linear_reference(
+    x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode"
+) -> Tensor:
+    """Compute RMSNorm, round, then multiply, as the public servers do in two kernels."""
+    return F.linear(rms_norm(x, norm, eps), weight)
+
+
+def norm_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
+    """Return arguments with weights like those of a trained layer: `norm` near 1, and outputs of RMS 1."""
+    return {
+        "x": make(s.M, s.K),
+        "norm": make(s.K, mean=1.0, std=0.1),
+        "weight": make(s.N, s.K, std=s.K**-0.5),
+        "eps": 1e-5,
+        "max_rows": s.max_rows,
+        "phase": phase_of(s),
+    }
+
+
+def norm_swiglu_reference(
+    x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
+) -> Tensor:
+    """Compute the reference's feed-forward up to the gated product, rounding after each operation."""
+    n = rms_norm(x, norm, eps)
+    return F.silu(F.linear(n, w1)) * F.linear(n, w3)
+
+
+def norm_swiglu_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
+    """Return arguments like those of :func:`norm_linear_inputs`, with the weights `w1` and `w3`."""
+    return {
+        "x": make(s.M, s.K),
+        "norm": make(s.K, mean=1.0, std=0.1),
+        "w1": make(s.N, s.K, std=s.K**-0.5),
+        "w3": make(s.N, s.K, std=s.K**-0.5),
+        "eps": 1e-5,
+        "max_rows": s.max_rows,
+        "phase": phase_of(s),
+    }
+
+
+UP = {"N": 9216, "K": 3072}
+
+ENTRIES = [
+    Entry(
+        op=norm_linear,
+        reference=norm_linear_reference,
+        inputs=norm_linear_inputs,
+        cases=(
+            Case("odd", {"M": 19, "N": 75, "K": 150, "max_rows": 19}),
+            Case("odd-many", {"M": 70, "N": 97, "K": 129, "max_rows": 100}),
+            Case("odd-deep", {"M": 17, "N": 40, "K": 3001, "max_rows": 17}),
+            # the flow head has six rows per request: three tokens, with and without the condition
+            Case("q-b1", {"M": 6, "N": 4096, "K": 3072, "max_rows": 6}, public=True),
+            Case("q-b32", {"M": 192, "N": 4096, "K": 3072, "max_rows": 192}, public=True, dtypes=("bf16",)),
+        ),
+    ),
+    Entry(
+        op=norm_swiglu,
+        reference=norm_swiglu_reference,
+        inputs=norm_swiglu_inputs,
+        cases=(
+            Case("odd", {"M": 19, "N": 75, "K": 150, "max_rows": 19}),
+            Case("odd-many", {"M": 70, "N": 97, "K": 129, "max_rows": 100}),
+            Case("b1", {"M": 6, **UP, "max_rows": 6}, public=True),
+            Case("b2", {"M": 12, **UP, "max_rows": 12}, public=True, dtypes=("bf16",)),
+            Case("b4", {"M": 24, **UP, "max_rows": 24}, public=True, dtypes=("bf16",)),
+            Case("b32", {"M": 192, **UP, "max_rows": 192}, public=True, dtypes=("bf16",)),
+            Case("odd-prefill", {"M": 150, "N": 75, "K": 150, "max_rows": 150, "prefill": 1}, dtypes=("bf16",)),
+            Case("prefill", {"M": 230, **UP, "max_rows": 230, "prefill": 1}, public=True, dtypes=("bf16",)),
+            Case("codec-b1", {"M": 8, "N": 4096, "K": 1024, "max_rows": 32}, public=True, dtypes=("bf16",)),
+        ),
+        stage=lambda c: 2 * c["BLOCK_N"] * c["BLOCK_K"],
+        read_once=("w1", "w3"),
+    ),
+]

@@ -1,0 +1,149 @@
+"""The registry of operators: each with its reference and the named shapes at which it is tested, counted and timed.
+
+The operators of ``kernels/NAME.py`` are registered in ``bench/ops/NAME.py``, in a list called ``ENTRIES``. Tests, the
+ledger, the counters and the benchmarks all read these lists.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bench.ops
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+Args = Mapping[str, Any]
+
+
+def times_rows_of_x(args: Args) -> int:
+    """Return the multiply-adds of a product of all rows of `x` with each matrix among the operator's weights."""
+    weights = [args[name] for name in ("weight", "w1", "w3", "wq", "wk", "wv", "w_in", "w_out") if name in args]
+    return sum(len(args["x"]) * weight.numel() for weight in weights if weight.ndim > 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named shape of an operator.
+
+    Attributes:
+        name: the shape's name, unique for the operator.
+        sizes: the sizes by name, which :attr:`Entry.inputs` reads as attributes.
+        public: whether the sizes are those of a published model. Other shapes are odd, to expose errors at the edges of
+            tiles.
+        dtypes: the dtypes at which the operator runs with this shape, keys of :data:`DTYPES`.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    public: bool = False
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An operator, with everything that its tests and benchmarks need.
+
+    Attributes:
+        op: the operator, a ``voxkern.kernels.operator.Operator``.
+        reference: the same computation in plain PyTorch. It takes the operator's arguments in any dtype, fp64 included.
+        inputs: function of (sizes, make) that returns the operator's arguments by name. ``make`` is a
+            :class:`TensorMaker`.
+        cases: at least two odd shapes, and the public shapes at batch 1 and 32.
+        rows: name of the size that varies from call to call. One binary must serve all values of this size.
+        stage: function of the launch constants that returns how many weight elements one stage of the pipeline loads.
+        read_once: names of arguments, usually weights. One row tile loads each byte of them at most once.
+        regular_grid: whether blocks differ only in their addresses, so that bytes can be extrapolated from three blocks
+            per axis. Otherwise all blocks are counted, and only at the odd shapes.
+        uses_matrix_unit: whether the first launch multiplies matrices, so that bf16 and fp16 must use the matrix units.
+        weight_names: names of the arguments that are weights; None takes `read_once`.
+        partly: argument, or ``out`` for the result -> function of the arguments that returns how many of its elements a
+            call must read or write. A call needs all elements of the other arguments.
+        multiply_adds: function of the arguments that returns the multiply-adds of the products with weights, and of
+            attention over the cache.
+    """
+
+    op: Any
+    reference: Callable[..., Any]
+    inputs: Callable[[Any, "TensorMaker"], dict[str, Any]]
+    cases: tuple[Case, ...]
+    rows: str = "M"
+    stage: Callable[[Mapping[str, Any]], int] = lambda c: c["BLOCK_N"] * c["BLOCK_K"]
+    read_once: tuple[str, ...] = ("weight",)
+    regular_grid: bool = True
+    uses_matrix_unit: bool = True
+    weight_names: tuple[str, ...] | None = None
+    partly: Mapping[str, Callable[[Args], int]] = field(default_factory=dict)
+    multiply_adds: Callable[[Args], int] = times_rows_of_x
+
+    @property
+    def name(self) -> str:
+        """Name of the operator in ``torch.ops.voxkern``."""
+        return str(self.op.name)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the arguments that are weights."""
+        return self.read_once if self.weight_names is None else self.weight_names
+
+    def args(self, case: Case, make: "TensorMaker", **sizes: int) -> dict[str, Any]:
+        """Return the operator's arguments for `case`; `sizes` replace sizes of the case."""
+        return self.inputs(SimpleNamespace(**{**case.sizes, **sizes}), make)
+
+
+@dataclass
+class TensorMaker:
+    """Makes random tensors of one dtype on one device: ``make(4, 5, std=0.1)``. Equal seeds give equal tensors."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    seed: int = 0
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        """Return normal random numbers, rounded to the maker's dtype; on the meta device, an empty tensor."""
+        if self.device == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return (mean + std * torch.randn(shape, generator=self.generator)).to(self.device, self.dtype)
+
+
+def entries() -> list[Entry]:
+    """Return the entries of all operators, in the alphabetical order of their files."""
+    modules = sorted(info.name for info in pkgutil.iter_modules(bench.ops.__path__))
+    found: list[Entry] = []
+    for module in modules:
+        if (ROOT / "kernels" / f"{module}.py").exists():
+            found += importlib.import_module(f"bench.ops.{module}").ENTRIES
+    return found
+
+
+def to_dtype(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return copies of the arguments, with every floating-point tensor converted to `dtype`."""
+    return each_tensor(lambda arg: arg.to(dtype if arg.is_floating_point() else arg.dtype, copy=True), args)
+
+
+def each_tensor(change: Callable[[Tensor], Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with `change` applied to every tensor, including tensors in lists."""
+
+    def changed(arg: Any) -> Any:
+        if isinstance(arg, list):
+            return [changed(one) for one in arg]
+        return change(arg) if isinstance(arg, Tensor) else arg
+
+    return {name: changed(arg) for name, arg in args.items()}
+
+
+def listed(args: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors of all arguments that are lists. Kernels read such tensors through a table of addresses."""
+    return [one for arg in args.values() if isinstance(arg, list) for one in arg]

@@ -1,0 +1,1 @@
+"""What rounding and few evaluations do to codes and words."""

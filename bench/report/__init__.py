@@ -1,0 +1,1 @@
+"""The tables, the pictures and the page of all figures."""

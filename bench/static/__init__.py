@@ -1,0 +1,1 @@
+"""What needs no GPU and no clock: machine code, counted bytes and launches, predictions."""
