@@ -7,6 +7,7 @@ from importlib import import_module
 # tool -> its folder and help text; the tool is a module of that folder with a `main(arguments)`
 TOOLS = {
     "run": ("micro", "time operators, whole frames and single modules"),
+    "gpu": ("micro", "measure the most important figures in a few minutes of a GPU"),
     "tune": ("micro", "search launch configs for this machine's GPU"),
     "engine": ("micro", "time many requests at once, and their memory"),
     "depth": ("micro", "compare the flow head with a depth transformer: bytes, launches, times"),
@@ -33,7 +34,10 @@ def main() -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the tool's arguments; see NAME --help")
     options = parser.parse_args()
     folder, _ = TOOLS[options.tool]
-    return int(import_module(f"bench.{folder}.{options.tool}").main(options.arguments))
+    try:
+        return int(import_module(f"bench.{folder}.{options.tool}").main(options.arguments))
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{options.tool} needs {error.name}: pip install -e '.[test,bench]'") from None
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def codec_dequantise(
         new_frames: int64 [B], the number of frames of each request, 0..T. The codes of later frames are ignored.
         embedding_sum: [size, dim] fp32, bf16 or fp16, for each semantic code, the moving-average sum of the vectors
             that training assigned to it. Divided by `cluster_usage`, it is the code's vector.
-        cluster_usage: [size], for each semantic code, the moving-average number of those vectors.
+        cluster_usage: [size], for each semantic code, the moving average of how many vectors training assigned to it.
         levels: the number of levels of an acoustic code.
 
     Returns:

@@ -15,10 +15,12 @@ are in ``solver.py``::
 
 A transformer ends in an RMSNorm, y / sqrt(mean(y^2) + eps) * weight. Its tokens are stored as [6B, dim], row = token *
 2B + branch * B + request, with token 0 = x, 1 = t and 2 = h. An MLP ends in a modulated layer norm, (y - mean) /
-sqrt(variance + eps) * (1 + scale) + shift. It has x tokens only, its residual stream, which is also its output y.
+sqrt(variance + eps) * (1 + scale) + shift. It has only x tokens. These tokens are its residual stream, and after the
+last layer they are its output y.
 
 One block computes a whole step of one request, so that no block waits for another. The block reads both projections,
-221 KB each in the public model. flow_start needs no velocity, so its blocks also divide the rows of w_in.
+221 KB each in the public model. flow_start needs no velocity, so several blocks serve one request, each with some rows
+of w_in.
 """
 
 import torch
@@ -40,10 +42,10 @@ FLOW_START = LaunchConfigs(
     *            | 64       4
     """,
 )
-# A block runs alone on a multiprocessor, which loads at most some 64 bytes per cycle. The time therefore depends on the
-# bytes in flight. In the public model, a tile of four whole rows of w_out has 24 KB in bf16, and 32 KB with the columns
-# padded to a power of two. Three such tiles fit into 101,376 bytes, the shared memory of a block on sm_86, sm_89 and
-# sm_120.
+# A block runs alone on a multiprocessor, which can load some 64 bytes per cycle. The block reaches this rate only with
+# enough bytes in flight. In the public model, a tile of four whole rows of w_out has 24 KB in bf16, and 32 KB with the
+# columns padded to a power of two. Three such tiles fit into 101,376 bytes, the shared memory of a block on sm_86,
+# sm_89 and sm_120.
 FLOW_STEP = LaunchConfigs(
     "flow_step",
     """
@@ -194,10 +196,10 @@ def flow_step(
         eps: added to the mean square or the variance.
         cfg_alpha: fp32 [B], the strength a of the guidance; 1 means no guidance.
         dt: the length of the step.
-        ab2_ratio: the factor on the change of the velocity since the last step.
+        ab2_ratio: the factor on the change of the velocity since the previous step.
         x: fp32 [B, K], the flow's state, updated.
-        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's velocity. If `ab2_ratio` is 0, the
-            velocity of the last step is not used.
+        v_last: fp32 [B, K], the velocity of the previous step, replaced by this step's velocity. If `ab2_ratio` is
+            0, the velocity of the previous step is not used.
         w_in: [dim, K], the input projection.
         b_in: [dim], the bias of the input projection, or None for 0.
         time: [dim], the projected time of the next step, or None if the network has no t tokens.
@@ -281,9 +283,9 @@ def flow_finish(
         eps: added to the mean square or the variance.
         cfg_alpha: fp32 [B], the strength of the guidance.
         dt: the length of the step.
-        ab2_ratio: the factor on the change of the velocity since the last step.
+        ab2_ratio: the factor on the change of the velocity since the previous step.
         x: fp32 [B, K], the flow's state, updated and not clamped.
-        v_last: fp32 [B, K], the velocity of the last step, replaced by this step's velocity.
+        v_last: fp32 [B, K], the velocity of the previous step, replaced by this step's velocity.
         semantic: int64 [B], the semantic codes with the offset of 2. For a semantic code of 1 (END), all acoustic codes
             of the request are 2.
         levels: the number of levels of an acoustic code. x = -1 is level 0, and x = 1 is level ``levels - 1``. A value
@@ -376,15 +378,18 @@ def _expect_codes(
         ValueError: `embeddings` has too few rows for all codes, or `levels` or `semantic_size` is too small.
     """
     K = len(w_out)
+    for name, value, low in (("levels", levels, 2), ("semantic_size", semantic_size, 1)):
+        if value < low:
+            raise ValueError(f"{name} is {value} but must be {low} or more")
     expect("semantic", semantic, (B,), like=w_out, dtype=torch.int64)
     codes = w_out.new_empty((B, 1 + K), dtype=torch.int64)
     if embeddings is None:
         return codes, w_out.new_empty(B, 0)
     rows, E = expect("embeddings", embeddings, ("rows", "E"), like=w_out)
     least = semantic_size + 2 + K * (levels + 2)
-    if levels < 2 or semantic_size < 1 or rows < least:
+    if rows < least:
         raise ValueError(
-            f"embeddings has {rows} rows but must have {least} or more: {semantic_size} + 2 semantic codes "
-            f"(semantic_size, 1 or more) and {K} x ({levels} + 2) acoustic codes (levels, 2 or more)"
+            f"embeddings has {rows} rows but must have {least} or more: {semantic_size} + 2 semantic codes and "
+            f"{K} x ({levels} + 2) acoustic codes (semantic_size, levels)"
         )
     return codes, w_out.new_empty(B, E)

@@ -3,7 +3,7 @@
 The activations are x [M, K]; the weight [N, K] and the bias [N] are stored as in the checkpoint::
 
     linear = residual + gate * (x @ weight.T + bias)     [M, N]
-    gate     [1 + R, N]: row 1 + i is the gate of row i, and row 0 the gate of the rows from R on
+    gate     [1 + R, N]: gate row 1 + i belongs to row i of x, and gate row 0 to all rows of x from row R on
 
     a block:  y^T [BLOCK_N, BLOCK_M]  =  sum over K of  weight [BLOCK_N, BLOCK_K] @ x^T [BLOCK_K, BLOCK_M]
 
@@ -25,8 +25,8 @@ from .operator import expect, operator
 
 __all__ = ["linear"]
 
-# SPLIT is the number of partial sums along K, see split_product. With N = 1536, as in an MLP head, tiles with 64 rows
-# of weights would make only 24 blocks, so a tile has 32 rows.
+# SPLIT is the number of partial sums along K, see split_product. For more than 16 rows and N = 1536, as in an MLP head,
+# tiles with 64 rows of weights would make only 24 blocks, so a tile has 32 rows of weights.
 LINEAR = LaunchConfigs(
     "linear",
     """

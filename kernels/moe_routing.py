@@ -29,7 +29,7 @@ from .operator import expect, operator
 
 __all__ = ["choose_tile_rows", "moe_route", "tile_count"]
 
-# The lowest value in `order` of an expert that can be chosen. It replaces NaN and -inf, so that -inf marks only
+# In `order`, every expert that can be chosen has this value or more. It replaces NaN and -inf, so that -inf marks only
 # excluded experts.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -51,10 +51,11 @@ MOE_ROUTE = LaunchConfigs(
     """,
 )
 
-# Here ROWS is the most pairs in a tile, not the tokens of a block as in MOE_ROUTE. It depends on `rows`, the number of
-# tokens for which an expert is prepared. At decode, `rows` is `max_rows`. On a GPU in bf16 and fp16, one tile then
-# holds all tokens of an expert, up to 64, and the expert's weights are read once. At prefill, `rows` is twice the mean
-# number of tokens per expert, so that the weights of an expert with many tokens are read only a few times.
+# Here ROWS is the most pairs in a tile, not the tokens of a block as in MOE_ROUTE. The table chooses ROWS by `rows`,
+# the number of tokens per expert that the tiles are made for. At decode, `rows` is `max_rows`. On a GPU in bf16 and
+# fp16, one tile then holds all tokens of an expert, up to 64, and the expert's weights are read once. At prefill,
+# `rows` is twice the mean number of tokens per expert, so that the weights of an expert with many tokens are read only
+# a few times.
 # On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
 # tiles spill.
 MOE_TILE_ROWS = LaunchConfigs(

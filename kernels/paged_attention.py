@@ -38,8 +38,8 @@ NO_WINDOW = 1 << 30
 MAX_SPANS = 64
 PAGE_SIZES = (16, 32, 64, 128)  # the number of tokens of a page
 
-# A stage holds 64 tokens of one key head: 16 KB of keys and 16 KB of values for D = 128. Three stages need 98,304
-# bytes, and a block may have 101,376 bytes of shared memory on sm_86, sm_89 and sm_120. On NVIDIA GPUs, fp32 products
+# A stage holds 64 tokens of one key head: 16 KB of keys and 16 KB of values for D = 128. Three stages need at most
+# 98,304 bytes, which fit into the 101,376 bytes of a block on sm_86, sm_89 and sm_120. On NVIDIA GPUs, fp32 products
 # run on the ordinary FP32 units, which read their operands from registers, so fp32 tiles are smaller. A tile has at
 # least MIN_GROUP columns, also if fewer query heads read the key head.
 PAGED_ATTENTION = LaunchConfigs(
@@ -425,4 +425,4 @@ def expect_heads(name: str, columns: int, kv_cache: Tensor) -> None:
     """
     _, _, H_KV, _, D = kv_cache.shape
     if columns < 1 or columns % (H_KV * D):
-        raise ValueError(f"{name} has {columns} columns but must have a multiple of {H_KV} heads of {D}")
+        raise ValueError(f"{name} has {columns} columns but must have H * {D}, with H a multiple of {H_KV}")

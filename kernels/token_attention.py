@@ -47,8 +47,9 @@ TOKEN_ATTENTION = LaunchConfigs(
 
 # A block computes attention and wo one head at a time. N = 3072 gives 96 blocks with 32 rows of wo each, 8 KB of
 # weights per head. Each block repeats the attention, which takes 0.3 MFLOP for the 6 activation rows of one request.
-# With BLOCK_M = 8, a stage holds 26 KB: the weights, and tiles of q, k and v. GPUs with 101,376 bytes of shared memory
-# per block (sm_?6, sm_?9, sm_12?) therefore have fewer stages. On sm_120, four warps spill 8 bytes.
+# With BLOCK_M = 8, a stage holds 26 KB: the weights, and tiles of q, k and v. With num_stages = n, n - 1 stages lie in
+# shared memory. GPUs with 101,376 bytes of shared memory per block (sm_?6, sm_?9, sm_12?) therefore have fewer stages.
+# On sm_120, four warps spill 8 bytes.
 TOKEN_ATTENTION_LINEAR = LaunchConfigs(
     "token_attention_linear",
     """

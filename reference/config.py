@@ -305,7 +305,9 @@ def _head(reader: ParamsReader, args: dict[str, Any]) -> type[AcousticTransforme
     other = {field.name for cls in HEADS.values() for field in dataclasses.fields(cls)}
     other -= {field.name for field in dataclasses.fields(HEADS[kind])}
     reader.wrong += [
-        f"acoustic_transformer_args.{key} is not allowed if its kind is {kind!r}" for key in args if key in other
+        f"acoustic_transformer_args.{key} is not allowed if acoustic_transformer_args.kind is {kind!r}"
+        for key in args
+        if key in other
     ]
     return HEADS[kind]
 
@@ -364,7 +366,10 @@ def _codec_contradictions(codec: CodecConfig) -> list[str]:
     try:
         encoder, decoder = codec.encoder_stages, codec.decoder_stages
     except ValueError:
-        return ["encoder_*_str must be comma-separated integers, equally many in all three; decoder_*_str likewise"]
+        return [
+            "the three encoder_*_str keys must each be comma-separated integers, with the same count in all three; "
+            "likewise the three decoder_*_str keys"
+        ]
     found = []
     if math.prod(s for _, _, s in encoder) != math.prod(s for _, _, s in decoder):
         found.append("the strides in encoder_convs_strides_str and decoder_convs_strides_str must have equal products")

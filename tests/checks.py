@@ -1,14 +1,16 @@
 """Checks that every operator must pass: test_operators.py runs them; test_faults.py tests that they catch faults."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 from poison import assert_bands, guarded, guarded_args, spread
 from torch import Tensor
 
 from bench.ops.accuracy import judge
-from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, listed, to_dtype
+from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, each_tensor, listed, to_dtype
 from bench.static.counters import counting
 from voxkern.kernels import launch_config
 
@@ -45,14 +47,44 @@ def launched(entry: Entry, args: dict[str, Any]) -> list[Tensor]:
     return results(entry, call, args)
 
 
-def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = None) -> None:
+CPU = torch.device("cpu")
+
+
+def tiles_of(arch: str) -> AbstractContextManager[None]:
+    """Use the launch configs of an architecture in the ``with`` block; "own" are those of the device that runs."""
+    return nullcontext() if arch == "own" else launch_config.target_arch(arch)
+
+
+def own_or(arch: str, device: torch.device, first: str | None = None) -> AbstractContextManager[None]:
+    """Use the launch configs of `arch` on the CPU, and a GPU's own on a GPU, in the ``with`` block.
+
+    A test with several architectures passes the first. On a GPU the test is skipped for the others, because it would
+    run again with the same tiles.
+    """
+    if device.type == "cpu":
+        return launch_config.target_arch(arch)
+    if first not in (None, arch):
+        pytest.skip("a GPU has its own tiles")
+    return nullcontext()
+
+
+def moved(args: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the arguments with every tensor copied to `device`; unlike ``Tensor.to``, this keeps all strides."""
+
+    def move(arg: Tensor) -> Tensor:
+        return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=device).copy_(arg)
+
+    return each_tensor(move, args)
+
+
+def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = None, device: torch.device = CPU) -> None:
     """Check the accuracy of an operator against its reference in fp64, on guarded arguments.
 
     The largest error may be at most twice that of the reference in `dtype`, plus 1e-6 x the RMS of the fp64 result.
     The RMS error has a limit by dtype, see bench/ops/accuracy.py. Integer results must equal those of the reference
     in `dtype`. `apart` names an argument that is passed with gaps between its rows.
     """
-    args = entry.args(case, TensorMaker(DTYPES[dtype]))
+    args = entry.args(case, TensorMaker(DTYPES[dtype], str(device)))
     truth = results(entry, entry.reference, to_dtype(args, torch.float64))
     plain = results(entry, entry.reference, guarded_args(args))
     mine = guarded_args(args)

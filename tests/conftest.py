@@ -1,4 +1,8 @@
-"""Set-up of all tests: Triton's interpreter, NaN in uninitialised memory, and tiny checkpoints."""
+"""Set-up of all tests: the device, NaN in uninitialised memory, and tiny checkpoints.
+
+Without options, kernels run in Triton's interpreter on the CPU. ``pytest --device cuda`` runs the tests that take the
+fixture `device` on a GPU, with the GPU's own launch configs, and skips the others.
+"""
 
 import importlib
 import importlib.util
@@ -6,12 +10,12 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported; tests marked gpu need 0
-
 import torch
 
 import voxkern
@@ -35,7 +39,61 @@ def _load_bench() -> None:
 
 
 _load_bench()
-importlib.import_module("bench.static.interpreter").patch_once_per_launch()  # saves a quarter of the tests' time
+
+if importlib.util.find_spec("hypothesis") is None:  # a bare machine runs all tests but the property tests
+    for name in ("hypothesis", "hypothesis.strategies"):
+        stand_in = ModuleType(name)
+        stand_in.__spec__ = ModuleSpec(name, None)  # torch.compile looks for it
+        vars(stand_in)["__getattr__"] = lambda _: MagicMock()
+        sys.modules[name] = stand_in
+    vars(sys.modules["hypothesis"]).update(
+        strategies=sys.modules["hypothesis.strategies"],
+        given=lambda *_, **__: pytest.mark.skip(reason="needs hypothesis"),
+        settings=lambda *_, **__: lambda test: test,
+    )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device of the tests that take a device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    on_gpu = config.getoption("--device") == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU")
+    os.environ["TRITON_INTERPRET"] = "0" if on_gpu else "1"  # read when triton is imported, which is later than this
+    if not on_gpu:
+        # saves a quarter of the tests' time
+        importlib.import_module("bench.static.interpreter").patch_once_per_launch()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give the argument `tiles` the architectures whose launch configs a test runs with; see ``checks.tiles_of``."""
+    if "tiles" in metafunc.fixturenames:
+        on_gpu = metafunc.config.getoption("--device") == "cuda"
+        metafunc.parametrize("tiles", ["own"] if on_gpu else ["interpreter", "sm_90", "gfx942"])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU, skip tests that take no device; on a CPU, deselect tests that are for a GPU only."""
+    if config.getoption("--device") == "cuda":
+        for item in items:
+            marker = item.get_closest_marker("interpreter")
+            if marker is not None:
+                item.add_marker(pytest.mark.skip(reason=f"only in Triton's interpreter: {marker.args[0]}"))
+            elif "device" not in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.skip(reason="takes no device"))
+        return
+    dropped = [item for item in items if item.get_closest_marker("only_gpu") is not None]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return the device of the option ``--device``."""
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(autouse=True)

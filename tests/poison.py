@@ -17,7 +17,7 @@ def _poison(dtype: torch.dtype) -> float | int:
 
 def guarded(tensor: Tensor) -> Tensor:
     """Return a contiguous copy of `tensor` between two bands of poison."""
-    buffer = torch.full((tensor.numel() + 2 * BAND,), _poison(tensor.dtype), dtype=tensor.dtype)
+    buffer = torch.full((tensor.numel() + 2 * BAND,), _poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
     inner = buffer[BAND : BAND + tensor.numel()].view(tensor.shape)
     return inner.copy_(tensor)
 
@@ -25,7 +25,7 @@ def guarded(tensor: Tensor) -> Tensor:
 def spread(tensor: Tensor, gap: int = 16) -> Tensor:
     """Return a copy of `tensor` with `gap` elements of poison after each row, between two bands of poison."""
     *outer, last = tensor.shape
-    wide = guarded(torch.full((*outer, last + gap), _poison(tensor.dtype), dtype=tensor.dtype))
+    wide = guarded(tensor.new_full((*outer, last + gap), _poison(tensor.dtype)))
     wide[..., :last] = tensor
     return wide[..., :last]
 
@@ -37,7 +37,7 @@ def guarded_args(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def assert_bands(tensor: Tensor) -> None:
     """Check that nothing was written to the bands around a guarded tensor."""
-    buffer = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    buffer = tensor.new_empty(0).set_(tensor.untyped_storage())
     bands = torch.cat([buffer[:BAND], buffer[-BAND:]])
     clean = bands.isnan() if tensor.dtype.is_floating_point else bands == torch.iinfo(tensor.dtype).max
     assert clean.all(), f"{int((~clean).sum())} elements were written around a tensor of shape {list(tensor.shape)}"
@@ -45,7 +45,7 @@ def assert_bands(tensor: Tensor) -> None:
 
 def poison_pages(cache: Tensor, used: Tensor) -> Tensor:
     """Fill the pages of `cache` [pages, ...] that are not in `used` with poison, in place; return `cache`."""
-    unused = torch.ones(len(cache), dtype=torch.bool)
+    unused = torch.ones(len(cache), dtype=torch.bool, device=cache.device)
     unused[used.flatten().long()] = False
     cache[unused] = _poison(cache.dtype)
     return cache

@@ -1,10 +1,12 @@
 """Tests that requests in a batch give the same audio as alone, with the real model runners of both backends."""
 
 import asyncio
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +26,8 @@ VOICES = ["ada", "bob"] * 4
 
 
 @pytest.fixture(scope="module")
-def tts(tiny_folder: Path) -> voxkern.TTS:
-    return voxkern.load(tiny_folder, backend="torch", max_batch=8)
+def tts(tiny_folder: Path, device: torch.device) -> voxkern.TTS:
+    return voxkern.load(tiny_folder, device=device, backend="torch", max_batch=8)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +78,9 @@ def test_each_running_request_gets_one_frame_per_engine_frame(tts: voxkern.TTS, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, dtype: str) -> None:
+def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, device: torch.device, dtype: str) -> None:
     """Audio stays the same while requests with other steps and solvers join and leave, with too few pages for all."""
-    tts = voxkern.load(tiny_folder, dtype=dtype, backend="torch", max_batch=3, cache_tokens=4 * 64)
+    tts = voxkern.load(tiny_folder, device=device, dtype=dtype, backend="torch", max_batch=3, cache_tokens=4 * 64)
     expected = each_alone(tts)
     requests = requests_of(tts)
     kinds = ((1, "euler"), (2, "ab2"), (3, "ab2"), (1, "ab2"))
@@ -96,9 +98,11 @@ def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, dtype: 
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_output_is_the_same_with_and_without_shared_prefixes(tiny_folder: Path, backend: str) -> None:
+def test_output_is_the_same_with_and_without_shared_prefixes(
+    tiny_folder: Path, device: torch.device, backend: str
+) -> None:
     """A voice of 70 rows makes a prefix of 72 tokens. Requests share its full page and copy its partly filled page."""
-    tts = voxkern.load(tiny_folder, backend=backend, max_batch=2)
+    tts = voxkern.load(tiny_folder, device=device, backend=backend, max_batch=2)
     vars(tts.model.audio_tokenizer).pop("stream", None)  # without the fused codec, the reference codec is used
     tts.voices["ada"] = torch.cat([tts.voices["bob"], tts.voices["ada"]] * 8)[:70]
     tts._prompt.add("ada", 70)
@@ -132,8 +136,8 @@ def test_output_is_the_same_with_and_without_shared_prefixes(tiny_folder: Path, 
     assert not tts.engine.prefix_cache.entries
 
 
-def test_new_weights_and_new_voices_share_nothing_old(tiny_folder: Path) -> None:
-    tts, fresh = (voxkern.load(tiny_folder, backend="torch") for _ in range(2))
+def test_new_weights_and_new_voices_share_nothing_old(tiny_folder: Path, device: torch.device) -> None:
+    tts, fresh = (voxkern.load(tiny_folder, device=device, backend="torch") for _ in range(2))
     before = tts.generate("one", "ada", 3, **ARGUMENTS)
     for one in (tts, fresh):
         with torch.no_grad():
@@ -270,12 +274,12 @@ def test_async_errors_come_before_anything_runs(tts: voxkern.TTS) -> None:
         asyncio.run(ask())
 
 
-def test_on_kernels(tiny_folder: Path) -> None:
+def test_on_kernels(tiny_folder: Path, device: torch.device) -> None:
     """While one request runs, a request with other steps takes the slot of a cancelled request.
 
     Each request gives the same audio as alone.
     """
-    tts = voxkern.load(tiny_folder, backend="triton", max_batch=2)
+    tts = voxkern.load(tiny_folder, device=device, backend="triton", max_batch=2)
     del tts.model.audio_tokenizer.stream  # without the fused codec, the reference codec is used
     arguments = {"voice": "ada", "max_frames": 4}
     expected = [tts.generate(text, seed=i, steps=1 + i % 2, **arguments) for i, text in enumerate(WORDS[:3])]
@@ -295,6 +299,61 @@ def test_on_kernels(tiny_folder: Path) -> None:
     assert n_request_pages(engine) == 0
 
 
+@pytest.mark.only_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_request_is_the_same_alone_and_in_a_batch_of_32(tiny_folder: Path, device: torch.device, dtype: str) -> None:
+    tts = voxkern.load(tiny_folder, device=device, dtype=dtype, backend="triton", max_batch=32)
+    texts, voices = [f"{word} {i}" for i in range(4) for word in WORDS], VOICES * 4
+    together = tts.generate(texts, voices, list(range(32)), max_frames=24)
+    assert any(audio.codes.shape[1] == 24 for audio in together)
+    for i, (text, voice, audio) in enumerate(zip(texts, voices, together, strict=True)):
+        assert_same_audio(tts.generate(text, voice, i, max_frames=24), audio)
+
+
+@pytest.mark.only_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_requests_on_kernels_are_the_same_alone(tiny_folder: Path, device: torch.device, dtype: str) -> None:
+    """64 requests with random arguments share 8 slots."""
+    tts = voxkern.load(tiny_folder, device=device, dtype=dtype, backend="triton", max_batch=8)
+    draw = random.Random(0)
+
+    def request(seed: int) -> Request:
+        voice, cfg_alpha, solver = draw.choice(VOICES), draw.uniform(0, 3), draw.choice(["euler", "ab2"])
+        params = GenerationParams(voice, seed, cfg_alpha, draw.randint(1, 40), draw.choice([1, 2, 4, 7]), solver, None)
+        return tts._make_requests(draw.choice(WORDS) * draw.randint(1, 4), params)[0]
+
+    requests = [request(seed) for seed in range(64)]
+    for one, audio in zip(requests, tts.engine.generate(requests), strict=True):
+        assert_same_audio(tts.engine.generate([one])[0], audio)
+
+
+@pytest.mark.only_gpu
+def test_no_kernel_is_compiled_in_a_second_pass_over_all_batch_sizes(tiny_folder: Path, device: torch.device) -> None:
+    """The second pass has prompts of other lengths, one of them with 16 tokens after the prefix, and other steps."""
+    from triton import knobs
+
+    # fp16, because no other test runs this model in fp16: otherwise the first pass might find all kernels loaded
+    tts = voxkern.load(tiny_folder, device=device, dtype="float16", backend="triton", max_batch=8, graphs=False)
+    loaded: list[str] = []
+
+    def note(module: Any, function: Any, name: str, *_: Any) -> None:
+        loaded.append(name)
+
+    def pass_over_all_sizes(texts: list[str], **arguments: Any) -> None:
+        for n in range(1, 9):
+            tts.generate(texts[:n], seed=list(range(n)), max_frames=3, **arguments)
+
+    knobs.runtime.kernel_load_start_hook.add(note)
+    try:
+        pass_over_all_sizes(WORDS, steps=2)
+        assert loaded
+        loaded.clear()
+        pass_over_all_sizes(["y" * 13, *WORDS[::-1]], steps=3, solver="ab2", voice="bob", cfg_alpha=2.0)
+    finally:
+        knobs.runtime.kernel_load_start_hook.remove(note)
+    assert loaded == []
+
+
 def test_memory_is_flat(tts: voxkern.TTS) -> None:
     """Finished requests leave no tensors behind: the number of live tensors is the same after 3 and after 23 calls."""
     import gc
@@ -312,17 +371,20 @@ def test_memory_is_flat(tts: voxkern.TTS) -> None:
 
 
 @pytest.mark.parametrize("source", ["tiny", "demo voice"])
-def test_requests_without_limits_run_side_by_side(tiny_folder: Path, source: str) -> None:
-    """Each request reserves the model's whole length, and its voice's last page is in the prefix cache."""
-    tts = voxkern.load(tiny_folder if source == "tiny" else None, backend="torch", max_batch=3)
+def test_requests_without_limits_run_side_by_side(tiny_folder: Path, device: torch.device, source: str) -> None:
+    """Each request reserves pages for the model's longest sequence, and all of them fit.
+
+    The prefix cache also holds the last, partly filled page of the voice's prefix.
+    """
+    tts = voxkern.load(tiny_folder if source == "tiny" else None, device=device, backend="torch", max_batch=3)
     running: list[int] = []
     tts.generate(["one", "two", "three"], steps=1, seed=1, on_frame=lambda n: running.append(tts.engine.n_running))
     assert running[0] == 3
 
 
 @pytest.mark.parametrize("tokens", [64, 128])
-def test_a_small_cache_limits_a_request(tiny_folder: Path, tokens: int) -> None:
-    tts = voxkern.load(tiny_folder, backend="torch", cache_tokens=tokens)
+def test_a_small_cache_limits_a_request(tiny_folder: Path, device: torch.device, tokens: int) -> None:
+    tts = voxkern.load(tiny_folder, device=device, backend="torch", cache_tokens=tokens)
     with pytest.raises(ValueError, match=r"max_frames must be in 1..\d+, got 200"):
         tts.generate("one", max_frames=200)
     assert tts.generate("one", seed=1, steps=1).codes.shape[1] <= tokens

@@ -91,6 +91,7 @@ def test_what_is_wrong_is_one_sentence(arguments: list[str], named: str) -> None
     assert done.exit_code == 1
     assert named in done.stderr
     assert "Traceback" not in done.output
+    assert "frames" not in done.output  # no progress bar before the error
     assert isinstance(done.exception, SystemExit)
 
 
@@ -107,6 +108,24 @@ def test_info(tiny_folder: Path) -> None:
     assert "float32" in done.stdout
     # 1000 frames and 9 tokens of a voice take 16 pages of 64 tokens, each of 2 layers x 2 x 2 heads x 16 x 4 B
     assert "2.1 MB for 4 x" in done.stdout
+
+
+def test_info_describes_the_demo_voice() -> None:
+    done = run(app, ["info"])
+    assert done.exit_code == 0
+    assert "slt, rms" in done.stdout  # the default voice first
+    assert "61 words" in done.stdout
+    assert "seventeen" in done.stdout
+
+
+def test_an_input_is_not_overwritten(tmp_path: Path) -> None:
+    for option in ("--clip", "--file"):
+        file = tmp_path / "out.wav"
+        file.write_text("hello")
+        done = run(app, ["say", *(["a"] if option == "--clip" else []), option, str(file), "-o", str(file)])
+        assert done.exit_code == 1
+        assert f"is the file of {option}" in done.stderr.replace("\n", "")
+        assert file.read_text() == "hello"
 
 
 def test_doctor() -> None:

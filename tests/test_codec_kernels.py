@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import assert_accurate
+from checks import assert_accurate, moved
 from plant import Edit, case_of, entry_of, plant
 
 from bench.ops.registry import TensorMaker
@@ -25,10 +25,10 @@ from bench.ops.registry import TensorMaker
                      "tl.load(p_usage + semantic).to(tl.float32), 1e-2)"), id="another floor of usage"),
     ],
 )  # fmt: skip
-def test_a_fault_is_caught(operator: str, case: str, edit: Edit) -> None:
+def test_a_fault_is_caught(operator: str, case: str, edit: Edit, device: torch.device) -> None:
     entry = entry_of(operator)
     with pytest.raises(AssertionError):
-        assert_accurate(plant(entry, edit), case_of(entry, case), "fp32")
+        assert_accurate(plant(entry, edit), case_of(entry, case), "fp32", device=device)
 
 
 @pytest.mark.parametrize(
@@ -48,24 +48,25 @@ def test_a_fault_is_caught(operator: str, case: str, edit: Edit) -> None:
         ),
     ],
 )
-def test_wrong_arguments(operator: str, changes: dict, named: str) -> None:
+def test_wrong_arguments(operator: str, changes: dict, named: str, device: torch.device) -> None:
     entry = entry_of(operator)
+    args = entry.args(case_of(entry, "odd"), TensorMaker(device=str(device)))
     with pytest.raises(ValueError, match=named):
-        entry.op(**(entry.args(case_of(entry, "odd"), TensorMaker()) | changes))
+        entry.op(**(args | moved(changes, device)))
 
 
-def test_too_few_rows_to_reflect_about() -> None:
+def test_too_few_rows_to_reflect_about(device: torch.device) -> None:
     entry = entry_of("codec_conv")
-    args = entry.args(case_of(entry, "odd-reflect"), TensorMaker(), rate=4)
+    args = entry.args(case_of(entry, "odd-reflect"), TensorMaker(device=str(device)), rate=4)
     with pytest.raises(ValueError, match="rate is 4 but must be more than 6"):
         entry.op(**args)
 
 
-def test_sound_from_half_precision() -> None:
+def test_sound_from_half_precision(device: torch.device) -> None:
     """The last convolution reads bf16 rows and multiplies them in fp32 by an fp32 weight."""
     entry = entry_of("codec_conv")
     case = case_of(entry, "odd-reflect")
-    args = entry.args(case, TensorMaker(torch.bfloat16))
+    args = entry.args(case, TensorMaker(torch.bfloat16, str(device)))
     args |= {"weight": args["weight"].float(), "y": args["y"].float()}
     expected = {name: a.clone() if isinstance(a, torch.Tensor) else a for name, a in args.items()}
     entry.op(**args)

@@ -49,32 +49,33 @@ def _noise_kernel(p_seed, p_frame, p_table, p_words, p_normals, GROUPS: tl.const
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_cast_rounds_as_torch_does(dtype: torch.dtype) -> None:
+def test_cast_rounds_as_torch_does(dtype: torch.dtype, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (64 * B,), generator=generator).int()
     bits[: 8 * B] = bits[: 8 * B] & ~0x7FFF  # about half are ties of bf16
     x = bits.view(torch.float32)
     x[:4] = torch.tensor([float("inf"), float("-inf"), float("nan"), -0.0])
-    y = torch.empty(len(x), dtype=dtype)
+    x = x.to(device)
+    y = torch.empty(len(x), dtype=dtype, device=device)
     for part in range(0, len(x), B):
         _cast_kernel[(1,)](x[part:], y[part:], B)
     torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def test_round_half_even_on_every_tie_of_the_codes() -> None:
-    x = (torch.arange(B) - B // 2).float() / 2
-    y = torch.empty(B)
+def test_round_half_even_on_every_tie_of_the_codes(device: torch.device) -> None:
+    x = (torch.arange(B, device=device) - B // 2).float() / 2
+    y = torch.empty(B, device=device)
     _round_kernel[(1,)](x, y, B)
     assert torch.equal(y, torch.round(x))
-    x = torch.nextafter(x, torch.tensor(float("inf")))
+    x = torch.nextafter(x, torch.tensor(float("inf"), device=device))
     _round_kernel[(1,)](x, y, B)
     assert torch.equal(y, torch.round(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_dot_sums_in_fp32(dtype: torch.dtype) -> None:
-    a, b = (torch.randn(32, 32, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
-    c = torch.full((32, 32), 1000.0)
+def test_dot_sums_in_fp32(dtype: torch.dtype, device: torch.device) -> None:
+    a, b = (torch.randn(32, 32, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in (0, 1))
+    c = torch.full((32, 32), 1000.0, device=device)
     expected = c.double() + a.double() @ b.double()
     _dot_kernel[(1,)](a, b, c, 32)
     torch.testing.assert_close(c.double(), expected, rtol=1e-6, atol=0)
@@ -97,11 +98,13 @@ def test_philox_in_integers_gives_the_published_answers() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 + 5, 2**63 - 1, -1, random.Random(3).getrandbits(62)])
-def test_noise_is_philox_through_the_quantiles_of_the_normal(seed: int) -> None:
+def test_noise_is_philox_through_the_quantiles_of_the_normal(seed: int, device: torch.device) -> None:
     groups, frame = 16, 1234
-    table = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float()
-    words, noise = torch.empty(4 * groups, dtype=torch.int64), torch.empty(4 * groups)
-    _noise_kernel[(1,)](torch.tensor([seed]), torch.tensor([frame]), table, words, noise, groups)
+    table = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().to(device)
+    words = torch.empty(4 * groups, dtype=torch.int64, device=device)
+    noise = torch.empty(4 * groups, device=device)
+    key, counter = torch.tensor([seed], device=device), torch.tensor([frame], device=device)
+    _noise_kernel[(1,)](key, counter, table, words, noise, groups)
     expected = [w for group in range(groups) for w in philox_in_integers(seed % 2**64, [group, frame, 0, 0])]
     assert words.tolist() == expected
     assert torch.equal(noise, table[words >> 16])

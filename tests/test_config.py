@@ -96,12 +96,12 @@ ACOUSTIC = "multimodal.audio_model_args.acoustic_transformer_args."
         (
             ACOUSTIC + "kind",
             "adaln_mlp",
-            "acoustic_transformer_args.n_heads is not allowed if its kind is 'adaln_mlp'",
+            "acoustic_transformer_args.n_heads is not allowed if acoustic_transformer_args.kind is 'adaln_mlp'",
         ),
         (
             ACOUSTIC + "time_dim",
             256,
-            "acoustic_transformer_args.time_dim is not allowed if its kind is 'transformer'",
+            "acoustic_transformer_args.time_dim is not allowed if acoustic_transformer_args.kind is 'transformer'",
         ),
         ("multimodal.audio_tokenizer_args.semantic_codebook_size", 63, "semantic_codebook_size"),
         ("multimodal.audio_tokenizer_args.acoustic_dim", 35, "acoustic_dim"),
@@ -131,7 +131,7 @@ def test_what_is_wrong_is_named(path: str, value: Any, named: str) -> None:
         ("input_dim", 65, r"input_dim \(65\) != dim \(64\)"),
         ("time_dim", 31, "time_dim if the kind is adaln_mlp"),
         ("use_biases", False, r"use_biases = False is not supported \(only True\)"),
-        ("head_dim", 16, "head_dim is not allowed if its kind is 'adaln_mlp'"),
+        ("head_dim", 16, "head_dim is not allowed if acoustic_transformer_args.kind is 'adaln_mlp'"),
         ("n_layers", 2.0, "n_layers must be int"),
     ],
 )

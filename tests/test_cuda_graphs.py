@@ -1,4 +1,7 @@
-"""Tests of frames as CUDA graphs, with a fake capture that records launches with their addresses and numbers."""
+"""Tests of frames as CUDA graphs.
+
+On a CPU, a fake capture records the interpreter's launches with their addresses and numbers.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,7 @@ from voxkern.engine.runner import FrameOutput
 TEXTS = ["one two", "three", "four"]
 ARGUMENTS: dict[str, Any] = {"steps": 2, "max_frames": [2, 4, 1], "seed": [1, 2, 3]}
 LAUNCH = GridExecutor.__call__
+recorded = pytest.mark.interpreter("graphs are recorded launches of the interpreter")
 
 
 class Recording:
@@ -71,6 +75,7 @@ def assert_same(ours: list[voxkern.Audio], theirs: list[voxkern.Audio]) -> None:
         assert (a.samples == b.samples).all()
 
 
+@recorded
 def test_replayed_graphs_equal_launches(tiny_folder: Path, recording: Recording) -> None:
     """Three requests run in two slots, so that frames have 1 or 2 rows."""
     plain = load(tiny_folder, max_batch=2, graphs=False).generate(TEXTS, solver="ab2", **ARGUMENTS)
@@ -84,6 +89,7 @@ def test_replayed_graphs_equal_launches(tiny_folder: Path, recording: Recording)
     assert recording.n_replays == 2 * replays
 
 
+@recorded
 def test_padded_rows_do_not_change_the_others(
     tiny_folder: Path, recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +104,7 @@ def test_padded_rows_do_not_change_the_others(
     assert 4 not in rows
 
 
+@recorded
 def test_the_codec_has_a_graph_of_its_own(tiny_folder: Path, recording: Recording) -> None:
     """A frame of two requests is decoded. Then the streams are restarted, and a frame of one request is decoded."""
     plain, model = (voxkern.load(tiny_folder, backend="triton", max_batch=2).model for _ in range(2))
@@ -113,6 +120,7 @@ def test_the_codec_has_a_graph_of_its_own(tiny_folder: Path, recording: Recordin
     assert recording.n_graphs == 1
 
 
+@recorded
 def test_the_other_head(mlp_folder: Path, recording: Recording) -> None:
     arguments = {"steps": 2, "max_frames": 2, "seed": [1, 2]}
     plain = load(mlp_folder, max_batch=2, graphs=False).generate(TEXTS[:2], **arguments)
@@ -120,6 +128,7 @@ def test_the_other_head(mlp_folder: Path, recording: Recording) -> None:
     assert recording.n_replays > 0
 
 
+@recorded
 @pytest.mark.parametrize("where", ["written over", "moved"])
 def test_new_weights(tiny_folder: Path, recording: Recording, where: str) -> None:
     """Weights that are written in place keep their addresses, and so do the tables made from weights.
@@ -139,6 +148,7 @@ def test_new_weights(tiny_folder: Path, recording: Recording, where: str) -> Non
     assert_same([again], [other.generate("one", steps=2, max_frames=2, seed=1)])
 
 
+@recorded
 def test_another_number_of_steps_is_captured_beside(tiny_folder: Path, recording: Recording) -> None:
     tts = load(tiny_folder)
     for steps in (2, 3, 2, 3):
@@ -165,6 +175,7 @@ def test_the_smallest_that_fits(n: int, sizes: tuple[int, ...]) -> None:
         assert size == replayed[-1] == min(s for s in sizes if s >= rows)
 
 
+@recorded
 def test_what_is_no_launch_is_caught() -> None:
     with pytest.raises(RuntimeError, match="inside a frame"):
         BatchGraphs(lambda rows: torch.zeros(rows), 2, Recording())
@@ -179,18 +190,39 @@ def test_addresses() -> None:
     assert weight_addresses(module) != known
 
 
-@pytest.mark.gpu
-def test_on_a_gpu(tiny_folder: Path) -> None:
-    """This test has not been run yet: no GPU was available."""
-    arguments = ARGUMENTS | {"steps": 7}
-    plain = load(tiny_folder, device="cuda", max_batch=3, graphs=False).generate(TEXTS, **arguments)
-    assert_same(load(tiny_folder, device="cuda", max_batch=3).generate(TEXTS, **arguments), plain)
+@pytest.mark.only_gpu
+@pytest.mark.parametrize("head", ["transformer", "mlp"])
+@pytest.mark.parametrize(("steps", "solver"), [(7, "euler"), (4, "ab2")])
+def test_graphs_on_a_gpu_equal_launches(
+    tiny_folder: Path, mlp_folder: Path, device: torch.device, steps: int, solver: str, head: str
+) -> None:
+    """Five requests end one after the other, so that the graphs of 5, 4 and 1 rows run, also with padded rows."""
+    folder = mlp_folder if head == "mlp" else tiny_folder
+    arguments = {"steps": steps, "solver": solver, "max_frames": [9, 5, 7, 3, 1], "seed": [1, 2, 3, 4, 5]}
+    plain, replayed = (
+        voxkern.load(folder, device=device, backend="triton", max_batch=5, graphs=graphs).generate(
+            [*TEXTS, *TEXTS[:2]], **arguments
+        )
+        for graphs in (False, True)
+    )
+    assert_same(replayed, plain)
 
 
-@pytest.mark.gpu
-def test_a_capture_on_a_gpu() -> None:
-    """This test has not been run yet: no GPU was available."""
-    x = torch.zeros(3, device="cuda")
+@pytest.mark.only_gpu
+@pytest.mark.parametrize("where", ["written over", "moved"])
+def test_new_weights_on_a_gpu(tiny_folder: Path, device: torch.device, where: str) -> None:
+    tts, other = (voxkern.load(tiny_folder, device=device, backend="triton", graphs=graphs) for graphs in (True, False))
+    tts.generate("one", steps=2, max_frames=2, seed=1)
+    state = {name: -tensor if "acoustic" in name else tensor.clone() for name, tensor in tts.model.state_dict().items()}
+    for one in (tts, other):
+        one.model.load_state_dict(state, assign=where == "moved")
+        one.model.requires_grad_(False)
+    assert_same(*([one.generate("one", steps=2, max_frames=2, seed=1)] for one in (tts, other)))
+
+
+@pytest.mark.only_gpu
+def test_a_capture_on_a_gpu(device: torch.device) -> None:
+    x = torch.zeros(3, device=device)
 
     def work() -> Tensor:
         x.add_(1)

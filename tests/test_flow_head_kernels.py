@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from checks import own_or
 from poison import assert_bands, guarded
 from torch import Tensor
 
@@ -69,11 +70,13 @@ def run(op: Any, args: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", CASES)
-def test_a_request_does_not_depend_on_the_others(name: str, dtype: torch.dtype, arch: str) -> None:
+def test_a_request_does_not_depend_on_the_others(
+    name: str, dtype: torch.dtype, arch: str, device: torch.device
+) -> None:
     op, inputs, own = CASES[name]
-    args = inputs(TensorMaker(dtype))
+    args = inputs(TensorMaker(dtype, str(device)))
     B = {"semantic": 19}.get(name, 5)
-    with launch_config.target_arch(arch):
+    with own_or(arch, device, first="interpreter"):
         whole = run(op, args)
         for part in ([0], [B // 2], [B - 1], [B - 1, 0, 1]):
             mine = {n: args[n][rows_of(part, B, len(args[n]))] for n in own}
@@ -96,15 +99,17 @@ def _prologue_kernel(
 
 
 @pytest.mark.parametrize("shared", [0, 1])
-def test_attention_inside_another_kernel(shared: int) -> None:
-    args = attention_bench.token_attention_inputs(token_sizes(n_x=2 - shared, n_t=1 - shared), TensorMaker())
+def test_attention_inside_another_kernel(shared: int, device: torch.device) -> None:
+    make = TensorMaker(device=str(device))
+    args = attention_bench.token_attention_inputs(token_sizes(n_x=2 - shared, n_t=1 - shared), make)
     x, t, h = args["x_qkv"], args["t_qkv"], args["h_qkv"]
-    out = torch.empty(32, 4 * 16)
+    out = torch.empty(32, 4 * 16, device=device)
     _prologue_kernel[(1,)](x, t, h, out, 10, len(x), len(t), W=128, H=4, HKV=2, D=16, ROWS=32)
     torch.testing.assert_close(out[:30], token_attention(**args))
     assert (out[30:] == 0).all()
 
 
+@pytest.mark.interpreter("loads are counted by address")
 def test_attention_loads_each_element_in_one_block() -> None:
     args = attention_bench.token_attention_inputs(token_sizes(n_x=1), TensorMaker())
     with counting(whole=True) as launches:
@@ -119,37 +124,38 @@ def codes_of(h: Tensor, weight: Tensor, n_codes: int) -> list[int]:
     return semantic_argmax(h, weight, n_codes, len(h)).tolist()  # type: ignore[no-any-return]
 
 
-def test_ties_go_to_the_lowest_index() -> None:
-    weight = torch.zeros(90, 70)
+def test_ties_go_to_the_lowest_index(device: torch.device) -> None:
+    weight = torch.zeros(90, 70, device=device)
     weight[[0, 5, 40, 41, 84, 85]] = 3.0  # row 0 is EMPTY, row 85 is padding, and a tile has 32 rows
     weight[[7, 40, 84]] += 1.0
-    h = torch.ones(4, 70)
+    h, ones = torch.ones(4, 70, device=device), torch.ones(1, 70, device=device)
     h[1], h[2] = 0.0, -0.0  # all logits are zeros, of either sign
     h[3] = -1.0
     assert codes_of(h, weight, 85) == [40, 1, 1, 1]
     weight[1:40] = -1.0
     weight[44:] = -1.0
-    assert codes_of(torch.ones(1, 70), -weight.abs(), 85) == [42]
-    weight[[42, 43]] = torch.tensor([[-0.0], [0.0]])
-    assert codes_of(torch.ones(1, 70), -weight.abs(), 85) == [42]
+    assert codes_of(ones, -weight.abs(), 85) == [42]
+    weight[[42, 43]] = torch.tensor([[-0.0], [0.0]], device=device)
+    assert codes_of(ones, -weight.abs(), 85) == [42]
 
 
-def test_the_best_code_at_either_end_and_never_a_masked_one() -> None:
-    weight = torch.randn(90, 70)
+def test_the_best_code_at_either_end_and_never_a_masked_one(device: torch.device) -> None:
+    weight = torch.randn(90, 70).to(device)
     for best in (1, 31, 32, 84):
         h = weight[best] + 0.0
         weight[[0, 85, 89]] = 10 * h
         assert codes_of(h[None] / h.norm(), weight, 85) == [best]
 
 
-def test_infinite_and_undefined_logits() -> None:
-    weight = torch.ones(90, 70)
-    h = torch.stack([torch.full((70,), v) for v in (NAN, 1.0, float("inf"), -float("inf"))])
+def test_infinite_and_undefined_logits(device: torch.device) -> None:
+    weight = torch.ones(90, 70, device=device)
+    h = torch.stack([torch.full((70,), v, device=device) for v in (NAN, 1.0, float("inf"), -float("inf"))])
     assert codes_of(h, weight, 85) == [1, 1, 1, 1]  # the request with NaN gets END, the others are unaffected
     weight[9, 3], weight[50] = NAN, 2.0
     assert codes_of(h[1:2], weight, 85) == [50]
 
 
+@pytest.mark.interpreter("bytes are counted by address")
 def test_the_semantic_head_reads_what_counts_once_and_leaves_no_logits() -> None:
     case = next(case for case in argmax_bench.ENTRIES[0].cases if case.name == "frame-b32")
     args = argmax_bench.ENTRIES[0].args(case, TensorMaker(torch.bfloat16))
@@ -161,6 +167,7 @@ def test_the_semantic_head_reads_what_counts_once_and_leaves_no_logits() -> None
     assert launches[0].constants["TILES"] == 129
 
 
+@pytest.mark.interpreter("the launch configs are those of named architectures")
 def test_launch_config_is_chosen_by_max_batch() -> None:
     def choose(rows: int) -> dict[str, Any]:
         return SEMANTIC_ARGMAX(N=8194, K=3072, dtype=torch.bfloat16, rows=rows)
@@ -170,6 +177,7 @@ def test_launch_config_is_chosen_by_max_batch() -> None:
         assert choose(64)["BLOCK_B"] == 32
 
 
+@pytest.mark.interpreter("launches are recorded, and other work is refused")
 def test_launchers_are_launches_alone() -> None:
     make = TensorMaker(torch.bfloat16)
     attend = attention_bench.token_attention_inputs(token_sizes(), make)
@@ -185,9 +193,9 @@ def test_launchers_are_launches_alone() -> None:
     assert torch.equal(codes, semantic_argmax(**head))
 
 
-def wrong(base: str, **change: Any) -> dict[str, Any]:
+def wrong(base: str, device: torch.device, **change: Any) -> dict[str, Any]:
     _, inputs, _ = CASES[base]
-    args = inputs(TensorMaker())
+    args = inputs(TensorMaker(device=str(device)))
     return args | {name: value(args[name]) if callable(value) else value for name, value in change.items()}
 
 
@@ -205,6 +213,8 @@ def wrong(base: str, **change: Any) -> dict[str, Any]:
         ("semantic", {"weight": lambda t: t[:, 1:]}, ValueError, r"weight is \[90, 129\] but must be \[N, 130\]"),
     ],
 )  # fmt: skip
-def test_errors_name_the_argument(base: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_errors_name_the_argument(
+    base: str, change: dict[str, Any], error: type[Exception], message: str, device: torch.device
+) -> None:
     with pytest.raises(error, match=message):
-        CASES[base][0](**wrong(base, **change))
+        CASES[base][0](**wrong(base, device, **change))

@@ -6,20 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checks import CPU
 from test_codec_stream import OperatorRecorder
 
 import voxkern
 from bench.static.counters import launches_only
+from voxkern.checkpoint import read_checkpoint
 from voxkern.fused.codec import FusedCodec, FusedCodecStream
-from voxkern.reference import Config, VoxtralTTS
+from voxkern.reference import Config
 from voxkern.reference.codec import AudioTokenizer
 from voxkern.reference.codec_stream import CodecStream
 
 
-def _codes(T: int, B: int = 1, seed: int = 0) -> torch.Tensor:
+def _codes(T: int, B: int = 1, seed: int = 0, device: torch.device = CPU) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     semantic = torch.randint(0, 62, (B, 1, T), generator=g)
-    return torch.cat((semantic, torch.randint(0, 21, (B, 36, T), generator=g)), dim=1)
+    return torch.cat((semantic, torch.randint(0, 21, (B, 36, T), generator=g)), dim=1).to(device)
 
 
 def _in_chunks(fused: FusedCodec, codes: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -28,8 +30,9 @@ def _in_chunks(fused: FusedCodec, codes: torch.Tensor, sizes: list[int]) -> torc
 
 
 @pytest.fixture(scope="module")
-def codec(tiny_model: VoxtralTTS) -> AudioTokenizer:
-    return tiny_model.audio_tokenizer
+def codec(tiny_folder: Path, device: torch.device) -> AudioTokenizer:
+    """Return the codec of `tiny_folder`, in fp32. Tests must not change this codec."""
+    return read_checkpoint(tiny_folder, device=device).model.audio_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -40,23 +43,26 @@ def codec(tiny_model: VoxtralTTS) -> AudioTokenizer:
         pytest.param([25, 1], marks=pytest.mark.slow, id="the longest chunk"),
     ],
 )
-def test_fp32_is_the_reference(codec: AudioTokenizer, sizes: list[int]) -> None:
-    codes = _codes(sum(sizes))
+def test_fp32_is_the_reference(codec: AudioTokenizer, device: torch.device, sizes: list[int]) -> None:
+    codes = _codes(sum(sizes), device=device)
     with torch.inference_mode():
         whole = codec.decode(codes)
     torch.testing.assert_close(_in_chunks(FusedCodec(codec), codes, sizes), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_chunks_or_neighbours(codec: AudioTokenizer, dtype: torch.dtype) -> None:
-    fused, codes = FusedCodec(copy.deepcopy(codec).to(dtype)), _codes(4, B=2)  # up to 32 rows a request, in tiles of 16
+def test_bits_do_not_depend_on_chunks_or_neighbours(
+    codec: AudioTokenizer, device: torch.device, dtype: torch.dtype
+) -> None:
+    fused = FusedCodec(copy.deepcopy(codec).to(dtype))
+    codes = _codes(4, B=2, device=device)  # up to 32 rows a request, in tiles of 16
     together = _in_chunks(fused, codes, [4])
     assert torch.equal(_in_chunks(fused, codes, [1, 3]), together)
     assert torch.equal(_in_chunks(fused, codes[1:], [2, 1, 1]), together[1:])
 
 
-def test_bf16_is_as_near_as_the_reference(codec: AudioTokenizer) -> None:
-    codes, half = _codes(8), copy.deepcopy(codec).bfloat16()
+def test_bf16_is_as_near_as_the_reference(codec: AudioTokenizer, device: torch.device) -> None:
+    codes, half = _codes(8, device=device), copy.deepcopy(codec).bfloat16()
     with torch.inference_mode():
         exact = copy.deepcopy(half).double().decode(codes)
         plain = half.decode(codes)
@@ -65,12 +71,12 @@ def test_bf16_is_as_near_as_the_reference(codec: AudioTokenizer) -> None:
     assert (mine - exact).square().mean() < 1.2 * (plain - exact).square().mean()
 
 
-def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer) -> None:
+def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer, device: torch.device) -> None:
     """In a chunk, a request has none, some or all of the frames, and a new request takes the row of an old one.
 
     The codes after a request's own frames, and the old request's state, do not change the sound.
     """
-    codes = _codes(4, B=2)
+    codes = _codes(4, B=2, device=device)
     stream, plain = FusedCodec(codec)(2), CodecStream(codec, 2)
     for memory in stream.state.conv_state + stream.state.kv_window:
         memory.fill_(torch.nan)
@@ -78,15 +84,16 @@ def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer) -> No
         chunk = codes[..., :2].clone()
         for b, n in enumerate(lengths):
             chunk[b, :, n:] = -(1 << 40)
-        n = torch.tensor(lengths)
+        n = torch.tensor(lengths, device=device)
         expected = plain.decode(chunk, n)
         torch.testing.assert_close(stream.decode(chunk, n), expected, rtol=0, atol=1e-5)
         assert stream.state.past_frames.tolist() == plain.state.past_frames.tolist()
     for one in (stream, plain):
-        one.restart(torch.tensor([True, False]))
+        one.restart(torch.tensor([True, False], device=device))
     torch.testing.assert_close(stream.decode(codes[..., 2:]), plain.decode(codes[..., 2:]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.interpreter("launches are recorded")
 def test_a_chunk_is_launches_and_nothing_else(codec: AudioTokenizer) -> None:
     """A chunk of any length takes 7 launches and 5 per layer, less than a tenth of the reference's operators."""
     stream, codes = FusedCodec(codec)(), _codes(25)
@@ -106,8 +113,8 @@ def test_a_chunk_is_launches_and_nothing_else(codec: AudioTokenizer) -> None:
     assert operators.n_kernels > 10 * len(launches)
 
 
-def test_a_new_stream_uses_changed_weights(codec: AudioTokenizer) -> None:
-    mine, codes = copy.deepcopy(codec), _codes(2)
+def test_a_new_stream_uses_changed_weights(codec: AudioTokenizer, device: torch.device) -> None:
+    mine, codes = copy.deepcopy(codec), _codes(2, device=device)
     fused = FusedCodec(mine)
     before = _in_chunks(fused, codes, [2])
     folded = mine.folded_weights()
@@ -119,14 +126,15 @@ def test_a_new_stream_uses_changed_weights(codec: AudioTokenizer) -> None:
     assert torch.equal(_in_chunks(fused, codes, [2]), before)
 
 
-def test_behind_generate(tiny_folder: Path) -> None:
+def test_behind_generate(tiny_folder: Path, device: torch.device) -> None:
     """generate() of an accelerated model decodes with the fused codec; test_streaming.py tests stream()'s chunks."""
-    tts = voxkern.load(tiny_folder, backend="triton")
+    tts = voxkern.load(tiny_folder, device=device, backend="triton")
     assert isinstance(tts.model.audio_tokenizer.stream(), FusedCodecStream)
     audio = tts.generate("one", seed=4, steps=1, max_frames=2)
     with torch.inference_mode():
-        expected = tts.model.audio_tokenizer.decode(torch.from_numpy(audio.codes).long().unsqueeze(0)).flatten()
-    np.testing.assert_allclose(audio.samples, expected.numpy(), atol=1e-5)
+        codes = torch.from_numpy(audio.codes).long().unsqueeze(0).to(device)
+        expected = tts.model.audio_tokenizer.decode(codes).flatten()
+    np.testing.assert_allclose(audio.samples, expected.cpu().numpy(), atol=1e-5)
     voxkern.restore(tts.model)
     assert isinstance(tts.model.audio_tokenizer.stream(), CodecStream)
 

@@ -30,9 +30,9 @@ def folder(request: pytest.FixtureRequest, tiny_folder: Path, mlp_folder: Path) 
 
 
 @pytest.fixture
-def model(folder: Path) -> VoxtralTTS:
+def model(folder: Path, device: torch.device) -> VoxtralTTS:
     """Return a model in fp32 that the test may change."""
-    return read_checkpoint(folder).model
+    return read_checkpoint(folder, device=device).model
 
 
 def fused_head_of(model: VoxtralTTS, max_batch: int) -> FusedHead:
@@ -46,11 +46,12 @@ def reached(model: VoxtralTTS) -> list[Tensor]:
     return [p.detach() for name, p in model.named_parameters() if "adaLN_modulation" in name]
 
 
-def inputs(B: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden states [B, 64], cfg_alpha [B] (1 and 0 among them) and noise [B, 36]."""
-    g = torch.Generator().manual_seed(seed)
+def inputs(model: VoxtralTTS, B: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states [B, 64], cfg_alpha [B] (1 and 0 among them) and noise [B, 36], on the model's device."""
+    g, weight = torch.Generator().manual_seed(seed), model.norm.weight
     alpha = torch.tensor([1.2, 1.0, 0.0, 2.5]).repeat(-(-B // 4))[:B]
-    return torch.randn(B, 64, generator=g).to(dtype), alpha, torch.randn(B, 36, generator=g)
+    h, x = torch.randn(B, 64, generator=g).to(weight.dtype), torch.randn(B, 36, generator=g)
+    return h.to(weight.device), alpha.to(weight.device), x.to(weight.device)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_a_fused_frame_equals_the_modules(model: VoxtralTTS, B: int, max_batch: 
     The embeddings are those of the codes.
     """
     head = model.acoustic_transformer
-    h, alpha, x = inputs(B, seed=B)
+    h, alpha, x = inputs(model, B, seed=B)
     with torch.inference_mode():
         expected, plain = head(h, alpha, x, steps, solver), head.solve(h, alpha, x, steps, solver)
         exact = copy.deepcopy(head).double().solve(h.double(), alpha.double(), x.double(), steps, solver)
@@ -88,7 +89,7 @@ def test_a_fused_frame_equals_the_modules(model: VoxtralTTS, B: int, max_batch: 
 
 
 def test_solve(model: VoxtralTTS) -> None:
-    h, alpha, x = inputs(2)
+    h, alpha, x = inputs(model, 2)
     head = model.acoustic_transformer
     with torch.inference_mode():
         expected = head.solve(h, alpha, x, 2, "ab2")
@@ -100,7 +101,7 @@ def test_solve(model: VoxtralTTS) -> None:
 
 
 def test_end_frames(model: VoxtralTTS) -> None:
-    h, alpha, x = inputs(400, seed=3)
+    h, alpha, x = inputs(model, 400, seed=3)
     with torch.inference_mode():
         ended = model.acoustic_transformer(h, alpha, x, 1)[:, 0] == END_AUDIO
         assert ended.any()
@@ -112,15 +113,15 @@ def test_end_frames(model: VoxtralTTS) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_alone_equals_batched(folder: Path, dtype: torch.dtype) -> None:
+def test_alone_equals_batched(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """A request gives the same bits alone and at any place in a batch, beside other requests or rows of zeros.
 
     Each request has its own seed and frame number.
     """
-    model = read_checkpoint(folder, dtype).model
+    model = read_checkpoint(folder, dtype, device).model
     fused = fused_head_of(model, 6)
-    h, alpha, _ = inputs(5, dtype)
-    seed, frame = seed_tensor([1, 2**64 - 1, 3, 4, 5]), torch.tensor([0, 7, 2, 2048, 1])
+    h, alpha, _ = inputs(model, 5)
+    seed, frame = seed_tensor([1, 2**64 - 1, 3, 4, 5]).to(device), torch.tensor([0, 7, 2, 2048, 1], device=device)
     with torch.inference_mode():
         together = [part.clone() for part in fused.generate_codes(h, alpha, seed=seed, frame=frame, steps=3)]
         for i in (0, 2, 4):
@@ -133,6 +134,7 @@ def test_alone_equals_batched(folder: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.interpreter("the constants of all launches are recorded")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alone_equals_batched_everywhere(folder: Path, dtype: torch.dtype) -> None:
     """A request gives the same bits alone, and at the first, middle and last place in batches of 2, 5, 16 and 33.
@@ -141,7 +143,7 @@ def test_alone_equals_batched_everywhere(folder: Path, dtype: torch.dtype) -> No
     """
     model = read_checkpoint(folder, dtype).model
     fused = fused_head_of(model, 33)
-    h, alpha, _ = inputs(33, dtype)
+    h, alpha, _ = inputs(model, 33)
     seed, frame = seed_tensor(range(33)), torch.arange(33) * 3
     constants: dict[int, set[str]] = {}
 
@@ -160,9 +162,31 @@ def test_alone_equals_batched_everywhere(folder: Path, dtype: torch.dtype) -> No
     assert all(found == constants[1] for found in constants.values())
 
 
+@pytest.mark.only_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone_equals_batched_everywhere_on_a_gpu(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Each of 33 requests gives the same bits alone and in batches of 2, 5, 16 and 33, with all 7 steps."""
+    model = read_checkpoint(folder, dtype, device).model
+    fused = fused_head_of(model, 33)
+    h, alpha, _ = inputs(model, 33)
+    seed, frame = seed_tensor(range(33)).to(device), torch.arange(33, device=device) * 3
+
+    def speak(rows: slice) -> list[Tensor]:
+        with torch.inference_mode():
+            spoken = fused.generate_codes(h[rows], alpha[rows], seed=seed[rows], frame=frame[rows])
+        return [part.clone() for part in spoken]
+
+    alone = [speak(slice(i, i + 1)) for i in range(33)]
+    for B in (2, 5, 16, 33):
+        together = speak(slice(0, B))
+        for i in range(B):
+            assert all(torch.equal(a[0], b[i]) for a, b in zip(alone[i], together, strict=True))
+
+
+@pytest.mark.interpreter("launches are recorded")
 def test_a_frame_is_launches_and_nothing_else(model: VoxtralTTS) -> None:
     fused = fused_head_of(model, 2)
-    h, alpha, _ = inputs(2)
+    h, alpha, _ = inputs(model, 2)
     seed, frame = seed_tensor([1, 2]), torch.tensor([0, 0])
     with torch.inference_mode():
         expected = fused.generate_codes(h, alpha, seed=seed, frame=frame)[0].clone()
@@ -173,14 +197,14 @@ def test_a_frame_is_launches_and_nothing_else(model: VoxtralTTS) -> None:
     assert len(launches) == 5 + 7 * (2 * each + 1)  # the tiny heads have two layers
 
 
-def test_generate_through_the_fused_head(folder: Path) -> None:
+def test_generate_through_the_fused_head(folder: Path, device: torch.device) -> None:
     """A model on kernels generates the module's codes, except at a rounding edge.
 
     After restore(), the model generates exactly the module's codes.
     """
     arguments = {"text": ["one", "two"], "seed": [5, 6], "max_frames": 2, "steps": 2}
-    expected = voxkern.load(folder, max_batch=2, backend="torch").generate(**arguments)
-    tts = voxkern.load(folder, max_batch=2, backend="triton")
+    expected = voxkern.load(folder, device=device, max_batch=2, backend="torch").generate(**arguments)
+    tts = voxkern.load(folder, device=device, max_batch=2, backend="triton")
     spoken = tts.generate(**arguments)
     assert voxkern.restore(tts.model) == REPLACED
     for mine, plain, again in zip(spoken, expected, tts.generate(**arguments), strict=True):
@@ -189,22 +213,22 @@ def test_generate_through_the_fused_head(folder: Path) -> None:
         assert (again.codes == plain.codes).all()
 
 
-def test_noise_is_the_references(model: VoxtralTTS) -> None:
+def test_noise_is_the_references(model: VoxtralTTS, device: torch.device) -> None:
     fused = fused_head_of(model, 2)
-    h, alpha, _ = inputs(2)
-    seed, frame = seed_tensor([2**63 + 5, 0]), torch.tensor([3, 99])
+    h, alpha, _ = inputs(model, 2)
+    seed, frame = seed_tensor([2**63 + 5, 0]).to(device), torch.tensor([3, 99], device=device)
     with torch.inference_mode():
         drawn = fused.generate_codes(h, alpha, seed=seed, frame=frame)[0].clone()
         assert torch.equal(drawn, fused.generate_codes(h, alpha, noise=noise(seed, frame, 36))[0])
 
 
-def test_weights_may_change(model: VoxtralTTS, tmp_path: Path) -> None:
+def test_weights_may_change(model: VoxtralTTS, device: torch.device) -> None:
     """load_state_dict, with assign too, in-place changes, deepcopy and saving work on an accelerated model."""
     head = model.acoustic_transformer
-    h, alpha, x = inputs(2)
+    h, alpha, x = inputs(model, 2)
     voxkern.accelerate(model, 2)
     assert "forward" not in model.state_dict()
-    other = {name: torch.randn_like(t) * t.std() for name, t in head.state_dict().items()}
+    other = {name: torch.randn(t.shape).to(device) * t.std() for name, t in head.state_dict().items()}
 
     def a_time_weight() -> Tensor:
         return next(p for name, p in head.named_parameters() if name.startswith("time_"))
@@ -238,17 +262,17 @@ def test_weights_may_change(model: VoxtralTTS, tmp_path: Path) -> None:
     assert torch.load(buffer).keys() == model.state_dict().keys()
 
 
-def test_arguments_may_have_any_strides(model: VoxtralTTS) -> None:
-    h, _, x = inputs(3)
+def test_arguments_may_have_any_strides(model: VoxtralTTS, device: torch.device) -> None:
+    h, _, x = inputs(model, 3)
     voxkern.accelerate(model, 3)
     with torch.inference_mode():
-        codes = model.acoustic_transformer(h, torch.full((3,), 1.2), x, 2)
-        spread = x.t().contiguous().t()
-        assert torch.equal(model.acoustic_transformer(h, torch.tensor(1.2).expand(3), spread, 2), codes)
+        codes = model.acoustic_transformer(h, torch.full((3,), 1.2, device=device), x, 2)
+        spread, alpha = x.t().contiguous().t(), torch.tensor(1.2, device=device).expand(3)
+        assert torch.equal(model.acoustic_transformer(h, alpha, spread, 2), codes)
 
 
 def test_restore_is_exact(model: VoxtralTTS) -> None:
-    h, alpha, x = inputs(3)
+    h, alpha, x = inputs(model, 3)
     with torch.inference_mode():
         before = model.acoustic_transformer(h, alpha, x)
         voxkern.accelerate(model, 3)
@@ -260,7 +284,7 @@ def test_restore_is_exact(model: VoxtralTTS) -> None:
 
 
 def test_errors(model: VoxtralTTS) -> None:
-    h, alpha, x = inputs(3)
+    h, alpha, x = inputs(model, 3)
     with pytest.raises(ValueError, match="no part that voxkern has kernels for"):
         voxkern.accelerate(torch.nn.Linear(2, 2))
     for wrong in (0, 65):
@@ -286,7 +310,7 @@ def test_errors(model: VoxtralTTS) -> None:
 
 
 @torch.inference_mode()
-def flips(velocity_mlp: bool, B: int, calls: int) -> dict[str, tuple[float, float]]:
+def flips(velocity_mlp: bool, B: int, calls: int, device: torch.device) -> dict[str, tuple[float, float]]:
     """Return the share of acoustic codes that differ from fp64's codes, and the share that differ by over one level.
 
     "plain" has the two shares of the module in bf16, and "fused" has those of the fused head.
@@ -299,7 +323,7 @@ def flips(velocity_mlp: bool, B: int, calls: int) -> dict[str, tuple[float, floa
     )
     final = head.final_layer.linear if velocity_mlp else head.acoustic_codebook_output
     final.weight.mul_(0.5)  # makes the RMS of the final x near 1
-    head = head.bfloat16()
+    head = head.to(device, torch.bfloat16)
     exact, fused = (
         copy.deepcopy(head).double(),
         FusedMLPHead(head, B) if velocity_mlp else FusedTransformerHead(head, B),
@@ -308,7 +332,7 @@ def flips(velocity_mlp: bool, B: int, calls: int) -> dict[str, tuple[float, floa
     rms = []
     for call in range(calls):
         h, x = torch.randn(B, 64, generator=g).bfloat16(), noise(seed_tensor(range(B)), torch.full((B,), call), 36)
-        alpha = torch.full((B,), 1.2)
+        h, x, alpha = h.to(device), x.to(device), torch.full((B,), 1.2, device=device)
         rms.append(exact.solve(h.double(), alpha.double(), x.double(), 7).square().mean())
         truth = exact(h.double(), alpha.double(), x.double(), 7)[:, 1:]
         for name, codes in (("plain", head(h, alpha, x, 7)), ("fused", fused(h, alpha, x, 7))):
@@ -324,9 +348,9 @@ def flips(velocity_mlp: bool, B: int, calls: int) -> dict[str, tuple[float, floa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("velocity_mlp", [False, True])
-def test_codes_flipped_by_bf16(velocity_mlp: bool) -> None:
+def test_codes_flipped_by_bf16(velocity_mlp: bool, device: torch.device) -> None:
     B, calls = 64, 5
-    rates = flips(velocity_mlp, B, calls)
+    rates = flips(velocity_mlp, B, calls, device)
     n = B * calls * 36
     for name, (rate, far) in rates.items():
         print(f"{name}: {100 * rate:.2f} % flipped, {100 * far:.3f} % by more than a level")

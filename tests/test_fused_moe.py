@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from checks import CPU, tiles_of
 from torch import Tensor
 
 import voxkern
@@ -28,7 +29,11 @@ DIM, HIDDEN = 72, 40  # not multiples of the interpreter's tiles of 32 and 64, a
 
 
 def block(
-    dtype: torch.dtype = torch.float32, scoring: str = "softmax", correction: bool = False, **moe: Any
+    dtype: torch.dtype = torch.float32,
+    scoring: str = "softmax",
+    correction: bool = False,
+    device: torch.device = CPU,
+    **moe: Any,
 ) -> MoEBlock:
     """Return a layer of random weights; those of the gate are so large that two logits are seldom nearly equal."""
     torch.manual_seed(0)
@@ -38,11 +43,11 @@ def block(
     layer.ffn_norm.weight.copy_(1 + 0.1 * torch.randn(DIM))
     if layer.gate.e_score_correction_bias is not None:
         layer.gate.e_score_correction_bias.copy_(0.1 * torch.randn_like(layer.gate.e_score_correction_bias))
-    return layer.to(dtype)
+    return layer.to(device, dtype)
 
 
-def tokens(M: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(M, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def tokens(M: int, dtype: torch.dtype = torch.float32, seed: int = 1, device: torch.device = CPU) -> Tensor:
+    return torch.randn(M, DIM, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def plain(layer: MoEBlock, u: Tensor) -> Tensor:
@@ -63,14 +68,15 @@ def decided(layer: MoEBlock, u: Tensor) -> Tensor:
     """Return bool [M], whether a token keeps its experts when its logits get noise of 0.03, as bf16 may add."""
     exact = copy.deepcopy(layer).double()
     logits = exact.gate(exact.ffn_norm(u.double()))
-    near = [route(logits + 0.03 * torch.randn_like(logits), exact.routing)[0].sort().values for _ in range(8)]
+    noise = [0.03 * torch.randn(logits.shape, dtype=logits.dtype).to(logits.device) for _ in range(8)]
+    near = [route(logits + one, exact.routing)[0].sort().values for one in noise]
     ids = route(logits, exact.routing)[0].sort().values
     return functools.reduce(torch.logical_and, [(ids == other).all(1) for other in near])
 
 
 def assert_accurate(layer: MoEBlock, u: Tensor, out: Tensor) -> None:
     """Check accuracy against fp64 (bench/ops/accuracy.py), on tokens with experts that do not depend on rounding."""
-    same = torch.ones(len(u), dtype=torch.bool) if u.dtype == torch.float32 else decided(layer, u)
+    same = torch.ones(len(u), dtype=torch.bool, device=u.device) if u.dtype == torch.float32 else decided(layer, u)
     assert same.float().mean() > 0.5
     exact = plain(copy.deepcopy(layer).double(), u.double())
     verdict = judge(out[same], plain(layer, u)[same], exact[same])
@@ -82,25 +88,24 @@ EXPERTS = [(8, 2), (128, 4), (16, 1), (12, 3)]
 
 @pytest.mark.parametrize("M", [1, 2, 7, 64, 300])
 @pytest.mark.parametrize(("E", "k"), EXPERTS)
-def test_right(M: int, E: int, k: int) -> None:
-    layer = block(num_experts=E, num_experts_per_tok=k, num_shared_experts=1)
-    u = tokens(M)
+def test_right(M: int, E: int, k: int, device: torch.device) -> None:
+    layer = block(num_experts=E, num_experts_per_tok=k, num_shared_experts=1, device=device)
+    u = tokens(M, device=device)
     assert_accurate(layer, u, run(layer, u, M, "decode" if M <= 64 else "prefill"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
-def test_right_in_half_precision(dtype: torch.dtype, phase: str, arch: str) -> None:
-    layer = block(dtype, num_shared_experts=2)
-    u = tokens(37, dtype)
-    with launch_config.target_arch(arch):
+def test_right_in_half_precision(dtype: torch.dtype, phase: str, tiles: str, device: torch.device) -> None:
+    layer = block(dtype, num_shared_experts=2, device=device)
+    u = tokens(37, dtype, device=device)
+    with tiles_of(tiles):
         assert_accurate(layer, u, run(layer, u, 40, phase))
 
 
-def test_right_in_half_precision_with_many_experts() -> None:
-    layer = block(torch.bfloat16, num_experts=128, num_experts_per_tok=4, num_shared_experts=1)
-    u = tokens(300, torch.bfloat16)
+def test_right_in_half_precision_with_many_experts(device: torch.device) -> None:
+    layer = block(torch.bfloat16, num_experts=128, num_experts_per_tok=4, num_shared_experts=1, device=device)
+    u = tokens(300, torch.bfloat16, device=device)
     assert_accurate(layer, u, run(layer, u, 300, "prefill"))
 
 
@@ -112,19 +117,19 @@ def test_right_in_half_precision_with_many_experts() -> None:
         {"scoring": "sigmoid", "correction": True, "num_expert_groups": 3, "num_expert_groups_per_tok": 2},
     ],
 )
-def test_every_way_of_routing(change: dict[str, Any]) -> None:
-    layer = block(**change)
-    u = tokens(19)
+def test_every_way_of_routing(change: dict[str, Any], device: torch.device) -> None:
+    layer = block(**change, device=device)
+    u = tokens(19, device=device)
     assert_accurate(layer, u, run(layer, u, 20))
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_all_tokens_on_one_expert(phase: str) -> None:
+def test_all_tokens_on_one_expert(phase: str, device: torch.device) -> None:
     """Every tile belongs to expert 5; the weights of all other experts are NaN, which would show in the result."""
-    layer = block(num_experts_per_tok=1)
+    layer = block(num_experts_per_tok=1, device=device)
     layer.gate.weight.zero_()
     layer.gate.weight[5] = 1.0
-    u = tokens(37).abs()
+    u = tokens(37, device=device).abs()
     for i, expert in enumerate(layer.experts):
         if i != 5:
             for weight in expert.parameters():
@@ -134,26 +139,27 @@ def test_all_tokens_on_one_expert(phase: str) -> None:
     assert_accurate(layer, u, out)
 
 
-def test_ties_go_to_the_lowest_id() -> None:
-    layer = block()
+def test_ties_go_to_the_lowest_id(device: torch.device) -> None:
+    layer = block(device=device)
     layer.gate.weight.zero_()
-    u = tokens(7)
+    u = tokens(7, device=device)
     fused = FusedMoE(layer, 8)
     fused.run(u)
     assert fused.scratch.ids[:7].tolist() == [[0, 1, 2]] * 7
-    torch.testing.assert_close(fused.scratch.weights[:7], torch.full((7, 3), 1 / 3))
+    torch.testing.assert_close(fused.scratch.weights[:7], torch.full((7, 3), 1 / 3, device=device))
 
 
-def test_a_token_of_nan_spoils_no_other() -> None:
-    layer, u = block(num_shared_experts=1), tokens(7)
+def test_a_token_of_nan_spoils_no_other(device: torch.device) -> None:
+    layer, u = block(num_shared_experts=1, device=device), tokens(7, device=device)
     good = run(layer, u, 8)
     u[3] = torch.nan
     out = run(layer, u, 8)
-    others = torch.arange(7) != 3
+    others = torch.arange(7, device=device) != 3
     assert torch.equal(out[others], good[others])
     assert out[3].isnan().all()
 
 
+@pytest.mark.interpreter("the constants of all launches are recorded")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("arch", "phase", "max_rows"),
@@ -185,6 +191,18 @@ def test_alone_equals_batched(dtype: torch.dtype, arch: str, phase: str, max_row
     assert all(constants == used[0] for constants in used)
 
 
+@pytest.mark.only_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("phase", "max_rows"), [("decode", 8), ("decode", 64), ("prefill", 96)])
+def test_alone_equals_batched_on_a_gpu(dtype: torch.dtype, phase: str, max_rows: int, device: torch.device) -> None:
+    layer, M = block(dtype, num_shared_experts=1, device=device), min(max_rows, 40)
+    u = tokens(M, dtype, device=device)
+    together = run(layer, u, max_rows, phase)
+    for i in range(M):
+        assert torch.equal(run(layer, u[i : i + 1], max_rows, phase)[0], together[i])
+
+
+@pytest.mark.interpreter("launches are recorded")
 @pytest.mark.parametrize(("phase", "max_rows", "n_launches"), [("decode", 64, 5), ("prefill", 65, 6)])
 def test_a_run_is_launches_and_nothing_else(phase: str, max_rows: int, n_launches: int) -> None:
     layer, u = block(num_shared_experts=1), tokens(7)
@@ -197,17 +215,17 @@ def test_a_run_is_launches_and_nothing_else(phase: str, max_rows: int, n_launche
     assert torch.equal(u, expected)
 
 
-def test_rows_of_the_stream_may_lie_apart() -> None:
-    layer, u = block(), tokens(7)
-    wide = torch.full((7, 2 * DIM), torch.nan)
+def test_rows_of_the_stream_may_lie_apart(device: torch.device) -> None:
+    layer, u = block(device=device), tokens(7, device=device)
+    wide = torch.full((7, 2 * DIM), torch.nan, device=device)
     wide[:, :DIM] = u
     FusedMoE(layer, 8).run(wide[:, :DIM])
     assert torch.equal(wide[:, :DIM], run(layer, u, 8))
     assert wide[:, DIM:].isnan().all()
 
 
-def test_weights_may_be_replaced_and_written() -> None:
-    layer, u = block(num_shared_experts=1), tokens(7)
+def test_weights_may_be_replaced_and_written(device: torch.device) -> None:
+    layer, u = block(num_shared_experts=1, device=device), tokens(7, device=device)
     fused = FusedMoE(layer, 8)
     fused.run(u.clone())
     state = {name: tensor.flip(0) for name, tensor in layer.state_dict().items()}
@@ -222,8 +240,9 @@ def test_weights_may_be_replaced_and_written() -> None:
     assert not torch.equal(replaced, written)
 
 
-def test_layers_share_their_scratch() -> None:
-    one, other, u = block(num_shared_experts=1), block(num_shared_experts=1), tokens(7)
+def test_layers_share_their_scratch(device: torch.device) -> None:
+    one, other = (block(num_shared_experts=1, device=device) for _ in range(2))
+    u = tokens(7, device=device)
     other.load_state_dict({name: tensor.flip(0) for name, tensor in one.state_dict().items()})
     first = FusedMoE(one, 8)
     second = FusedMoE(other, 8, scratch=first.scratch)
@@ -244,15 +263,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.inference_mode()
-def test_a_backbone_with_experts(folder: Path) -> None:
+def test_a_backbone_with_experts(folder: Path, device: torch.device) -> None:
     """Prompts and single tokens run through the fused backbone, also after the weights' dtype has changed."""
-    model = read_checkpoint(folder).model
-    u = torch.randn(2, 21, 64, generator=torch.Generator().manual_seed(0))
+    model = read_checkpoint(folder, device=device).model
+    u = torch.randn(2, 21, 64, generator=torch.Generator().manual_seed(0)).to(device)
     expected = model.hidden_states(u)
     voxkern.accelerate(model, 2)
-    kv, table = torch.full((2, 2, 2, 2, 64, 16), torch.nan), torch.tensor([[1], [0]])
+    kv, table = torch.full((2, 2, 2, 2, 64, 16), torch.nan, device=device), torch.tensor([[1], [0]], device=device)
     for start, stop in ((0, 9), (9, 20), (20, 21)):
-        h = model.hidden_states(u[:, start:stop], PagedCache(kv, table, torch.tensor([stop, stop])))
+        lengths = torch.tensor([stop, stop], device=device)
+        h = model.hidden_states(u[:, start:stop], PagedCache(kv, table, lengths))
         torch.testing.assert_close(h, expected[:, start:stop], rtol=1e-4, atol=1e-5)
     with mock.patch.object(backbone, "MOE_ROWS", 16):
         fused = FusedBackbone(model, 2)
@@ -260,13 +280,13 @@ def test_a_backbone_with_experts(folder: Path) -> None:
     assert model.bfloat16().hidden_states(u.bfloat16()).dtype == torch.bfloat16
 
 
-def test_speaks_as_the_torch_backend_does(folder: Path) -> None:
+def test_speaks_as_the_torch_backend_does(folder: Path, device: torch.device) -> None:
     arguments = {"text": ["a", "hello"], "voice": ["ada", "bob"], "seed": [1, 2], "max_frames": [3, 5]}
-    mine = voxkern.load(folder, backend="triton", max_batch=2).generate(**arguments, steps=2)
-    theirs = voxkern.load(folder, backend="torch", max_batch=2).generate(**arguments, steps=2)
+    mine = voxkern.load(folder, device=device, backend="triton", max_batch=2).generate(**arguments, steps=2)
+    theirs = voxkern.load(folder, device=device, backend="torch", max_batch=2).generate(**arguments, steps=2)
     for one, other in zip(mine, theirs, strict=True):
         assert np.array_equal(one.codes, other.codes)
-    again = voxkern.load(folder, backend="triton", max_batch=2)
+    again = voxkern.load(folder, device=device, backend="triton", max_batch=2)
     alone = again.generate("a", voice="ada", seed=1, max_frames=3, steps=2)
     assert np.array_equal(alone.codes, mine[0].codes)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import moved
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -18,8 +19,8 @@ from voxkern.kernels.moe_routing import choose_tile_rows, moe_route, tile_count
 SIZES = {"M": 7, "E": 12, "top_k": 3, "n_shared": 1, "tile_rows": 4, "max_rows": 8, **PLAIN}
 
 
-def inputs(**sizes: int) -> dict[str, Any]:
-    return moe_route_inputs(SimpleNamespace(**(SIZES | sizes)), TensorMaker())
+def inputs(device: torch.device, **sizes: int) -> dict[str, Any]:
+    return moe_route_inputs(SimpleNamespace(**(SIZES | sizes)), TensorMaker(device=str(device)))
 
 
 def assert_same(args: dict[str, Any]) -> list[Tensor]:
@@ -56,9 +57,9 @@ def shapes(draw: st.DrawFn) -> dict[str, int]:
 
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(sizes=shapes(), steps=st.sampled_from([0.0, 1.0, 4.0]))
-def test_any_shape(sizes: dict[str, int], steps: float) -> None:
+def test_any_shape(sizes: dict[str, int], steps: float, device: torch.device) -> None:
     """Logits rounded to multiples of 1 / `steps` often tie; with `steps` 0 they are not rounded."""
-    args = inputs(**sizes)
+    args = inputs(device, **sizes)
     if steps:
         args["logits"] = (args["logits"] * steps).round() / steps
     if sizes["groups"] > 1 and steps:
@@ -68,9 +69,10 @@ def test_any_shape(sizes: dict[str, int], steps: float) -> None:
 
 
 @pytest.mark.parametrize("max_rows", [64, 65])  # 64 rows take one launch, 65 take two
-def test_ties_and_no_numbers(max_rows: int) -> None:
-    args = inputs(max_rows=max_rows)
-    args["logits"] = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, -1.0, 0.0, -0.0, 3.0, 1.0, 1.0, 1.0]).repeat(7, 1)
+def test_ties_and_no_numbers(max_rows: int, device: torch.device) -> None:
+    args = inputs(device, max_rows=max_rows)
+    logits = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, -1.0, 0.0, -0.0, 3.0, 1.0, 1.0, 1.0], device=device)
+    args["logits"] = logits.repeat(7, 1)
     args["logits"][1] = torch.nan
     args["logits"][2, 1] = torch.nan
     args["logits"][3] = -torch.inf
@@ -83,8 +85,8 @@ def test_ties_and_no_numbers(max_rows: int) -> None:
 
 
 @pytest.mark.parametrize("max_rows", [64, 65])  # 64 rows take one launch, 65 take two
-def test_all_tokens_on_one_expert(max_rows: int) -> None:
-    args = inputs(M=37, max_rows=max_rows, top_k=1)
+def test_all_tokens_on_one_expert(max_rows: int, device: torch.device) -> None:
+    args = inputs(device, M=37, max_rows=max_rows, top_k=1)
     args["logits"][:, 5] = 50.0
     _, _, pairs, tiles = assert_same(args)
     used = tiles[tiles[:, 0] >= 0]
@@ -93,14 +95,14 @@ def test_all_tokens_on_one_expert(max_rows: int) -> None:
     assert pairs[:37].tolist() == list(range(0, 74, 2))
 
 
-def test_the_bound_on_tiles_is_reached() -> None:
+def test_the_bound_on_tiles_is_reached(device: torch.device) -> None:
     """The tokens need all the tiles that tile_count() allows.
 
     Each of two experts has 5 tokens, one more than a tile of 4 rows, so 4 tiles are used.
     """
-    logits = torch.full((10, 2), -1.0)
+    logits = torch.full((10, 2), -1.0, device=device)
     logits[:5, 0] = logits[5:, 1] = 1.0
-    args = inputs(M=10, E=2, top_k=1, n_shared=0, max_rows=16) | {"logits": logits}
+    args = inputs(device, M=10, E=2, top_k=1, n_shared=0, max_rows=16) | {"logits": logits}
     *_, tiles = assert_same(args)
     assert tiles.tolist() == [[0, 0, 4], [0, 4, 5], [1, 5, 9], [1, 9, 10]]
     assert tile_count(1, 128, 4, 1, 8) == 5
@@ -109,8 +111,8 @@ def test_the_bound_on_tiles_is_reached() -> None:
 
 
 @pytest.mark.parametrize("max_rows", [64, 65])  # 64 rows take one launch, 65 take two
-def test_a_token_has_the_same_bits_beside_any_others(max_rows: int) -> None:
-    args = inputs(M=40, max_rows=max_rows)
+def test_a_token_has_the_same_bits_beside_any_others(max_rows: int, device: torch.device) -> None:
+    args = inputs(device, M=40, max_rows=max_rows)
     ids, weights, *_ = moe_route(**args)
     for i in (0, 20, 39):
         alone = moe_route(**(args | {"logits": args["logits"][i : i + 1]}))
@@ -118,6 +120,7 @@ def test_a_token_has_the_same_bits_beside_any_others(max_rows: int) -> None:
         assert torch.equal(alone[1][0], weights[i])
 
 
+@pytest.mark.interpreter("the launch configs are those of named architectures")
 def test_tiles_of_a_prepared_layer() -> None:
     with launch_config.target_arch("sm_90"):
         assert [choose_tile_rows(128, 4, torch.bfloat16, rows, "decode") for rows in (1, 8, 9, 32, 64)] == [
@@ -152,6 +155,8 @@ def test_tiles_of_a_prepared_layer() -> None:
         ({"max_rows": 6}, ValueError, r"logits has 7 rows but must have 1..6 \(max_rows\)"),
     ],
 )
-def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_errors_name_the_argument(
+    change: dict[str, Any], error: type[Exception], message: str, device: torch.device
+) -> None:
     with pytest.raises(error, match=message):
-        moe_route(**(inputs() | change))
+        moe_route(**(inputs(device) | moved(change, device)))

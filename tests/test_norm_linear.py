@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_accurate
+from checks import assert_accurate, moved, own_or
 from plant import case_of, entry_of
 from torch import Tensor
 
@@ -21,15 +21,15 @@ class Sizes:
     M, N, K, max_rows = 19, 75, 150, 40
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    return norm_linear_inputs(Sizes, TensorMaker(dtype))
+def inputs(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return norm_linear_inputs(Sizes, TensorMaker(dtype, str(device)))
 
 
 @pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> None:
-    args = inputs(dtype)
-    with launch_config.target_arch(arch):
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str, device: torch.device) -> None:
+    args = inputs(device, dtype)
+    with own_or(arch, device, first="interpreter"):
         whole = norm_linear(**args)
         for first, last in ((0, 1), (7, 8), (18, 19), (3, 19)):
             part = norm_linear(**(args | {"x": args["x"][first:last]}))
@@ -38,19 +38,19 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str) -> N
 
 @pytest.mark.parametrize("rows", [1, 6, 7, 48, 192])
 @pytest.mark.parametrize("operator", ["norm_linear", "norm_qkv", "norm_swiglu", "linear"])
-def test_right_for_these_rows(operator: str, rows: int) -> None:
+def test_right_for_these_rows(operator: str, rows: int, device: torch.device) -> None:
     """The flow head has 6 rows per request.
 
     So 6, 48 and 192 rows are 1, 8 and 32 requests. One row is a single token, and 7 rows are an odd number.
     """
     entry = entry_of(operator)
     sizes = {**case_of(entry, "odd").sizes, "M": rows, "max_rows": rows}
-    with launch_config.target_arch("sm_90"):
-        assert_accurate(entry, Case(f"rows-{rows}", sizes), "bf16")
+    with own_or("sm_90", device):
+        assert_accurate(entry, Case(f"rows-{rows}", sizes), "bf16", device=device)
 
 
-def test_fp16_normalises_before_the_cast() -> None:
-    args = inputs(torch.float16)
+def test_fp16_normalises_before_the_cast(device: torch.device) -> None:
+    args = inputs(device, torch.float16)
     args["x"], args["norm"] = args["x"] * 8000, args["norm"] * 30  # x * norm exceeds 65,504, the result does not
     args["weight"] = args["weight"] / 8
     out = norm_linear(**args)
@@ -58,19 +58,20 @@ def test_fp16_normalises_before_the_cast() -> None:
     torch.testing.assert_close(out, norm_linear_reference(**args), rtol=2e-2, atol=2e-2)
 
 
-def test_a_row_of_zeros_stays_zero() -> None:
-    args = inputs()
+def test_a_row_of_zeros_stays_zero(device: torch.device) -> None:
+    args = inputs(device)
     args["x"][5] = 0
     assert (norm_linear(**args)[5] == 0).all()
 
 
-def test_a_lone_row_may_have_any_stride() -> None:
-    args = inputs()
+def test_a_lone_row_may_have_any_stride(device: torch.device) -> None:
+    args = inputs(device)
     column = args["x"][0].clone().as_strided((1, 150), (1, 1))
     assert column.stride() == (1, 1)
     assert torch.equal(norm_linear(**(args | {"x": column})), norm_linear(**(args | {"x": args["x"][:1]})))
 
 
+@pytest.mark.interpreter("the launch configs are those of named architectures")
 def test_launch_config_is_chosen_by_max_rows() -> None:
     def choose(rows: int, arch: str = "sm_90", dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
         with launch_config.target_arch(arch):
@@ -104,12 +105,19 @@ def test_launch_config_is_chosen_by_max_rows() -> None:
         ({"weight": torch.ones(75, 149)}, ValueError, r"weight is \[75, 149\] but must be \[N, 150\]"),
         ({"weight": torch.ones(150, 75).t()}, ValueError, r"weight .* must be contiguous"),
         ({"weight": torch.ones(75, 150).bfloat16()}, TypeError, r"weight is torch.bfloat16 but must be torch.float32"),
-        ({"weight": torch.ones(75, 150, device="meta")}, ValueError, r"weight is on meta but must be on cpu"),
     ],
 )  # fmt: skip
-def test_errors_name_the_argument(change: dict[str, Tensor | int], error: type[Exception], message: str) -> None:
+def test_errors_name_the_argument(
+    change: dict[str, Tensor | int], error: type[Exception], message: str, device: torch.device
+) -> None:
     with pytest.raises(error, match=message):
-        norm_linear(**(inputs() | change))
+        norm_linear(**(inputs(device) | moved(change, device)))
+
+
+def test_a_weight_on_another_device_is_refused(device: torch.device) -> None:
+    weight = torch.ones(75, 150, device="meta")
+    with pytest.raises(ValueError, match=f"weight is on meta but must be on {device}"):
+        norm_linear(**(inputs(device) | {"weight": weight}))
 
 
 def test_on_a_cpu_without_the_interpreter_the_way_out_is_named() -> None:

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from checks import assert_accurate, assert_bytes_once, assert_within
+from checks import assert_accurate, assert_bytes_once, assert_within, tiles_of
 from poison import assert_bands, guarded, poison_pages, spread
 from torch import Tensor
 
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
 from bench.static.counters import counting
-from voxkern.kernels import launch_config
 
 ENTRIES = entries()
 ODD = [(entry, case) for entry in ENTRIES for case in entry.cases if not case.public]
@@ -20,9 +19,9 @@ def named(pairs: list[tuple[Entry, Case]]) -> list[object]:
     return [pytest.param(entry, case, id=f"{entry.name}-{case.name}") for entry, case in pairs]
 
 
-def make(case: Case) -> TensorMaker:
+def make(case: Case, device: torch.device) -> TensorMaker:
     """Return a maker of tensors in the last dtype of the case: fp32, unless the case is for other dtypes."""
-    return TensorMaker(DTYPES[case.dtypes[-1]])
+    return TensorMaker(DTYPES[case.dtypes[-1]], str(device))
 
 
 def per_operator() -> list[object]:
@@ -37,33 +36,40 @@ def in_each_dtype(pairs: list[tuple[Entry, Case]]) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("tiles_of", ["interpreter", "sm_90", "gfx942"])
 @pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(ODD))
-def test_right(entry: Entry, case: Case, dtype: str, tiles_of: str) -> None:
-    with launch_config.target_arch(tiles_of):
-        assert_accurate(entry, case, dtype)
+def test_right(entry: Entry, case: Case, dtype: str, tiles: str, device: torch.device) -> None:
+    with tiles_of(tiles):
+        assert_accurate(entry, case, dtype, device=device)
 
 
+@pytest.mark.only_gpu
+@pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(PUBLIC))
+def test_right_at_public_shapes(entry: Entry, case: Case, dtype: str, device: torch.device) -> None:
+    assert_accurate(entry, case, dtype, device=device)
+
+
+@pytest.mark.interpreter("the addresses of all lanes are recorded")
 @pytest.mark.parametrize(("entry", "case"), named(ODD))
 def test_no_lane_leaves_its_arguments(entry: Entry, case: Case) -> None:
     assert_within(entry, case)
 
 
 @pytest.mark.parametrize(("entry", "case"), per_operator())
-def test_rows_apart_are_right_or_refused(entry: Entry, case: Case) -> None:
-    for name, arg in entry.args(case, make(case)).items():
+def test_rows_apart_are_right_or_refused(entry: Entry, case: Case, device: torch.device) -> None:
+    for name, arg in entry.args(case, make(case, device)).items():
         if isinstance(arg, Tensor) and arg.ndim > 1:
             refusal = None
             try:
-                assert_accurate(entry, case, case.dtypes[-1], apart=name)
+                assert_accurate(entry, case, case.dtypes[-1], apart=name, device=device)
             except ValueError as error:
                 refusal = str(error)
             assert refusal is None or (name in refusal and "must be contiguous" in refusal)
 
 
+@pytest.mark.interpreter("launches are recorded, with the interpreter's tiles")
 @pytest.mark.parametrize(("entry", "case"), named(ODD))
 def test_odd_shapes_have_two_tiles_and_a_partial_last_one(entry: Entry, case: Case) -> None:
-    args = entry.args(case, make(case))
+    args = entry.args(case, TensorMaker(DTYPES[case.dtypes[-1]]))
     with counting(indirect=listed(args)) as launches:
         entry.op.run(**args)
     for launch in launches:
@@ -83,14 +89,14 @@ def test_every_operator_has_its_shapes() -> None:
 
 
 @pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(FIRST))
-def test_opcheck(entry: Entry, case: Case, dtype: str) -> None:
-    torch.library.opcheck(entry.op.op, (), entry.args(case, TensorMaker(DTYPES[dtype])))
+def test_opcheck(entry: Entry, case: Case, dtype: str, device: torch.device) -> None:
+    torch.library.opcheck(entry.op.op, (), entry.args(case, TensorMaker(DTYPES[dtype], str(device))))
 
 
 @pytest.mark.parametrize(("entry", "case"), per_operator())
-def test_compiles_into_one_graph(entry: Entry, case: Case) -> None:
+def test_compiles_into_one_graph(entry: Entry, case: Case, device: torch.device) -> None:
     torch._dynamo.reset()
-    args = entry.args(case, make(case))
+    args = entry.args(case, make(case, device))
     mine, theirs = ({name: a.clone() if isinstance(a, Tensor) else a for name, a in args.items()} for _ in range(2))
     with torch.no_grad():
         torch.testing.assert_close(
@@ -101,8 +107,8 @@ def test_compiles_into_one_graph(entry: Entry, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("entry", "case"), per_operator())
-def test_gradients_are_refused(entry: Entry, case: Case) -> None:
-    args = entry.args(case, make(case))
+def test_gradients_are_refused(entry: Entry, case: Case, device: torch.device) -> None:
+    args = entry.args(case, make(case, device))
     weights = entry.read_once or [name for name, a in args.items() if isinstance(a, Tensor) and a.is_floating_point()]
     if not weights:
         pytest.skip("the operator takes integers only")
@@ -113,6 +119,7 @@ def test_gradients_are_refused(entry: Entry, case: Case) -> None:
         entry.op(**asked)
 
 
+@pytest.mark.interpreter("bytes are counted by address")
 @pytest.mark.parametrize(
     ("entry", "case"), named([pair for pair in PUBLIC + ODD if pair[0].regular_grid == pair[1].public])
 )

@@ -5,6 +5,7 @@ tests/test_public_server.py tests vLLM-Omni's real head.
 
 import copy
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,8 +44,9 @@ class SGLangHead(nn.Module):
         self.computation = [head]  # in a list, so that it is no child module
 
     def forward(self, llm_hidden: Tensor) -> Tensor:
-        B, head = len(llm_hidden), self.computation[0]
-        return head(llm_hidden, torch.full((B,), self._cfg_alpha), torch.randn(B, 36), STEPS)
+        B, head, device = len(llm_hidden), self.computation[0], llm_hidden.device
+        alpha, x = torch.full((B,), self._cfg_alpha, device=device), torch.randn(B, 36).to(device)
+        return head(llm_hidden, alpha, x, STEPS)
 
     def _predict_velocity(self, x_t: Tensor, llm_output: Tensor, t_emb: Tensor) -> Tensor:
         head = self.computation[0]
@@ -52,9 +54,9 @@ class SGLangHead(nn.Module):
 
 
 @pytest.fixture
-def server(tiny_folder) -> SGLangHead:
+def server(tiny_folder: Path, device: torch.device) -> SGLangHead:
     """Return a new fake head in fp32, which the test may change."""
-    return SGLangHead(read_checkpoint(tiny_folder).model.acoustic_transformer)
+    return SGLangHead(read_checkpoint(tiny_folder, device=device).model.acoustic_transformer).to(device)
 
 
 def seeded(server: nn.Module, *args: Tensor) -> Tensor:
@@ -65,12 +67,12 @@ def seeded(server: nn.Module, *args: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("B", "max_batch"), [(1, 1), (5, 2), (0, 1)])
-def test_sglang(server: SGLangHead, B: int, max_batch: int) -> None:
+def test_sglang(server: SGLangHead, device: torch.device, B: int, max_batch: int) -> None:
     """Batches above `max_batch` run in groups.
 
     The accelerated head draws its noise and reads its guidance as the server's head does.
     """
-    h = torch.randn(B, 64, generator=torch.Generator().manual_seed(B))
+    h = torch.randn(B, 64, generator=torch.Generator().manual_seed(B)).to(device)
     before = seeded(server, h)
     model = nn.ModuleDict({"acoustic_transformer": server})
     names = ["acoustic_transformer", "acoustic_transformer._predict_velocity"]
@@ -89,30 +91,31 @@ def test_sglang(server: SGLangHead, B: int, max_batch: int) -> None:
 
 
 @pytest.mark.parametrize(("R", "max_batch"), [(6, 3), (7, 2), (1, 1)])
-def test_velocity(server: SGLangHead, R: int, max_batch: int) -> None:
+def test_velocity(server: SGLangHead, device: torch.device, R: int, max_batch: int) -> None:
     """Rows run in groups, also an odd number of rows, and no row's velocity depends on the other rows."""
     g = torch.Generator().manual_seed(R)
     x, h, t = torch.randn(R, 36, generator=g), torch.randn(R, 64, generator=g), torch.rand(R, generator=g)
-    embedded = time_embedding(t, 64).float()
+    x, h, embedded = x.to(device), h.to(device), time_embedding(t, 64).float().to(device)
     with torch.no_grad():
         expected = server._predict_velocity(x_t=x, llm_output=h, t_emb=embedded)
         voxkern.accelerate(server, max_batch)
         velocity = server._predict_velocity(x_t=x, llm_output=h, t_emb=embedded)
         torch.testing.assert_close(velocity, expected, rtol=1e-5, atol=1e-5)
-        way, projected = server.forward.__self__.velocity_of_projected, torch.randn(2, R, 64, generator=g)
+        way, projected = server.forward.__self__.velocity_of_projected, torch.randn(2, R, 64, generator=g).to(device)
         assert torch.equal(way(x, *projected)[-1:], way(x[-1:], *projected[:, -1:]))
     server.requires_grad_(True)
     with pytest.raises(RuntimeError, match="an accelerated flow head computes no gradients"):
         server._predict_velocity(x, h, embedded)
 
 
-def test_noise_handed_in_or_drawn_by_seed(server: SGLangHead) -> None:
+def test_noise_handed_in_or_drawn_by_seed(server: SGLangHead, device: torch.device) -> None:
     """The noise may be an argument, or it is computed from seed and frame.
 
     Each request has its own guidance, and gives the same codes alone and in a batch.
     """
-    h, alpha = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([1.2, 0.0, 2.5])
-    seed, frame = seed_tensor([1, 2, 3]), torch.tensor([0, 4, 9])
+    h = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    alpha, frame = torch.tensor([1.2, 0.0, 2.5], device=device), torch.tensor([0, 4, 9], device=device)
+    seed = seed_tensor([1, 2, 3]).to(device)
     voxkern.accelerate(server, 2)
     with torch.inference_mode():
         codes = server(h, alpha, seed=seed, frame=frame)
@@ -122,12 +125,12 @@ def test_noise_handed_in_or_drawn_by_seed(server: SGLangHead) -> None:
     assert int((codes != expected).sum()) <= 1
 
 
-def test_it_is_the_servers_own_weights(server: SGLangHead) -> None:
+def test_it_is_the_servers_own_weights(server: SGLangHead, device: torch.device) -> None:
     """Weights that change through .data are not detected, but accelerating again rebuilds the tables.
 
     The tables keep their addresses, which captured graphs contain. A copy of the head behaves in the same way.
     """
-    h = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    h = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).to(device)
     voxkern.accelerate(server, 2)
     fused = server.forward.__self__
     addresses = [table.data_ptr() for table in fused.step_tables("euler", STEPS).network]
@@ -149,12 +152,12 @@ def test_it_is_the_servers_own_weights(server: SGLangHead) -> None:
     assert not torch.equal(after, before)
 
 
-def test_prepared_while_a_server_loads(server: SGLangHead) -> None:
+def test_prepared_while_a_server_loads(server: SGLangHead, device: torch.device) -> None:
     """Servers set a default dtype and device while a model loads.
 
     What accelerate() prepares must not depend on these defaults.
     """
-    h = torch.randn(2, 64)
+    h = torch.randn(2, 64).to(device)
     before = seeded(server, h)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -237,11 +240,11 @@ def test_a_velocity_of_another_kind_is_left_alone(
     assert "_predict_velocity" not in vars(server)
 
 
-def test_as_reference(server: SGLangHead) -> None:
+def test_as_reference(server: SGLangHead, device: torch.device) -> None:
     """The reference head is made of the server's own layers, and gives the same codes."""
     head = as_reference(server)
     assert [p.data_ptr() for p in head.parameters()] == [p.data_ptr() for p in server.computation[0].parameters()]
-    h, x, alpha = torch.randn(2, 64), torch.randn(2, 36), torch.ones(2)
+    h, x, alpha = torch.randn(2, 64).to(device), torch.randn(2, 36).to(device), torch.ones(2, device=device)
     with torch.no_grad():
         assert torch.equal(head(h, alpha, x), server.computation[0](h, alpha, x, STEPS))
     server.acoustic_transformer_args = None

@@ -21,8 +21,8 @@ LONG = "one two three. four five! six seven eight? nine"
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def tts(request: pytest.FixtureRequest, tiny_folder: Path) -> voxkern.TTS:
-    return voxkern.load(tiny_folder, dtype=request.param, backend="torch")
+def tts(request: pytest.FixtureRequest, tiny_folder: Path, device: torch.device) -> voxkern.TTS:
+    return voxkern.load(tiny_folder, device=device, dtype=request.param, backend="torch")
 
 
 def _lengths(chunks: list[Audio]) -> list[int]:
@@ -45,12 +45,12 @@ def test_chunks_are_generates_sound(tts: voxkern.TTS, first: int, most: int) -> 
     assert all(n == next(sizes) for n in _lengths(chunks[:-1]))
 
 
-def test_on_kernels(tiny_folder: Path) -> None:
+def test_on_kernels(tiny_folder: Path, device: torch.device) -> None:
     """On kernels, the CPU reads the first frame at once, and a later frame only when the next one is launched.
 
     The chunks must nevertheless join to the sound of generate().
     """
-    tts = voxkern.load(tiny_folder, backend="triton")
+    tts = voxkern.load(tiny_folder, device=device, backend="triton")
     whole = tts.generate("one", seed=4, steps=1, max_frames=4)
     chunks = list(tts.stream("one", seed=4, steps=1, max_frames=4, first_chunk=1, chunk=2))
     np.testing.assert_array_equal(Audio.join(chunks).samples, whole.samples)
@@ -69,9 +69,9 @@ def test_the_first_chunk_comes_after_one_frame(tts: voxkern.TTS, monkeypatch: py
     assert len(frames) == 3
 
 
-def test_the_first_chunk_on_kernels_comes_after_one_frame_too(tiny_folder: Path) -> None:
+def test_the_first_chunk_on_kernels_comes_after_one_frame_too(tiny_folder: Path, device: torch.device) -> None:
     """The first frame's output is read at once; a later frame's output is read after the next frame's launch."""
-    mine = voxkern.load(tiny_folder, backend="triton")
+    mine = voxkern.load(tiny_folder, device=device, backend="triton")
     # use the reference codec: the fused codec is slow here, and test_on_kernels covers it
     del mine.model.audio_tokenizer.stream
     frames: list[int] = []
@@ -159,9 +159,9 @@ def test_two_streams_at_once(tts: voxkern.TTS) -> None:
         np.testing.assert_array_equal(Audio.join(of_stream).samples, whole.samples)
 
 
-def test_generate_uses_changed_codec_weights(tiny_folder: Path) -> None:
+def test_generate_uses_changed_codec_weights(tiny_folder: Path, device: torch.device) -> None:
     """The codec keeps folded weights, which must be folded again after the original weights have changed."""
-    tts = voxkern.load(tiny_folder, backend="torch")
+    tts = voxkern.load(tiny_folder, device=device, backend="torch")
     before = tts.generate("one", seed=4, max_frames=3)
     with torch.no_grad():
         tts.model.audio_tokenizer.output_proj.conv.parametrizations.weight.original0.mul_(2)
@@ -189,12 +189,12 @@ def test_timings(tts: voxkern.TTS) -> None:
     assert whole.timings.first_sound == whole.timings.total
 
 
-def test_long_text_is_its_parts(tiny_folder: Path) -> None:
+def test_long_text_is_its_parts(tiny_folder: Path, device: torch.device) -> None:
     """Each part of a long text gives the sound of a separate text with the same seed.
 
     The sound is the same beside another text in the same call. The call has more parts than slots (3).
     """
-    tts = voxkern.load(tiny_folder, backend="torch", max_batch=3)
+    tts = voxkern.load(tiny_folder, device=device, backend="torch", max_batch=3)
     arguments = {"voice": "bob", "steps": 1, "max_frames": 30}
     parts = ["one two three.", "four five!", "six seven eight?", "nine"]
     spoken = [tts.generate(part, seed=5, **arguments) for part in parts]

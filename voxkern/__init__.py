@@ -5,8 +5,6 @@
 >>> tts.generate("seven three one", seed=7).save("out.wav")  # doctest: +SKIP
 """
 
-from importlib.metadata import version
-
 from . import reference
 from .accelerate import accelerate, restore
 from .audio import Audio, Timings
@@ -14,7 +12,7 @@ from .checkpoint import CheckpointError
 from .reference import Config, ConfigError
 from .tts import TTS, load
 
-__version__ = version("voxkern")
+__version__ = "0.1.0"
 __all__ = [
     "TTS", "Audio", "CheckpointError", "Config", "ConfigError", "Timings", "accelerate", "load", "reference", "restore",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from .random_checkpoint import TINY_MOE, make_checkpoint, public_params
 from .reference import Config
 from .reference.config import BackboneConfig
 from .tts import DEMO, load
+from .voice import default_first
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(), Console(stderr=True)
@@ -55,7 +56,7 @@ def say(
     output: Annotated[Path, typer.Option("-o", "--output", help="Output file: .wav, .flac or .ogg.")] = Path("out.wav"),
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the text from this file.")] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the demo voice.")] = None,
-    voice: Annotated[str | None, typer.Option(help="Name of the voice; default: the checkpoint's first voice.")] = None,
+    voice: Annotated[str | None, typer.Option(help="Name of the voice; default: the first that info shows.")] = None,
     clip: Annotated[Path | None, typer.Option(help="Speak with the voice of this recording (1 to 60 s).")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same sound; default: random.")] = None,
     steps: Annotated[int | None, typer.Option(help="Evaluations of the velocity network per frame, 1..64.")] = None,
@@ -76,6 +77,9 @@ def say(
         sound_format(output)  # a wrong suffix must fail before the work, not after it
         if not output.parent.is_dir():
             raise ValueError(f"{output.parent}: no such folder")
+        for option, path in (("--clip", clip), ("--file", file)):
+            if path is not None and output.exists() and path.exists() and output.samefile(path):
+                raise ValueError(f"{output} is the file of {option}: choose another output with -o")
         with err.status("loading"):
             tts = load(model, device=device, dtype=dtype, backend=backend)
             if clip is not None:
@@ -138,7 +142,7 @@ def info(
         ("backbone", f"{config.backbone.n_layers} layers of {config.backbone.dim}{_experts(config.backbone)}"),
         ("flow head", f"{config.acoustic_transformer.n_layers} layers of {config.acoustic_transformer.dim}"),
         ("codes", f"{config.audio.n_codebooks} a frame, {config.frame_rate:g} frames a second"),
-        ("voices", ", ".join(voices) or "none"),
+        ("voices", ", ".join(default_first(voices, config.voices)) or "none"),
         ("weights", _size(weights)),
         ("KV cache", f"{_size(cache)} for {batch} x ({seconds:g} s and a voice)"),
         ("memory", f"{_size(weights + cache)} plus activations"),
@@ -270,7 +274,9 @@ def _player(sampling_rate: int) -> Any:
     try:
         import sounddevice
     except ImportError:
-        raise ValueError("--play needs sounddevice, which is not installed: pip install 'voxkern[play]'") from None
+        raise ValueError(
+            "--play needs sounddevice, which is not installed: pip install 'voxkern[play]', or '.[play]' in a clone"
+        ) from None
     return sounddevice.OutputStream(sampling_rate, channels=1, dtype="float32")  # type: ignore[no-untyped-call, unused-ignore]
 
 

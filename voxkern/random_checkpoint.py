@@ -128,10 +128,13 @@ def make_checkpoint(
 
 
 def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return random weights with which activations keep their scale, so that codes spread over all levels."""
+    """Return random weights on the generator's device, with which activations keep their scale.
+
+    So the codes spread over all levels.
+    """
     if name.endswith("cluster_usage"):
-        return torch.rand(shape, generator=generator) * 9 + 1
-    noise = torch.randn(shape, generator=generator)
+        return torch.rand(shape, generator=generator, device=generator.device) * 9 + 1
+    noise = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith("bias"):
         return 0.1 * noise
     if name.endswith("_scale"):

@@ -5,9 +5,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from mistral_common.protocol.speech.request import SpeechRequest
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
 from .checkpoint import CheckpointError
 
 MAX_CHARS = 400  # about 30 s of English
@@ -34,7 +31,10 @@ class PromptEncoder:
 
         Raises:
             CheckpointError: the file is not a tokenizer for speech, or has another length for a voice.
+            ImportError: mistral-common is not installed.
         """
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
         try:
             self.tokenizer = MistralTokenizer.from_file(path).instruct_tokenizer
         except Exception as error:  # mistral-common raises many kinds of exception for a wrong file
@@ -60,6 +60,8 @@ class PromptEncoder:
             ValueError: `text` is empty, or `voice` is unknown.
             TypeError: `text` is not a string.
         """
+        from mistral_common.protocol.speech.request import SpeechRequest
+
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
         if not text.strip():

@@ -25,7 +25,7 @@ from .generation_params import CFG_ALPHA, GenerationParams
 from .reference import VoxtralTTS
 from .text import MAX_CHARS, PromptEncoder, split_text
 from .validation import check_int, per_text, resolve_device, resolve_dtype, use_kernels
-from .voice import read_recording, voice_prefix
+from .voice import default_first, read_recording, voice_prefix
 
 if TYPE_CHECKING:
     from .fused.backbone import FusedBackbone  # needs Triton
@@ -378,11 +378,9 @@ class TTS:
         return Request(prompt, seed, float(params.cfg_alpha), max_frames, steps, params.solver, prefix_key)
 
     def _default_voice(self) -> str:
-        """Return the first voice of ``params.json`` that the checkpoint has, or else the first of ``voices``."""
         if not self.voices:
             raise ValueError("the checkpoint has no voices (no files in voice_embedding)")
-        named = [name for name in self.model.config.voices if name in self.voices]
-        return named[0] if named else next(iter(self.voices))
+        return default_first(self.voices, self.model.config.voices)[0]
 
     @property
     def _fused_backbone(self) -> "FusedBackbone | None":

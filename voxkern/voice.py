@@ -1,5 +1,6 @@
 """Make a voice from a recording: read and encode the recording, and embed the codes as the backbone embeds codes."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,15 @@ def voice_prefix(model: VoxtralTTS, samples: NDArray[np.float32]) -> Tensor:
     codes = model.audio_tokenizer.encode(sound)[0].T + N_SPECIAL_CODES  # [T, 37]
     end = F.pad(codes.new_full((1, 1), END_AUDIO), (0, codes.shape[1] - 1), value=EMPTY_AUDIO)
     return model.embed_codes(torch.cat((codes, end)))
+
+
+def default_first(voices: Iterable[str], configured: Iterable[str]) -> list[str]:
+    """Return the names in `voices`, first those in `configured`, the voices of ``params.json``, in its order.
+
+    The first name is the default voice.
+    """
+    names = list(voices)
+    return list(dict.fromkeys([*(name for name in configured if name in names), *names]))
 
 
 def _resample(path: Path, samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:

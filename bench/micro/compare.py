@@ -64,6 +64,8 @@ def failing_tests(names: Sequence[str]) -> str:
     The message is empty if all tests pass.
     """
     chosen = ["-k", " or ".join(OF_MODULES.get(name, name) for name in names)] if names else []
+    if not PYTEST.exists():
+        return "nothing is measured, because pytest is not installed: pip install -e '.[test,bench]'"
     command = [str(PYTEST), "-q", "-x", "tests", *chosen]
     # tests/conftest.py sets TRITON_INTERPRET, and imports bench without PYTHONPATH, so both are removed
     hidden = {"PYTHONPATH", "TRITON_INTERPRET"}

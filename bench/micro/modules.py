@@ -8,7 +8,7 @@ but the demo voice's are not. Bytes per second are not given, because a head rea
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 from unittest import mock
@@ -138,8 +138,9 @@ def public_head(dtype: str, device: str) -> FlowHead:
     return head
 
 
+@lru_cache(maxsize=1)
 def public_model(dtype: str, device: str) -> VoxtralTTS:
-    """Return a whole model of the public sizes with random weights."""
+    """Return a whole model of the public sizes with random weights; the last one is kept for other batch sizes."""
     config = Config.from_params(public_params())
     model: VoxtralTTS = filled(lambda: VoxtralTTS(config), dtype, device)
     return model
@@ -156,11 +157,8 @@ def filled(make: Callable[[], nn.Module], dtype: str, device: str) -> Any:
     """Return the module that `make` makes, with random weights that keep the magnitude of activations."""
     with torch.device("meta"):
         module = make()
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        name: random_tensor(name, t.shape, generator).to(device, DTYPES[dtype])
-        for name, t in module.state_dict().items()
-    }
+    generator = torch.Generator(device).manual_seed(0)
+    state = {name: random_tensor(name, t.shape, generator).to(DTYPES[dtype]) for name, t in module.state_dict().items()}
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False).eval()
 

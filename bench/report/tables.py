@@ -107,7 +107,15 @@ def frame(figures: Figures) -> ReportTable:
                 figures.value(".1f", 1e-9, **wanted, metric="multiply-adds"),
                 figures.value(".3f", **wanted, metric="of the usual multiply-adds"),
             ])  # fmt: skip
-    head = ("of a frame", "batch", "launches", "GB from DRAM", "of the fewest", "multiply-adds, G", "of the usual")
+    head = (
+        "of a frame",
+        "batch",
+        "launches",
+        "GB from DRAM",
+        "of the fewest",
+        "multiply-adds, G",
+        "of PyTorch's",
+    )
     note = "Public shapes, bf16, 7 evaluations, tiles of sm_90, counted in the interpreter; keys and values apart."
     return ReportTable("What a frame costs, counted", note, "python -m bench frame", head, lines)
 
@@ -124,9 +132,18 @@ def launches(figures: Figures) -> ReportTable:
         ]
         if None not in parts:
             *frame, codec = (round(row.value) for row in parts if row)
-            lines.append([shape.removeprefix("frame-b"), *map(str, frame), str(sum(frame)), str(codec)])
-    head = ("prepared for", "flow head", "bookkeeping", "backbone", "the frame's graph", "the codec's graph")
-    note = "Public shapes, 7 evaluations of Euler's method; by arithmetic that tests hold to the count."
+            counts = [str(sum(frame)), str(codec), str(sum(frame) + codec)]
+            lines.append([shape.removeprefix("frame-b"), *map(str, frame), *counts])
+    head = (
+        "max_batch",
+        "flow head",
+        "bookkeeping",
+        "backbone",
+        "frame's graph",
+        "codec's graph",
+        "both graphs",
+    )
+    note = "Public shapes, 7 evaluations of Euler's method. Recorded from the fused modules."
     return ReportTable("Launches of a whole frame", note, "python -m bench roofline", head, lines)
 
 
@@ -140,7 +157,7 @@ def cache(figures: Figures) -> ReportTable:
         ]
         for shape in figures.values("shape", bench="frame", subject="keys and values")
     ]  # fmt: skip
-    head = ("tokens", "MB from DRAM", "of the fewest", "spans' parts, MB")
+    head = ("tokens", "MB from DRAM", "of the fewest", "partial results of spans, MB")
     note = "Public shapes, bf16, 26 layers, counted in the interpreter."
     return ReportTable("Keys and values of one request in a frame", note, "python -m bench frame", head, lines)
 
@@ -156,7 +173,7 @@ def server(figures: Figures) -> ReportTable:
                 f"{row.value:.0f}", figures.value(".3f", 1e-9, **wanted, metric="bytes"),
                 figures.value(".3f", 1e-9, **wanted, metric="bytes of weights"),
             ])  # fmt: skip
-    head = ("batch", "provider", "path", "launches", "GB from DRAM", "of them weights")
+    head = ("batch", "provider", "path", "launches", "GB from DRAM", "GB of weights")
     note = (
         "The flow head's frame, public shapes, bf16, 7 evaluations; counted, an operator of plain torch as one launch."
     )
@@ -279,7 +296,7 @@ def distortion(figures: Figures) -> ReportTable:
     head = ("solver", *(f"{n} evaluations" for n in counts))
     note = (
         "The demo voice's flow head, from its own states: RMSE of x and codes that differ from 256 steps', and words "
-        "that a recogniser hears right of sentences."
+        "that a recogniser hears right, of sentences."
     )
     return ReportTable("What fewer evaluations cost", note, "python -m bench distortion", head, lines if steps else [])
 
@@ -312,7 +329,7 @@ def recognition(figures: Figures) -> ReportTable:
     )
     note = (
         "pocketsphinx, with a grammar of the words that may come. flite is what the voice was trained on. "
-        "Longest: of a request's natural length."
+        "Longest: the longest generated sound, as a multiple of flite's for the same text."
     )
     return ReportTable("What a recogniser hears of the demo voice", note, "python -m bench recognition", head, lines)
 

@@ -12,8 +12,11 @@ from triton.runtime import interpreter
 
 
 def patch_once_per_launch() -> None:
-    """Make the interpreter patch ``triton.language`` once a launch. A second call of this function has no effect."""
-    if interpreter._patch_lang.__module__ == __name__:
+    """Make the interpreter patch ``triton.language`` once a launch.
+
+    A second call of this function has no effect, and nor has a call with Triton 3.5, whose interpreter differs.
+    """
+    if interpreter._patch_lang.__module__ == __name__ or not hasattr(interpreter, "_LangPatchScope"):
         return
     patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched = set[tuple[bool, bool]]()  # pairs patched in this launch: whether a function's module has tl, and tl.core

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import voxkern
 from bench.ops.registry import Entry, entries
@@ -45,13 +46,15 @@ CASES = {
     "linear": "down-", "token_attention_linear": "wo-", "token_attention": "middle-", "semantic_argmax": "frame-",
     "flow_start": "frame-", "flow_step": "frame-", "flow_finish": "frame-",
 }  # fmt: skip
-# operator -> the argument with a row for each row of activations, or for each request; others have `x`
+# operator -> the argument with a row for each row of activations, or for each request; others have `x`, or the first
 ROWS = {
-    "semantic_argmax": "h", "paged_attention": "q", "update_decode_state": "codes",
+    "token_attention": "h_qkv", "semantic_argmax": "h", "paged_attention": "q", "update_decode_state": "codes",
     "token_attention_linear": "residual", "codec_dequantise": "codes", "codec_update_state": "new_frames",
     "codec_attention": "qkv",
 }  # fmt: skip
-SHARED_WEIGHTS = {"token_attention_linear", "semantic_argmax", "codec_conv"}  # also those with `max_rows`
+SHARED_WEIGHTS = {  # also those with `max_rows`
+    "token_attention_linear", "semantic_argmax", "codec_conv", "moe_experts_up", "moe_experts_down",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,10 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> list[Work
     The codec's operators are named after the part: the ledger has no launches of its shapes.
     """
     entry, name = entry_of(operator), f"codec {operator}" if part == "codec" else operator
-    rows = len(args[ROWS.get(operator, "x")]) if operator != "token_attention" else len(args["h_qkv"]) // 2
+    first = next(name for name, arg in args.items() if isinstance(arg, Tensor) and name != "out")
+    rows = len(args[ROWS.get(operator, "x" if "x" in args else first)])
+    if operator == "token_attention":
+        rows //= 2  # a row for each branch of a request
     prepared = args.get("max_rows") or args.get("max_batch") or rows
     tokens = 6 if operator == "token_attention_linear" else 1  # three tokens, with and without the condition
     traffic = fewest(entry, args)

@@ -1,7 +1,8 @@
 """The fused transformer head: it computes the reference head's result with kernels, from the same weights.
 
-An evaluation of the public model's three layers takes 13 launches, or 16 if the weights are fp32 or the head is
-prepared for more than one request. The fused head also computes less than the reference head:
+One evaluation of the public model takes 13 launches: four for each of the three layers, and one for the solver step. It
+takes 16 if the weights are fp32 or the head is prepared for more than one request. The fused head also computes less
+than the reference head:
 
 - The t (time) tokens and their queries, keys and values in the first layer are kept in a table. The table depends only
   on the weights, the solver and the number of steps.

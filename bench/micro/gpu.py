@@ -1,0 +1,219 @@
+"""Measure the most important figures in a few minutes of a GPU.
+
+``python -m bench gpu --minutes 8`` runs its steps in the order of their importance until the time is up: whether
+operators are right at public shapes, whole frames, the first sound and memory, each operator, the codec, and then all
+other timings of ``python -m bench run``. The rows of a step are stored when the step ends. A step that fails is listed
+at the end, and the next step runs. The last table has measured and predicted times side by side.
+
+This tool has not been run on a GPU. ``--dry-run`` needs none: every time is made up, and rows go to a temporary file.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import voxkern
+from bench.micro.modules import modules
+from bench.micro.providers import operator_trial
+from bench.micro.run import Selection, run
+from bench.micro.timing import Clock, clock_of
+from bench.ops.registry import DTYPES, Entry, TensorMaker, entries
+from bench.results import FILE, Provenance, ResultRow, provenance, store, with_provenance
+from bench.static.roofline import GPU, GPUS, floor, predict
+from bench.static.work import Work, frame, work_of
+from voxkern.kernels.launch_config import target_arch
+
+FRAMES = (1, 8, 32)  # batches of whole frames
+PROVIDERS = ("voxkern", "torch")
+TEXT = "seven three one"
+COMMAND = "python -m bench gpu"
+
+
+@dataclass
+class Session:
+    """The time that is left on a GPU, and what was found so far.
+
+    Attributes:
+        minutes: minutes that the steps may take together. A step that has begun is not stopped.
+        file: the table of results.
+        where: provenance of the rows.
+        clock: the clock of the timings; None makes the times up, and runs nothing.
+        now: returns seconds.
+        rows: the rows of all steps.
+        failures: a message for each step, or provider, that failed.
+        skipped: names of the steps for which no time was left.
+    """
+
+    minutes: float
+    file: Path
+    where: Provenance
+    clock: Clock | None
+    now: Callable[[], float] = time.monotonic
+    rows: list[ResultRow] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def run(self, steps: Iterator[tuple[str, Callable[["Session"], list[ResultRow]]]]) -> None:
+        """Run the steps until the time is up. The rows of a step are stored when it ends; no error ends the run."""
+        end = self.now() + 60 * self.minutes
+        for name, step in steps:
+            if self.now() >= end:
+                self.skipped.append(name)
+                continue
+            print(f"== {name}, {end - self.now():.0f} s left", flush=True)
+            try:
+                made = step(self)
+            except Exception as error:  # whatever fails, the other figures must still be measured
+                self.failures.append(f"{name}: {type(error).__name__}: {error}")
+                continue
+            self.rows += made
+            store(made, self.file)
+
+    def timed(self, selection: Selection) -> list[ResultRow]:
+        """Time a selection, and return its rows."""
+        if self.clock is None:
+            return [with_provenance(row, self.where) for row in _made_up(selection)]
+        rows, wrong = run(selection, self.clock, None, self.where)
+        self.failures += wrong
+        return rows
+
+
+def steps() -> Iterator[tuple[str, Callable[[Session], list[ResultRow]]]]:
+    """Yield the name and the function of each step, the most important first."""
+    for entry in entries():
+        yield f"{entry.name} is right", partial(check, entry=entry)
+    for B in FRAMES:
+        yield f"frame-b{B}", partial(_timed, subject="frame", shape=f"frame-b{B}", providers=PROVIDERS)
+    yield "first sound and memory", product
+    for entry in entries():
+        yield entry.name, partial(_timed, subject=entry.name, providers=PROVIDERS)
+    yield "codec_chunk", partial(_timed, subject="codec_chunk", providers=PROVIDERS)
+    for B in FRAMES:
+        yield (
+            f"frame-b{B}, compiled",
+            partial(_timed, subject="frame", shape=f"frame-b{B}", providers=("voxkern", "torch.compile")),
+        )
+    for subject in dict.fromkeys(module.name for module in modules("cpu")):
+        yield f"{subject}, all", partial(_timed, subject=subject, dtypes=())
+    for entry in entries():
+        yield f"{entry.name}, all", partial(_timed, subject=entry.name, dtypes=())
+
+
+def _timed(
+    session: Session, subject: str, shape: str = "", providers: Sequence[str] = (), dtypes: Sequence[str] = ("bf16",)
+) -> list[ResultRow]:
+    return session.timed(Selection((subject,), shape, tuple(dtypes), tuple(providers), "cuda"))
+
+
+@torch.inference_mode()
+def check(session: Session, entry: Entry) -> list[ResultRow]:
+    """Compare an operator with fp64 at its first public shape in bf16 or its only dtype; raise an error if wrong."""
+    if session.clock is None:
+        return []
+    case = next(case for case in entry.cases if case.public)
+    dtype = "bf16" if "bf16" in case.dtypes else case.dtypes[0]
+    if fault := operator_trial(entry, case, dtype, "cuda").fault("voxkern"):
+        raise RuntimeError(fault)
+    return []
+
+
+def product(session: Session) -> list[ResultRow]:
+    """Measure the demo voice's time to the first sound, its real-time factor, and the memory of 32 requests."""
+    if session.clock is None:
+        figures = {"first sound": (0.1, "s"), "real-time factor": (0.1, "1"), "peak memory": (1e9, "B")}
+    else:
+        tts = voxkern.load(device="cuda", max_batch=32)
+        list(tts.stream(TEXT, seed=1))  # compiles, and captures the graphs
+        first = next(iter(tts.stream(TEXT, seed=1))).timings.first_sound
+        factor = tts.generate(TEXT, seed=1).real_time_factor
+        torch.cuda.reset_peak_memory_stats()
+        tts.generate([TEXT] * 32, seed=list(range(32)))
+        peak = torch.cuda.max_memory_allocated()
+        figures = {"first sound": (first, "s"), "real-time factor": (factor, "1"), "peak memory": (float(peak), "B")}
+    rows = [
+        ResultRow("gpu", "demo voice", metric, value, unit, "measured", COMMAND, "voxkern", "b32")
+        for metric, (value, unit) in figures.items()
+    ]
+    return [with_provenance(row, session.where) for row in rows]
+
+
+def _made_up(selection: Selection) -> Iterator[ResultRow]:
+    """Yield a row of 100 us for each public shape, or module, and provider of a selection."""
+    shapes = [
+        (entry.name, case.name, dtype, "")
+        for entry in entries() for case in entry.cases if case.public for dtype in case.dtypes
+    ]  # fmt: skip
+    shapes += [(module.name, module.shape, dtype, "euler:7") for module in modules("cpu") for dtype in module.dtypes]
+    shapes += [("frame", f"frame-b{B}", "bf16", "euler:7") for B in FRAMES]
+    for subject, shape, dtype, n_steps in shapes:
+        if selection.takes(subject, shape, dtype):
+            for provider in selection.providers or PROVIDERS:
+                yield ResultRow(
+                    "micro", subject, "time", 100.0, "us", "measured", COMMAND, provider, shape, dtype, n_steps
+                )
+
+
+def work_at(row: ResultRow, arch: str) -> list[Work]:
+    """Return the launches of a timed operator or frame; no launches if the row is another module's.
+
+    The tiles of some operators' inputs are those of the architecture `arch`.
+    """
+    if row.subject == "frame" and row.shape.startswith("frame-b"):
+        parts = frame(int(row.shape.removeprefix("frame-b")), int(row.steps.partition(":")[2]))
+        return [one for part in parts.values() for one in part]
+    entry = next((entry for entry in entries() if entry.name == row.subject), None)
+    if entry is None:
+        return []
+    case = next(case for case in entry.cases if case.name == row.shape)
+    device = "cpu" if "attention" in entry.name else "meta"  # attention's bytes depend on the lengths
+    with target_arch(arch):
+        args = entry.args(case, TensorMaker(DTYPES[row.dtype], device))
+        works = work_of(entry.name, {**args, "out": entry.op.declare(**args)})
+    return [replace(one, case=row.shape.rpartition("b")[0]) for one in works]
+
+
+def table(rows: Sequence[ResultRow], gpu: GPU | None) -> list[str]:
+    """Return lines with the measured, predicted and least microseconds of each bf16 time, and measured / predicted."""
+    plain = {(row.subject, row.shape): row.value for row in rows if row.provider == "torch" and row.metric == "time"}
+    lines = [f"{'':44s}{'measured':>11s}{'torch':>11s}{'predicted':>11s}{'floor':>11s}{'ratio':>8s}"]
+    for row in dict.fromkeys(row for row in rows if row.provider == "voxkern" and row.unit == "us"):
+        work = work_at(row, gpu.arch) if gpu is not None and row.dtype == "bf16" else []
+        cells = [f"{row.value:11.2f}", f"{plain.get((row.subject, row.shape), float('nan')):11.2f}"]
+        if gpu is not None and work:
+            expected, least = 1e6 * predict(work, gpu), 1e6 * floor(work, gpu)
+            cells += [f"{expected:11.2f}", f"{least:11.2f}", f"{row.value / expected:8.2f}"]
+        lines.append(f"{f'{row.subject} {row.shape} {row.dtype}':44s}" + "".join(cells))
+    return lines
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure until the time is up, print the table, and return 1 if a step failed, else 0."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--minutes", type=float, default=8.0, help="minutes to use; a begun step is finished")
+    parser.add_argument(
+        "--csv", type=Path, default=FILE, metavar="FILE", help=f"store the rows in FILE, not {FILE.name}"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="make all times up; needs no GPU, stores nothing")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.dry_run:
+            file, where, clock = Path(folder) / "rows.csv", provenance("cpu"), None
+        else:
+            clock = clock_of("cuda")  # exits if there is no GPU
+            file, where = options.csv, provenance("cuda")
+        print(f"{where.device}, {where.versions}, commit {where.commit}")
+        session = Session(options.minutes, file, where, clock)
+        session.run(steps())
+        gpu = next((gpu for gpu in GPUS.values() if options.dry_run or gpu.device == where.device), None)
+        print(*table(session.rows, gpu), sep="\n")
+        print(f"{len(session.rows)} rows" + (", all made up" if options.dry_run else f" stored in {file}"))
+    print(*(f"FAILED {failure}" for failure in session.failures), sep="\n", end="\n" if session.failures else "")
+    if session.skipped:
+        print(f"no time was left for {len(session.skipped)} steps: {', '.join(session.skipped)}")
+    return 1 if session.failures else 0
