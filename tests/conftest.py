@@ -62,7 +62,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if on_gpu and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU")
     os.environ["TRITON_INTERPRET"] = "0" if on_gpu else "1"  # read when triton is imported, which is later than this
-    if not on_gpu:
+    if on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode warns without it
+        torch.backends.cudnn.allow_tf32 = False  # the reference's convolutions would use TF32 in fp32
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a test that names no device must not use a GPU
         # saves a quarter of the tests' time
         importlib.import_module("bench.static.interpreter").patch_once_per_launch()
 
