@@ -24,6 +24,7 @@ def test_the_demo_voice_is_understood(recogniser: Recogniser, voice: str, text: 
     assert recogniser.recognise(audio.samples, RATE) == text.split()
 
 
+@pytest.mark.slow
 def test_the_demo_voice_is_understood_on_kernels(recogniser: Recogniser) -> None:
     """Backbone, flow head and codec run in the interpreter; the semantic codes equal those of plain PyTorch."""
     arguments = {"voice": "rms", "seed": 7, "steps": 2, "solver": "ab2", "max_frames": 12}
