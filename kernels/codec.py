@@ -97,9 +97,9 @@ def codec_dequantise(
         codes: int64 [B, 1 + K, T] without the offset of 2, the semantic code first. The codes of a request's first
             `new_frames` frames must be in range, which is not checked.
         new_frames: int64 [B], the number of frames of each request, 0..T. The codes of later frames are ignored.
-        embedding_sum: [size, dim] fp32, bf16 or fp16, for each semantic code, the moving-average sum of the vectors
-            that training assigned to it. Divided by `cluster_usage`, it is the code's vector.
-        cluster_usage: [size], for each semantic code, the moving average of how many vectors training assigned to it.
+        embedding_sum: [size, dim] fp32, bf16 or fp16. Row c is the moving average, over training, of the sum of the
+            vectors assigned to semantic code c. Divided by ``cluster_usage[c]``, it is the code's vector.
+        cluster_usage: [size]. Element c is the moving average of the number of vectors assigned to code c.
         levels: the number of levels of an acoustic code.
 
     Returns:

@@ -1,7 +1,7 @@
 """The launches of a frame around the layers of a flow head: start, solver steps, and the last step with its codes.
 
-For B requests, K acoustic codebooks and a velocity network of width dim, a transformer or an MLP; the device functions
-are in ``solver.py``::
+The device functions are in ``solver.py``. There are B requests and K acoustic codebooks. The velocity network, a
+transformer or an MLP, has width dim::
 
     flow_start    x = noise                                        fp32 [B, K]
                   x tokens = w_in @ x + b_in                       [2B, dim], equal with and without the condition

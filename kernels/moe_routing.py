@@ -85,7 +85,7 @@ def _open_groups(
     """
     SIZE: tl.constexpr = E // N_GROUPS
     o_g = o_e // SIZE
-    b_sum = tl.full([ROWS, E_PAD], -float("inf"), tl.float32)  # each element is the sum of its expert's group
+    b_sum = tl.full([ROWS, E_PAD], -float("inf"), tl.float32)  # each element is the score of its expert's group
     for g in range(N_GROUPS):
         m_g = (m_e & (o_g == g))[None, :]
         b_left = tl.where(m_g, b_ranked, -float("inf"))
@@ -260,7 +260,7 @@ def tile_count(M: int, E: int, top_k: int, n_shared: int, tile_rows: int) -> int
         E: the number of experts, without the shared experts.
         top_k: the number of experts of a token, without the shared experts.
         n_shared: the number of shared experts.
-        tile_rows: the number of pairs in a tile, see :func:`choose_tile_rows`.
+        tile_rows: the most pairs in a tile, see :func:`choose_tile_rows`.
     """
     pairs, each = M * top_k, triton.cdiv(M, tile_rows)
     hit = min(pairs, E)

@@ -1,9 +1,9 @@
 """The model's configuration, read from Mistral's ``params.json``.
 
 Every size of the model comes from here, for example layer counts, head dimensions and numbers of codebooks. Unknown
-keys are ignored. An error names each required key that is missing, and each key that is of the wrong type,
-contradictory or unsupported. Without these checks, a model with a wrong size could load and produce noise instead of
-speech.
+keys are ignored. An error names each required key that is missing, of the wrong type or unsupported. If there are none,
+an error names all contradictions. Without these checks, a model with a wrong size could load and produce noise instead
+of speech.
 """
 
 import dataclasses

@@ -51,15 +51,15 @@ CPU = torch.device("cpu")
 
 
 def tiles_of(arch: str) -> AbstractContextManager[None]:
-    """Use the launch configs of an architecture in the ``with`` block; "own" are those of the device that runs."""
+    """Use the launch configs of `arch` in the ``with`` block; if `arch` is "own", use those of the test's device."""
     return nullcontext() if arch == "own" else launch_config.target_arch(arch)
 
 
 def own_or(arch: str, device: torch.device, first: str | None = None) -> AbstractContextManager[None]:
     """Use the launch configs of `arch` on the CPU, and a GPU's own on a GPU, in the ``with`` block.
 
-    A test with several architectures passes the first. On a GPU the test is skipped for the others, because it would
-    run again with the same tiles.
+    A test that is parametrised by several architectures gives the first of them as `first`. On a GPU the test is
+    skipped for the others, because it would run again with the same tiles.
     """
     if device.type == "cpu":
         return launch_config.target_arch(arch)

@@ -33,7 +33,7 @@ class DecodeBatch:
     Attributes:
         slots: the slots that hold a request of this batch.
         lengths: int32 [slots], tokens of each request in the KV cache; 0 if the slot is free or its request is over.
-        n_frames: int64 [slots], frames generated so far.
+        n_frames: int64 [slots], frames kept so far; a frame with END is not counted.
         codes: int64 [slots, 37], the last frame of each request with the +2 offset.
         valid: int64 [slots], 1 if the slot's row of `codes` is a new frame, else 0.
     """

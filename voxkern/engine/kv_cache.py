@@ -24,7 +24,7 @@ class KVCache:
     """
 
     def __init__(self, config: BackboneConfig, n_pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate `n_pages` pages of ``PAGE_SIZE`` tokens; on a CPU, a page takes memory only once it is written."""
+        """Allocate `n_pages` pages of ``PAGE_SIZE`` tokens; on a CPU, a page takes memory when it is first written."""
         shape = (config.n_layers, n_pages, 2, config.n_kv_heads, PAGE_SIZE, config.head_dim)
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.n_pages, self.ref_counts = n_pages, [0] * n_pages
