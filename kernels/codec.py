@@ -113,8 +113,10 @@ def codec_dequantise(
 
 
 @triton.jit
-def _row_pointers(p_x, p_old, i_b, b_t, b_fresh, T, C: tl.constexpr, N_PAST: tl.constexpr, PAD_MODE: tl.constexpr):
-    """Return pointers to rows of requests, [R], and a mask of the rows that are not zero padding, bool [R].
+def _load_rows(
+    p_x, p_old, i_b, b_t, b_fresh, o_c, m, T, C: tl.constexpr, N_PAST: tl.constexpr, PAD_MODE: tl.constexpr
+):  # fmt: skip
+    """Load columns of rows of requests, [R, columns]; a row before a request's first is padding.
 
     Args:
         p_x: the chunk, [B T, C].
@@ -122,8 +124,10 @@ def _row_pointers(p_x, p_old, i_b, b_t, b_fresh, T, C: tl.constexpr, N_PAST: tl.
         i_b: int64 [R] or scalar, the request of each row.
         b_t: int [R], row numbers within the chunk; rows before the chunk are negative.
         b_fresh: bool [R], whether the chunk is the request's first.
+        o_c: int [columns], the columns.
+        m: bool [R, columns], the elements to load; others are 0.
         T: rows of a request in the chunk.
-        C: columns.
+        C: columns of `p_x`.
         N_PAST: rows of a request that are kept between chunks.
         PAD_MODE: an index of PAD_MODES.
     """
@@ -132,11 +136,14 @@ def _row_pointers(p_x, p_old, i_b, b_t, b_fresh, T, C: tl.constexpr, N_PAST: tl.
         b_padded = -b_t
     b_row = tl.where(b_t < 0, b_padded, b_t)
     m_old = (b_t < 0) & (b_fresh == 0)
-    p_row = tl.where(m_old, p_old + (i_b * N_PAST + N_PAST + b_t) * C, p_x + (i_b * T + b_row) * C)
-    m_row = b_t == b_t
+    m_new = b_t == b_t
     if PAD_MODE == 0:
-        m_row = (b_t >= 0) | (b_fresh == 0)
-    return p_row, m_row
+        m_new = b_t >= 0
+    # two loads, because Triton 3.6 cannot compile a choice between pointers of two tensors for AMD
+    p_new_row, p_old_row = p_x + (i_b * T + b_row) * C, p_old + (i_b * N_PAST + N_PAST + b_t) * C
+    b_new = tl.load(p_new_row[:, None] + o_c[None, :], mask=m & (m_new & (m_old == 0))[:, None], other=0.0)
+    b_old = tl.load(p_old_row[:, None] + o_c[None, :], mask=m & m_old[:, None], other=0.0)
+    return tl.where(m_old[:, None], b_old, b_new)
 
 
 @triton.jit(
@@ -150,7 +157,7 @@ def _codec_conv_kernel(
     PAD_MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    parity = tl.load(p_parity)
+    parity = tl.load(p_parity).to(tl.int64)
     p_old, p_new = p_state + parity * B * N_PAST * K, p_state + (1 - parity) * B * N_PAST * K
     if i_n == tl.num_programs(1) - 1:  # the last column of blocks writes the rows that the next chunk needs
         o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -158,10 +165,9 @@ def _codec_conv_kernel(
             i_b = tl.full([], i, tl.int64)
             b_fresh = tl.load(p_past + i_b) + o_r * 0 == 0
             b_t = tl.load(p_new_frames + i_b) * rate - N_PAST + o_r
-            p_row, m_row = _row_pointers(p_x, p_old, i_b, b_t, b_fresh, T, K, N_PAST, PAD_MODE)
             for c in range(0, K, COLUMNS):
                 m_c = (o_r < N_PAST)[:, None] & (c + o_c < K)[None, :]
-                b_x = tl.load(p_row[:, None] + (c + o_c)[None, :], mask=m_c & m_row[:, None], other=0.0)
+                b_x = _load_rows(p_x, p_old, i_b, b_t, b_fresh, c + o_c, m_c, T, K, N_PAST, PAD_MODE)
                 tl.store(p_new + (i_b * N_PAST + o_r)[:, None] * K + (c + o_c)[None, :], b_x, mask=m_c)
         return
     o_m, o_n, o_k = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -177,10 +183,9 @@ def _codec_conv_kernel(
         m_k = k + o_k < K
         p_w_tile = p_w + o_n[:, None] * ((N_PAST + 1) * K) + (tap * K + k + o_k)[None, :]
         b_w = tl.load(p_w_tile, mask=m_n[:, None] & m_k[None, :], other=0.0)
-        p_row, m_row = _row_pointers(p_x, p_old, i_b, b_t - N_PAST + tap, b_fresh, T, K, N_PAST, PAD_MODE)
-        m_x = (m_m & m_row)[:, None] & m_k[None, :]
-        b_x = tl.load(p_row[:, None] + (k + o_k)[None, :], mask=m_x, other=0.0).to(b_w.dtype)  # [M, K]
-        b_acc = dot(b_w, tl.trans(b_x), b_acc)  # [N, M]
+        m_x = m_m[:, None] & m_k[None, :]
+        b_x = _load_rows(p_x, p_old, i_b, b_t - N_PAST + tap, b_fresh, k + o_k, m_x, T, K, N_PAST, PAD_MODE)  # [M, K]
+        b_acc = dot(b_w, tl.trans(b_x.to(b_w.dtype)), b_acc)  # [N, M]
     b_acc = tl.where((b_t < valid)[None, :], b_acc, 0.0)
     tl.store(p_y + o_m[None, :] * N + o_n[:, None], cast(b_acc, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
 
@@ -278,7 +283,7 @@ def expect_chunk(
     Args:
         name: the argument that holds the chunk, for the error message.
         rows: rows of the chunk, a multiple of B * rate, not 0.
-        B: requests, 1..64.
+        B: requests, 1..64, a size of the caller's own state tensor.
         rate: rows per frame, 1 or more.
         past_frames: int64 [B].
         new_frames: int64 [B].
@@ -287,8 +292,8 @@ def expect_chunk(
     Raises:
         ValueError: `rows` is 0 or no multiple of B * rate, `rate` is below 1, or B is not in 1..64.
     """
-    expect_batch("past_frames", B, 1, 64)
     expect("past_frames", past_frames, (B,), dtype=torch.int64)
+    expect_batch("past_frames", B, 1, 64)
     expect("new_frames", new_frames, (B,), like=past_frames)
     expect("parity", parity, (1,), like=past_frames, dtype=torch.int32)
     if rate < 1 or rows % (B * rate) or not rows:

@@ -44,8 +44,8 @@ FLOW_START = LaunchConfigs(
 )
 # A block runs alone on a multiprocessor, which can load some 64 bytes per cycle. The block reaches this rate only with
 # enough bytes in flight. In the public model, a tile of four whole rows of w_out has 24 KB in bf16, and 32 KB with the
-# columns padded to a power of two. Three such tiles fit into 101,376 bytes, the shared memory of a block on sm_86,
-# sm_89 and sm_120.
+# columns padded to a power of two. Four stages keep three such tiles in shared memory. These fit into 101,376
+# bytes, the limit of a block on sm_86, sm_89 and sm_120.
 FLOW_STEP = LaunchConfigs(
     "flow_step",
     """
@@ -310,7 +310,7 @@ def flow_finish(
 
 
 def _padded(N: int, K: int) -> dict[str, int]:
-    """Return the kernel constants N, PAD_N and PAD_K.
+    """Return the kernel constants N, K, PAD_N and PAD_K.
 
     PAD_N and PAD_K are N and K, rounded up to powers of two. PAD_K is at least 4, because noise is drawn for four
     codebooks at once.
@@ -389,7 +389,7 @@ def _expect_codes(
     least = semantic_size + 2 + K * (levels + 2)
     if rows < least:
         raise ValueError(
-            f"embeddings has {rows} rows but must have {least} or more: {semantic_size} + 2 semantic codes and "
-            f"{K} x ({levels} + 2) acoustic codes (semantic_size, levels)"
+            f"embeddings has {rows} rows but must have {least} or more: semantic_size + 2 = {semantic_size + 2} for "
+            f"semantic codes, and K * (levels + 2) = {K * (levels + 2)} for acoustic codes"
         )
     return codes, w_out.new_empty(B, E)

@@ -11,9 +11,9 @@ From logits [M, E] of M tokens and E experts, ``moe_route`` computes::
     pairs   = all pairs, by expert, then by token        [M * P]
     tiles   = (expert, first, end)                       [T, 3]: pairs[first:end], at most tile_rows, have this expert
 
-A block routes ROWS tokens and holds all E logits of each token in registers. If one block routes all tokens, this block
-also writes pairs and tiles. Otherwise a second launch, of one block, writes them, because the index of a pair in
-`pairs` depends on all tokens.
+A block routes ROWS tokens and holds all E logits of each token in registers. If ROWS is at least `max_rows`, one block
+routes all tokens, and also writes pairs and tiles. Otherwise a second launch, of one block, writes them, because the
+index of a pair in `pairs` depends on all tokens.
 
 The launches that compute the experts run over the tiles, and their grid must be known before the routing has run. T is
 therefore the most tiles that M tokens can make, and unused tiles are filled with -1.

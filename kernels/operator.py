@@ -73,7 +73,8 @@ class Operator(Generic[P, R]):
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Check the arguments, allocate the result and launch the kernel, without torch's dispatcher.
 
-        Tensors may also be on the meta device. Then a launch can be recorded, but not run.
+        Tensors may also be on the meta device within :func:`voxkern.compile_only.compiling_for`. Launches are then
+        compiled and recorded, but not run.
         """
         out = self.declare(*args, **kwargs)
         tensor = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
@@ -91,7 +92,7 @@ def operator(launch: Callable[..., None], mutates: Sequence[str] = ()) -> Callab
     Args:
         launch: the launcher, called with the declaration's result, if the declaration returns one, and then with the
             declaration's arguments.
-        mutates: names of the arguments that the launcher writes to. A declaration with such arguments returns None.
+        mutates: names of the arguments that the launcher writes to. The declaration must not return any of them.
     """
     return lambda declare: Operator(declare, launch, mutates)
 
@@ -151,7 +152,8 @@ def expect_batch(name: str, rows: int, each: int, max_batch: int) -> None:
     if not 1 <= max_batch <= 64:
         raise ValueError(f"max_batch is {max_batch} but must lie in 1..64")
     if rows % each or not each <= rows <= each * max_batch:
-        raise ValueError(f"{name} has {rows} rows but must have {each} for each of 1..{max_batch} requests (max_batch)")
+        limit = " (max_batch)" if max_batch < 64 else ""  # operators without the argument max_batch take up to 64
+        raise ValueError(f"{name} has {rows} rows but must have {each} per request, for 1..{max_batch} requests{limit}")
 
 
 def on_device(name: str, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -29,7 +29,7 @@ class Routing:
         scoring: how logits become scores: "softmax" over all experts, or "sigmoid" of each logit.
         n_groups: number of groups of equal size that the experts are split into, in the order of their ids.
         n_groups_per_tok: number of groups that a token's experts may come from. These are the groups with the largest
-            sum of their two best scores, plus bias if a bias is given.
+            sum of their two best scores. If a bias is given, it is added to the scores before they are compared.
         renormalise: whether a token's weights are divided by the sum of these weights.
         scale: factor by which the weights are multiplied after renormalisation.
     """

@@ -13,7 +13,7 @@ def make_params(
     semantic_codebook_size: int,
     voices: Iterable[str],
 ) -> dict[str, Any]:
-    """Return a model's ``params.json``: the given keys, and the public model's values for all others.
+    """Return a model's ``params.json``: the given keys, and the keys that models of all sizes share.
 
     Args:
         backbone: keys at the top level.

@@ -1,10 +1,15 @@
 """Tests of ``python -m bench gpu``: the order of its steps, its budget of time, failures, and the closing table."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from plant import case_of, entry_of
+from torch import Tensor
 
 from bench.micro import gpu
+from bench.ops.registry import TensorMaker
 from bench.results import Provenance, ResultRow, read
 from bench.static.roofline import GPUS
 
@@ -54,12 +59,35 @@ def test_the_table_compares_with_the_prediction() -> None:
         for provider in ("voxkern", "torch")
     ]
     (line,) = gpu.table(times, GPUS["H100 SXM"])[1:]
-    measured, plain, predicted, floor, ratio = map(float, line.split()[3:])
+    measured, plain, predicted, floor, ratio = map(float, line.split()[4:])
     assert (measured, plain) == (5000.0, 5000.0)
     assert 3000 < floor < predicted < 5000
     assert ratio == pytest.approx(measured / predicted, abs=0.01)
     (line,) = gpu.table(times, None)[1:]
-    assert len(line.split()) == 5  # an unknown GPU has no prediction
+    assert len(line.split()) == 6  # an unknown GPU has no prediction
+
+
+def test_the_table_compares_with_pytorch_at_the_same_dtype_and_solver() -> None:
+    cases = {("bf16", "euler:7"): 2.0, ("bf16", "ab2:4"): 3.0, ("fp32", "euler:7"): 4.0}
+    times = [
+        ResultRow("micro", "head", "time", value, "us", "measured", "again", provider, "b1", dtype, steps)
+        for (dtype, steps), theirs in cases.items()
+        for provider, value in (("voxkern", 1.0), ("torch", theirs))
+    ]
+    lines = gpu.table(times, None)[1:]
+    assert [line.split() for line in lines] == [
+        ["head", "b1", "bf16", "euler:7", "1.00", "2.00"],
+        ["head", "b1", "bf16", "ab2:4", "1.00", "3.00"],
+        ["head", "b1", "fp32", "euler:7", "1.00", "4.00"],
+    ]
+
+
+def test_the_work_of_an_operator_includes_a_result_that_is_an_argument() -> None:
+    entry = entry_of("codec_attention")
+    timed = replace(row(entry.name), shape="b1")
+    (work,) = gpu.work_at(timed, "sm_90")
+    args = entry.args(case_of(entry, "b1"), TensorMaker(torch.bfloat16))
+    assert work.dram == sum(arg.numel() * arg.element_size() for arg in args.values() if isinstance(arg, Tensor))
 
 
 def test_a_dry_run_writes_its_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,12 @@ def test_a_fault_is_caught(operator: str, case: str, edit: Edit, device: torch.d
         ("codec_conv", {"rate": 2}, "x has 15 rows, but each of 5 requests must have 1 or more frames of 2 rows"),
         ("codec_conv", {"parity": torch.zeros(2, dtype=torch.int32)}, r"parity is \[2\] but must be \[1\]"),
         ("codec_conv", {"past_frames": torch.zeros(4, dtype=torch.int64)}, r"past_frames is \[4\] but must be \[5\]"),
+        ("codec_conv", {"conv_state": torch.zeros(2, 65, 6, 75)}, r"past_frames is \[5\] but must be \[65\]"),
+        (
+            "codec_update_state",
+            {"past_frames": torch.zeros(65, dtype=torch.int64)},
+            r"past_frames has 65 rows but must have 1 per request, for 1\.\.64 requests$",
+        ),
         ("codec_attention", {"n_heads": 7}, r"which are no multiple of 3 \* 7"),
         ("codec_attention", {"kv_window": torch.zeros(2, 2, 3, 17, 72)}, r"a window of 17 but must have 1\.\.16"),
         ("codec_attention", {"rate": 0}, r"1 or more frames of 0 rows \(rate >= 1\)"),

@@ -256,7 +256,8 @@ def test_launchers_are_launches_alone(mlp: int) -> None:
         (flow_step, 1, {"b_out": torch.ones(37).half()}, TypeError, "b_out is torch.float16"),
         (flow_step, 1, {"v_last": torch.ones(5, 37).half()}, TypeError, "v_last is torch.float16"),
         (flow_finish, 0, {"semantic": torch.ones(5)}, TypeError, r"semantic is torch.float32 but must be torch.int64"),
-        (flow_finish, 0, {"embeddings": torch.ones(902, 129)}, ValueError, "embeddings has 902 rows but must have 903"),
+        (flow_finish, 0, {"embeddings": torch.ones(902, 129)}, ValueError,
+         r"902 rows but must have 903 or more: semantic_size \+ 2 = 52 .* K \* \(levels \+ 2\) = 851 for"),
         (flow_finish, 1, {"levels": 1}, ValueError, "levels"),
     ],
 )  # fmt: skip

@@ -26,6 +26,7 @@ from bench.micro.timing import Clock, clock_of
 from bench.ops.registry import DTYPES, Entry, TensorMaker, entries
 from bench.results import FILE, Provenance, ResultRow, provenance, store, with_provenance
 from bench.static.roofline import GPU, GPUS, floor, predict
+from bench.static.traffic import with_result
 from bench.static.work import Work, frame, work_of
 from voxkern.kernels.launch_config import target_arch
 
@@ -162,7 +163,7 @@ def _made_up(selection: Selection) -> Iterator[ResultRow]:
 def work_at(row: ResultRow, arch: str) -> list[Work]:
     """Return the launches of a timed operator or frame; no launches if the row is another module's.
 
-    The tiles of some operators' inputs are those of the architecture `arch`.
+    Some operators' inputs depend on the tiles, which are those of the architecture `arch`.
     """
     if row.subject == "frame" and row.shape.startswith("frame-b"):
         parts = frame(int(row.shape.removeprefix("frame-b")), int(row.steps.partition(":")[2]))
@@ -174,22 +175,31 @@ def work_at(row: ResultRow, arch: str) -> list[Work]:
     device = "cpu" if "attention" in entry.name else "meta"  # attention's bytes depend on the lengths
     with target_arch(arch):
         args = entry.args(case, TensorMaker(DTYPES[row.dtype], device))
-        works = work_of(entry.name, {**args, "out": entry.op.declare(**args)})
+        works = work_of(entry.name, with_result(entry, args))
     return [replace(one, case=row.shape.rpartition("b")[0]) for one in works]
 
 
 def table(rows: Sequence[ResultRow], gpu: GPU | None) -> list[str]:
-    """Return lines with the measured, predicted and least microseconds of each bf16 time, and measured / predicted."""
-    plain = {(row.subject, row.shape): row.value for row in rows if row.provider == "torch" and row.metric == "time"}
+    """Return a heading, and a line for each time of voxkern.
+
+    The columns are the measured microseconds, PyTorch's at the same shape, dtype and solver, the predicted and the
+    fewest possible ones, and the ratio measured / predicted. Only bf16 times of operators and frames on a known `gpu`
+    have the last three columns.
+    """
+    plain = {_timing_key(row): row.value for row in rows if row.provider == "torch" and row.metric == "time"}
     lines = [f"{'':44s}{'measured':>11s}{'torch':>11s}{'predicted':>11s}{'floor':>11s}{'ratio':>8s}"]
     for row in dict.fromkeys(row for row in rows if row.provider == "voxkern" and row.unit == "us"):
         work = work_at(row, gpu.arch) if gpu is not None and row.dtype == "bf16" else []
-        cells = [f"{row.value:11.2f}", f"{plain.get((row.subject, row.shape), float('nan')):11.2f}"]
+        cells = [f"{row.value:11.2f}", f"{plain.get(_timing_key(row), float('nan')):11.2f}"]
         if gpu is not None and work:
             expected, least = 1e6 * predict(work, gpu), 1e6 * floor(work, gpu)
             cells += [f"{expected:11.2f}", f"{least:11.2f}", f"{row.value / expected:8.2f}"]
-        lines.append(f"{f'{row.subject} {row.shape} {row.dtype}':44s}" + "".join(cells))
+        lines.append(f"{' '.join(filter(None, _timing_key(row))):44s}" + "".join(cells))
     return lines
+
+
+def _timing_key(row: ResultRow) -> tuple[str, str, str, str]:
+    return row.subject, row.shape, row.dtype, row.steps
 
 
 def main(arguments: Sequence[str]) -> int:

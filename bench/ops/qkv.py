@@ -18,7 +18,7 @@ def rope_of(positions: int, D: int, device: str) -> Tensor:
     """Return the table of RoPE cosines and sines that the kernels read, fp32 [positions, 2, D / 2]."""
     if device == "meta":
         return torch.empty(positions, 2, D // 2, device="meta")
-    return torch.stack(rope_table(torch.arange(positions), D, 1e4), dim=1).float()
+    return torch.stack(rope_table(torch.arange(positions), D, 1e4), dim=1).float().to(device)
 
 
 def pages_of(lengths: list[int], PAGE: int, device: str) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ interpreter the bytes that a kernel really moves; tests/test_work.py compares th
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -53,6 +54,15 @@ def fewest(entry: Entry, args: Args) -> Traffic:
     return Traffic(*(sum(part.values()) for part in parts.values()))
 
 
+def with_result(entry: Entry, args: Args) -> dict[str, Any]:
+    """Return the arguments of a public call, and its result as ``out``.
+
+    An operator that writes to its arguments may return nothing. An argument ``out`` of such an operator is kept.
+    """
+    result = entry.op.declare(**args)
+    return dict(args) if result is None else {**args, "out": result}
+
+
 def fewest_bytes(entry: Entry, args: Args) -> int:
     """Return the fewest bytes that one public call of the operator `entry` with these arguments can move."""
-    return fewest(entry, {**args, "out": entry.op.declare(**args)}).total
+    return fewest(entry, with_result(entry, args)).total

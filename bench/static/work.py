@@ -1,8 +1,8 @@
 """The launches of a frame with their bytes and multiply-adds.
 
-The fused modules run on tensors without memory, and each launcher that they call is replaced by a recorder. So the
-launches are the product's own. Their bytes and multiply-adds are those that the operators' entries state (``partly``,
-``weights`` and ``multiply_adds`` in bench/ops/registry.py).
+The fused modules run on tensors without memory, and the launchers that they call are replaced by a recorder. The
+recorded launches are therefore exactly those that voxkern makes. Their bytes and multiply-adds are those that the
+operators' entries state (``partly``, ``weights`` and ``multiply_adds`` in bench/ops/registry.py).
 """
 
 import functools
@@ -36,7 +36,7 @@ from voxkern.reference.codec import AudioTokenizer
 
 CONTEXT = 400  # tokens before the frame: a voice of 150, a sentence, and about ten seconds of speech
 CHUNK = 1  # frames that the codec decodes at once: the engine decodes each frame as soon as it is generated
-# module that calls launchers -> part of the frame
+# file that calls launchers -> part of the frame. voxkern/fused/moe.py is not included: the public model has no experts.
 MODULES: dict[ModuleType, str] = {
     fused_backbone: "backbone", fused_flow_head: "flow head", fused_transformer_head: "flow head",
     fused_mlp_head: "flow head", fused_runner: "bookkeeping", fused_codec: "codec",
@@ -46,13 +46,15 @@ CASES = {
     "linear": "down-", "token_attention_linear": "wo-", "token_attention": "middle-", "semantic_argmax": "frame-",
     "flow_start": "frame-", "flow_step": "frame-", "flow_finish": "frame-",
 }  # fmt: skip
-# operator -> the argument with a row for each row of activations, or for each request; others have `x`, or the first
+# Operator -> the argument with a row for each row of activations, or for each request. For other operators this is `x`,
+# or the first tensor if there is no `x`.
 ROWS = {
     "token_attention": "h_qkv", "semantic_argmax": "h", "paged_attention": "q", "update_decode_state": "codes",
     "token_attention_linear": "residual", "codec_dequantise": "codes", "codec_update_state": "new_frames",
     "codec_attention": "qkv",
 }  # fmt: skip
-SHARED_WEIGHTS = {  # also those with `max_rows`
+# Operators in which tiles of rows share the weights. All operators with an argument `max_rows` also do.
+SHARED_WEIGHTS = {
     "token_attention_linear", "semantic_argmax", "codec_conv", "moe_experts_up", "moe_experts_down",
 }  # fmt: skip
 
@@ -90,7 +92,7 @@ class Work:
 
     @property
     def dram(self) -> int:
-        """Distinct bytes of one launch, by the rule of bench/static/counters.py."""
+        """The fewest bytes that one launch can move, see bench/static/traffic.py."""
         return self.weights + self.cache + self.moved
 
 
@@ -125,7 +127,7 @@ Record = Callable[..., None]  # takes the part of the frame, the operator's name
 
 @contextmanager
 def intercepted(record: Record) -> Iterator[None]:
-    """Call `record` instead of each launcher that a fused module calls within the ``with`` block."""
+    """Within the ``with`` block, call `record` instead of each launcher that a file in MODULES calls."""
     with ExitStack() as stack:
         for module, part in MODULES.items():
             for name in [name for name in vars(module) if name.startswith("launch_")]:
@@ -136,9 +138,13 @@ def intercepted(record: Record) -> Iterator[None]:
 
 
 def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> list[Work]:
-    """Return the launches of one call of an operator with these arguments by name, the result as ``out``.
+    """Return the launches of one call of an operator.
 
-    The codec's operators are named after the part: the ledger has no launches of its shapes.
+    Args:
+        operator: the operator's name.
+        args: the call's arguments by name, and its result as ``out``.
+        part: the part of the frame. In the codec, :attr:`Work.operator` is ``codec NAME``, which the ledger does not
+            have. CASES has only one case per operator, but the codec calls operators at several shapes.
     """
     entry, name = entry_of(operator), f"codec {operator}" if part == "codec" else operator
     first = next(name for name, arg in args.items() if isinstance(arg, Tensor) and name != "out")
@@ -160,7 +166,7 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> list[Work
 
 
 def recorded(run: Callable[[], object], context: float = 0) -> dict[str, list[Work]]:
-    """Return part of the frame -> the launches of a call on fused modules, equal ones as one with `times`.
+    """Return part of the frame -> the launches of a call on fused modules. Equal launches are one Work with `times`.
 
     Args:
         run: the call. A first call, which may make tables, is not recorded.

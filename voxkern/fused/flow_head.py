@@ -16,7 +16,7 @@ from ..reference.flow_head import FlowHead
 from ..reference.noise import quantile_table
 from ..reference.solver import step_ratios, time_grid
 
-MAX_BATCH = 64  # the transformer head has six rows per request, and the linear kernels take at most 512 rows
+MAX_BATCH = 64  # the operators' limit; the transformer head then has 6 * 64 rows, and linear layers take up to 512
 
 
 @dataclass(frozen=True)
