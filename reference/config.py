@@ -1,9 +1,9 @@
 """The model's configuration, read from Mistral's ``params.json``.
 
-Every size of the model comes from here, for example layer counts, head dimensions and numbers of codebooks. Unknown
-keys are ignored. An error names each required key that is missing, of the wrong type or unsupported. If there are none,
-an error names all contradictions. Without these checks, a model with a wrong size could load and produce noise instead
-of speech.
+Every size of the model comes from here, for example layer counts, head dimensions and numbers of codebooks. An error
+names each required key that is missing, each value that is of the wrong type, out of range or unsupported, and each
+unknown key. If there are none, an error names all contradictions. Without these checks, a model with a wrong size or an
+ignored key could load and produce noise instead of speech.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .params_reader import ConfigError as ConfigError
-from .params_reader import ParamsReader
+from .params_reader import ParamsReader, shown
+from .params_schema import ACOUSTIC, AUDIO, CODEC, ENCODING, MOE, MULTIMODAL, RANGES, TOP
 
 N_SPECIAL_CODES = 2  # ids 0 and 1 of every codebook are EMPTY and END, so code c has id c + 2, the +2 offset
 EMPTY_AUDIO, END_AUDIO = 0, 1
@@ -52,23 +53,21 @@ class MoEConfig:
     def problems(self) -> list[str]:
         """Return a description of each contradiction between these sizes; the list is empty if there is none."""
         found = []
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+        if self.num_experts_per_tok > self.num_experts:
             found.append(
                 f"moe.num_experts_per_tok ({self.num_experts_per_tok}) must lie in 1..moe.num_experts "
                 f"({self.num_experts})"
             )
-        if self.num_expert_groups < 1 or self.num_experts % self.num_expert_groups:
+        if self.num_experts % self.num_expert_groups:
             found.append(
                 f"moe.num_expert_groups ({self.num_expert_groups}) must divide moe.num_experts ({self.num_experts})"
             )
-        if not 1 <= self.num_expert_groups_per_tok <= self.num_expert_groups:
+        if self.num_expert_groups_per_tok > self.num_expert_groups:
             found.append(
                 f"moe.num_expert_groups_per_tok ({self.num_expert_groups_per_tok}) must lie in "
                 f"1..moe.num_expert_groups ({self.num_expert_groups})"
             )
-        if self.route_every_n < 1 or self.expert_hidden_dim < 1:
-            found.append("moe.route_every_n and moe.expert_hidden_dim must be at least 1")
-        open_to_each = self.num_experts // max(self.num_expert_groups, 1) * self.num_expert_groups_per_tok
+        open_to_each = self.num_experts // self.num_expert_groups * self.num_expert_groups_per_tok
         if not found and self.num_experts_per_tok > open_to_each:
             found.append(
                 f"moe.num_experts_per_tok ({self.num_experts_per_tok}) is more than the {open_to_each} experts that "
@@ -255,32 +254,32 @@ class Config:
         """Return the configuration that the dict of a ``params.json`` describes.
 
         Raises:
-            ConfigError: keys are missing, of the wrong type or unsupported; the message names them all. Values that
-                contradict each other are reported only if there are no such keys.
+            ConfigError: keys are missing, unknown or unsupported, or values are of the wrong type or out of range; the
+                message names them all. Values that contradict each other are reported only if there are no such keys.
         """
         if not isinstance(params, dict):
             raise ConfigError(f"params must be the dict of a params.json, got {type(params).__name__}")
-        reader = ParamsReader()
-        multimodal = reader.section(params, "multimodal")
-        audio_args = reader.section(multimodal, "multimodal.audio_model_args")
-        codec_args = reader.section(multimodal, "multimodal.audio_tokenizer_args")
-        acoustic_args = reader.section(audio_args, "multimodal.audio_model_args.acoustic_transformer_args")
-        backbone = reader.read(BackboneConfig, params, "", skip=("moe",))
-        head = _head(reader, acoustic_args)
-        acoustic = reader.read(head, acoustic_args, "multimodal.audio_model_args.acoustic_transformer_args.")
-        audio = reader.read(AudioModelConfig, audio_args, "multimodal.audio_model_args.")
-        codec = reader.read(CodecConfig, codec_args, "multimodal.audio_tokenizer_args.")
-        moe = reader.read(MoEConfig, _moe_args(params), "moe.") if params.get("moe") else None
-        reader.unsupported(params, audio_args, codec_args, acoustic_args)
+        reader = ParamsReader(params)
+        for section in (MULTIMODAL, AUDIO, CODEC, ACOUSTIC):
+            reader.open(section)
+        for section in (ENCODING, MOE):
+            reader.open(section, required=False)
+        head = _head(reader)
+        backbone = reader.read(BackboneConfig, TOP, skip=("moe",))
+        moe = _read_moe(reader, backbone.get("hidden_dim"))
+        acoustic, audio = reader.read(head, ACOUSTIC), reader.read(AudioModelConfig, AUDIO)
+        codec, voices = reader.read(CodecConfig, CODEC), reader.names(CODEC, "voice")
+        reader.check_quantization()
+        reader.check_other_keys()
         reader.raise_problems()
         config = cls(
             backbone=BackboneConfig(**backbone, moe=MoEConfig(**moe) if moe else None),
             acoustic_transformer=head(**acoustic),
             audio=AudioModelConfig(**audio),
             codec=CodecConfig(**codec),
-            voices=tuple(codec_args.get("voice") or ()),
+            voices=voices,
         )
-        problems = _contradictions(config, audio_args.get("audio_encoding_args") or {})
+        problems = _contradictions(config) or _disagreements(config, reader)
         if problems:
             raise ConfigError("params.json contradicts itself: " + "; ".join(problems))
         return config
@@ -297,29 +296,32 @@ def _stages(codec: CodecConfig, side: str) -> list[tuple[int, int, int]]:
     return list(zip(*columns, strict=True))
 
 
-def _head(reader: ParamsReader, args: dict[str, Any]) -> type[AcousticTransformerConfig] | type[VelocityMLPConfig]:
-    kind = args.get("kind", "transformer")
+def _head(reader: ParamsReader) -> type[AcousticTransformerConfig] | type[VelocityMLPConfig]:
+    """Return the config class of the flow head, and record the keys of the other kind of head as problems."""
+    kind = reader.get(ACOUSTIC, "kind")
+    kind = "transformer" if kind is None else kind
     if kind not in list(HEADS):  # a list, because a JSON value need not be hashable
-        reader.wrong.append(f"acoustic_transformer_args.kind must be one of {', '.join(HEADS)}, got {kind!r}")
-        return AcousticTransformerConfig
-    other = {field.name for cls in HEADS.values() for field in dataclasses.fields(cls)}
-    other -= {field.name for field in dataclasses.fields(HEADS[kind])}
+        reader.wrong.append(f"{ACOUSTIC}.kind must be one of {', '.join(HEADS)}, got {shown(kind)}")
+        kind = "transformer"
+    reader.check_only(ACOUSTIC, "use_biases", kind == "adaln_mlp")
+    fields = {name: {field.name for field in dataclasses.fields(cls)} for name, cls in HEADS.items()}
     reader.wrong += [
-        f"acoustic_transformer_args.{key} is not allowed if acoustic_transformer_args.kind is {kind!r}"
-        for key in args
-        if key in other
+        f"{ACOUSTIC}.{key} is not allowed if acoustic_transformer_args.kind is {kind!r}"
+        for key in sorted(set.union(*fields.values()) - fields[kind])
+        if reader.get(ACOUSTIC, key) is not None
     ]
     return HEADS[kind]
 
 
-def _moe_args(params: dict[str, Any]) -> dict[str, Any]:
-    moe = params["moe"]
-    if not isinstance(moe, dict):
-        return {}
-    return {"expert_hidden_dim": params.get("hidden_dim"), **moe}  # Mixtral's experts have the width hidden_dim
+def _read_moe(reader: ParamsReader, hidden_dim: int | None) -> dict[str, Any]:
+    """Return the values for :class:`MoEConfig`, or an empty dict if there is no section ``moe``."""
+    if hidden_dim is None or reader.get(MOE, "expert_hidden_dim") is not None:
+        return reader.read(MoEConfig, MOE)
+    moe = reader.read(MoEConfig, MOE, skip=("expert_hidden_dim",))
+    return {"expert_hidden_dim": hidden_dim, **moe} if moe else {}  # Mixtral's experts have the width hidden_dim
 
 
-def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
+def _contradictions(config: Config) -> list[str]:
     backbone, acoustic, audio, codec = config.backbone, config.acoustic_transformer, config.audio, config.codec
     found: list[str] = list(backbone.moe.problems()) if backbone.moe else []
 
@@ -338,43 +340,60 @@ def _contradictions(config: Config, encoding: dict[str, Any]) -> list[str]:
     if isinstance(acoustic, AcousticTransformerConfig):
         same("acoustic_transformer_args.dim", acoustic.dim, "acoustic_transformer_args.input_dim", acoustic.input_dim)
     for name, part in (("", backbone), ("acoustic_transformer_args.", acoustic)):
-        if not isinstance(part, VelocityMLPConfig) and (part.n_kv_heads < 1 or part.n_heads % part.n_kv_heads):
+        if not isinstance(part, VelocityMLPConfig) and part.n_heads % part.n_kv_heads:
             found.append(f"{name}n_heads ({part.n_heads}) must be a multiple of n_kv_heads ({part.n_kv_heads})")
     if backbone.head_dim % 2 or acoustic.time_dim % 2:
         found.append(
             "head_dim must be even, and so must acoustic_transformer_args.dim (acoustic_transformer_args.time_dim if "
             "the kind is adaln_mlp)"
         )
-    if not 1 <= acoustic.n_decoding_steps <= 64:
-        found.append(f"n_decoding_steps ({acoustic.n_decoding_steps}) must lie in 1..64")
-    if audio.acoustic_codebook_size < 2:
-        found.append(f"acoustic_codebook_size ({audio.acoustic_codebook_size}) must be at least 2")
     if max(audio.audio_token_id, audio.begin_audio_token_id) >= backbone.vocab_size:
         found.append(f"audio_token_id and begin_audio_token_id must be less than vocab_size ({backbone.vocab_size})")
-    found += _codec_contradictions(codec)
-    if not found:
-        for name, value in (
-            ("num_codebooks", audio.n_codebooks),
-            ("sampling_rate", codec.sampling_rate),
-            ("frame_rate", config.frame_rate),
-        ):
-            same(f"audio_encoding_args.{name}", encoding.get(name, value), "the model's", value)
-    return found
+    if audio.audio_token_id == audio.begin_audio_token_id:
+        found.append(f"audio_token_id and begin_audio_token_id must differ, but both are {audio.audio_token_id}")
+    return found + _codec_contradictions(codec)
 
 
 def _codec_contradictions(codec: CodecConfig) -> list[str]:
     try:
         encoder, decoder = codec.encoder_stages, codec.decoder_stages
     except ValueError:
-        return [
-            "the three encoder_*_str keys must each be comma-separated integers, with the same count in all three; "
-            "likewise the three decoder_*_str keys"
-        ]
+        return ["the three encoder_*_str keys must have equally many numbers; likewise the three decoder_*_str keys"]
     found = []
-    if math.prod(s for _, _, s in encoder) != math.prod(s for _, _, s in decoder):
+    factor = math.prod(stride for _, _, stride in encoder)
+    if factor != math.prod(stride for _, _, stride in decoder):
         found.append("the strides in encoder_convs_strides_str and decoder_convs_strides_str must have equal products")
     if any(s not in (1, 2) or k < s for stages in (encoder, decoder) for _, k, s in stages):
         found.append("codec strides must be 1 or 2, and each codec kernel must be at least as long as its stride")
     if decoder[0][2] != 1:
         found.append("the first decoder stride must be 1")
+    if codec.half_attn_window_upon_downsampling and codec.attn_sliding_window_size < factor:
+        found.append(
+            f"attn_sliding_window_size ({codec.attn_sliding_window_size}) must be at least {factor}, because each "
+            "encoder stride of 2 halves it"
+        )
+    return found
+
+
+def _disagreements(config: Config, reader: ParamsReader) -> list[str]:
+    """Return a description of each harmless key that has another value than the config gives."""
+    found = []
+    for key, value in (
+        ("num_codebooks", config.audio.n_codebooks),
+        ("sampling_rate", config.codec.sampling_rate),
+        ("frame_rate", config.frame_rate),
+    ):
+        repeated = reader.get(ENCODING, key)
+        if repeated not in (None, value):
+            found.append(f"audio_encoding_args.{key} ({repeated}) != the model's ({value})")
+    for key in ("max_position_embeddings", "model_max_length"):
+        limit = reader.get(TOP, key)
+        if limit is not None and limit < config.backbone.max_seq_len:
+            found.append(f"max_seq_len ({config.backbone.max_seq_len}) must be at most {key} ({limit})")
+    low, high = RANGES["frame_rate"]
+    if not low <= config.frame_rate <= high:
+        found.append(
+            f"the frame rate, sampling_rate ({config.codec.sampling_rate}) / samples per frame "
+            f"({config.codec.samples_per_frame}), must lie in {low}..{high} Hz"
+        )
     return found

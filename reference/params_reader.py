@@ -1,8 +1,14 @@
 """A reader that fills dataclasses from the dict of a ``params.json``, and reports all problems in one error."""
 
 import dataclasses
+import re
 import typing
+from collections import defaultdict
 from typing import Any
+
+from .params_schema import DEFAULT_RANGES, MAX_STAGE_VALUE, MAX_STAGES, OTHER_KEYS, RANGES, TOP
+
+NUMBERS = re.compile(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*")
 
 
 class ConfigError(ValueError):
@@ -12,96 +18,133 @@ class ConfigError(ValueError):
 class ParamsReader:
     """Reads values from a params dict and collects the problems, so that one error names all of them.
 
+    A section is a JSON object, named by the keys that lead to it, joined by dots; the name of the whole dict is "". A
+    key with the value null counts as absent. :meth:`check_other_keys` refuses every key that was not read.
+
     Attributes:
         missing: full names of the required keys that are missing.
         wrong: descriptions of the other problems.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, params: dict[str, Any]) -> None:
         self.missing: list[str] = []
         self.wrong: list[str] = []
+        self._sections = {TOP: _without_nulls(params)}
+        self._read: dict[str, set[str]] = defaultdict(set)
 
-    def section(self, parent: dict[str, Any], path: str) -> dict[str, Any]:
-        """Return the JSON object at `path`: the value of the last key of `path` in `parent`.
+    def open(self, section: str, required: bool = True) -> None:
+        """Open a section, whose parent must have been opened before, so that its keys can be read and are checked.
 
-        If the value is missing or is not an object, the problem is recorded and an empty dict is returned.
+        A problem is recorded if the value is not a JSON object, or if the section is required and missing.
+        """
+        parent, _, key = section.rpartition(".")
+        value = self.get(parent, key)
+        if isinstance(value, dict):
+            self._sections[section] = _without_nulls(value)
+        elif value is not None:
+            self.wrong.append(f"{section} must be a JSON object, got {shown(value)}")
+        elif required and parent in self._sections:
+            self.missing.append(section)
+
+    def get(self, section: str, key: str) -> Any:
+        """Return the unchecked value of a key, or None if the key is absent or its section is not open."""
+        self._read[section].add(key)
+        return self._sections.get(section, {}).get(key)
+
+    def value(self, section: str, key: str, kind: type) -> Any:
+        """Return the value of a key, or None if the value is absent or wrong; a wrong value is recorded.
 
         Args:
-            parent: the JSON object that has the last key of `path`.
-            path: all keys from the top level, joined by dots, for messages.
+            section: the key's section.
+            key: the key.
+            kind: the type that the value must have, but an int is accepted for a float. A number must lie in the key's
+                range. A string must be a codec's list of numbers for its stages, such as "2,2,2,1".
         """
-        value = parent.get(path.rsplit(".", 1)[-1])
-        if isinstance(value, dict):
-            return value
-        self.missing.append(path) if value is None else self.wrong.append(f"{path} must be a JSON object")
-        return {}
+        value = self.get(section, key)
+        if value is None:
+            return None
+        problem = _problem(value, key, kind)
+        if problem:
+            self.wrong.append(f"{_path(section, key)} {problem}, got {shown(value)}")
+            return None
+        return kind(value)
 
-    def read(self, cls: type, args: dict[str, Any], prefix: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    def read(self, cls: type, section: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
         """Read the values for the fields of a dataclass, and record the missing and wrong ones.
 
-        A number must not be negative. A field with a default may be missing.
+        A field with a default may be missing. If the section is not open, nothing is read or recorded.
 
         Args:
-            cls: the dataclass; a value must have the type of its field's hint, but an int is accepted for a float.
-            args: the JSON object to read.
-            prefix: path of `args` for messages, with a dot at its end; empty at the top level.
+            cls: the dataclass; the type hint of a field is the `kind` of :meth:`value`.
+            section: the section that has the fields as keys.
             skip: fields to leave out.
 
         Returns:
             The values by field name, without the skipped, missing and wrong fields.
         """
+        if section not in self._sections:
+            return {}
         kinds = typing.get_type_hints(cls)
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            if field.name in skip:
-                continue
-            value = args.get(field.name)
-            if value is None:
-                if field.default is dataclasses.MISSING:
-                    self.missing.append(prefix + field.name)
-                continue
-            kind = kinds[field.name]
-            if kind is float and type(value) is int:
-                value = float(value)
-            if type(value) is not kind:
-                self.wrong.append(f"{prefix}{field.name} must be {kind.__name__}, got {value!r}")
-            elif kind in (int, float) and value < 0:
-                self.wrong.append(f"{prefix}{field.name} must not be negative, got {value!r}")
-            else:
-                values[field.name] = value
-        return values
+        fields = [field for field in dataclasses.fields(cls) if field.name not in skip]
+        required = [field.name for field in fields if field.default is dataclasses.MISSING]
+        self.missing += [_path(section, name) for name in required if self.get(section, name) is None]
+        values = {field.name: self.value(section, field.name, kinds[field.name]) for field in fields}
+        return {name: value for name, value in values.items() if value is not None}
 
-    def unsupported(
-        self, params: dict[str, Any], audio: dict[str, Any], codec: dict[str, Any], acoustic: dict[str, Any]
-    ) -> None:
-        """Record each key that has a value which voxkern does not support.
+    def names(self, section: str, key: str) -> tuple[str, ...]:
+        """Return the names that a key has, in lower case; none if the key is absent.
 
-        If such a key were ignored, the model would be computed wrongly.
-
-        Args:
-            params: the whole dict.
-            audio: its object ``multimodal.audio_model_args``.
-            codec: its object ``multimodal.audio_tokenizer_args``.
-            acoustic: the object ``acoustic_transformer_args`` of `audio`.
+        The value is an array of names, or an object that maps names to the integers by which the names are sorted. A
+        wrong value is recorded.
         """
-        checks: list[tuple[dict[str, Any], str, Any]] = [
-            (params, "use_biases", False),
-            (params, "causal", True),
-            (params, "sliding_window", None),
-            (params, "qk_norm", False),
-            (acoustic, "use_biases", acoustic.get("kind") == "adaln_mlp"),
-            (audio, "input_embedding_concat_type", "sum"),
-            (audio.get("audio_encoding_args") or {}, "codebook_pattern", "parallel"),
-            (codec, "use_biases", False),
-            (codec, "causal", True),
-            (codec, "qk_norm", True),
-            (codec, "layer_scale", True),
-            (codec, "conv_weight_norm", True),
-            (codec, "channels", 1),
-        ]
-        for args, key, only in checks:
-            if args.get(key, only) != only:
-                self.wrong.append(f"{key} = {args[key]!r} is not supported (only {only!r})")
+        value = self.get(section, key)
+        if value is None:
+            return ()
+        numbers = value.values() if isinstance(value, dict) else ()
+        if (
+            not isinstance(value, dict | list)
+            or not all(isinstance(name, str) for name in value)
+            or not all(type(number) is int for number in numbers)
+        ):
+            self.wrong.append(
+                f"{_path(section, key)} must be an array of names or an object that maps names to integers, "
+                f"got {shown(value)}"
+            )
+            return ()
+        names = sorted(value, key=value.__getitem__) if isinstance(value, dict) else value
+        return tuple(name.lower() for name in names)
+
+    def check_only(self, section: str, key: str, only: Any) -> None:
+        """Record a problem if a key has another value than `only`, the one that voxkern supports."""
+        value = self.get(section, key)
+        if value is not None and not (_is_kind(value, type(only)) and value == only):
+            self.wrong.append(f"{_path(section, key)} = {shown(value)} is not supported (only {only!r})")
+
+    def check_quantization(self) -> None:
+        """Record a problem if the weights are quantised.
+
+        Null and "NO_SCALES" mean that they are not, and so does an object that has only these values.
+        """
+        value = self.get(TOP, "quantization")
+        parts = list(value.values()) if isinstance(value, dict) else [value]
+        if any(part not in (None, "NO_SCALES") for part in parts):
+            self.wrong.append(f"quantization = {shown(value)} is not supported (only null and 'NO_SCALES')")
+
+    def check_other_keys(self) -> None:
+        """Check the keys in the open sections that were not read; an unknown one is recorded as a problem.
+
+        If such a key were ignored, the model might be computed wrongly.
+        """
+        for section, args in self._sections.items():
+            for key, only in OTHER_KEYS[section].only.items():
+                self.check_only(section, key, only)
+            for key, kind in OTHER_KEYS[section].harmless.items():
+                self.value(section, key, kind)
+            self.wrong += [
+                f"{_path(section, key)} is unknown and may change what the model computes (remove it if it does not)"
+                for key in args
+                if key not in self._read[section]
+            ]
 
     def raise_problems(self) -> None:
         """Raise a ConfigError that names all recorded problems, if any were recorded."""
@@ -112,3 +155,45 @@ class ParamsReader:
             parts.append("; ".join(self.wrong))
         if parts:
             raise ConfigError("params.json: " + "; ".join(parts))
+
+
+def shown(value: Any) -> str:
+    """Return the ``repr`` of a value for a message, shortened to 80 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # repr refuses integers of more than 4300 digits
+        return "a value that is too large to print"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _without_nulls(args: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in args.items() if value is not None}
+
+
+def _path(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    """Return whether `value` has the type `kind`; a bool is no int, but an int is accepted for a float."""
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _problem(value: Any, key: str, kind: type) -> str:
+    """Return what a value must be if it is wrong, see :meth:`ParamsReader.value`; otherwise an empty string."""
+    if not _is_kind(value, kind):
+        return f"must be {kind.__name__}"
+    if kind is str and not _is_stages(value):
+        return f"must be 1 to {MAX_STAGES} integers in 1..{MAX_STAGE_VALUE}, joined by commas"
+    if kind in DEFAULT_RANGES:
+        low, high = RANGES.get(key, DEFAULT_RANGES[kind])
+        if not low <= value <= high:  # true for NaN, and exact for integers of any size
+            return f"must lie in {low:.10g}..{high:.10g}"
+    return ""
+
+
+def _is_stages(text: str) -> bool:
+    if not NUMBERS.fullmatch(text):
+        return False
+    numbers = [int(part) for part in text.split(",")]
+    return len(numbers) <= MAX_STAGES and all(1 <= number <= MAX_STAGE_VALUE for number in numbers)

@@ -91,7 +91,7 @@ def test_pt_files_run_no_code(folder: Path, capsys: pytest.CaptureFixture) -> No
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"norm__weight": None}, r"consolidated\.safetensors: norm\.weight is missing"),
+        ({"norm__weight": None}, r"copy: norm\.weight is missing"),
         ({"norm__weight": torch.ones(65)}, r"norm\.weight is \[65\], but params\.json requires \[64\]"),
         ({"norm__weight": torch.ones(64, dtype=torch.int32)}, r"norm\.weight is I32, must be"),
         ({"norm__weight": torch.full((64,), torch.nan)}, r"norm\.weight holds a value that is not finite"),
@@ -167,7 +167,8 @@ def test_a_hub_id_is_downloaded(tiny_folder: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert find_folder("owner/name") == tiny_folder
-    assert asked == [("owner/name", ["params.json", "consolidated.safetensors", "tekken.json", "voice_embedding/*"])]
+    weights = ["consolidated*.safetensors", "consolidated*.index.json"]
+    assert asked == [("owner/name", ["params.json", *weights, "tekken.json", "voice_embedding/*"])]
 
 
 def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_say_streaming(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert re.search(r"s of sound in \S+ s, first after \d\.\d+ s, real-time factor", done.stderr)
     assert streamed.read_bytes() == plain.read_bytes()
     monkeypatch.setitem(sys.modules, "sounddevice", SimpleNamespace(OutputStream=OutputStream))
-    done = run(app, ["say", "seven", "-o", str(streamed), "--play", *options])
+    done = run(app, ["say", "seven", "-o", str(streamed), "--stream", "--play", *options])
     assert done.exit_code == 0, done.output
     assert len(played) >= 2
     np.testing.assert_allclose(np.concatenate(played).clip(-1, 1), soundfile.read(plain)[0], atol=2 / 32767)

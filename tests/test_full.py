@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from voxkern.checkpoint import tensor_table
 from voxkern.random_checkpoint import make_checkpoint
+from voxkern.weight_files import tensor_table
 
 WEIGHTS = 4_002_353_392 * 2  # bytes in bf16
 
@@ -20,11 +20,10 @@ def full_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inventory(full_folder: Path) -> None:
-    path = full_folder / "consolidated.safetensors"
-    table = tensor_table(path)
+    table = tensor_table(full_folder)
     assert len(table) == 386
     assert sum(t.numel for t in table.values()) * 2 == WEIGHTS
-    assert path.stat().st_size == 8_004_752_248  # the published file's size
+    assert (full_folder / "consolidated.safetensors").stat().st_size == 8_004_752_248  # the published file's size
 
 
 def _run(code: str, *arguments: str) -> tuple[str, int]:

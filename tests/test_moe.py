@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import voxkern
-from voxkern.checkpoint import CheckpointError, read_checkpoint, tensor_table, write_checkpoint
+from voxkern.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from voxkern.cli import app
 from voxkern.random_checkpoint import TINY_MOE, make_checkpoint, tiny_params
 from voxkern.reference.config import MoEConfig
 from voxkern.reference.moe import MoEBlock, Routing, mix_experts, route
+from voxkern.weight_files import tensor_table
 
 
 def block(seed: int = 0, dim: int = 24, scoring: str = "softmax", correction: bool = False, **moe: Any) -> MoEBlock:
@@ -155,7 +156,7 @@ def test_a_tiny_checkpoint_speaks(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     said = CliRunner().invoke(app, ["info", str(folder)])
     assert "2 layers of 64, 1 with 12 experts: a token uses 3 and 1 shared" in said.stdout
-    names = {name for name in tensor_table(folder / "consolidated.safetensors") if name.startswith("layers.1")}
+    names = {name for name in tensor_table(folder) if name.startswith("layers.1")}
     assert {"layers.1.gate.weight", "layers.1.experts.11.w3.weight", "layers.1.shared_experts.w2.weight"} <= names
     assert not any("feed_forward" in name for name in names)
 
@@ -209,7 +210,7 @@ def test_many_experts_load_without_a_second_copy(tmp_path: Path, dtype: str) -> 
     """
     moe = {**TINY_MOE, "num_experts": 256, "expert_hidden_dim": 8192}
     make_checkpoint(tmp_path, overrides={"moe": moe})
-    sizes = [t.numel for t in tensor_table(tmp_path / "consolidated.safetensors").values()]
+    sizes = [t.numel for t in tensor_table(tmp_path).values()]
     peak = "next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) * 1024"
     code = f"import sys, voxkern; voxkern.load(); a = {peak}; tts = voxkern.load(*sys.argv[1:]); print({peak} - a)"
     command = [sys.executable, "-c", code, str(tmp_path), "cpu", dtype]

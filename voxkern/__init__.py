@@ -5,12 +5,22 @@
 >>> tts.generate("seven three one", seed=7).save("out.wav")  # doctest: +SKIP
 """
 
+from pathlib import Path as _Path
+
+# voxkern/kernels and voxkern/reference are symbolic links, for which Git writes text files if it may not make links
+if not all(_Path(__file__).with_name(name).is_dir() for name in ("kernels", "reference")):
+    raise ImportError(
+        "voxkern/kernels and voxkern/reference must be symbolic links to ../kernels and ../reference, but this "
+        "checkout has none. Allow links (on Windows: turn on Developer Mode), then run `git config core.symlinks true` "
+        "and `git checkout -- voxkern`"
+    )
+
 from . import reference
 from .accelerate import accelerate, restore
 from .audio import Audio, Timings
-from .checkpoint import CheckpointError
 from .reference import Config, ConfigError
 from .tts import TTS, load
+from .weight_files import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = [

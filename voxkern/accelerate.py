@@ -1,6 +1,5 @@
 """Install fused modules, which run a model's own computation through Triton kernels, and remove them again."""
 
-import importlib.util
 import logging
 from typing import Any
 
@@ -12,6 +11,7 @@ from .reference.codec import AudioTokenizer
 from .reference.flow_head import FlowHead
 from .reference.mlp_head import FlowMatchingAudioMLP
 from .reference.transformer_head import FlowMatchingAudioTransformer
+from .validation import require_triton, to_int
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +39,18 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
     Raises:
         ValueError: the model has no part that voxkern has kernels for, `max_batch` is not in 1..64, or the kernels
             cannot run a codec of these sizes.
-        RuntimeError: Triton is not installed, or a server's head is on a device on which kernels cannot run.
+        TypeError: `max_batch` is not an integer.
+        ModuleNotFoundError: Triton is not installed.
+        RuntimeError: a server's head is on a device on which kernels cannot run.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("triton is not installed, but the kernels need it; without kernels the model runs as it is")
-    from .fused.backbone import FusedBackbone
+    require_triton()
+    from .fused.backbone import MAX_BATCH, FusedBackbone
     from .fused.codec import FusedCodec
     from .fused.flow_head import FusedHead
     from .fused.mlp_head import FusedMLPHead
     from .fused.transformer_head import FusedTransformerHead
 
+    max_batch = to_int("max_batch", max_batch, 1, MAX_BATCH)
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     embeddings = modules.get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
     replaced, left = accelerate_servers(model, max_batch)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .output_file import replacing
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -68,8 +70,11 @@ class Audio:
         return self.timings.total / self.seconds if len(self.samples) else float("inf")
 
     def pcm16(self) -> bytes:
-        """Return the samples as 16-bit little-endian integers, a common format of servers; clip values beyond -1..1."""
-        return np.rint(np.clip(self.samples, -1, 1) * 32767).astype("<i2").tobytes()
+        """Return the samples as 16-bit little-endian integers, a common format of servers.
+
+        Values beyond -1..1 are clipped. A .wav or .flac file of :meth:`save` has the same integers.
+        """
+        return to_int16(self.samples).tobytes()
 
     @classmethod
     def join(cls, audios: Sequence["Audio"]) -> "Audio":
@@ -101,26 +106,36 @@ class Audio:
 
     def _repr_html_(self) -> str:
         """Return an HTML player, which notebooks show."""
-        import soundfile
-
         file = io.BytesIO()
-        soundfile.write(file, np.clip(self.samples, -1, 1), self.sampling_rate, format="WAV")
+        _write(file, self.samples, self.sampling_rate, "WAV")
         sound = base64.b64encode(file.getvalue()).decode()
         return f'<audio controls src="data:audio/wav;base64,{sound}"></audio> {self.seconds:.2f} s, seed {self.seed}'
 
     def save(self, path: str | Path) -> Path:
-        """Write the sound to a .wav (16 bit), .flac or .ogg file, and return its path.
+        """Write the sound to a .wav (16 bit), .flac (16 bit) or .ogg file, and return its path.
 
-        The suffix decides the format. Values beyond -1..1 are clipped.
+        The suffix decides the format. Values beyond -1..1 are clipped. The file is written beside `path` and renamed,
+        so an error leaves an old file as it was. If the sound is empty, a .flac has one sample of silence, because a
+        .flac without samples cannot be read.
 
         Raises:
-            ValueError: `path` has another suffix than .wav, .flac or .ogg.
+            ValueError: `path` has another suffix than .wav, .flac or .ogg, or cannot be written.
         """
-        import soundfile
-
         path = Path(path)
-        soundfile.write(path, np.clip(self.samples, -1, 1), self.sampling_rate, format=sound_format(path))
+        file_format = sound_format(path)
+        with replacing(path) as new:
+            _write(new, self.samples, self.sampling_rate, file_format)
         return path
+
+
+def to_int16(samples: NDArray[np.float32]) -> NDArray[np.int16]:
+    """Return samples as little-endian integers: -1..1 becomes -32767..32767, and values beyond are clipped."""
+    return np.rint(np.clip(samples, -1, 1) * 32767).astype("<i2")
+
+
+def least_sound(samples: NDArray[np.float32], file_format: str) -> NDArray[np.float32]:
+    """Return the samples, or one sample of silence for a FLAC file without samples, which could not be read."""
+    return samples if len(samples) or file_format != "FLAC" else np.zeros(1, np.float32)
 
 
 def sound_format(path: Path) -> str:
@@ -133,3 +148,9 @@ def sound_format(path: Path) -> str:
     if path.suffix.lower() not in formats:
         raise ValueError(f"path must end in one of {', '.join(formats)}, got {str(path)!r}")
     return formats[path.suffix.lower()]
+
+
+def _write(file: Path | io.BytesIO, samples: NDArray[np.float32], sampling_rate: int, file_format: str) -> None:
+    import soundfile
+
+    soundfile.write(file, to_int16(least_sound(samples, file_format)), sampling_rate, format=file_format)

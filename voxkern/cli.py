@@ -1,34 +1,38 @@
 """Speak a text with a Voxtral-class model, and look after its checkpoints and kernels."""
 
 import contextlib
-import importlib.metadata
-import importlib.util
+import importlib
+import io
 import logging
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from soundfile import LibsndfileError, SoundFile
 
 from . import __version__
-from .audio import Audio, sound_format
-from .checkpoint import WEIGHTS, find_folder, read_params, read_voices, tensor_table
+from .audio import Audio, least_sound, sound_format, to_int16
+from .checkpoint import find_folder, read_params, read_voices
 from .engine.kv_cache import cache_bytes
 from .generation_params import CFG_ALPHA
+from .output_file import check_target, replacing
 from .random_checkpoint import TINY_MOE, make_checkpoint, public_params
 from .reference import Config
 from .reference.config import BackboneConfig
 from .tts import DEMO, load
+from .validation import has_triton, to_int
 from .voice import default_first
+from .weight_files import tensor_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(), Console(stderr=True)
@@ -36,10 +40,17 @@ out, err = Console(), Console(stderr=True)
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Turn the error of a wrong argument or file into one printed sentence and exit status 1, without a traceback."""
+    """Turn a known error into one printed sentence and exit status 1. Other errors keep their traceback.
+
+    Known are the errors of files, memory and missing packages, and a ValueError that voxkern itself raises for a wrong
+    argument or file. A ValueError of another package is a fault of voxkern.
+    """
     try:
         yield
-    except (ValueError, TypeError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, ModuleNotFoundError, torch.OutOfMemoryError, LibsndfileError) as error:
+        *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and not raised_in.f_globals["__name__"].startswith("voxkern."):
+            raise
         err.print(f"voxkern: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
@@ -69,14 +80,16 @@ def say(
     stream: Annotated[bool, typer.Option("--stream", help="Write the file while the speech is generated.")] = False,
     play: Annotated[bool, typer.Option("--play", help="Play the speech too, while it is generated.")] = False,
 ) -> None:
-    """Generate speech for a text, and write it to a sound file."""
+    """Generate speech for a text, and write it to a sound file.
+
+    The exit status is 0, or 1 after an error, 2 after a wrong option, or 3 if the model ends before any sound.
+    """
     with _plain_errors():
         words = _text(text, file)
         if voice is not None and clip is not None:
             raise ValueError("give --voice or --clip, not both")
-        sound_format(output)  # a wrong suffix must fail before the work, not after it
-        if not output.parent.is_dir():
-            raise ValueError(f"{output.parent}: no such folder")
+        sound_format(output)  # a wrong output must fail before the work, not after it
+        check_target(output)
         for option, path in (("--clip", clip), ("--file", file)):
             if path is not None and output.exists() and path.exists() and output.samefile(path):
                 raise ValueError(f"{output} is the file of {option}: choose another output with -o")
@@ -92,7 +105,8 @@ def say(
                 chunks = tts.stream(
                     words, voice, seed, steps=steps, solver=solver, cfg_alpha=cfg, max_frames=max_frames
                 )
-                audio = _write_chunks(chunks, output, tts.sampling_rate, play, lambda n: _advance(progress, task, n))
+                with contextlib.nullcontext(output) if stream else replacing(output) as path:
+                    audio = _write_chunks(chunks, path, tts.sampling_rate, play, lambda n: _advance(progress, task, n))
             else:
                 audio = tts.generate(
                     words,
@@ -106,6 +120,9 @@ def say(
                 )
                 audio.save(output)
             progress.update(task, total=audio.codes.shape[1], completed=audio.codes.shape[1])
+    if not len(audio.samples):
+        err.print(f"{output} holds no sound: the model generated END at once", style="red", soft_wrap=True)
+        raise typer.Exit(3)
     err.print(
         f"{output}: {audio.seconds:.2f} s of sound in {audio.timings.total:.2f} s, "
         f"first after {audio.timings.first_sound:.2f} s, "
@@ -124,11 +141,12 @@ def info(
 ) -> None:
     """Show what a checkpoint holds, how much memory it needs, and the words that the demo voice can say."""
     with _plain_errors():
-        if batch < 1 or seconds <= 0:
-            raise ValueError(f"batch and seconds must be positive, got {batch} and {seconds}")
+        to_int("batch", batch, 1, 10**6)
+        if not 0 < seconds <= 10**9:  # false for NaN too
+            raise ValueError(f"seconds must be more than 0 and at most 10^9, got {seconds}")
         folder = DEMO if source is None else find_folder(source)
         config = Config.from_params(read_params(folder))
-        tensors = tensor_table(folder / WEIGHTS)
+        tensors = tensor_table(folder)
         voices = read_voices(folder, config.backbone.dim)
     weights = sum(t.numel * t.dtype.itemsize for t in tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
@@ -159,13 +177,13 @@ def info(
 def doctor() -> None:
     """Show this machine's hardware and software versions, and the backend that would be used."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    triton = importlib.util.find_spec("triton") is not None
+    triton = has_triton()
     table = Table(show_header=False, box=None)
     for name, value in (
         ("voxkern", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("triton", importlib.metadata.version("triton") if triton else "not installed"),
+        ("triton", importlib.import_module("triton").__version__ if triton else "not installed"),
         ("GPU", gpu),
         ("backend", _backend(triton)),
     ):
@@ -181,11 +199,16 @@ def make(
     encoder: Annotated[bool, typer.Option("--encoder", help="Include the codec's encoder.")] = False,
     moe: Annotated[bool, typer.Option("--moe", help="Use a mixture of experts in the tiny backbone.")] = False,
     velocity_mlp: Annotated[bool, typer.Option("--velocity-mlp", help="Use an AdaLN MLP as the flow head.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is in the folder.")] = False,
 ) -> None:
     """Write a checkpoint with random weights in the real format. A model with random weights generates noise."""
     with _plain_errors(), err.status("drawing weights"):
         if moe and full:
             raise ValueError("give --full or --moe, not both: the public model has no experts")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: is not a folder")
+        if folder.exists() and any(folder.iterdir()) and not force:
+            raise ValueError(f"{folder}: is not empty; --force replaces the checkpoint in it, with all its voices")
         overrides = {"moe": TINY_MOE} if moe else None
         make_checkpoint(folder, full, seed, encoder=encoder, overrides=overrides, velocity_mlp=velocity_mlp)
     err.print(f"{folder}: {_size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}", highlight=False)
@@ -204,6 +227,8 @@ def warmup(
     from .warmup import warm_up
 
     with _plain_errors():
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise ValueError("kernels are not compiled in Triton's interpreter: unset TRITON_INTERPRET")
         dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         if dtype not in dtypes:
             raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
@@ -254,20 +279,21 @@ def _write_chunks(
 
     `on_chunk` is called with the number of frames of each chunk.
     """
-    import soundfile
-
     spoken = []
     with contextlib.ExitStack() as stack:
         player = stack.enter_context(_player(sampling_rate)) if play else None
-        file = stack.enter_context(soundfile.SoundFile(path, "w", sampling_rate, 1, format=sound_format(path)))
+        file = stack.enter_context(SoundFile(path, "w", sampling_rate, 1, format=sound_format(path)))
         for chunk in chunks:
-            file.write(np.clip(chunk.samples, -1, 1))
+            file.write(to_int16(chunk.samples))
             file.flush()
             if player is not None:
                 player.write(chunk.samples)
             spoken.append(chunk)
             on_chunk(chunk.codes.shape[1])
-    return Audio.join(spoken)
+        audio = Audio.join(spoken)
+        if not len(audio.samples):
+            file.write(to_int16(least_sound(audio.samples, file.format)))
+    return audio
 
 
 def _player(sampling_rate: int) -> Any:
@@ -277,7 +303,10 @@ def _player(sampling_rate: int) -> Any:
         raise ValueError(
             "--play needs sounddevice, which is not installed: pip install 'voxkern[play]', or '.[play]' in a clone"
         ) from None
-    return sounddevice.OutputStream(sampling_rate, channels=1, dtype="float32")  # type: ignore[no-untyped-call, unused-ignore]
+    try:
+        return sounddevice.OutputStream(sampling_rate, channels=1, dtype="float32")  # type: ignore[no-untyped-call, unused-ignore]
+    except sounddevice.PortAudioError as error:
+        raise ValueError(f"--play found no sound device that it can use ({error})") from None
 
 
 def _experts(backbone: BackboneConfig) -> str:
@@ -290,15 +319,18 @@ def _experts(backbone: BackboneConfig) -> str:
 
 
 def _text(text: str | None, file: Path | None) -> str:
-    if file is not None:
-        if text is not None:
-            raise ValueError("give the text or --file, not both")
-        return file.read_text(encoding="utf-8").strip()
-    if text not in (None, "-"):
+    if file is not None and text is not None:
+        raise ValueError("give the text or --file, not both")
+    if file is None and text not in (None, "-"):
         return str(text)
-    if sys.stdin.isatty():
+    if file is None and sys.stdin.isatty():
         raise ValueError("no text: give it as an argument, with --file, or on standard input")
-    return sys.stdin.read().strip()
+    # utf-8-sig leaves out a byte order mark, which would be spoken
+    with io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig") if file is None else file.open(encoding="utf-8-sig") as source:
+        try:
+            return source.read().strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file or 'standard input'}: is not UTF-8 text ({error.reason})") from None
 
 
 def _size(n_bytes: int) -> str:

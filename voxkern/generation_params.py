@@ -1,12 +1,14 @@
 """The arguments of ``generate``, ``stream`` and ``submit`` that all requests of one text share."""
 
-import math
 from dataclasses import dataclass
 
 from .reference.solver import MAX_STEPS, SOLVERS
-from .validation import check_int
+from .validation import to_float, to_int
 
 CFG_ALPHA = 1.2  # default strength of the classifier-free guidance
+LIMITS: dict[str, tuple[int, int | None]] = {  # the smallest and the largest value of each integer argument
+    "steps": (1, MAX_STEPS), "seed": (0, 2**64 - 1), "max_chars": (1, None), "max_frames": (1, None),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class GenerationParams:
     max_chars: int | None
 
     def __post_init__(self) -> None:
+        if self.voice is not None and not isinstance(self.voice, str):
+            raise TypeError(f"voice must be a string, got {type(self.voice).__name__}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
-        limits = {"steps": (1, MAX_STEPS), "seed": (0, 2**64 - 1), "max_chars": (1, None)}
-        for name, (low, high) in limits.items():
+        # the class is frozen, so numbers of NumPy are replaced by Python's through object.__setattr__
+        for name, (low, high) in LIMITS.items():
             if (value := getattr(self, name)) is not None:
-                check_int(name, value, low, high)
-        alpha = self.cfg_alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ValueError(f"cfg_alpha must be a finite number, got {alpha!r}")
+                object.__setattr__(self, name, to_int(name, value, low, high))
+        object.__setattr__(self, "cfg_alpha", to_float("cfg_alpha", self.cfg_alpha))

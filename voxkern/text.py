@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from .checkpoint import CheckpointError
+from .weight_files import CheckpointError
 
 MAX_CHARS = 400  # about 30 s of English
 ENDS = (

@@ -6,8 +6,9 @@ import threading
 from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,12 +25,14 @@ from .engine.streaming import SpeechStream, chunk_sizes, iterate_in_thread
 from .generation_params import CFG_ALPHA, GenerationParams
 from .reference import VoxtralTTS
 from .text import MAX_CHARS, PromptEncoder, split_text
-from .validation import check_int, per_text, resolve_device, resolve_dtype, use_kernels
+from .validation import is_list, per_text, resolve_device, resolve_dtype, to_int, use_kernels
 from .voice import default_first, read_recording, voice_prefix
 
 if TYPE_CHECKING:
     from .fused.backbone import FusedBackbone  # needs Triton
 
+T = TypeVar("T")
+Several = list[T] | tuple[T, ...] | np.ndarray | Tensor  # an argument with one value per text
 MAX_FRAMES = 2048  # 164 s; vLLM-Omni has the same limit
 PROMPT_TOKENS = 512  # the default KV cache has space for this many prompt tokens per request, and MAX_FRAMES frames
 DEMO = Path(__file__).with_name("demo")  # the checkpoint that comes with the package
@@ -37,7 +40,7 @@ DEMO = Path(__file__).with_name("demo")  # the checkpoint that comes with the pa
 
 def load(
     source: str | Path | None = None,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     max_batch: int = 1,
@@ -51,7 +54,8 @@ def load(
     Args:
         source: a checkpoint folder, or a Hugging Face hub id (OWNER/NAME), which is downloaded. None loads the demo
             voice, which comes with the package and speaks numbers, weekdays, months and greetings.
-        device: a torch device such as "cpu" or "cuda". None takes the GPU if torch finds one, and the CPU otherwise.
+        device: "cpu", "cuda", "cuda:1", the torch device, or the index of a GPU. None takes the GPU if torch finds one,
+            and the CPU otherwise.
         dtype: dtype of the weights: "bfloat16", "float16", "float32" or the torch dtype. None keeps the checkpoint's.
         backend: "triton" runs the kernels, "torch" the reference modules. "auto" takes the kernels on a GPU and in
             Triton's interpreter (TRITON_INTERPRET=1), if Triton is installed.
@@ -69,12 +73,12 @@ def load(
     Raises:
         ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the
             error is a :class:`CheckpointError` or a :class:`ConfigError`.
-        TypeError: `max_batch` or `cache_tokens` is not an integer.
-        RuntimeError: `backend` is "triton", but Triton is not installed.
+        TypeError: `max_batch` or `cache_tokens` is not an integer, or `device` is of a wrong type.
+        ModuleNotFoundError: `backend` is "triton", but Triton is not installed.
     """
-    check_int("max_batch", max_batch, 1, None)
+    max_batch = to_int("max_batch", max_batch, 1, None)
     if cache_tokens is not None:
-        check_int("cache_tokens", cache_tokens, PAGE_SIZE, None)
+        cache_tokens = to_int("cache_tokens", cache_tokens, PAGE_SIZE, None)
     target = resolve_device(device)
     settings = (max_batch, use_kernels(backend, target), cache_tokens, graphs)
     folder = DEMO if source is None else find_folder(source)
@@ -163,34 +167,35 @@ class TTS:
     @overload
     def generate(
         self,
-        text: list[str],
-        voice: str | list[str] | None = None,
-        seed: int | list[int] | None = None,
+        text: Several[str],
+        voice: str | Several[str] | None = None,
+        seed: int | Several[int] | None = None,
         *,
         steps: int | None = None,
         solver: str = "euler",
-        cfg_alpha: float | list[float] = CFG_ALPHA,
-        max_frames: int | list[int] | None = None,
+        cfg_alpha: float | Several[float] = CFG_ALPHA,
+        max_frames: int | Several[int] | None = None,
         max_chars: int | None = MAX_CHARS,
         on_frame: Callable[[int], None] | None = None,
     ) -> list[Audio]: ...
 
     def generate(
         self,
-        text: str | list[str],
-        voice: str | list[str] | None = None,
-        seed: int | list[int] | None = None,
+        text: str | Several[str],
+        voice: str | Several[str] | None = None,
+        seed: int | Several[int] | None = None,
         *,
         steps: int | None = None,
         solver: str = "euler",
-        cfg_alpha: float | list[float] = CFG_ALPHA,
-        max_frames: int | list[int] | None = None,
+        cfg_alpha: float | Several[float] = CFG_ALPHA,
+        max_frames: int | Several[int] | None = None,
         max_chars: int | None = MAX_CHARS,
         on_frame: Callable[[int], None] | None = None,
     ) -> Audio | list[Audio]:
         """Generate speech for one text, or for a list of texts side by side.
 
-        With a list of texts, `voice`, `seed`, `cfg_alpha` and `max_frames` may be lists of the same length. A text is
+        With a list of texts, `voice`, `seed`, `cfg_alpha` and `max_frames` may be lists of the same length. Tuples,
+        arrays and tensors count as lists, and numbers may be of any integer or real type, such as NumPy's. A text is
         spoken as it is: numbers and abbreviations are not written out. A text longer than `max_chars` is split into
         parts at the ends of sentences. Each part is generated as a separate text with the same seed, and the parts'
         sounds are joined without a pause. All arguments are checked before anything runs.
@@ -219,11 +224,11 @@ class TTS:
         if isinstance(text, str):
             single = {"voice": voice, "seed": seed, "cfg_alpha": cfg_alpha, "max_frames": max_frames}
             for name, value in single.items():
-                if isinstance(value, list):
+                if is_list(value):
                     raise TypeError(f"{name} is a list but text is one string")
-        elif not isinstance(text, list):
+        elif not is_list(text):
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
-        texts = [text] if isinstance(text, str) else text
+        texts = [text] if isinstance(text, str) else list(text)
         params = [
             GenerationParams(*of_text, steps, solver, max_chars)
             for of_text in zip(
@@ -283,8 +288,8 @@ class TTS:
             ValueError: an argument has a value that cannot be used; the message names it.
             TypeError: an argument has the wrong type; the message names it.
         """
-        check_int("first_chunk", first_chunk, 1, None)
-        check_int("chunk", chunk, first_chunk, None)
+        first_chunk = to_int("first_chunk", first_chunk, 1, None)
+        chunk = to_int("chunk", chunk, first_chunk, None)
         params = GenerationParams(voice, seed, cfg_alpha, max_frames, steps, solver, max_chars)
         requests = self._make_requests(text, params)
         return SpeechStream(self.engine, requests, chunk_sizes(first_chunk, chunk))
@@ -370,12 +375,12 @@ class TTS:
                 "text or lower max_chars"
             )
         max_frames = min(MAX_FRAMES, n_left) if params.max_frames is None else params.max_frames
-        check_int("max_frames", max_frames, 1, n_left)
+        max_frames = to_int("max_frames", max_frames, 1, n_left)
         voice_rows, audio = self.voices[voice], self.model.config.audio.audio_token_id
         n_shared = tokens.index(audio) + len(voice_rows)  # prompts with the same voice begin with the same rows
         prefix_key = PrefixKey.of(voice_rows, self.engine.runner.weights_version(), n_shared)
         prompt = self._embed_prompt(tokens, voice_rows)
-        return Request(prompt, seed, float(params.cfg_alpha), max_frames, steps, params.solver, prefix_key)
+        return Request(prompt, seed, params.cfg_alpha, max_frames, steps, params.solver, prefix_key)
 
     def _default_voice(self) -> str:
         if not self.voices:

@@ -1,56 +1,117 @@
 """Argument checks that several public functions share."""
 
 import importlib.util
+import numbers
+import operator
 import os
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-T = TypeVar("T")
+FP32_MAX = torch.finfo(torch.float32).max
 
 
-def check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    """Raise an error unless the argument `name` is an integer in `low`..`high`; a `high` of None is no limit.
+def to_int(name: str, value: Any, low: int, high: int | None) -> int:
+    """Return the argument `name` as an int; integers of NumPy and PyTorch are accepted too, but no bool.
+
+    Args:
+        name: the argument's name, for messages.
+        value: the argument.
+        low: the smallest value that is allowed.
+        high: the largest value that is allowed; None is no limit.
 
     Raises:
         TypeError: `value` is not an integer.
         ValueError: `value` is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    try:
+        number = None if _is_bool(value) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(
-            f"{name} must be {f'in {low}..{high}' if high is not None else f'at least {low}'}, got {value}"
-        )
+    if number < low or (high is not None and number > high):
+        wanted = f"in {low}..{high}" if high is not None else f"at least {low}"
+        raise ValueError(f"{name} must be {wanted}, got {number}")
+    return number
 
 
-def per_text(name: str, value: T | Sequence[T], n: int) -> Sequence[T]:
-    """Return one value of the argument `name` for each of `n` texts: the list itself, or a single value `n` times.
+def to_float(name: str, value: Any) -> float:
+    """Return the argument `name` as a float; any real number is accepted, but no bool.
+
+    Raises:
+        TypeError: `value` is not a real number.
+        ValueError: `value` is not finite in fp32, in which the model computes.
+    """
+    if _is_bool(value) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    # compared before the conversion, because float() of a huge int raises OverflowError; False for NaN too
+    if not -FP32_MAX <= value <= FP32_MAX:  # type: ignore[operator]  # Real has <= with float
+        raise ValueError(f"{name} must be a finite fp32 number, got {value!r:.40}")
+    return float(value)
+
+
+def is_list(value: Any) -> bool:
+    """Return whether an argument holds several values: a list, tuple or range, or an array or tensor with an axis."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def per_text(name: str, value: Any, n: int) -> Sequence[Any]:
+    """Return one value of the argument `name` for each of `n` texts: those of a list, or a single value `n` times.
 
     Raises:
         ValueError: `value` is a list of another length.
     """
-    if not isinstance(value, list):
-        return [cast(T, value)] * n
+    if not is_list(value):
+        return [value] * n
     if len(value) != n:
         raise ValueError(f"{name} has {len(value)} entries for {n} texts")
-    return value
+    return list(value)
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the torch device of an argument; None takes the GPU if torch finds one, and the CPU otherwise.
+def resolve_device(device: str | int | torch.device | None) -> torch.device:
+    """Return the torch device of an argument: a CPU or a GPU of CUDA or ROCm.
+
+    None takes the GPU if torch finds one, and the CPU otherwise. An integer is the index of a GPU.
 
     Raises:
-        ValueError: `device` is not the name of a torch device, or is "cuda" but torch finds no GPU.
+        ValueError: `device` is not the name of a CPU or GPU, or torch does not find this GPU.
+        TypeError: `device` is of another type.
     """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, str | torch.device):
+        device = f"cuda:{to_int('device', device, 0, 127)}"
     try:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device is {device!r}: {error}") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but torch finds no GPU; use device='cpu'")
+        raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', optionally with an index, got {str(device)!r}")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() or "no"
+        raise ValueError(f"device is {str(device)!r}, but torch finds {found} GPU(s); use device='cpu'")
     return target
+
+
+def has_triton() -> bool:
+    """Return whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def require_triton() -> None:
+    """Raise an error unless Triton is installed.
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed.
+    """
+    if not has_triton():
+        raise ModuleNotFoundError("the kernels need triton, which is not installed: pip install triton", name="triton")
 
 
 def use_kernels(backend: str, device: torch.device) -> bool:
@@ -58,17 +119,20 @@ def use_kernels(backend: str, device: torch.device) -> bool:
 
     Raises:
         ValueError: `backend` is unknown, or is "triton" on a device on which kernels cannot run.
+        ModuleNotFoundError: `backend` is "triton", but Triton is not installed.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "auto":
-        return (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
+        return (device.type == "cuda" or interpreted) and has_triton()
     if backend == "triton" and device.type != "cuda" and not interpreted:
         raise ValueError(
             f"backend is 'triton', but on a {device.type} device kernels run only in Triton's interpreter: use "
             "device='cuda', backend='torch', or set TRITON_INTERPRET=1 before triton is first imported"
         )
+    if backend == "triton":
+        require_triton()
     return backend == "triton"
 
 
@@ -84,3 +148,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
     return None
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_) or (isinstance(value, Tensor) and value.dtype == torch.bool)

@@ -13,6 +13,7 @@ import torch
 from .accelerate import accelerate
 from .engine.kv_cache import PAGE_SIZE, KVCache
 from .reference import Config, VoxtralTTS
+from .validation import require_triton, to_int
 
 ROWS = (1, 2, 3, 8)  # rows of batches and prompts to compile; the ledger checks that other numbers need no others
 
@@ -39,9 +40,12 @@ def warm_up(
 
     Raises:
         ValueError: `arch` is unknown, or `max_batch` is not in 1..64.
-        ImportError: Triton is not installed.
+        TypeError: `max_batch` is not an integer.
+        ModuleNotFoundError: Triton is not installed.
         RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET=1).
     """
+    require_triton()
+    max_batch = to_int("max_batch", max_batch, 1, None)
     from triton import knobs
 
     from .compile_only import compiling_for
