@@ -40,7 +40,7 @@ PAD_MODES = ("zero", "replicate", "reflect")  # how the rows before a request's 
 # A request has 1 to 8 rows per frame, so up to 200 rows in a chunk of 25 frames. Tiles of 32 rows are a compromise: one
 # frame fills only a part of a tile, and 200 rows need seven tiles, each of which reads the weights again. The table's
 # fp32 entries also serve the last convolution of a bf16 or fp16 codec, which computes fp32 samples. On sm_120, the
-# first convolution, with 292 input channels, spills registers on four warps.
+# first and the last convolution spill registers on four warps.
 CODEC_CONV = LaunchConfigs(
     "codec_conv",
     """
@@ -48,6 +48,7 @@ CODEC_CONV = LaunchConfigs(
     interpreter  *     | 16       32       64       4          1
     gfx*         fp32  | 16       32       32       4          2
     gfx*         *     | 32       32       64       4          2
+    sm_12?       fp32  | 16       32       32       8          4
     sm_*         fp32  | 16       32       32       4          4
     sm_12?       *     | 32       32       64       8          6
     sm_*         *     | 32       32       64       4          6

@@ -7,6 +7,7 @@ __all__ = ["cast", "dot", "normals", "philox", "round_half_even"]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 END_AUDIO = tl.constexpr(1)  # the semantic code that ends a request
+NOT_FINITE = tl.constexpr(-1)  # the semantic code of a frame that has NaN or infinity
 N_SPECIAL_CODES = tl.constexpr(2)  # codes 0 (EMPTY) and 1 (END) precede the audio codes in every codebook
 
 

@@ -287,7 +287,7 @@ def flow_finish(
         x: fp32 [B, K], the flow's state, updated and not clamped.
         v_last: fp32 [B, K], the velocity of the previous step, replaced by this step's velocity.
         semantic: int64 [B], the semantic codes with the offset of 2. For a semantic code of 1 (END), all acoustic codes
-            of the request are 2.
+            of the request are 2. NOT_FINITE (-1) marks a frame that has NaN or infinity.
         levels: the number of levels of an acoustic code. x = -1 is level 0, and x = 1 is level ``levels - 1``. A value
             halfway between two levels rounds to the even level.
         embeddings: [rows, E]: ``semantic_size + 2`` rows, then ``levels + 2`` rows for each acoustic codebook. With
@@ -297,7 +297,8 @@ def flow_finish(
 
     Returns:
         The codes with the offset of 2, int64 [B, 1 + K], and the sum of their embeddings, [B, E], summed in fp32 and
-        rounded once.
+        rounded once. If the new `x` of a request has NaN or infinity, its semantic code is NOT_FINITE. The other
+        results of a request with NOT_FINITE mean nothing, but its acoustic codes are in range.
 
     Raises:
         ValueError: as in :func:`flow_step`, or `embeddings` has too few rows for `levels` and `semantic_size`.

@@ -101,7 +101,7 @@ def pointer_table(weights: Sequence[Tensor]) -> PointerTable:
 @functools.lru_cache(maxsize=4096)
 def _pointer_table(found: tuple[tuple[int, int], ...], N: int, item_size: int, device: torch.device) -> PointerTable:
     aligned = all(address % 16 == 0 and stride * item_size % 16 == 0 for address, stride in found)
-    return PointerTable(torch.tensor(found, dtype=torch.int64).to(device), aligned, N)
+    return PointerTable(torch.tensor(found, dtype=torch.int64, device="cpu").to(device), aligned, N)
 
 
 @triton.jit

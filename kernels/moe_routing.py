@@ -7,6 +7,10 @@ From logits [M, E] of M tokens and E experts, ``moe_route`` computes::
     ids     = top k of order | E, E + 1, ..              [M, P], P = k + n_shared; the last are the shared experts
     weights = scale * scores[ids] | 1, 1, ..             [M, P], optionally divided by their sum before `scale`
 
+In the choice of groups and experts, NaN and -inf count as the lowest fp32 number, so the ids are always different and
+in range. The weights are computed from the scores as they are, so the score NaN gives the weight NaN. The pairs are
+then sorted::
+
     pair    = token * P + place                          a token and one of its P places
     pairs   = all pairs, by expert, then by token        [M * P]
     tiles   = (expert, first, end)                       [T, 3]: pairs[first:end], at most tile_rows, have this expert
@@ -29,8 +33,7 @@ from .operator import expect, operator
 
 __all__ = ["choose_tile_rows", "moe_route", "tile_count"]
 
-# In `order`, every expert that can be chosen has this value or more. It replaces NaN and -inf, so that -inf marks only
-# excluded experts.
+# NaN and -inf count as this value in the choice of groups and experts, so that only excluded experts have -inf.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 # For few rows, one block routes all tokens, and writes pairs and tiles in the same launch. With 32 logits per thread,
@@ -75,13 +78,20 @@ MOE_TILE_ROWS = LaunchConfigs(
 
 
 @triton.jit
+def _comparable(b_values):
+    """Return `b_values` with LOWEST in place of NaN and -inf."""
+    return tl.where(b_values > LOWEST, b_values, LOWEST)
+
+
+@triton.jit
 def _open_groups(
     b_order, b_ranked, o_e, m_e,
     ROWS: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, N_GROUPS: tl.constexpr, GROUPS_PER_TOK: tl.constexpr,
 ):  # fmt: skip
     """Return `b_order` [M, E], with -inf in each row for the experts outside that token's best groups.
 
-    A group's score is the sum of its two best values in `b_ranked` [M, E], or its only value.
+    A group's score is the sum of its two best values in `b_ranked` [M, E], or its only value. `b_ranked` must be
+    comparable: two values of LOWEST have the sum -inf, which counts as LOWEST again.
     """
     SIZE: tl.constexpr = E // N_GROUPS
     o_g = o_e // SIZE
@@ -94,7 +104,7 @@ def _open_groups(
             b_at = tl.min(tl.where(b_left == b_best[:, None], o_e[None, :], E_PAD), 1)
             b_best += tl.max(tl.where(o_e[None, :] == b_at[:, None], -float("inf"), b_left), 1)
         b_sum = tl.where(m_g, b_best[:, None], b_sum)
-    b_sum = tl.where(m_e[None, :], tl.where(b_sum == b_sum, tl.maximum(b_sum, LOWEST), LOWEST), -float("inf"))
+    b_sum = tl.where(m_e[None, :], _comparable(b_sum), -float("inf"))
     m_open = tl.full([ROWS, E_PAD], 0, tl.int1)
     for _ in range(GROUPS_PER_TOK):
         b_at = tl.min(tl.where(b_sum == tl.max(b_sum, 1)[:, None], o_g[None, :], N_GROUPS), 1)
@@ -173,8 +183,8 @@ def _moe_route_kernel(
     if p_bias is not None:
         b_ranked = b_scores + tl.load(p_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
         b_order = b_ranked
-    b_order = tl.where(b_order == b_order, tl.maximum(b_order, LOWEST), LOWEST)
-    b_order = tl.where(m_e[None, :], b_order, -float("inf"))
+    b_ranked = _comparable(b_ranked)
+    b_order = tl.where(m_e[None, :], _comparable(b_order), -float("inf"))
     if N_GROUPS > 1:
         b_order = _open_groups(b_order, b_ranked, o_e, m_e, ROWS, E, E_PAD, N_GROUPS, GROUPS_PER_TOK)
 
@@ -317,8 +327,13 @@ def moe_route(
     """Choose the experts of each token and their weights, and sort the (token, expert) pairs by expert.
 
     Experts are ordered by their logits. With a bias, experts are ordered by score + bias, and weighted by the score
-    alone (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Of experts with equal values, the lowest id comes first.
-    Experts with NaN come last.
+    alone (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Of experts or groups with equal values, the lowest id comes
+    first.
+
+    In the choice of experts and groups, NaN and -inf count as the lowest fp32 number. So a token always has k different
+    experts, and an expert with NaN comes last. The weights are computed from the scores as they are. With softmax, all
+    scores of a token are NaN if one of its logits is NaN or +inf, or if all are -inf. With sigmoid, only the score of a
+    logit of NaN is NaN.
 
     Args:
         logits: fp32 [M, E], contiguous.

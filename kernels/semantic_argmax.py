@@ -8,9 +8,10 @@ h is [B, dim], and weight is [N, dim]; only the weight's first n_codes rows are 
     best   = max of key over a tile of BLOCK_N codes               [B, tiles], int64, by the first kernel
     code   = the index in the max of best over tiles               [B], int64, by the second kernel
 
-The largest key belongs to the largest logit, and among equal logits to the lowest index. The first kernel stores 8
-bytes per request and tile: 1 KB per request for 8,194 codes in tiles of 64, instead of 32 KB of logits. As in
-``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
+The largest key belongs to the largest logit, and among equal logits to the lowest index. A logit that is NaN or
+infinite has the key NOT_FINITE_KEY, which is larger than the keys of all numbers, and the code is then NOT_FINITE. The
+first kernel stores 8 bytes per request and tile: 1 KB per request for 8,194 codes in tiles of 64, instead of 32 KB of
+logits. As in ``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
 """
 
 from typing import Any
@@ -20,11 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import END_AUDIO, dot
+from .common import END_AUDIO, NOT_FINITE, dot
 from .launch_config import FP_FUSION, LaunchConfigs
 from .operator import expect, expect_batch, operator
 
 __all__ = ["semantic_argmax", "semantic_argmax_scratch"]
+
+MASKED_KEY = tl.constexpr(-0x8000000000000000)  # of EMPTY and of padding
+NOT_FINITE_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 # 8,194 rows of weights are 129 tiles of 64 rows, one wave on the 132 multiprocessors of an H100. A stage holds 16 KB of
 # weights for few requests and 8 KB for many. The table has as many stages as fit into 101,376 bytes, the shared memory
@@ -70,8 +74,9 @@ def _semantic_argmax_tiles_kernel(
     b_acc = tl.where(b_acc == 0.0, 0.0, b_acc)  # -0 ties with 0
     b_bits = b_acc.to(tl.int32, bitcast=True)
     b_order = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits).to(tl.int64)
-    b_allowed = (m_n & (o_n >= END_AUDIO))[:, None] & (b_acc == b_acc)  # neither EMPTY nor NaN
-    b_key = tl.where(b_allowed, (b_order << 32) | (0x7FFFFFFF - o_n)[:, None], -0x8000000000000000)
+    b_key = (b_order << 32) | (0x7FFFFFFF - o_n)[:, None]
+    b_key = tl.where(tl.abs(b_acc) < float("inf"), b_key, NOT_FINITE_KEY)  # NaN is not less than inf either
+    b_key = tl.where((m_n & (o_n >= END_AUDIO))[:, None], b_key, MASKED_KEY)
     tl.store(p_best + o_b * TILES + i_n, tl.max(b_key, 0), mask=m_b)
 
 
@@ -79,10 +84,10 @@ def _semantic_argmax_tiles_kernel(
 def _semantic_argmax_final_kernel(p_best, p_codes, TILES: tl.constexpr, PAD_TILES: tl.constexpr):
     i_b = tl.program_id(0).to(tl.int64)
     o_t = tl.arange(0, PAD_TILES)
-    b_best = tl.load(p_best + i_b * TILES + o_t, mask=o_t < TILES, other=-0x8000000000000000)
+    b_best = tl.load(p_best + i_b * TILES + o_t, mask=o_t < TILES, other=MASKED_KEY)
     best = tl.max(b_best, 0)
     index = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    tl.store(p_codes + i_b, tl.where(best == -0x8000000000000000, END_AUDIO, index))  # END if all logits are NaN
+    tl.store(p_codes + i_b, tl.where(best == NOT_FINITE_KEY, NOT_FINITE, index))
 
 
 def _constants(weight: Tensor, n_codes: int, max_batch: int) -> dict[str, Any]:
@@ -127,8 +132,8 @@ def launch_semantic_argmax(
 def semantic_argmax(h: Tensor, weight: Tensor, n_codes: int, max_batch: int) -> Tensor:
     """Return the semantic code of each request: the lowest index of the largest logit in ``h @ weight.T``.
 
-    EMPTY (0) and the rows from `n_codes` on, which are padding, are never chosen. If all logits of a request are NaN,
-    the request's code is END (1).
+    EMPTY (0) and the rows from `n_codes` on, which are padding, are never chosen. If one of the other logits of a
+    request is NaN or infinite, the request's code is NOT_FINITE (-1).
 
     Args:
         h: [B, dim] fp32, bf16 or fp16, the backbone's hidden state; only its last dimension must be contiguous.

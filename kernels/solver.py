@@ -18,7 +18,7 @@ computes a whole step of one request: a step is one launch, and no block waits f
 import triton
 import triton.language as tl
 
-from .common import END_AUDIO, N_SPECIAL_CODES, cast, normals, round_half_even
+from .common import END_AUDIO, N_SPECIAL_CODES, NOT_FINITE, cast, normals, round_half_even
 
 __all__ = ["guided_step", "init_noise", "project_in", "write_codes", "write_time_tokens"]
 
@@ -166,12 +166,15 @@ def write_codes(
 ):  # fmt: skip
     """Write a request's codes, int64 [1 + K], and, unless `p_embeddings` is None, the sum of the embeddings, [E].
 
-    `b_x` is the state, fp32 [PAD_K]. For a semantic code of 1 (END), every acoustic code is 2, which is level 0.
+    `b_x` is the state, fp32 [PAD_K]. For a semantic code of 1 (END), every acoustic code is 2, which is level 0. If the
+    state has NaN or infinity, the semantic code is replaced by NOT_FINITE (-1). The sum of such a frame's embeddings
+    means nothing.
     """
+    is_finite = tl.min((tl.abs(b_x) < float("inf")).to(tl.int32), 0) == 1
     b_x = tl.where(b_x > -1.0, b_x, -1.0)  # NaN becomes -1 too: every code must be a valid index of embeddings
     b_x = tl.where(b_x < 1.0, b_x, 1.0)
     b_level = round_half_even((b_x + 1) / 2 * (LEVELS - 1)).to(tl.int64)
-    semantic = tl.load(p_semantic + i_b)
+    semantic = tl.where(is_finite, tl.load(p_semantic + i_b), NOT_FINITE)
     b_code = tl.where(semantic == END_AUDIO, 0, b_level) + N_SPECIAL_CODES  # [K]
     o_k, o_e = tl.arange(0, PAD_K), tl.arange(0, PAD_E)
     tl.store(p_codes + i_b * (1 + K), semantic)
@@ -179,7 +182,8 @@ def write_codes(
 
     if p_embeddings is not None:
         m_e = o_e < E
-        b_next = tl.load(p_embeddings + semantic * E + o_e, mask=m_e, other=0.0).to(tl.float32)
+        row = tl.maximum(semantic, 0)  # NOT_FINITE is no row
+        b_next = tl.load(p_embeddings + row * E + o_e, mask=m_e, other=0.0).to(tl.float32)
         b_row = SEMANTIC_SIZE + N_SPECIAL_CODES + (LEVELS + N_SPECIAL_CODES) * o_k + b_code  # [K], int64
         for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):
             o_some = k + tl.arange(0, BLOCK_K)

@@ -16,7 +16,7 @@ def alibi_slopes(n_heads: int) -> Tensor:
 
     For 8 heads, the slopes are 1, 1/2, .. 1/128, as in vLLM-Omni's implementation of the model.
     """
-    return 2.0 ** (-8.0 / n_heads * torch.arange(n_heads, dtype=torch.float64))
+    return 2.0 ** (-8.0 / n_heads * torch.arange(n_heads, dtype=torch.float64, device="cpu"))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

@@ -17,6 +17,7 @@ from .params_schema import ACOUSTIC, AUDIO, CODEC, ENCODING, MOE, MULTIMODAL, RA
 
 N_SPECIAL_CODES = 2  # ids 0 and 1 of every codebook are EMPTY and END, so code c has id c + 2, the +2 offset
 EMPTY_AUDIO, END_AUDIO = 0, 1
+NOT_FINITE = -1  # the semantic code of a frame that has NaN or infinity, see FlowHead.forward
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .config import (
     EMPTY_AUDIO,
     END_AUDIO,
     N_SPECIAL_CODES,
+    NOT_FINITE,
     AcousticTransformerConfig,
     AudioModelConfig,
     VelocityMLPConfig,
@@ -174,6 +175,8 @@ class FlowHead(nn.Module):
 
         Returns:
             The codes, int64 [B, 1 + K] with the +2 offset. If the semantic code is END (1), all acoustic codes are 2.
+            If a request's hidden state, its logits or its latents have NaN or infinity, its semantic code is NOT_FINITE
+            (-1). The acoustic codes of such a frame are in range but mean nothing.
 
         Raises:
             ValueError: a tensor has another shape, `solver` is unknown or `steps` is not in 1..64.
@@ -184,18 +187,23 @@ class FlowHead(nn.Module):
         if cfg_alpha.shape != h.shape[:1]:
             raise ValueError(f"cfg_alpha must be [{h.shape[0]}], got {list(cfg_alpha.shape)}")
         if noise is None:
-            noise = torch.randn(h.shape[0], n_acoustic, device=h.device)
+            noise = torch.randn(h.shape[0], n_acoustic, dtype=torch.float32, device=h.device)
         elif noise.shape != (h.shape[0], n_acoustic):
             raise ValueError(f"noise must be [{h.shape[0]}, {n_acoustic}], got {list(noise.shape)}")
-        semantic = self._semantic_code(h).unsqueeze(1)  # [B, 1]
         x = self.solve(h, cfg_alpha, noise, self.config.n_decoding_steps if steps is None else steps, solver)
+        semantic = self._semantic_code(h).where(x.isfinite().all(-1), NOT_FINITE).unsqueeze(1)  # [B, 1]
         acoustic = quantise(x, self.audio.acoustic_codebook_size) + N_SPECIAL_CODES
         return torch.cat((semantic, acoustic.where(semantic != END_AUDIO, N_SPECIAL_CODES)), dim=1)
 
     def _semantic_code(self, h: Tensor) -> Tensor:
-        """Return the semantic codes, int64 [B]; if all logits of a request are NaN or -inf, the code is END."""
-        logits = self.semantic_logits(h).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        return lowest_argmax(logits).where(logits.amax(-1) > -torch.inf, END_AUDIO)
+        """Return the semantic codes, int64 [B].
+
+        If a logit is NaN or infinite, other than the masked logits, the code is NOT_FINITE. A hidden state with NaN or
+        infinity has no finite logit.
+        """
+        logits = self.semantic_logits(h)
+        of_codes = logits[:, END_AUDIO : self.audio.semantic_codebook_size + N_SPECIAL_CODES]  # without masked logits
+        return lowest_argmax(logits).where(of_codes.isfinite().all(-1), NOT_FINITE)
 
     def _velocity(self, x: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
         """Evaluate the velocity network.

@@ -16,7 +16,7 @@ from .config import MoEConfig
 from .layers import FeedForward, RMSNorm, upcast
 
 SCORINGS = ("softmax", "sigmoid")
-# replaces NaN and -inf when experts are ordered, so that only the experts outside a token's groups have -inf
+# NaN and -inf count as this value in the choice of groups and experts: only experts outside a token's groups have -inf
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -46,8 +46,13 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
     """Select the experts of each token and compute their weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
     Without a bias, experts are ordered by logit and groups by score. With a bias, experts and groups are ordered by
-    score + bias. The weights come from the scores alone in both cases. Of experts with equal values, the one with the
-    lowest id comes first; experts with NaN or -inf come last.
+    score + bias. The weights come from the scores alone in both cases. Of experts or groups with equal values, the one
+    with the lowest id comes first.
+
+    In the choice of experts and groups, NaN and -inf count as the lowest fp32 number. So a token always has k different
+    experts, and an expert with NaN comes last. The weights are computed from the scores as they are. With softmax, all
+    scores of a token are NaN if one of its logits is NaN or +inf, or if all are -inf. With sigmoid, only the score of a
+    logit of NaN is NaN.
 
     Args:
         logits: fp32 or fp64 [M, E], the gate's output for M tokens and E experts.
@@ -62,11 +67,10 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
     """
     check_routing(logits.shape[-1], routing)
     scores = logits.softmax(-1) if routing.scoring == "softmax" else logits.sigmoid()
-    order = logits if bias is None else scores + bias.to(scores.dtype)
-    of_groups = scores if bias is None else order
-    order = _ordered(order)
+    ranked = _comparable(scores if bias is None else scores + bias.to(scores.dtype))
+    order = _comparable(logits) if bias is None else ranked
     if routing.n_groups > 1:
-        order = order.masked_fill(~_in_best_groups(of_groups, routing), -torch.inf)
+        order = order.masked_fill(~_in_best_groups(ranked, routing), -torch.inf)
     ids = order.sort(dim=-1, descending=True, stable=True).indices[:, : routing.top_k]
     weights = scores.gather(1, ids)
     if routing.renormalise:
@@ -221,14 +225,15 @@ class MoEBlock(nn.Module):
         return y.to(x.dtype)
 
 
-def _ordered(order: Tensor) -> Tensor:
-    return order.nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
+def _comparable(values: Tensor) -> Tensor:
+    """Return `values` with LOWEST in place of NaN, -inf and all values below LOWEST."""
+    return values.where(values > LOWEST, LOWEST)
 
 
 def _in_best_groups(ranked: Tensor, routing: Routing) -> Tensor:
     """Return bool [M, E]: whether each expert is in one of the groups selected for the token."""
     groups = ranked.view(len(ranked), routing.n_groups, -1)  # [M, groups, E / groups]
     best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
-    chosen = _ordered(best).sort(dim=-1, descending=True, stable=True).indices[:, : routing.n_groups_per_tok]
+    chosen = _comparable(best).sort(dim=-1, descending=True, stable=True).indices[:, : routing.n_groups_per_tok]
     kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, chosen, True)
     return kept.repeat_interleave(groups.shape[-1], dim=-1)

@@ -26,7 +26,7 @@ def seed_tensor(seeds: Iterable[int]) -> Tensor:
     for seed in seeds:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must lie in 0 .. 2^64 - 1, got {seed}")
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds], dtype=torch.int64)
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds], dtype=torch.int64, device="cpu")
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -104,11 +104,10 @@ def test_output_is_the_same_with_and_without_shared_prefixes(
     """A voice of 70 rows makes a prefix of 72 tokens. Requests share its full page and copy its partly filled page."""
     tts = voxkern.load(tiny_folder, device=device, backend=backend, max_batch=2)
     vars(tts.model.audio_tokenizer).pop("stream", None)  # without the fused codec, the reference codec is used
-    tts.voices["ada"] = torch.cat([tts.voices["bob"], tts.voices["ada"]] * 8)[:70]
-    tts._prompt.add("ada", 70)
+    tts.add_voice("eve", torch.cat([tts.voices["bob"], tts.voices["ada"]] * 8)[:70])
     n = 30 if backend == "torch" else 3
     first, second = (
-        tts._make_requests(text, GenerationParams("ada", 5, 1.2, n, 1, "euler", None))[0]
+        tts._make_requests(text, GenerationParams("eve", 5, 1.2, n, 1, "euler", None))[0]
         for text in ("one", "two three")
     )
     assert first.prefix is not None
@@ -146,7 +145,7 @@ def test_new_weights_and_new_voices_share_nothing_old(tiny_folder: Path, device:
     assert not np.array_equal(after.codes, before.codes)
     assert_same_audio(after, fresh.generate("one", "ada", 3, **ARGUMENTS))
     for one in (tts, fresh):
-        one.voices["ada"] += 0.25
+        one.voices["ada"].add_(0.25)
     assert_same_audio(tts.generate("one", "ada", 3, **ARGUMENTS), fresh.generate("one", "ada", 3, **ARGUMENTS))
 
 

@@ -54,7 +54,7 @@ class Recording:
 def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
     """Return the :class:`Recording` with which models that are loaded afterwards capture their graphs."""
     capture = Recording()
-    monkeypatch.setattr("voxkern.tts.capture_for", lambda device: capture)
+    monkeypatch.setattr("voxkern.engine.make.capture_for", lambda device: capture)
     return capture
 
 

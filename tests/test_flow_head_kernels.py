@@ -24,6 +24,7 @@ from voxkern.kernels.semantic_argmax import (
     semantic_argmax_scratch,
 )
 from voxkern.kernels.token_attention import attend_tokens, launch_token_attention, token_attention
+from voxkern.reference.config import NOT_FINITE
 
 NAN = float("nan")
 
@@ -150,9 +151,11 @@ def test_the_best_code_at_either_end_and_never_a_masked_one(device: torch.device
 def test_infinite_and_undefined_logits(device: torch.device) -> None:
     weight = torch.ones(90, 70, device=device)
     h = torch.stack([torch.full((70,), v, device=device) for v in (NAN, 1.0, float("inf"), -float("inf"))])
-    assert codes_of(h, weight, 85) == [1, 1, 1, 1]  # the request with NaN gets END, the others are unaffected
-    weight[9, 3], weight[50] = NAN, 2.0
+    assert codes_of(h, weight, 85) == [NOT_FINITE, 1, NOT_FINITE, NOT_FINITE]  # the second request is unaffected
+    weight[50] = 2.0
     assert codes_of(h[1:2], weight, 85) == [50]
+    weight[9, 3] = NAN
+    assert codes_of(h[1:2], weight, 85) == [NOT_FINITE]
 
 
 @pytest.mark.interpreter("bytes are counted by address")

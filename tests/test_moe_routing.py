@@ -84,6 +84,53 @@ def test_ties_and_no_numbers(max_rows: int, device: torch.device) -> None:
     assert (weights[:, 3] == 1).all()
 
 
+def logits_that_are_not_finite(E: int, group: int) -> Tensor:
+    """Return rows of random logits, in which each expert, each group, the whole row, or two experts are not finite."""
+    g = torch.Generator().manual_seed(E + group)
+    rows = []
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for first, n in [*((e, 1) for e in range(E)), *((e, group) for e in range(0, E, group)), (0, E)]:
+            row = torch.randn(E, generator=g) * 2
+            row[first : first + n] = value
+            rows.append(row)
+    for i, j in ((0, 1), (1, 0), (0, E - 1), (E - 1, 0)):
+        row = torch.randn(E, generator=g) * 2
+        row[i], row[j] = torch.nan, torch.inf
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("max_rows", [64, 128])  # 64 rows take one launch, 128 take two
+@pytest.mark.parametrize("bias", [0, 1])
+@pytest.mark.parametrize("sigmoid", [0, 1], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize(("groups", "groups_per_tok"), [(1, 1), (3, 2), (6, 2), (12, 5)])
+def test_values_that_are_not_finite(
+    groups: int, groups_per_tok: int, sigmoid: int, bias: int, max_rows: int, device: torch.device
+) -> None:
+    """Kernel and reference choose the same experts, which are different and in range, with the same weights."""
+    logits = logits_that_are_not_finite(12, 12 // groups)[-max_rows:].to(device)
+    form = {"groups": groups, "groups_per_tok": groups_per_tok, "sigmoid": sigmoid, "bias": bias}
+    for plain in (0, 1):
+        args = inputs(device, M=len(logits), max_rows=max_rows, plain=plain, **form) | {"logits": logits}
+        ids, weights, *_ = assert_same(args)
+        chosen = ids[:, :3]
+        assert all(len(set(row)) == 3 and set(row) <= set(range(12)) for row in chosen.tolist())
+        picked = logits.gather(1, chosen.long())
+        assert weights[:, :3][picked.isnan()].isnan().all()
+
+
+def test_an_undefined_score_counts_as_the_lowest_in_groups_too(device: torch.device) -> None:
+    """The sums of the groups' two best scores are 1.975, the lowest number (twice), and 1.73."""
+    n = torch.nan
+    logits = torch.tensor([[n, 5.0, 4.0, 3.0, 9.0, n, n, n, 6.0, n, 1.0, 0.0]], device=device)
+    form = {"groups": 3, "groups_per_tok": 1, "sigmoid": 1, "plain": 1}
+    ids, weights, *_ = assert_same(inputs(device, M=1, top_k=2, **form) | {"logits": logits})
+    assert ids[0, :2].tolist() == [1, 2]
+    ids, weights, *_ = assert_same(inputs(device, M=1, top_k=4, **form) | {"logits": logits})
+    assert ids[0, :4].tolist() == [1, 2, 3, 0]
+    assert weights[0, :4].isnan().tolist() == [False, False, False, True]
+
+
 @pytest.mark.parametrize("max_rows", [64, 65])  # 64 rows take one launch, 65 take two
 def test_all_tokens_on_one_expert(max_rows: int, device: torch.device) -> None:
     args = inputs(device, M=37, max_rows=max_rows, top_k=1)

@@ -42,14 +42,16 @@ out, err = Console(), Console(stderr=True)
 def _plain_errors() -> Iterator[None]:
     """Turn a known error into one printed sentence and exit status 1. Other errors keep their traceback.
 
-    Known are the errors of files, memory and missing packages, and a ValueError that voxkern itself raises for a wrong
-    argument or file. A ValueError of another package is a fault of voxkern.
+    Known are the errors of files, memory and missing packages, and two errors that voxkern itself raises: a ValueError
+    for a wrong argument or file, and a FloatingPointError for a frame with NaN or infinity. From another package, a
+    ValueError or a FloatingPointError is a fault of voxkern.
     """
+    own = (ValueError, FloatingPointError)
     try:
         yield
-    except (ValueError, OSError, MemoryError, ModuleNotFoundError, torch.OutOfMemoryError, LibsndfileError) as error:
+    except (*own, OSError, MemoryError, ModuleNotFoundError, torch.OutOfMemoryError, LibsndfileError) as error:
         *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
-        if isinstance(error, ValueError) and not raised_in.f_globals["__name__"].startswith("voxkern."):
+        if isinstance(error, own) and not raised_in.f_globals["__name__"].startswith("voxkern."):
             raise
         err.print(f"voxkern: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None

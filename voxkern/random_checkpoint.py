@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,11 @@ def make_checkpoint(
     config = Config.from_params(params)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in VoxtralTTS(config, encoder).state_dict().items()}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     state = {name: random_tensor(name, shape, generator).to(dtype) for name, shape in shapes.items()}
     lengths = PUBLIC_VOICES if full else TINY_VOICES
     voices = {
-        name: torch.randn(length, config.backbone.dim, generator=generator).to(dtype)
+        name: random_normal((length, config.backbone.dim), generator).to(dtype)
         for name, length in lengths.items()
     }
     # the small tokenizer works for both sizes of model, because its ids are within any vocabulary
@@ -133,8 +134,8 @@ def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> T
     So the codes spread over all levels.
     """
     if name.endswith("cluster_usage"):
-        return torch.rand(shape, generator=generator, device=generator.device) * 9 + 1
-    noise = torch.randn(shape, generator=generator, device=generator.device)
+        return torch.rand(shape, dtype=torch.float32, generator=generator, device=generator.device) * 9 + 1
+    noise = random_normal(shape, generator)
     if name.endswith("bias"):
         return 0.1 * noise
     if name.endswith("_scale"):
@@ -144,6 +145,11 @@ def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> T
     if "embedding" in name or name.endswith("original1"):
         return noise
     return noise / math.sqrt(shape[-1])
+
+
+def random_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return standard normal numbers, fp32 on the generator's device."""
+    return torch.randn(shape, dtype=torch.float32, generator=generator, device=generator.device)
 
 
 def byte_tokenizer(voices: dict[str, int]) -> dict[str, Any]:

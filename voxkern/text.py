@@ -1,19 +1,69 @@
 """Encode text and voice to token ids, with mistral-common's tokenizer and speech request; split long texts."""
 
-import re
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from .reference.config import AudioModelConfig
 from .weight_files import CheckpointError
 
+if TYPE_CHECKING:
+    import regex
+
 MAX_CHARS = 400  # about 30 s of English
-ENDS = (
-    # ends of sentences, also in Arabic, Urdu and Hindi; in Chinese and Japanese no space follows an end
-    re.compile(r"""[.!?…؟۔।]+["'”’»)\]]*\s+|[。！？]+["'”’»」』)）\]]*\s*|\n\s*"""),
-    re.compile(r"[,;:،؛—]\s+|[，、；：]\s*"),  # ends of clauses
-    re.compile(r"\s+"),  # ends of words
-)
+BYTE_ORDER_MARK = "\ufeff"
+
+# The classes of characters that decide where a text may be cut, as letters; a character is in the first class that
+# matches it. The properties are those of UAX #14 (lb, line breaks), UAX #29 (GCB, grapheme clusters) and Unicode.
+CLASSES = {
+    "n": r"\n-\r\x85\u2028\u2029",  # new lines
+    "t": r"\t\x1c-\x1f",  # other control characters that are white space
+    "g": r"\xa0\u2007\u202f",  # spaces that forbid a line break
+    "s": r"\p{Zs}",  # other spaces
+    "j": r"\u200d",  # the joiner of emoji
+    "x": r"\p{GCB=Extend}\p{GCB=SpacingMark}",  # combining marks, vowel signs, variation selectors
+    "e": r"…‥⋯",
+    "d": r".․",
+    "D": r"．﹒",  # full-width full stops, which are also decimal points
+    "!": r"!?",
+    "T": r"\p{STerm}",  # other ends of sentences, such as 。！？ and the danda: no space needs to follow
+    ",": r",;:،؛",
+    "C": r"\p{Term}",  # other ends of clauses, such as 、，：； and the Tibetan shad: no space needs to follow
+    ")": r"\p{lb=CP}\p{lb=IS}",
+    "]": r"\p{lb=CL}\p{lb=EX}\p{Pe}",  # closing brackets of ideographic text
+    "/": r"\p{lb=SY}",
+    "f": r"\p{Pf}",  # quotation marks, which in most languages close
+    "i": r"\p{Pi}",  # quotation marks, which in most languages open
+    "q": r"\p{lb=QU}",  # other quotation marks, which open or close
+    "O": r"（［｛｟「『【〈《〔〖〘〚｢",
+    "o": r"\p{lb=OP}",
+    "b": r"\p{lb=PR}\p{lb=BB}",  # stand before a number or word
+    "p": r"\p{lb=PO}",  # stand after a number
+    "z": r"\p{lb=ZW}",  # zero width space
+    "w": r"\p{lb=GL}\p{lb=WJ}",  # forbid a line break on both sides
+    "m": r"\p{lb=B2}",  # em dash
+    "k": r"\p{lb=NS}\p{lb=CJ}\p{lb=IN}",  # nonstarters: small kana, the prolonged sound mark, iteration marks
+    "h": r"\p{lb=BA}\p{lb=HY}\p{Pd}\xad",  # hyphens, and marks between words such as the Tibetan tsheg
+    "R": r"\p{RI}",  # halves of flags
+    "P": r"\p{GCB=Prepend}",
+    "L": r"\p{lb=JL}",  # leading letters of Hangul syllables
+    "V": r"\p{lb=JV}\p{lb=JT}",  # vowels and trailing letters of Hangul syllables
+    "H": r"\p{lb=H2}\p{lb=H3}",  # Hangul syllables
+    "I": r"\p{lb=ID}\p{lb=EB}\p{lb=EM}",  # ideographs, kana, emoji
+    "A": r"\p{L}",
+    "N": r"\p{N}",
+    "a": r"\0-\U0010ffff",  # all other characters
+}
+WHITE, MARKS, CLOSERS = "ngst", "jx", ")]fiqg"
+SENTENCE_MARKS, CLAUSE_MARKS = "edD!T", ",Cm"
+NEVER_FIRST = WHITE + MARKS + "dD!T,C)]/"  # a part begins with none of these
+ATTACHED = "efhkpqwzV"  # a part begins with one of these only if white space stands before it
+
+Mask = NDArray[np.bool_]
 
 
 class PromptEncoder:
@@ -22,15 +72,18 @@ class PromptEncoder:
     The model later reads the voice's N embeddings in place of the [AUDIO] tokens. The text is not normalised.
     """
 
-    def __init__(self, path: Path, voices: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, voices: Mapping[str, int], audio: AudioModelConfig, vocab_size: int) -> None:
         """Read a ``tekken.json``.
 
         Args:
             path: the file.
             voices: prefix length N of each voice. If the file has a length for a voice, both lengths must be equal.
+            audio: the model's configuration, for the ids of [AUDIO] and [BEGIN_AUDIO].
+            vocab_size: number of token ids that the model can embed.
 
         Raises:
-            CheckpointError: the file is not a tokenizer for speech, or has another length for a voice.
+            CheckpointError: the file is not a tokenizer for speech, has another length for a voice, has other ids of
+                [AUDIO] and [BEGIN_AUDIO] than the model, or has more ids than the model.
             ImportError: mistral-common is not installed.
         """
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -42,68 +95,266 @@ class PromptEncoder:
         encoder = self.tokenizer.audio_encoder
         if encoder is None:
             raise CheckpointError(f"{path}: has no 'audio' section, so it cannot encode speech requests")
+        ids, n_ids = encoder.special_ids, self.tokenizer.tokenizer.n_words
+        for token, key, of_file, of_model in (
+            ("[AUDIO]", "audio_token_id", ids.audio, audio.audio_token_id),
+            ("[BEGIN_AUDIO]", "begin_audio_token_id", ids.begin_audio, audio.begin_audio_token_id),
+        ):
+            if of_file != of_model:
+                raise CheckpointError(f"{path}: {token} has id {of_file}, but the model's {key} is {of_model}")
+        if n_ids > vocab_size:
+            raise CheckpointError(f"{path}: has {n_ids} token ids, but the model's vocab_size is {vocab_size}")
         known = encoder.audio_config.voice_num_audio_tokens or {}
         for name, length in voices.items():
             if known.get(name, length) != length:
                 raise CheckpointError(f"{path}: voice {name!r} has {known[name]} tokens, but {length} embeddings")
-        # this object and the tokenizer share one dict, so that add() extends both
+        # this object and the tokenizer share one dict, so that add() and remove() change both
         self.voices = encoder.audio_config.voice_num_audio_tokens = dict(voices)
 
     def add(self, voice: str, length: int) -> None:
         """Add a voice with a prefix of `length` rows."""
         self.voices[voice] = length
 
+    def remove(self, voice: str) -> None:
+        """Remove a voice."""
+        del self.voices[voice]
+
     def encode(self, text: str, voice: str) -> list[int]:
-        """Return the token ids of a request.
+        """Return the token ids of a request. Byte order marks at the start of the text are left out.
 
         Raises:
-            ValueError: `text` is empty, or `voice` is unknown.
+            ValueError: `text` is empty or has a lone surrogate, or `voice` is unknown.
             TypeError: `text` is not a string.
         """
         from mistral_common.protocol.speech.request import SpeechRequest
 
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}")
-        if not text.strip():
+        _check(text)
+        if _is_blank(text):
             raise ValueError("text is empty")
         if voice not in self.voices:
             raise ValueError(f"voice {voice!r} is unknown; there are {', '.join(sorted(self.voices)) or 'none'}")
-        tokenized = self.tokenizer.encode_speech_request(SpeechRequest(input=text, voice=voice))
-        return list(tokenized.tokens)
+        request = SpeechRequest(input=text.lstrip(BYTE_ORDER_MARK), voice=voice)
+        return list(self.tokenizer.encode_speech_request(request).tokens)
 
 
 def split_text(text: str, max_chars: int | None) -> list[str]:
     """Split a text at the ends of sentences, into as few parts as possible.
 
     A sentence that is too long for a part is split at the ends of its clauses, such as commas. A clause that is too
-    long is split between words. A word is never split. An abbreviation's full stop counts as the end of a sentence, but
-    the text is split there only if the part is full.
+    long is split between words, and a word where Unicode allows a line break, such as between ideographs or after a
+    hyphen. At last, the text is cut between grapheme clusters, the characters that a reader sees. An abbreviation's
+    full stop counts as the end of a sentence, but the text is split there only if the part is full. Before the last
+    resort, no part begins with a closing mark or ends with an opening one.
+
+    Time and memory grow linearly with the text.
 
     Args:
         text: the text; it is returned as it is if it has at most `max_chars` characters.
-        max_chars: most characters of a part, unless one word is longer; None does not split the text.
+        max_chars: most characters of a part, unless one grapheme cluster is longer; None does not split the text.
 
     Returns:
-        One or more parts. The joined parts are the text, except for white space around each part.
+        One or more parts. The joined parts are the text, except for white space around each part, and except for
+        parts of nothing but byte order marks, which are not spoken. A text of only white space gives ``[""]``.
 
     Raises:
+        ValueError: `text` has a lone surrogate.
         TypeError: `text` is not a string.
     """
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {type(text).__name__}")
+    _check(text)
     if max_chars is None or len(text) <= max_chars:
         return [text]
-    parts = [""]
-    for piece in _pieces(text.strip(), max_chars, ENDS):
-        if parts[-1] and len((parts[-1] + piece).rstrip()) > max_chars:
-            parts.append("")
-        parts[-1] += piece
-    return [part.rstrip() for part in parts]
+    if _is_blank(text):
+        return [""]
+    starts, ends = _pieces(text, max_chars)
+    n_pieces = len(starts)
+    # a part that begins with piece i ends before piece following[i]; a piece that is too long is a part by itself
+    following = np.searchsorted(ends, starts + max_chars, side="right")
+    following = np.maximum(following, np.arange(1, n_pieces + 1)).tolist()
+    firsts, piece = [], 0
+    while piece < n_pieces:
+        firsts.append(piece)
+        piece = following[piece]
+    bounds = np.array([*firsts, n_pieces])
+    parts = [text[a:b] for a, b in zip(starts[bounds[:-1]].tolist(), ends[bounds[1:] - 1].tolist(), strict=True)]
+    return [part for part in parts if part[0] != BYTE_ORDER_MARK or not _is_blank(part)]
 
 
-def _pieces(text: str, max_chars: int, ends: tuple[re.Pattern[str], ...]) -> list[str]:
-    """Cut `text` at the first kind of end, and pieces that are still too long at the next kinds."""
-    if len(text.rstrip()) <= max_chars or not ends:
-        return [text]
-    cuts = [0, *(match.end() for match in ends[0].finditer(text)), len(text)]
-    return [piece for a, b in pairwise(cuts) if a < b for piece in _pieces(text[a:b], max_chars, ends[1:])]
+def _check(text: object) -> None:
+    """Raise an error if `text` is not a string, or if UTF-8 cannot encode it."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ValueError(f"text has a lone surrogate, U+{code:04X}, at position {error.start}") from None
+
+
+def _is_blank(text: str) -> bool:
+    return not text.replace(BYTE_ORDER_MARK, "").strip()
+
+
+def _pieces(text: str, max_chars: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut a text into the pieces that parts are made of.
+
+    At first, the whole text is one piece. Pieces that are too long are cut at all places of the first kind, pieces that
+    are still too long at all places of the second kind, and so on.
+
+    Returns:
+        The start of each piece, and the end of each piece without white space.
+    """
+    places = _CutPlaces(text)
+    start, end = places.start, int(places.solid_end[-1])
+    cuts = np.array([start, end])
+    is_cut = np.zeros(len(text) + 1, np.bool_)
+    is_cut[cuts] = True
+    for find in places.kinds():
+        too_long = places.solid_end[cuts[1:]] - cuts[:-1] > max_chars
+        if not too_long.any():
+            break
+        is_cut[start:end] |= find()[start:end] & np.repeat(too_long, np.diff(cuts))
+        cuts = np.flatnonzero(is_cut)
+    return cuts[:-1], places.solid_end[cuts[1:]]
+
+
+class _CutPlaces:
+    """Finds the places where a text of T characters may be cut, from the ends of sentences to grapheme clusters.
+
+    Position p lies before character p. All arrays have one entry per position, [T + 1]. Each kind of place takes a
+    fixed number of passes over the text, so that the time does not depend on the text's content.
+
+    Attributes:
+        before, after: class of the character before and after each position; the text's edges count as new lines.
+        solid_end: end of the text before each position, without trailing white space.
+        spaced: whether white space stands before each position.
+        start: position of the first character that is not white space.
+    """
+
+    def __init__(self, text: str) -> None:
+        classes = _classify(text)
+        self.text = text
+        self.before, self.after = np.insert(classes, 0, ord("n")), np.append(classes, np.uint8(ord("n")))
+        self.solid_end = _last(~_is_in(self.before, WHITE))
+        self.spaced = self.solid_end < np.arange(len(text) + 1)
+        self.start = int(np.argmin(_is_in(self.after, WHITE)))
+
+    def kinds(self) -> list[Callable[[], Mask]]:
+        """Return the functions that find the places of each kind, the best kind first."""
+        return [
+            self.sentences, self.clauses, self.words, self.line_breaks, self.spaces, self.neat_clusters, self.clusters,
+        ]  # fmt: skip
+
+    def sentences(self) -> Mask:
+        """Find the ends of sentences, and new lines, which end a sentence before anything but a closing mark."""
+        point = _is_in(self.before, "D") & ~_is_in(self.after, "N")
+        ellipsis = _is_in(self.before, "e")
+        sure = _is_in(self.before, "T") | point | (ellipsis & np.roll(ellipsis, 1))
+        line = (_last(_is_in(self.before, "n")) > self.solid_end) & ~_is_in(self.after, WHITE + MARKS + "TC)]")
+        return self._ends(SENTENCE_MARKS, sure) | line
+
+    def clauses(self) -> Mask:
+        return self._ends(CLAUSE_MARKS, _is_in(self.before, "C"))
+
+    def words(self) -> Mask:
+        return (_last(_is_in(self.before, "nst")) > self.solid_end) & self.allowed
+
+    def line_breaks(self) -> Mask:
+        """Find line breaks of UAX #14 where no space is: around ideographs, after hyphens, after zero width spaces."""
+        base = _last(~_is_in(self.before, MARKS))
+        pairs: Mask = _break_pairs()[self.before[base], self.after] & (self.before != ord("j"))
+        word = _is_in(np.roll(self.before, 1), MARKS + "AN/")
+        return pairs | (word & _is_in(self.before, "h/") & _is_in(self.after, "A"))
+
+    def spaces(self) -> Mask:
+        """Find all white space, also before a closing mark, and spaces that forbid a line break."""
+        return self.spaced & ~_is_in(self.after, WHITE + MARKS)
+
+    def neat_clusters(self) -> Mask:
+        """Find grapheme clusters, except where a part would begin with a closing mark or end with an opening one."""
+        return self.cluster_starts & self.allowed
+
+    def clusters(self) -> Mask:
+        return self.cluster_starts
+
+    @cached_property
+    def cluster_starts(self) -> Mask:
+        """Whether a grapheme cluster begins at each position, and is no white space."""
+        is_start = np.ones(len(self.after), np.bool_)
+        if _is_in(self.after, MARKS + "LPRV").any():  # without these, each character is a cluster
+            lengths = np.fromiter(map(len, _patterns()[1].findall(self.text)), np.int64)
+            is_start[:] = False
+            is_start[np.cumsum(lengths)] = True
+        return is_start & ~_is_in(self.after, WHITE)
+
+    @cached_property
+    def allowed(self) -> Mask:
+        """Whether no part would begin with a closing mark or end with an opening one, if the text were cut here."""
+        outside = _is_in(np.roll(self.after, -1), NEVER_FIRST)
+        closing = _is_in(self.after, NEVER_FIRST) | (_is_in(self.after, "f") & outside)
+        outside = _is_in(np.roll(self.before, 1), WHITE + "oO")
+        opening = _is_in(self.before, "oO") | (_is_in(self.before, "i") & outside)
+        attached = ~self.spaced & (_is_in(self.after, ATTACHED) | _is_in(self.before, "biw"))
+        return ~(closing | opening[self.solid_end] | attached)
+
+    def _ends(self, marks: str, sure: Mask) -> Mask:
+        """Find where a run of marks ends something; quotation marks and brackets that close may follow the run.
+
+        White space must follow, unless a mark of the run is `sure`, for the position behind each mark.
+        """
+        run_end = _last(~_is_in(self.before, CLOSERS + MARKS))[self.solid_end]
+        run_start = _last(~_is_in(self.before, marks))[run_end]
+        return (run_start < run_end) & (self.spaced | (_last(sure)[run_end] > run_start)) & self.allowed
+
+
+def _is_in(classes: NDArray[np.uint8], letters: str) -> Mask:
+    members = np.zeros(128, np.bool_)
+    members[[*letters.encode()]] = True
+    return members[classes]
+
+
+def _last(mask: Mask) -> NDArray[np.int64]:
+    """Return, for each position, the last position up to it at which `mask` is true, or 0."""
+    return np.maximum.accumulate(np.where(mask, np.arange(len(mask)), 0))
+
+
+@cache
+def _break_pairs() -> Mask:
+    """Return whether UAX #14 allows a line break between two characters without white space, by class, [128, 128].
+
+    Breaks between two letters, between a letter and a number, and at quotation marks of unclear direction stay out.
+    """
+    may = np.zeros((128, 128), np.bool_)
+    for before in "CHIL!TVekmz]":
+        may[ord(before), [*b"AHILNOPRabimo"]] = True
+    for before in CLASSES:
+        if before not in WHITE + MARKS + "OPbioqw":
+            may[ord(before), [*b"HILO"]] = True
+    may[ord("L"), [*b"HL"]] = False  # a Hangul syllable
+    may[ord("m"), ord("m")] = False
+    return may
+
+
+@cache
+def _patterns() -> tuple["regex.Pattern[str]", "regex.Pattern[str]"]:
+    """Return the pattern of a character, whose group tells the class, and the pattern of a grapheme cluster."""
+    import regex  # imported late, because the package must be importable without it
+
+    classes = "|".join(f"([{members}])" for members in CLASSES.values())
+    # in a run of flags, \X alone counts the halves from the start of the run each time
+    return regex.compile(classes), regex.compile(r"\p{RI}{2}[\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}]*+|\X")
+
+
+def _classify(text: str) -> NDArray[np.uint8]:
+    """Return the class of each character; a space that carries a mark is no white space."""
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    is_used = np.zeros(codes.max() + 1, np.bool_)
+    is_used[codes] = True
+    used = np.flatnonzero(is_used)
+    letters = np.frombuffer("".join(CLASSES).encode(), np.uint8)
+    groups = [match.lastindex - 1 for match in _patterns()[0].finditer("".join(map(chr, used.tolist())))]
+    table = np.zeros(len(is_used), np.uint8)
+    table[used] = letters[groups]
+    classes: NDArray[np.uint8] = table[codes]
+    carries = _is_in(classes[:-1], "gs") & _is_in(classes[1:], MARKS)
+    classes[:-1][carries] = ord("a")
+    return classes

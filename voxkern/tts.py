@@ -1,12 +1,15 @@
 """Text to speech: :func:`load` a checkpoint, then ``generate``, ``stream`` or ``submit`` texts."""
 
+import copy
 import itertools
+import os
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from types import MappingProxyType
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -15,26 +18,20 @@ from torch import Tensor
 from .accelerate import accelerate
 from .audio import Audio
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
-from .engine.codec_runner import CodecRunner
-from .engine.cuda_graphs import capture_for
 from .engine.engine import Engine
-from .engine.kv_cache import PAGE_SIZE, KVCache, PrefixKey, pages_for
+from .engine.kv_cache import PAGE_SIZE, PrefixKey
+from .engine.make import MAX_FRAMES, fused_backbone_of, new_engine
 from .engine.request import Request
-from .engine.runner import TorchRunner
 from .engine.streaming import SpeechStream, chunk_sizes, iterate_in_thread
 from .generation_params import CFG_ALPHA, GenerationParams
+from .prompt import PromptMaker
 from .reference import VoxtralTTS
 from .text import MAX_CHARS, PromptEncoder, split_text
 from .validation import is_list, per_text, resolve_device, resolve_dtype, to_int, use_kernels
-from .voice import default_first, read_recording, voice_prefix
-
-if TYPE_CHECKING:
-    from .fused.backbone import FusedBackbone  # needs Triton
+from .voice import check_name, read_recording, voice_prefix
 
 T = TypeVar("T")
 Several = list[T] | tuple[T, ...] | np.ndarray | Tensor  # an argument with one value per text
-MAX_FRAMES = 2048  # 164 s; vLLM-Omni has the same limit
-PROMPT_TOKENS = 512  # the default KV cache has space for this many prompt tokens per request, and MAX_FRAMES frames
 DEMO = Path(__file__).with_name("demo")  # the checkpoint that comes with the package
 
 
@@ -92,7 +89,6 @@ class TTS:
 
     Attributes:
         model: the :class:`VoxtralTTS` module that holds the weights.
-        voices: maps each voice's name to its embeddings in a prompt, [N, dim] in the model's dtype.
         max_batch: the most requests that run side by side.
     """
 
@@ -105,49 +101,77 @@ class TTS:
         graphs: bool = True,
     ) -> None:
         self.model: VoxtralTTS = checkpoint.model
-        self.voices = checkpoint.voices
         self.max_batch = max_batch
         self._cache_tokens, self._graphs = cache_tokens, graphs
         self._engine: tuple[Hashable, Engine] | None = None
-        self._engine_lock = threading.Lock()
+        self._engine_lock, self._pid = threading.Lock(), os.getpid()
         if use_kernels:
             accelerate(self.model, max_batch)
-        self._prompt = PromptEncoder(
-            checkpoint.folder / TOKENIZER, {name: len(voice) for name, voice in checkpoint.voices.items()}
-        )
+        lengths = {name: len(voice) for name, voice in checkpoint.voices.items()}
+        config = self.model.config
+        encoder = PromptEncoder(checkpoint.folder / TOKENIZER, lengths, config.audio, config.backbone.vocab_size)
+        self._prompts = PromptMaker(self.model, encoder, dict(checkpoint.voices))
 
     @property
     def backend(self) -> str:
         """The backend in use: "triton" while the model is accelerated, "torch" otherwise."""
-        return "torch" if self._fused_backbone is None else "triton"
+        return "torch" if fused_backbone_of(self.model) is None else "triton"
 
     @property
     def sampling_rate(self) -> int:
         """Samples per second of the generated sound."""
         return self.model.config.codec.sampling_rate
 
-    def add_voice(self, name: str, path: str | Path) -> None:
-        """Make a voice from a recording, and add it to ``voices`` under a name.
+    @property
+    def voices(self) -> Mapping[str, Tensor]:
+        """Maps each voice's name to its embeddings in a prompt, [N, dim]; :meth:`add_voice` adds one."""
+        return MappingProxyType(self._prompts.voices)
+
+    def add_voice(self, name: str, recording: str | Path | Tensor) -> None:
+        """Make a voice from a recording or from embeddings, and add it to ``voices`` under a name.
 
         Args:
             name: the new voice's name, in lower case like the checkpoint's names. No other voice may have this name.
-            path: a sound file of 1 to 60 s. Its channels are averaged, and sound at another sampling rate is resampled.
+            recording: a sound file of 1 to 60 s; its channels are averaged, and sound at another sampling rate is
+                resampled. Or the embeddings of a voice in a prompt, floats [N, dim].
 
         Raises:
             ValueError: the name is empty, not in lower case, has spaces at its ends or is taken; the file cannot be
-                used (see :func:`read_recording`); or the checkpoint has no codec encoder (the public checkpoint has
-                none).
+                used (see :func:`read_recording`); the checkpoint has no codec encoder (the public checkpoint has none);
+                or the embeddings have another shape or dtype, or a value that is not finite in the model's dtype.
             TypeError: `name` is not a string.
         """
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string, got {type(name).__name__}")
-        if not name or name != name.lower().strip():
-            raise ValueError(f"name must be in lower case, not empty, and without spaces at its ends, got {name!r}")
-        if name in self.voices:
-            raise ValueError(f"name is {name!r}, but a voice with this name exists already")
-        prefix = voice_prefix(self.model, read_recording(path, self.sampling_rate))
-        self.voices[name] = prefix
-        self._prompt.add(name, len(prefix))
+        check_name(name, self.voices)
+        if not isinstance(recording, Tensor):
+            recording = voice_prefix(self.model, read_recording(recording, self.sampling_rate))
+        self._prompts.add(name, recording)
+
+    def remove_voice(self, name: str) -> None:
+        """Remove a voice. Requests that have started keep it.
+
+        Raises:
+            ValueError: there is no voice of this name.
+        """
+        self._prompts.remove(name)
+
+    def reset(self) -> None:
+        """Drop all that was derived from the weights: prefixes in the KV cache, prepared weights and CUDA graphs.
+
+        Needed only after weights or voices were written in a way that PyTorch does not count: through ``.data``, or in
+        inference mode. Requests that are running finish with the old values.
+        """
+        fused_backbone = fused_backbone_of(self.model)
+        if fused_backbone is not None:
+            accelerate(self.model, fused_backbone.max_batch)
+        with self._engine_lock:
+            self._engine = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TTS":
+        """Return an independent copy with its own model and voices; running requests stay with the original."""
+        new = copy.copy(self)
+        new.model, new._prompts = copy.deepcopy((self.model, self._prompts), memo)
+        new._engine, new._engine_lock = None, threading.Lock()
+        return new
 
     @overload
     def generate(
@@ -325,36 +349,14 @@ class TTS:
 
         A new engine is made after the model was accelerated, restored, cast or moved, or `max_batch` was changed.
         """
-        fused_backbone, weight = self._fused_backbone, self.model.norm.weight
+        fused_backbone, weight = fused_backbone_of(self.model), self.model.norm.weight
         key = (fused_backbone, self.max_batch, weight.dtype, weight.device)
+        if self._pid != os.getpid():  # in a forked process, a thread of the parent may seem to hold the lock for ever
+            self._engine_lock, self._pid = threading.Lock(), os.getpid()
         with self._engine_lock:
             if self._engine is None or self._engine[0] != key:
-                self._engine = (key, self._new_engine())
+                self._engine = (key, new_engine(self.model, self.max_batch, self._cache_tokens, self._graphs))
             return self._engine[1]
-
-    def _new_engine(self) -> Engine:
-        fused_backbone, weight, config = self._fused_backbone, self.model.norm.weight, self.model.config
-        n = self.max_batch if fused_backbone is None else min(self.max_batch, fused_backbone.max_batch)
-        # one page more for each request, because the prefix cache also holds the last, partly filled page of a voice
-        default = n * (pages_for(min(self._positions, MAX_FRAMES + PROMPT_TOKENS)) + 1)
-        n_pages = default if self._cache_tokens is None else pages_for(self._cache_tokens)
-        kv_cache = KVCache(config.backbone, n_pages, weight.dtype, weight.device)
-        longest = min(self._positions, n_pages * PAGE_SIZE)
-        if fused_backbone is None:
-            return Engine(
-                TorchRunner(self.model, n, kv_cache, longest), CodecRunner(self.model, n), config.audio.n_codebooks
-            )
-        from .engine.fused_runner import FusedRunner  # needs Triton
-
-        capture = capture_for(weight.device) if self._graphs else None
-        runner = FusedRunner(self.model, n, kv_cache, longest, capture)
-        return Engine(runner, CodecRunner(self.model, n, capture), config.audio.n_codebooks)
-
-    @property
-    def _positions(self) -> int:
-        """Most tokens of a request: the model's length, or the fused backbone's `max_seq_len` if that is less."""
-        positions = self.model.config.backbone.max_seq_len
-        return positions if self._fused_backbone is None else min(positions, self._fused_backbone.max_seq_len)
 
     def _make_requests(self, text: str, params: GenerationParams) -> list[Request]:
         """Make one request for each part of a text, in order; if the seed is None, draw one seed for all parts."""
@@ -364,42 +366,13 @@ class TTS:
 
     def _make_request(self, text: str, params: GenerationParams, seed: int, steps: int) -> Request:
         """Make the request for one part of a text; check `max_frames`, which depends on the prompt's length."""
-        voice = self._default_voice() if params.voice is None else params.voice
-        tokens = self._prompt.encode(text, voice)
-        positions = self.engine.runner.max_seq_len
-        n_left = positions - len(tokens)
-        if n_left < 1:
-            raise ValueError(
-                f"text is too long: its prompt has {len(tokens)} tokens, and prompt and frames may have {positions} "
-                "together (the smallest of the model's max_seq_len, cache_tokens and the kernels' limit). Split the "
-                "text or lower max_chars"
-            )
+        runner = self.engine.runner
+        prompt = self._prompts.make(text, params.voice, runner.max_seq_len)
+        n_left = runner.max_seq_len - len(prompt.embeddings)
         max_frames = min(MAX_FRAMES, n_left) if params.max_frames is None else params.max_frames
         max_frames = to_int("max_frames", max_frames, 1, n_left)
-        voice_rows, audio = self.voices[voice], self.model.config.audio.audio_token_id
-        n_shared = tokens.index(audio) + len(voice_rows)  # prompts with the same voice begin with the same rows
-        prefix_key = PrefixKey.of(voice_rows, self.engine.runner.weights_version(), n_shared)
-        prompt = self._embed_prompt(tokens, voice_rows)
-        return Request(prompt, seed, params.cfg_alpha, max_frames, steps, params.solver, prefix_key)
-
-    def _default_voice(self) -> str:
-        if not self.voices:
-            raise ValueError("the checkpoint has no voices (no files in voice_embedding)")
-        return default_first(self.voices, self.model.config.voices)[0]
-
-    @property
-    def _fused_backbone(self) -> "FusedBackbone | None":
-        return vars(self.model).get("hidden_states")
-
-    def _embed_prompt(self, tokens: list[int], prefix: Tensor) -> Tensor:
-        """Return the prompt's embeddings, [T, dim]; the voice's embeddings `prefix` replace the rows of [AUDIO]."""
-        ids = torch.tensor(tokens, device=prefix.device)
-        vocabulary = self.model.config.backbone.vocab_size
-        if max(tokens) >= vocabulary:
-            raise ValueError(f"the tokenizer gives id {max(tokens)}, but the model's vocab_size is {vocabulary}")
-        rows = self.model.embed_tokens(ids).clone()
-        rows[ids == self.model.config.audio.audio_token_id] = prefix
-        return rows
+        prefix = PrefixKey.of(prompt.voice, runner.weights_version(), prompt.n_shared)
+        return Request(prompt.embeddings, seed, params.cfg_alpha, max_frames, steps, params.solver, prefix)
 
 
 def _joined(parts: list[Audio]) -> Audio:

@@ -1,6 +1,6 @@
 """Make a voice from a recording: read and encode the recording, and embed the codes as the backbone embeds codes."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .reference import VoxtralTTS
 from .reference.config import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_CODES
+from .weight_files import FLOATS, is_finite
 
 SHORTEST, LONGEST = 1.0, 60.0  # seconds; the public model's own voices come from 5 to 18 s of sound
+SOFTEST = 1e-4  # times full scale, -80 dB: below it, a 16-bit file has at most 3 steps
 LOUDEST = 100.0  # times full scale; a file with louder samples holds unscaled integers, not sound
 
 
@@ -30,8 +32,8 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
 
     Raises:
         ValueError: the file is missing or is not a sound file; a sample is not finite or beyond 100 times full scale;
-            the sound is silent, shorter than 1 s or longer than 60 s; or the file has another rate and soxr is not
-            installed.
+            the sound is silent (below 1e-4 of full scale), shorter than 1 s or longer than 60 s; or the file has
+            another rate and soxr is not installed.
     """
     import soundfile
 
@@ -44,12 +46,13 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
         raise ValueError(f"{path}: cannot be read as sound ({error})") from error
     seconds = len(channels) / rate
     if not SHORTEST <= seconds <= LONGEST:
-        raise ValueError(f"{path}: is {seconds:.2f} s long, a voice needs {SHORTEST:g} to {LONGEST:g} s")
+        # 9 digits, so that a sound that is one sample too short or too long does not read as one that is right
+        raise ValueError(f"{path}: is {seconds:.9g} s long, a voice needs {SHORTEST:g} to {LONGEST:g} s")
     if not (np.abs(channels) <= LOUDEST).all():  # this comparison is false for NaN too
         raise ValueError(f"{path}: holds a sample that is not finite, or beyond {LOUDEST:g} times full scale")
     samples = channels.mean(1)
-    if not samples.any():
-        raise ValueError(f"{path}: is silent")
+    if np.abs(samples).max() < SOFTEST:
+        raise ValueError(f"{path}: is silent: no sample is as loud as {SOFTEST:g} of full scale")
     return samples if rate == sampling_rate else _resample(path, samples, rate, sampling_rate)
 
 
@@ -68,9 +71,45 @@ def voice_prefix(model: VoxtralTTS, samples: NDArray[np.float32]) -> Tensor:
         ValueError: the model has no encoder.
     """
     sound = torch.from_numpy(samples).to(model.norm.weight.device).view(1, 1, -1)
-    codes = model.audio_tokenizer.encode(sound)[0].T + N_SPECIAL_CODES  # [T, 37]
-    end = F.pad(codes.new_full((1, 1), END_AUDIO), (0, codes.shape[1] - 1), value=EMPTY_AUDIO)
-    return model.embed_codes(torch.cat((codes, end)))
+    with torch.autocast(sound.device.type, enabled=False):
+        codes = model.audio_tokenizer.encode(sound)[0].T + N_SPECIAL_CODES  # [T, 37]
+        end = F.pad(codes.new_full((1, 1), END_AUDIO), (0, codes.shape[1] - 1), value=EMPTY_AUDIO)
+        return model.embed_codes(torch.cat((codes, end)))
+
+
+def check_name(name: str, taken: Collection[str]) -> None:
+    """Raise an error unless a new voice may have this name.
+
+    Raises:
+        ValueError: the name is empty, not in lower case, has spaces at its ends or is taken.
+        TypeError: `name` is not a string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {type(name).__name__}")
+    if not name or name != name.lower().strip():
+        raise ValueError(f"name must be in lower case, not empty, and without spaces at its ends, got {name!r}")
+    if name in taken:
+        raise ValueError(f"name is {name!r}, but a voice with this name exists already")
+
+
+def check_rows(rows: Tensor, dim: int, what: str) -> Tensor:
+    """Return a voice's embeddings detached, or raise an error if they cannot be a voice.
+
+    Args:
+        rows: the embeddings, which must be finite floats [N, dim].
+        dim: width of the backbone.
+        what: what the embeddings are, for messages.
+
+    Raises:
+        ValueError: the tensor has another shape or dtype, is not dense, or has a value that is not finite.
+    """
+    if rows.layout != torch.strided or rows.device.type == "meta":
+        raise ValueError(f"{what} must be a dense tensor with values, got {rows.layout} on {rows.device}")
+    if rows.ndim != 2 or rows.shape[1] != dim or not rows.shape[0] or rows.dtype not in FLOATS.values():
+        raise ValueError(f"{what} must be floats [N, {dim}], got {rows.dtype} {list(rows.shape)}")
+    if not is_finite(rows):
+        raise ValueError(f"{what} holds a value that is not finite in {str(rows.dtype).removeprefix('torch.')}")
+    return rows.detach()
 
 
 def default_first(voices: Iterable[str], configured: Iterable[str]) -> list[str]:

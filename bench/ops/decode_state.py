@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.ops.registry import Case, Entry, TensorMaker
 from voxkern.kernels.decode_state import update_decode_state
-from voxkern.reference.config import END_AUDIO
+from voxkern.reference.config import END_AUDIO, NOT_FINITE
 
 
 def update_decode_state_reference(
@@ -15,11 +15,12 @@ def update_decode_state_reference(
 ) -> None:
     """Update the decode state request by request, in place."""
     for b, frame in enumerate(codes):
-        valid[b] = lengths[b] != 0 and frame[0] != END_AUDIO
+        if lengths[b] != 0:
+            last_codes[b] = frame
+        valid[b] = lengths[b] != 0 and int(frame[0]) not in (END_AUDIO, NOT_FINITE)
         if not valid[b]:
             lengths[b] = 0
             continue
-        last_codes[b] = frame
         n_frames[b] += 1
         lengths[b] = 0 if n_frames[b] == max_frames[b] else lengths[b] + 1
 

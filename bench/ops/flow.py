@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.ops.linear import own_rows
 from bench.ops.registry import Args, Case, Entry, TensorMaker
 from voxkern.kernels.flow import flow_finish, flow_start, flow_step
+from voxkern.reference.config import NOT_FINITE
 from voxkern.reference.flow_head import guide, quantise
 from voxkern.reference.layers import rms_norm, upcast
 from voxkern.reference.mlp_head import modulated_norm
@@ -76,9 +77,10 @@ def flow_finish_reference(
     """Run the last solver step; return the codes, int64 [B, 1 + K] with the +2 offset, and their embeddings' sum."""
     solver_step(y, norm, modulation, w_out, b_out, eps, cfg_alpha, dt, ab2_ratio, x, v_last)
     acoustic = quantise(x, levels) + 2
+    semantic = semantic.where(x.isfinite().all(1), NOT_FINITE)
     codes = torch.cat((semantic[:, None], acoustic.where(semantic[:, None] != 1, 2)), dim=1)
     offset = torch.arange(x.shape[1], device=x.device) * (levels + 2) + semantic_size + 2
-    rows = codes + F.pad(offset, (1, 0))
+    rows = codes.clamp(min=0) + F.pad(offset, (1, 0))  # NOT_FINITE is no row
     return codes, upcast(embeddings[rows]).sum(1).to(embeddings.dtype)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bench.ops.registry import Case, Entry, TensorMaker
 from voxkern.kernels.semantic_argmax import semantic_argmax
+from voxkern.reference.config import NOT_FINITE
 from voxkern.reference.flow_head import lowest_argmax
 from voxkern.reference.layers import upcast
 
@@ -15,11 +16,12 @@ from voxkern.reference.layers import upcast
 def semantic_argmax_reference(h: Tensor, weight: Tensor, n_codes: int, max_batch: int) -> Tensor:
     """Compute logits, mask EMPTY and the padding, and return the lowest index of the greatest logit.
 
-    As in the kernel, logits are fp32; for fp64 inputs they are fp64.
+    As in the kernel, logits are fp32; for fp64 inputs they are fp64. NaN or infinity outside the mask gives NOT_FINITE.
     """
     logits = F.linear(upcast(h), upcast(weight))
     index = torch.arange(len(weight), device=h.device)
-    return lowest_argmax(logits.masked_fill((index == 0) | (index >= n_codes), -torch.inf))
+    codes = lowest_argmax(logits.masked_fill((index == 0) | (index >= n_codes), -torch.inf))
+    return codes.where(logits[:, 1:n_codes].isfinite().all(1), NOT_FINITE)
 
 
 def semantic_argmax_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:

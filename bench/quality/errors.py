@@ -114,7 +114,7 @@ def conditions(tts: TTS, histories: list[History]) -> tuple[Tensor, Tensor]:
     """
     model, states, draws = tts.model, [], []
     for history in histories:
-        prompt = tts._embed_prompt(tts._prompt.encode(history.text, history.voice), tts.voices[history.voice])
+        prompt = tts._prompts.make(history.text, history.voice, tts.model.config.backbone.max_seq_len).embeddings
         u = torch.cat((prompt, model.embed_codes(history.codes)))
         states.append(model.hidden_states(u.unsqueeze(0))[0, len(prompt) - 1 :])
         frames = torch.arange(len(history.codes) + 1)

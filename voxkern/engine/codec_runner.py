@@ -94,7 +94,9 @@ class CodecRunner:
         padding = self._n_blocks * self._rows - self._n_slots
         codes = F.pad(output.codes - N_SPECIAL_CODES, (0, 0, 0, padding)).unsqueeze(2)  # [rows, 37, 1]
         valid = F.pad(output.valid, (0, padding))
-        samples = torch.zeros(len(codes), self._codec.config.samples_per_frame, device=codes.device)
+        samples = torch.zeros(
+            len(codes), self._codec.config.samples_per_frame, dtype=torch.float32, device=codes.device
+        )
         for i_block in sorted({slot // self._rows for slot in slots}):
             rows = slice(i_block * self._rows, (i_block + 1) * self._rows)
             samples[rows] = self._streams[i_block].decode(codes[rows], valid[rows])[:, 0]

@@ -8,6 +8,7 @@ holds pages while it waits for more. No request is overtaken, and all requests a
 """
 
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..audio import Audio
-from ..reference.config import N_SPECIAL_CODES
+from ..reference.config import N_SPECIAL_CODES, NOT_FINITE
 from .codec_runner import CodecRunner
 from .kv_cache import PrefixCache
 from .request import Request, RequestState
@@ -45,6 +46,7 @@ class Engine:
         self._cancelled: deque[RequestState] = deque()
         self._pending: list[PendingOutput] = []  # outputs that the host has not read yet, at most one
         self._frame_lock = threading.Lock()  # held by the thread that runs a frame
+        self._pid = os.getpid()  # the process in which the frame lock was taken last
         self._frame_done, self._epoch = threading.Condition(), 0
 
     @property
@@ -86,13 +88,14 @@ class Engine:
     def generate(self, requests: Sequence[Request], on_frame: Callable[[int], None] | None = None) -> list[Audio]:
         """Run requests side by side until all are finished, and return their audio in order.
 
-        If one request fails, all are cancelled.
+        If one request fails, all requests of this call are cancelled.
 
         Args:
             requests: the requests; those without a free slot wait in the queue.
             on_frame: called with 1, 2, 3, .. after each frame that this call, not another thread, has run.
 
         Raises:
+            FloatingPointError: a frame of a request has NaN or infinity in the hidden state, the logits or the latents.
             BaseException: the error that the computation of a request raised.
         """
         states: list[RequestState] = []
@@ -115,11 +118,14 @@ class Engine:
     def wait(self, state: RequestState, n: int) -> None:
         """Run frames until `n` frames of a request can be taken, or the request is finished.
 
+        The error of a request is raised only after all frames before the error have been taken.
+
         Raises:
+            FloatingPointError: the request's next frame has NaN or infinity.
             BaseException: the error that the request's computation raised.
         """
         self.run_until(lambda: state.finished or len(state.codes) >= n)
-        if state.error is not None:
+        if state.error is not None and not state.codes:
             raise state.error
 
     def run_until(self, ready: Callable[[], bool], on_frame: Callable[[], None] | None = None) -> None:
@@ -128,7 +134,8 @@ class Engine:
         `on_frame` is called after each frame that this call, not another thread, has run.
 
         Raises:
-            RuntimeError: no request is queued or running, but `ready` still returns False.
+            RuntimeError: no request is queued or running, but `ready` still returns False; or this process was forked
+                while a thread of its parent ran a frame.
         """
         ran = False
 
@@ -147,6 +154,11 @@ class Engine:
                 if on_frame is not None and ran:
                     on_frame()
                 continue
+            if self._pid != os.getpid():  # the lock's holder does not exist in this process
+                raise RuntimeError(
+                    "this process was forked while another thread generated speech: load the model again in the child, "
+                    "fork while nothing runs, or start the process by spawn"
+                )
             with self._frame_done:
                 self._frame_done.wait_for(lambda: self._epoch != seen)  # noqa: B023, the lambda is called at once
 
@@ -159,6 +171,8 @@ class Engine:
         """Run `work` unless a thread, this one included, holds the frame lock; return whether it ran."""
         if not self._frame_lock.acquire(blocking=False):
             return False
+        if self._pid != os.getpid():  # forked while nothing ran, but perhaps while a thread held the condition
+            self._pid, self._frame_done = os.getpid(), threading.Condition()
         try:
             work()
         finally:
@@ -170,23 +184,24 @@ class Engine:
 
     @torch.inference_mode()
     def run_frame(self) -> None:
-        """Run one frame for all requests.
+        """Run one frame for all requests, whatever the caller's autocast and default device are.
 
         Cancelled requests are dropped and waiting ones are admitted. Then one frame of each running request is
         generated, decoded and delivered. If ``runner.deferred`` is True, a frame is delivered by the next call,
         unless it is the first frame of some request.
         """
         start = time.perf_counter()
-        self._drop_cancelled()
-        self._admit()
-        if self.running:
-            try:
-                self._generate_and_deliver(start)
-            except BaseException as error:  # all requests share this work, so an error in it is the error of each
-                for state in list(self.running.values()):
-                    self._finish(state, error)
-                if not isinstance(error, Exception):
-                    raise
+        with torch.autocast(self.runner.kv_cache.kv.device.type, enabled=False):
+            self._drop_cancelled()
+            self._admit()
+            if self.running:
+                try:
+                    self._generate_and_deliver(start)
+                except BaseException as error:  # all requests share this work, so an error in it is the error of each
+                    for state in list(self.running.values()):
+                        self._finish(state, error)
+                    if not isinstance(error, Exception):
+                        raise
         for state in list(self._queue):
             state.queue_seconds += time.perf_counter() - start
 
@@ -208,13 +223,18 @@ class Engine:
         for state in self.running.values():
             state.frame_seconds += generated - start
             state.codec_seconds += end - generated
-        for state, codes, frame_samples in read:
+        for state, is_valid, codes, frame_samples in read:
             if not state.finished:  # otherwise the request was over before this frame
-                self._deliver(state, codes, frame_samples)
+                self._deliver(state, is_valid, codes, frame_samples)
 
-    def _deliver(self, state: RequestState, codes: NDArray[np.int16] | None, samples: NDArray[np.float32]) -> None:
-        state.ended = codes is None
-        if codes is not None:
+    def _deliver(
+        self, state: RequestState, is_valid: bool, codes: NDArray[np.int16], samples: NDArray[np.float32]
+    ) -> None:
+        if not is_valid and codes[0] + N_SPECIAL_CODES == NOT_FINITE:
+            self._finish(state, state.not_finite())
+            return
+        state.ended = not is_valid
+        if is_valid:
             state.n_frames += 1
             state.samples.append(samples)
             state.codes.append(codes)
@@ -298,16 +318,16 @@ class PendingOutput:
         if self._ready is not None:
             self._ready.record(torch.cuda.current_stream(samples.device))
 
-    def read(self) -> list[tuple[RequestState, NDArray[np.int16] | None, NDArray[np.float32]]]:
-        """Wait for the copy; return each request's state, codes and samples.
+    def read(self) -> list[tuple[RequestState, bool, NDArray[np.int16], NDArray[np.float32]]]:
+        """Wait for the copy; return each request's state, whether the frame is valid, codes and samples.
 
-        The codes are int16 [37], or None if the request generated END in this frame or was over before.
+        The codes are int16 [37] without the +2 offset, see :class:`FrameOutput`.
         """
         if self._ready is not None:
             self._ready.synchronize()
         codes, valid, samples = (x.numpy() for x in self._on_host)
         return [
-            (state, codes[i].astype(np.int16) if valid[i] else None, samples[i].astype(np.float32))
+            (state, bool(valid[i]), codes[i].astype(np.int16), samples[i].astype(np.float32))
             for i, state in self._states.items()
         ]
 

@@ -1,7 +1,8 @@
 """Run requests on fused modules, in static memory: a frame only launches kernels, and waits for nothing.
 
-Lengths, frame numbers and codes stay on the device. If a request generates END or reaches its frame limit, a kernel
-sets its length to 0. The host learns of this with a delay of one frame. Until then, the request keeps its slot.
+Lengths, frame numbers and codes stay on the device. If a request generates END, has a frame with NaN or infinity, or
+reaches its frame limit, a kernel sets its length to 0. The host learns of this with a delay of one frame. Until then,
+the request keeps its slot.
 """
 
 from collections.abc import Hashable
@@ -34,7 +35,8 @@ class DecodeBatch:
         slots: the slots that hold a request of this batch.
         lengths: int32 [slots], tokens of each request in the KV cache; 0 if the slot is free or its request is over.
         n_frames: int64 [slots], frames kept so far; a frame with END is not counted.
-        codes: int64 [slots, 37], the last frame of each request with the +2 offset.
+        codes: int64 [slots, 37], the last frame of each request with the +2 offset, zeros in a free slot. The semantic
+            code is END or NOT_FINITE if the request has ended or failed in that frame.
         valid: int64 [slots], 1 if the slot's row of `codes` is a new frame, else 0.
     """
 
@@ -68,7 +70,7 @@ class DecodeBatch:
     def add(self, slot: int, request: Request, hidden: Tensor, pages: list[int]) -> None:
         """Write a request into the row of its slot."""
         self.slots.add(slot)
-        self._block_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self._block_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         self._seeds[slot : slot + 1] = seed_tensor([request.seed])
         self._cfg_alpha[slot], self._max_frames[slot] = request.cfg_alpha, request.max_frames
         self._hidden[slot] = hidden
@@ -77,7 +79,7 @@ class DecodeBatch:
     def remove(self, slot: int) -> None:
         """Free the row of a slot."""
         self.slots.discard(slot)
-        self.lengths[slot] = self.valid[slot] = 0
+        self.lengths[slot] = self.valid[slot] = self.codes[slot] = 0
 
     def generate_frame(self) -> FrameOutput:
         """Generate a frame for all requests, by running all rows up to the last row in use.
@@ -131,7 +133,7 @@ class FusedRunner:
 
         A prompt in parts gives the same bits as the whole prompt.
         """
-        self._block_table[0, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self._block_table[0, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         batch = TokenBatch.of([len(embeddings)], [n_past + len(embeddings)], embeddings.device)
         states = self._backbone.prefill(embeddings, batch, self.kv_cache.kv, self._block_table)
         return self._backbone.norm(states[-1:])[0]
@@ -159,9 +161,10 @@ class FusedRunner:
         outputs = [batch.generate_frame() for batch in self._batches.values() if batch.slots]
         if len(outputs) == 1:
             return outputs[0]
-        valid = torch.stack([output.valid for output in outputs])  # [batches, slots]
-        codes = torch.stack([output.codes for output in outputs])  # [batches, slots, 37]
-        return FrameOutput((codes * valid.unsqueeze(2)).sum(0), valid.sum(0))
+        # a slot has a request in one batch only, and zeros in the others
+        codes = torch.stack([output.codes for output in outputs]).sum(0)  # [slots, 37]
+        valid = torch.stack([output.valid for output in outputs]).sum(0)  # [slots]
+        return FrameOutput(codes, valid)
 
 
 def fused_modules_of(model: VoxtralTTS) -> tuple[FusedBackbone, FusedHead]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -92,4 +93,16 @@ class RequestState:
             seed=self.request.seed,
             ended=self.ended and not self.codes,
             timings=Timings(prefill, frames, codec, self.queue_seconds + prefill + frames + codec),
+        )
+
+    def not_finite(self) -> FloatingPointError:
+        """Return the error for the case that the request's next frame has NaN or infinity."""
+        dtype = self.request.prompt.dtype
+        way_out = "check the weights, the voice's embeddings and cfg_alpha"
+        if dtype == torch.float16:
+            way_out = "try bfloat16 or float32"
+        return FloatingPointError(
+            f"frame {self.n_frames + 1} of the request with seed {self.request.seed} is not finite: the model's hidden "
+            f"state, its logits or its latents hold NaN or infinity (dtype {str(dtype).removeprefix('torch.')}; "
+            f"{way_out})"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import VoxtralTTS
 from ..reference.attention import PagedCache
-from ..reference.config import END_AUDIO
+from ..reference.config import END_AUDIO, NOT_FINITE
 from ..reference.noise import noise, seed_tensor
 from .kv_cache import KVCache
 from .request import Request
@@ -31,8 +31,9 @@ class FrameOutput:
     """Holds one frame of all slots, on the device.
 
     Attributes:
-        codes: int64 [slots, 37] with the +2 offset; a row is meaningful only if `valid` is 1.
-        valid: int64 [slots], 1 for a new frame, 0 if the slot is free or its request has ended.
+        codes: int64 [slots, 37] with the +2 offset. If `valid` is 1, a row is the new frame. If a request has ended in
+            this frame, the semantic code is END. If the frame has NaN or infinity, the semantic code is NOT_FINITE.
+        valid: int64 [slots], 1 for a new frame, 0 if the slot is free or its request is over.
     """
 
     codes: Tensor
@@ -70,7 +71,7 @@ class ModelRunner(Protocol):
         """Free a slot; output of the slot that has not been read yet is ignored."""
 
     def generate_frame(self) -> FrameOutput:
-        """Generate a frame for every request that has neither ended nor reached its frame limit."""
+        """Generate a frame for every request that has not ended, failed or reached its frame limit."""
 
 
 @dataclass(eq=False)
@@ -93,7 +94,7 @@ class RunningRequest:
     pages: Tensor
     length: int
     n_frames: int = 0
-    codes: Tensor = field(default_factory=lambda: torch.empty(0))
+    codes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
 
 
 class TorchRunner:
@@ -127,7 +128,7 @@ class TorchRunner:
         self._running[slot] = RunningRequest(request, slot, hidden, table, len(request.prompt))
 
     def remove(self, slot: int) -> None:
-        """Free a slot; do nothing if :meth:`generate_frame` has freed it, because the request has ended."""
+        """Free a slot; do nothing if :meth:`generate_frame` has freed it, because the request is over."""
         self._running.pop(slot, None)
 
     def generate_frame(self) -> FrameOutput:
@@ -141,15 +142,16 @@ class TorchRunner:
             for block in blocks(list(group), self._rows):
                 generate_block(self.model, block, self._rows, steps, solver)
         for r in list(self._running.values()):
-            if r.codes[0] != END_AUDIO:
-                codes[r.slot], valid[r.slot] = r.codes, 1
-            if r.codes[0] == END_AUDIO or r.n_frames == r.request.max_frames:
+            codes[r.slot] = r.codes
+            is_over = int(r.codes[0]) in (END_AUDIO, NOT_FINITE)
+            valid[r.slot] = int(not is_over)
+            if is_over or r.n_frames == r.request.max_frames:
                 self.remove(r.slot)
         return FrameOutput(codes, valid)
 
 
 def generate_block(model: VoxtralTTS, block: list[RunningRequest], rows: int, steps: int, solver: str) -> None:
-    """Generate a frame of codes, or END, for each request in a block, from its hidden state."""
+    """Generate a frame of codes, END or NOT_FINITE for each request in a block, from its hidden state."""
     device, padding = block[0].hidden.device, [0] * (rows - len(block))
     seeds = seed_tensor([r.request.seed for r in block] + padding).to(device)
     frames = torch.tensor([r.n_frames for r in block] + padding, device=device)

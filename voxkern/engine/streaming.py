@@ -41,7 +41,10 @@ class SpeechStream:
         return self
 
     def __next__(self) -> Audio:
-        """Run frames until the next chunk is complete, and return it."""
+        """Run frames until the next chunk is complete, and return it.
+
+        If a request fails, its last frames are returned as a chunk, and the next call raises the error.
+        """
         while not self._closed and (self._state is not None or self._requests):
             state = self._state = self._state or self._engine.submit(self._requests.popleft())
             if self._closed:  # another thread has closed the stream just now
@@ -56,7 +59,7 @@ class SpeechStream:
             if self._closed:
                 break
             chunk = state.take(size)
-            if state.finished and not state.codes:
+            if state.finished and not state.codes and state.error is None:
                 self._ended, self._state = self._ended and state.ended, None
                 last = not self._requests
                 chunk = replace(chunk, ended=last and self._ended)

@@ -112,7 +112,7 @@ class FusedHead:
         """
         n_acoustic = self.module.audio.n_acoustic_codebook
         if noise is None:
-            noise = torch.randn(h.shape[0], n_acoustic, device=h.device)
+            noise = torch.randn(h.shape[0], n_acoustic, dtype=torch.float32, device=h.device)
         alpha, noise = cfg_alpha.float().contiguous(), noise.float().contiguous()
         codes, _ = self.generate_codes(h, alpha, steps=steps, solver=solver, noise=noise)
         return codes.clone()

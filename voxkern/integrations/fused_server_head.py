@@ -90,6 +90,8 @@ class FusedServerHead(FusedTransformerHead):
     def run(self, out: Tensor, h: Tensor, cfg_alpha: Tensor, steps: int, noise_source: NoiseSource) -> None:
         """Generate one frame in groups of at most `max_batch` requests, and write the codes to `out`.
 
+        A server knows no NOT_FINITE: a request whose frame has NaN or infinity gets END instead.
+
         Args:
             out: int64 [B, 1 + K], the memory for the codes.
             h: [B, input_dim]. See :meth:`generate_codes` for this argument, the following arguments, and the errors.
@@ -101,7 +103,7 @@ class FusedServerHead(FusedTransformerHead):
             rows = slice(first, first + self.max_batch)
             seed, frame, noise = (None if tensor is None else tensor[rows] for tensor in noise_source)
             codes, _ = self.generate_codes(h[rows], cfg_alpha[rows], steps=steps, seed=seed, frame=frame, noise=noise)
-            out[rows].copy_(codes)
+            torch.clamp(codes, min=END_AUDIO, out=out[rows])  # NOT_FINITE becomes END, all other codes are larger
 
     def velocity_of_projected(self, x_t: Tensor, llm_proj: Tensor, t_proj: Tensor) -> Tensor:
         """Compute the velocity of R independent rows, as vLLM-Omni's ``_predict_velocity`` does.

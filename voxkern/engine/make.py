@@ -1,0 +1,57 @@
+"""Make the engine of a model: on the fused modules if the model is accelerated, and on the reference modules if not."""
+
+from typing import TYPE_CHECKING
+
+from ..reference import VoxtralTTS
+from .codec_runner import CodecRunner
+from .cuda_graphs import capture_for
+from .engine import Engine
+from .kv_cache import PAGE_SIZE, KVCache, pages_for
+from .runner import TorchRunner
+
+if TYPE_CHECKING:
+    from ..fused.backbone import FusedBackbone  # needs Triton
+
+MAX_FRAMES = 2048  # 164 s; vLLM-Omni has the same limit
+PROMPT_TOKENS = 512  # the default KV cache has space for this many prompt tokens per request, and MAX_FRAMES frames
+
+
+def new_engine(model: VoxtralTTS, max_batch: int, cache_tokens: int | None, graphs: bool) -> Engine:
+    """Make an engine for a model in its present dtype and on its present device.
+
+    Args:
+        model: the model.
+        max_batch: the most requests that run side by side.
+        cache_tokens: tokens of the KV cache; None takes 2560 for each request, or the model's length if that is less.
+        graphs: whether an accelerated model's launches are replayed as CUDA graphs, if it is on a GPU.
+
+    Raises:
+        ValueError: the model's weights have several dtypes or devices.
+    """
+    fused_backbone, weight, config = fused_backbone_of(model), model.norm.weight, model.config
+    for name, other in model.named_parameters():
+        if (other.dtype, other.device) != (weight.dtype, weight.device):
+            raise ValueError(
+                f"the model must have one dtype and one device, but norm.weight is {weight.dtype} on {weight.device}, "
+                f"and {name} is {other.dtype} on {other.device}"
+            )
+    positions, n = config.backbone.max_seq_len, max_batch
+    if fused_backbone is not None:
+        positions, n = min(positions, fused_backbone.max_seq_len), min(n, fused_backbone.max_batch)
+    # one page more for each request, because the prefix cache also holds the last, partly filled page of a voice
+    default = n * (pages_for(min(positions, MAX_FRAMES + PROMPT_TOKENS)) + 1)
+    n_pages = default if cache_tokens is None else pages_for(cache_tokens)
+    kv_cache = KVCache(config.backbone, n_pages, weight.dtype, weight.device)
+    longest = min(positions, n_pages * PAGE_SIZE)
+    if fused_backbone is None:
+        return Engine(TorchRunner(model, n, kv_cache, longest), CodecRunner(model, n), config.audio.n_codebooks)
+    from .fused_runner import FusedRunner  # needs Triton
+
+    capture = capture_for(weight.device) if graphs else None
+    runner = FusedRunner(model, n, kv_cache, longest, capture)
+    return Engine(runner, CodecRunner(model, n, capture), config.audio.n_codebooks)
+
+
+def fused_backbone_of(model: VoxtralTTS) -> "FusedBackbone | None":
+    """Return the fused backbone of an accelerated model, or None."""
+    return vars(model).get("hidden_states")
