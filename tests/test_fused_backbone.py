@@ -226,7 +226,7 @@ def test_errors(model: VoxtralTTS, device: torch.device) -> None:
     fused, (kv, table) = FusedBackbone(model, 2, max_seq_len=128), empty_cache(3, 2, device=device)
     u, lengths = embeddings(3, device=device), torch.ones(3, dtype=torch.int32, device=device)
     for wrong in (0, 65):
-        with pytest.raises(ValueError, match=r"max_batch must lie in 1..64"):
+        with pytest.raises(ValueError, match=r"max_batch must be in 1..64"):
             FusedBackbone(model, wrong)
     with torch.inference_mode():
         for arguments, error, message in (

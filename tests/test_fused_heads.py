@@ -288,7 +288,7 @@ def test_errors(model: VoxtralTTS) -> None:
     with pytest.raises(ValueError, match="no part that voxkern has kernels for"):
         voxkern.accelerate(torch.nn.Linear(2, 2))
     for wrong in (0, 65):
-        with pytest.raises(ValueError, match=r"max_batch must lie in 1..64"):
+        with pytest.raises(ValueError, match=r"max_batch must be in 1..64"):
             voxkern.accelerate(model, wrong)
     voxkern.accelerate(model, 2)
     head = model.acoustic_transformer
