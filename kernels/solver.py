@@ -2,12 +2,12 @@
 
 For one request with K acoustic codebooks, a network of width N and embeddings of width E::
 
-    init_noise       x ~ N(0, 1)                                     [K], or given
+    init_noise       x ~ N(0, 1)                                     [K], or loaded from `p_noise`
     project_in       token = w_in @ x + bias                         [N], the same for both branches
         the network, in other launches: token -> y                   [N] of each branch
-    guided_step      n = a * norm(y_cond) + (1 - a) * norm(y_uncond) [N]
+    guided_step      n = a * norm(y_cond) + (1 - a) * norm(y_uncond) [N], a = cfg_alpha
                      v = w_out @ n + bias                            [K], the guided velocity
-                     x = x + dt * (v + ab2_ratio * (v - v_last))     [K], with v_last of the step before
+                     x = x + dt * (v + ab2_ratio * (v - v_last))     [K], v_last of the step before (ab2)
     write_codes      code = round((clamp(x, -1, 1) + 1) / 2 * (levels - 1)) + 2      int64 [K]
                      next = sum of the embeddings of the semantic and acoustic codes     [E]
 
@@ -95,8 +95,8 @@ def _guided_input(
 ):  # fmt: skip
     """Return ``alpha * norm(y_cond) + (1 - alpha) * norm(y_uncond)`` of a request: fp32 [PAD_N], zeros past N.
 
-    The norm is RMSNorm with the weight `p_norm` or, where that is None, a layer norm modulated by rows of `p_mod`. The
-    guidance and the projection after it are both linear, so combining the two rows first halves the multiply-adds.
+    The norm is RMSNorm with the weight `p_norm`, or a layer norm modulated by `p_mod`: row 0 without, 1 + i_b with the
+    condition. Guidance and projection are both linear, so combining the two rows first halves the multiply-adds.
     """
     if p_norm is None:
         b_y = alpha * _modulated_norm(p_y + i_b * N, p_mod + (1 + i_b) * stride_mod, eps, N, PAD_N)

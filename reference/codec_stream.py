@@ -42,7 +42,7 @@ class CodecState:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The row counts of a chunk at one point of the decoder, where a frame has a fixed number of rows.
+    """The row counts of a chunk at one point of the decoder. The number of rows per frame differs between points.
 
     Attributes:
         fresh: bool [B, 1, 1], whether the chunk is the request's first.

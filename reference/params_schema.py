@@ -44,10 +44,10 @@ OTHER_KEYS = {
             "ada_rms_norm_t_cond": False,  # the time-conditioned norm of Voxtral Realtime
         },
         harmless={
-            "model_parallel": int,  # number of GPUs that the weights were split over; the file holds all of them
+            "model_parallel": int,  # number of GPUs that the weights were split over; the file holds all weights
             "max_batch_size": int,  # a limit of mistral-inference
-            "max_position_embeddings": int,  # limits that max_seq_len must not exceed; without yarn, nothing else
-            "model_max_length": int,  # depends on them
+            "max_position_embeddings": int,  # max_seq_len must not exceed it; otherwise only yarn would use it
+            "model_max_length": int,  # max_seq_len must not exceed it
             "tied_embeddings": bool,  # concerns the text logits only, which are never computed
             "dropout": float,  # acts in training only
             "ada_rms_norm_t_cond_dim": int,  # used only if ada_rms_norm_t_cond is true
@@ -64,7 +64,8 @@ OTHER_KEYS = {
     ENCODING: OtherKeys(
         only={
             "codebook_pattern": "parallel",
-            # shorter segments of text and frames would alternate; 8192 is more than a request has of either
+            # if segments were shorter, text and frames would alternate; by default, a request has at most 400
+            # characters and 2048 frames, which is less than one segment of each
             "interleave_audio_tokens_per_segment": 8192,
             "interleave_text_tokens_per_segment": 8192,
             "single_trailing_segment": False,
@@ -98,8 +99,9 @@ MAX_HEADS = 4096
 MAX_POSITIONS = 2**31 - 1  # the kernels' positions are int32
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # the powers of two of normal fp32 numbers; a smaller eps may act as 0
 
-# (lowest, highest) of each key whose range is not the default of its type
+# (lowest, highest) of a number, by its type
 DEFAULT_RANGES: dict[type, tuple[float, float]] = {int: (1, MAX_SIZE), float: (SMALLEST, 1)}
+# (lowest, highest) of each key that has another range than its type
 RANGES: dict[str, tuple[float, float]] = {
     "n_layers": (1, MAX_COUNT),
     "n_heads": (1, MAX_HEADS),

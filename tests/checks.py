@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ from bench.ops.accuracy import judge
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, each_tensor, listed, to_dtype
 from bench.static.counters import counting
 from voxkern.kernels import launch_config
+
+if TYPE_CHECKING:
+    from voxkern.tts import TTS  # needs more packages than the kernels' tests
 
 
 def results(entry: Entry, call: Callable[..., Any], args: dict[str, Any]) -> list[Tensor]:
@@ -125,3 +128,9 @@ def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
         assert sum(t.again for t in traffic) <= least * (row_tiles - 1), (
             f"{name} is loaded more than once by one of {row_tiles} row tiles: {traffic}"
         )
+
+
+def with_reference_codec(tts: "TTS") -> "TTS":
+    """Put the reference codec back into an accelerated model: the interpreter takes 10 s for a fused codec's chunk."""
+    vars(tts.model.audio_tokenizer).pop("stream", None)
+    return tts

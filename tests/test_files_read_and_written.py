@@ -126,8 +126,8 @@ def test_two_files_of_one_voice_are_named(folder: Path, second: str) -> None:
 @pytest.mark.parametrize(
     ("voice", "named"),
     [
-        (torch.ones(5, 64).to_sparse(), "must hold a dense tensor"),
-        (torch.ones(5, 64, device="meta"), "must hold a dense tensor|cannot be read"),
+        (torch.ones(5, 64).to_sparse(), "must be a dense tensor"),
+        (torch.ones(5, 64, device="meta"), "must be a dense tensor|cannot be read"),
         (torch.ones(5, 64, dtype=torch.complex64), "a voice must be floats"),
         ({"embedding": torch.ones(5, 64)}, "must hold one tensor, got dict"),
         (torch.full((5, 64), 1e60, dtype=torch.float64), "is not finite in float32"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checks import with_reference_codec
 from safetensors.torch import load_file, save_file
 
 import voxkern
@@ -15,7 +16,7 @@ from voxkern.checkpoint import read_checkpoint
 from voxkern.tts import TTS
 
 WEIGHTS = "consolidated.safetensors"
-SHORT = {"seed": 3, "steps": 2, "max_frames": 3}
+SHORT = {"seed": 3, "steps": 1, "max_frames": 2}
 
 
 def _cast(folder: Path, target: Path, dtype_of: object) -> Path:
@@ -24,6 +25,10 @@ def _cast(folder: Path, target: Path, dtype_of: object) -> Path:
     weights = load_file(target / WEIGHTS)
     save_file({name: w.to(dtype_of(name)).contiguous() for name, w in weights.items()}, target / WEIGHTS)  # type: ignore[operator]
     return target
+
+
+def _load(folder: Path, backend: str, dtype: str | None = None) -> TTS:
+    return with_reference_codec(voxkern.load(folder, device="cpu", dtype=dtype, backend=backend))
 
 
 def _spoken(tts: TTS) -> Audio:
@@ -55,23 +60,23 @@ def test_a_checkpoint_of_several_dtypes_is_unified(
     plain = _cast(mixed, tmp_path / "plain", lambda _: torch.bfloat16)
     model = read_checkpoint(mixed).model
     assert {w.dtype for w in model.state_dict().values()} == {torch.bfloat16}
-    expected = _spoken(voxkern.load(plain, device="cpu", backend=backend))
-    assert _is_same(_spoken(voxkern.load(mixed, device="cpu", backend=backend)), expected)
+    expected = _spoken(_load(plain, backend))
+    assert _is_same(_spoken(_load(mixed, backend)), expected)
 
 
 def test_float64_becomes_float32(tiny_folder: Path, tmp_path: Path) -> None:
     folder = _cast(tiny_folder, tmp_path / "double", lambda _: torch.float64)
     assert {w.dtype for w in read_checkpoint(folder).model.state_dict().values()} == {torch.float32}
-    expected = _spoken(voxkern.load(tiny_folder, backend="torch"))
-    assert _is_same(_spoken(voxkern.load(folder, backend="torch")), expected)
+    expected = _spoken(_load(tiny_folder, "torch"))
+    assert _is_same(_spoken(_load(folder, "torch")), expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_voices_and_caches_follow_a_model_that_is_cast(tiny_folder: Path, backend: str) -> None:
-    tts = voxkern.load(tiny_folder, device="cpu", backend=backend)
+    tts = _load(tiny_folder, backend)
     in_fp32 = _spoken(tts)
     tts.model.bfloat16()
-    expected = _spoken(voxkern.load(tiny_folder, device="cpu", dtype="bfloat16", backend=backend))
+    expected = _spoken(_load(tiny_folder, backend, "bfloat16"))
     assert _is_same(_spoken(tts), expected)
     assert tts.voices["bob"].dtype == torch.bfloat16
     assert tts.engine.runner.kv_cache.kv.dtype == torch.bfloat16
@@ -82,7 +87,7 @@ def test_voices_and_caches_follow_a_model_that_is_cast(tiny_folder: Path, backen
 
 
 def test_a_cast_voice_that_is_not_finite_is_named(tiny_folder: Path) -> None:
-    tts = voxkern.load(tiny_folder, device="cpu", backend="torch")
+    tts = _load(tiny_folder, "torch")
     tts.add_voice("loud", torch.full((2, 64), 1e5))
     tts.model.half()
     with pytest.raises(ValueError, match="voice 'loud' holds a value that is not finite in float16"):
@@ -90,8 +95,11 @@ def test_a_cast_voice_that_is_not_finite_is_named(tiny_folder: Path) -> None:
     assert len(tts.generate("seven", "bob", **SHORT).samples)  # type: ignore[arg-type]
 
 
-def test_a_model_of_two_dtypes_is_refused(tiny_folder: Path) -> None:
-    tts = voxkern.load(tiny_folder, device="cpu", backend="torch")
+@pytest.mark.parametrize("used", [False, True])
+def test_a_model_of_two_dtypes_is_refused(tiny_folder: Path, used: bool) -> None:
+    tts = _load(tiny_folder, "torch")
+    if used:
+        tts.generate("seven", **SHORT)  # type: ignore[arg-type]
     tts.model.acoustic_transformer.bfloat16()
     named = (
         r"one dtype and one device, but norm.weight is torch.float32 on cpu, and acoustic_transformer\.\S+ is torch.bf"
@@ -102,7 +110,7 @@ def test_a_model_of_two_dtypes_is_refused(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_copy_is_independent(tiny_folder: Path, backend: str) -> None:
-    tts = voxkern.load(tiny_folder, device="cpu", backend=backend)
+    tts = _load(tiny_folder, backend)
     expected = _spoken(tts)
     new = copy.deepcopy(tts)
     assert new.backend == backend

@@ -18,7 +18,8 @@ class Prompt:
 
     Attributes:
         embeddings: [T, dim], what the backbone reads.
-        voice: [N, dim], the voice's embeddings. Equal prompts share the tensor, not only its values.
+        voice: [N, dim], the voice's embeddings. All prompts of a voice hold the same tensor, not copies, because the
+            prefix cache identifies a voice by its tensor.
         n_shared: number of the first rows that all prompts of the voice share.
     """
 
@@ -85,7 +86,7 @@ class PromptMaker:
         return Prompt(embeddings, rows, tokens.index(audio) + len(rows))
 
     def _converted(self, name: str, rows: Tensor) -> Tensor:
-        """Return a voice in the model's dtype and on its device, which a user may have changed."""
+        """Return a voice in the model's dtype and on its device. A user may have cast or moved the model."""
         weight = self._model.norm.weight
         if (rows.dtype, rows.device) == (weight.dtype, weight.device):
             return rows

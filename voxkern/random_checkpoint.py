@@ -120,8 +120,7 @@ def make_checkpoint(
     state = {name: random_tensor(name, shape, generator).to(dtype) for name, shape in shapes.items()}
     lengths = PUBLIC_VOICES if full else TINY_VOICES
     voices = {
-        name: random_normal((length, config.backbone.dim), generator).to(dtype)
-        for name, length in lengths.items()
+        name: random_normal((length, config.backbone.dim), generator).to(dtype) for name, length in lengths.items()
     }
     # the small tokenizer works for both sizes of model, because its ids are within any vocabulary
     write_checkpoint(folder, params, state, json.dumps(byte_tokenizer(lengths)), voices)

@@ -60,8 +60,8 @@ CLASSES = {
 }
 WHITE, MARKS, CLOSERS = "ngst", "jx", ")]fiqg"
 SENTENCE_MARKS, CLAUSE_MARKS = "edD!T", ",Cm"
-NEVER_FIRST = WHITE + MARKS + "dD!T,C)]/"  # a part begins with none of these
-ATTACHED = "efhkpqwzV"  # a part begins with one of these only if white space stands before it
+NEVER_FIRST = WHITE + MARKS + "dD!T,C)]/"  # `_CutPlaces.allowed` forbids a cut before one of these
+ATTACHED = "efhkpqwzV"  # and before one of these, unless white space stands before it
 
 Mask = NDArray[np.bool_]
 
@@ -141,10 +141,12 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
     """Split a text at the ends of sentences, into as few parts as possible.
 
     A sentence that is too long for a part is split at the ends of its clauses, such as commas. A clause that is too
-    long is split between words, and a word where Unicode allows a line break, such as between ideographs or after a
-    hyphen. At last, the text is cut between grapheme clusters, the characters that a reader sees. An abbreviation's
-    full stop counts as the end of a sentence, but the text is split there only if the part is full. Before the last
-    resort, no part begins with a closing mark or ends with an opening one.
+    long is split between words. A word that is too long is split where Unicode allows a line break, such as between
+    ideographs or after a hyphen, and at last between grapheme clusters, the characters that a reader sees. The text is
+    split only where a part is full. An abbreviation's full stop counts as the end of a sentence.
+
+    A split at a mark or between words leaves no closing mark first in a part and no opening one last. A split at a new
+    line may do so, and so may a split where nothing better is left.
 
     Time and memory grow linearly with the text.
 
@@ -154,7 +156,7 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
 
     Returns:
         One or more parts. The joined parts are the text, except for white space around each part, and except for
-        parts of nothing but byte order marks, which are not spoken. A text of only white space gives ``[""]``.
+        parts of nothing but byte order marks, which are not spoken. A longer text of only white space gives ``[""]``.
 
     Raises:
         ValueError: `text` has a lone surrogate.
@@ -225,7 +227,7 @@ class _CutPlaces:
 
     Attributes:
         before, after: class of the character before and after each position; the text's edges count as new lines.
-        solid_end: end of the text before each position, without trailing white space.
+        solid_end: for each position, the end of the text before it, less white space at that end.
         spaced: whether white space stands before each position.
         start: position of the first character that is not white space.
     """
@@ -245,7 +247,7 @@ class _CutPlaces:
         ]  # fmt: skip
 
     def sentences(self) -> Mask:
-        """Find the ends of sentences, and new lines, which end a sentence before anything but a closing mark."""
+        """Find the ends of sentences. A new line is one, unless a closing bracket or a mark such as 。 follows."""
         point = _is_in(self.before, "D") & ~_is_in(self.after, "N")
         ellipsis = _is_in(self.before, "e")
         sure = _is_in(self.before, "T") | point | (ellipsis & np.roll(ellipsis, 1))
@@ -266,7 +268,7 @@ class _CutPlaces:
         return pairs | (word & _is_in(self.before, "h/") & _is_in(self.after, "A"))
 
     def spaces(self) -> Mask:
-        """Find all white space, also before a closing mark, and spaces that forbid a line break."""
+        """Find all white space, including spaces before a closing mark and spaces that forbid a line break."""
         return self.spaced & ~_is_in(self.after, WHITE + MARKS)
 
     def neat_clusters(self) -> Mask:
@@ -299,7 +301,8 @@ class _CutPlaces:
     def _ends(self, marks: str, sure: Mask) -> Mask:
         """Find where a run of marks ends something; quotation marks and brackets that close may follow the run.
 
-        White space must follow, unless a mark of the run is `sure`, for the position behind each mark.
+        White space must follow, unless the run has a mark that needs none. `sure` is true at the position directly
+        after each such mark.
         """
         run_end = _last(~_is_in(self.before, CLOSERS + MARKS))[self.solid_end]
         run_start = _last(~_is_in(self.before, marks))[run_end]
@@ -340,7 +343,7 @@ def _patterns() -> tuple["regex.Pattern[str]", "regex.Pattern[str]"]:
     import regex  # imported late, because the package must be importable without it
 
     classes = "|".join(f"([{members}])" for members in CLASSES.values())
-    # in a run of flags, \X alone counts the halves from the start of the run each time
+    # in a run of flags, \X alone counts the halves from the start of the run each time, which takes quadratic time
     return regex.compile(classes), regex.compile(r"\p{RI}{2}[\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}]*+|\X")
 
 

@@ -53,7 +53,8 @@ def load(
             voice, which comes with the package and speaks numbers, weekdays, months and greetings.
         device: "cpu", "cuda", "cuda:1", the torch device, or the index of a GPU. None takes the GPU if torch finds one,
             and the CPU otherwise.
-        dtype: dtype of the weights: "bfloat16", "float16", "float32" or the torch dtype. None keeps the checkpoint's.
+        dtype: dtype of the weights: "bfloat16", "float16", "float32" or the torch dtype. None takes the dtype of most
+            of the values in the checkpoint, but float32 for float64.
         backend: "triton" runs the kernels, "torch" the reference modules. "auto" takes the kernels on a GPU and in
             Triton's interpreter (TRITON_INTERPRET=1), if Triton is installed.
         max_batch: requests that run side by side, at most 64 on kernels. More requests wait in a queue. Another
@@ -244,6 +245,7 @@ class TTS:
         Raises:
             ValueError: an argument has a value that cannot be used; the message names it.
             TypeError: an argument has the wrong type; the message names it.
+            FloatingPointError: a frame of a text has NaN or infinity; the other texts of this call are cancelled.
         """
         if isinstance(text, str):
             single = {"voice": voice, "seed": seed, "cfg_alpha": cfg_alpha, "max_frames": max_frames}
@@ -311,6 +313,7 @@ class TTS:
         Raises:
             ValueError: an argument has a value that cannot be used; the message names it.
             TypeError: an argument has the wrong type; the message names it.
+            FloatingPointError: raised by the iterator: a frame has NaN or infinity.
         """
         first_chunk = to_int("first_chunk", first_chunk, 1, None)
         chunk = to_int("chunk", chunk, first_chunk, None)
@@ -340,6 +343,7 @@ class TTS:
             ValueError: an argument has a value that cannot be used; the message names the argument. The error is
                 raised before anything runs.
             TypeError: an argument has the wrong type, or is unknown; the message names it.
+            FloatingPointError: raised by the iterator: a frame has NaN or infinity.
         """
         return iterate_in_thread(self.stream(text, voice, seed, **arguments))
 
@@ -349,8 +353,8 @@ class TTS:
 
         A new engine is made after the model was accelerated, restored, cast or moved, or `max_batch` was changed.
         """
-        fused_backbone, weight = fused_backbone_of(self.model), self.model.norm.weight
-        key = (fused_backbone, self.max_batch, weight.dtype, weight.device)
+        weights = [next(part.parameters()) for part in self.model.children()]
+        key = (fused_backbone_of(self.model), self.max_batch, *((w.dtype, w.device) for w in weights))
         if self._pid != os.getpid():  # in a forked process, a thread of the parent may seem to hold the lock for ever
             self._engine_lock, self._pid = threading.Lock(), os.getpid()
         with self._engine_lock:

@@ -46,7 +46,7 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
         raise ValueError(f"{path}: cannot be read as sound ({error})") from error
     seconds = len(channels) / rate
     if not SHORTEST <= seconds <= LONGEST:
-        # 9 digits, so that a sound that is one sample too short or too long does not read as one that is right
+        # 9 digits, so that a sound of one sample too few or too many is not printed as exactly 1 s or 60 s
         raise ValueError(f"{path}: is {seconds:.9g} s long, a voice needs {SHORTEST:g} to {LONGEST:g} s")
     if not (np.abs(channels) <= LOUDEST).all():  # this comparison is false for NaN too
         raise ValueError(f"{path}: holds a sample that is not finite, or beyond {LOUDEST:g} times full scale")
@@ -113,9 +113,9 @@ def check_rows(rows: Tensor, dim: int, what: str) -> Tensor:
 
 
 def default_first(voices: Iterable[str], configured: Iterable[str]) -> list[str]:
-    """Return the names in `voices`, first those in `configured`, the voices of ``params.json``, in its order.
+    """Return the names in `voices`: first those that `configured` has, in its order, then the others.
 
-    The first name is the default voice.
+    `configured` holds the voices that ``params.json`` names. The first name of the result is the default voice.
     """
     names = list(voices)
     return list(dict.fromkeys([*(name for name in configured if name in names), *names]))

@@ -218,7 +218,7 @@ def selection_of(arguments: Sequence[str]) -> tuple[Selection, argparse.Namespac
     devices = ("cpu", "cuda")
     parser.add_argument("--device", default="cpu", choices=devices, help="cpu: torch providers; cuda: kernels too")
     parser.add_argument("--quick", action="store_true", help="one shape per operator, no module of gigabytes, no fp16")
-    parser.add_argument("--csv", default=str(FILE), metavar="FILE", help="append the rows to FILE; - writes none")
+    parser.add_argument("--csv", default=str(FILE), metavar="FILE", help="store the rows in FILE; - writes none")
     parser.add_argument("--compare", metavar="REV", help="also time the git revision REV, and print the ratio")
     options = parser.parse_args(arguments)
     clock_of(options.device)  # exits if the device is not available

@@ -1,8 +1,9 @@
 """The error of each dtype against fp64, in the model's own units: codes flipped, and noise in the sound.
 
-``python -m bench errors`` first generates a few strings with the demo voice in fp32. Under teacher forcing, each model
-then receives these frames as its past, and generates the next frame after each of them. The truth is the result of the
-same checkpoint in fp64. Results in fp16 also have the error of weights that fp16 cannot represent.
+``python -m bench errors`` first generates the frames of a few texts in fp32, in each voice of the demo checkpoint.
+Under teacher forcing, each model then receives these frames as its past, and generates the next frame after each of
+them. The truth is the result of the same checkpoint in fp64. Results in fp16 also have the error of weights that fp16
+cannot represent.
 
 ``torch`` is plain PyTorch. ``voxkern`` is the kernels in Triton's interpreter, on a CPU. The backbone computes all
 states in one pass, as it does for a prompt. The noise in the sound comes from the codec alone, because the codec of
@@ -247,7 +248,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table, and write the rows if ``--csv`` is given."""
     parser = argparse.ArgumentParser(prog="python -m bench errors", description=__doc__)
     parser.add_argument("--texts", type=int, default=N_TEXTS, choices=range(1, len(TEXTS) + 1), help="how many texts")
-    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"append the rows to {FILE.name}, or to CSV")
+    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"store the rows in {FILE.name}, or in CSV")
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") != "1":
         found = rows(args.texts)

@@ -267,7 +267,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--solver", nargs="*", default=["euler:7"], help="solvers, such as euler:4 euler:16 ab2:4")
     parser.add_argument("--show", type=int, default=10, help="print at most this many texts that were recognised wrong")
-    parser.add_argument("--csv", action="store_true", help="append the rows to bench/results.csv")
+    parser.add_argument("--csv", action="store_true", help="store the rows in bench/results.csv")
     args = parser.parse_args(arguments)
     found = rows(args.folder, args.strings, args.seeds, tuple(args.solver), args.show)
     if args.csv:

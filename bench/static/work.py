@@ -64,8 +64,8 @@ class Work:
     """Launches of one kind in a frame.
 
     Attributes:
-        operator: the operator's name in the ledger. An operator that the ledger does not have is assumed to have enough
-            bytes in flight.
+        operator: the operator's name in the ledger. For an operator that the ledger does not have, the predicted
+            running time is limited by bandwidth and multiply-adds alone, not by the bytes that a block has in flight.
         case: the case's name in the ledger, without its last part ``bN``.
         launch: index of the launch among those of one call.
         times: number of launches.
@@ -102,7 +102,7 @@ def launches(work: Iterable[Work]) -> float:
 
 
 def dram_bytes(work: Iterable[Work]) -> int:
-    """Return the distinct bytes of each launch, summed over all launches."""
+    """Return the fewest bytes that the launches can move, summed over all launches."""
     return round(sum(one.times * one.dram for one in work))
 
 
@@ -143,8 +143,8 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> list[Work
     Args:
         operator: the operator's name.
         args: the call's arguments by name, and its result as ``out``.
-        part: the part of the frame. In the codec, :attr:`Work.operator` is ``codec NAME``, which the ledger does not
-            have. CASES has only one case per operator, but the codec calls operators at several shapes.
+        part: the part of the frame. The codec calls an operator at several shapes, but CASES has one case per operator.
+            In the codec, :attr:`Work.operator` is therefore ``codec NAME``, which the ledger does not have.
     """
     entry, name = entry_of(operator), f"codec {operator}" if part == "codec" else operator
     first = next(name for name, arg in args.items() if isinstance(arg, Tensor) and name != "out")
@@ -166,7 +166,9 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> list[Work
 
 
 def recorded(run: Callable[[], object], context: float = 0) -> dict[str, list[Work]]:
-    """Return part of the frame -> the launches of a call on fused modules. Equal launches are one Work with `times`.
+    """Return a dict from each part of the frame to its launches in a call on fused modules.
+
+    Equal launches are one Work with `times`.
 
     Args:
         run: the call. A first call, which may make tables, is not recorded.
@@ -229,7 +231,9 @@ def public_model() -> VoxtralTTS:
 
 @functools.cache
 def frame(B: int, steps: int, context: int = CONTEXT) -> dict[str, list[Work]]:
-    """Return part -> launches of a whole frame of the public model: backbone, flow head, bookkeeping and codec.
+    """Return a dict from each part of the public model's frame to its launches.
+
+    The parts are the backbone, the flow head, the bookkeeping and the codec.
 
     Args:
         B: number of requests, and max_batch.

@@ -206,7 +206,7 @@ class Engine:
             state.queue_seconds += time.perf_counter() - start
 
     def _generate_and_deliver(self, start: float) -> None:
-        """Generate and decode a frame for each running request, and deliver the frames that may be read by now.
+        """Generate and decode a frame for each running request, and deliver the frames that are not deferred.
 
         `start` is the time when the frame began, in seconds of ``time.perf_counter``.
         """

@@ -43,7 +43,7 @@ class SpeechStream:
     def __next__(self) -> Audio:
         """Run frames until the next chunk is complete, and return it.
 
-        If a request fails, its last frames are returned as a chunk, and the next call raises the error.
+        If a request fails, its frames that are left are returned first. The error is raised when none is left.
         """
         while not self._closed and (self._state is not None or self._requests):
             state = self._state = self._state or self._engine.submit(self._requests.popleft())

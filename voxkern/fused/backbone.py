@@ -110,7 +110,7 @@ class FusedBackbone:
             ValueError: `max_batch` or `max_seq_len` is out of range.
         """
         if not 1 <= max_batch <= MAX_BATCH:
-            raise ValueError(f"max_batch must lie in 1..{MAX_BATCH}, got {max_batch}")
+            raise ValueError(f"max_batch must be in 1..{MAX_BATCH}, got {max_batch}")
         self.module, self.max_batch = module, max_batch
         self.max_seq_len = min(module.backbone_config.max_seq_len, MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
         if self.max_seq_len < 1:

@@ -89,7 +89,7 @@ class FusedHead:
             ValueError: `max_batch` is not in 1..64.
         """
         if not 1 <= max_batch <= MAX_BATCH:
-            raise ValueError(f"max_batch must lie in 1..{MAX_BATCH}, got {max_batch}")
+            raise ValueError(f"max_batch must be in 1..{MAX_BATCH}, got {max_batch}")
         self.module, self.embeddings, self.max_batch = module, embeddings, max_batch
         self._buffers: dict[tuple[int, torch.dtype, torch.device], HeadBuffers] = {}
         self._step_tables: dict[tuple[str, int], StepTables] = {}
