@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import voxkern
 from bench.quality import distortion, errors
 from bench.quality.errors import Flips, conditions, generate_histories, measured, next_frames, snr, sound
 from bench.quality.recognition import Score
@@ -15,6 +16,7 @@ from voxkern.checkpoint import read_checkpoint
 from voxkern.generation_params import CFG_ALPHA
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.noise import noise, seed_tensor
+from voxkern.reference.solver import MAX_STEPS
 from voxkern.tts import TTS
 
 
@@ -155,6 +157,18 @@ def test_a_score_becomes_rows() -> None:
     rows = distortion.score_rows(score, "demo voice", "torch", n_sentences=1, seeds=1, steps="ab2:4")
     assert values(rows) == {"words": 4, "words recognised": 75, "strings": 2, "strings recognised": 50}
     assert distortion.table(rows).split()[-8:] == ["75.0", "%", "of", "4", "50.0", "%", "of", "2"]
+
+
+@pytest.mark.slow
+def test_a_solver_with_more_steps_than_generate_allows_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pocketsphinx")
+    monkeypatch.setattr(distortion, "RECOGNISED", [("euler", MAX_STEPS + 1)])
+    monkeypatch.setattr(distortion.shutil, "which", lambda name: None)
+    tts = voxkern.load(device="cpu", backend="torch")
+    found = values(distortion.recognition_rows(tts, n_sentences=1, seeds=1))
+    assert found["words recognised"] > 80
+    with pytest.raises(ValueError, match=r"steps must be in 1\.\.64, got 65"):
+        tts.generate("one", steps=MAX_STEPS + 1)
 
 
 def test_a_missing_recogniser_is_reported(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import voxkern
 from bench.quality.errors import TEXTS, conditions, generate_histories
 from bench.quality.recognition import Score, Speaker, flite_whole, listen, sentences
 from bench.results import FILE, ResultRow, provenance, store, with_provenance
 from voxkern.checkpoint import read_checkpoint
+from voxkern.generation_params import LIMITS
 from voxkern.reference import solver as solver_module
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.flow_head import guide, lowest_argmax, quantise
@@ -112,7 +112,7 @@ def recognition_rows(tts: TTS, n_sentences: int, seeds: int) -> list[ResultRow]:
     if shutil.which("flite"):
         found += score_rows(listen(flite_whole, texts, [0], recogniser), "flite", "flite", n_sentences, 1)
     # generate() raises an error above MAX_STEPS = 64 evaluations, so the limit is raised to 256 here
-    with mock.patch.object(solver_module, "MAX_STEPS", FINE), mock.patch.object(voxkern.tts, "MAX_STEPS", FINE):
+    with mock.patch.object(solver_module, "MAX_STEPS", FINE), mock.patch.dict(LIMITS, steps=(1, FINE)):
         for solver, steps in RECOGNISED:
             score = listen(Speaker(tts, solver, steps), texts, list(range(seeds)), recogniser)
             found += score_rows(score, "demo voice", "torch", n_sentences, seeds, f"{solver}:{steps}")

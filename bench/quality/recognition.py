@@ -179,16 +179,16 @@ def rows(
 
     Args:
         folder: the voice's checkpoint.
-        strings: number of texts of digits. For every 5 of them, 2 sentences are recognised too.
+        strings: number of texts of digits. For every 5 of them, 2 sentences are recognised too, at least 1.
         seeds: number of seeds for each text of digits; a sentence has one seed.
         solvers: solvers with their evaluations, such as ``euler:7``.
         show: print at most this many texts that were recognised wrong, for each solver and kind of text.
     """
     torch.set_num_threads(1)
-    command = f"{COMMAND} --strings {strings} --seeds {seeds}"
+    command, n_sentences = f"{COMMAND} --strings {strings} --seeds {seeds}", max(2 * strings // 5, 1)
     sets = {
         f"{strings} strings of digits": (digit_strings(strings), Recogniser(DIGITS), seeds),
-        f"{2 * strings // 5} sentences": (sentences(2 * strings // 5), Recogniser(WORDS), 1),
+        f"{n_sentences} sentences": (sentences(n_sentences), Recogniser(WORDS), 1),
     }
     tts, found = voxkern.load(folder, backend="torch", max_batch=16), list[ResultRow]()
     for kind, (texts, recogniser, n_seeds) in sets.items():
@@ -269,6 +269,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--show", type=int, default=10, help="print at most this many texts that were recognised wrong")
     parser.add_argument("--csv", action="store_true", help="store the rows in bench/results.csv")
     args = parser.parse_args(arguments)
+    if min(args.strings, args.seeds) < 1:
+        parser.error("--strings and --seeds must be at least 1")
     found = rows(args.folder, args.strings, args.seeds, tuple(args.solver), args.show)
     if args.csv:
         here = provenance()
