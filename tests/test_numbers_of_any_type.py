@@ -44,13 +44,17 @@ def test_integers_out_of_range() -> None:
         to_int("n", np.uint8(0), 1, None)
 
 
-@pytest.mark.parametrize("value", [1.5, np.float16(1.5), np.float32(1.5), np.float64(1.5), Fraction(3, 2)])
+@pytest.mark.parametrize(
+    "value", [1.5, np.float16(1.5), np.float32(1.5), np.array(1.5), torch.tensor(1.5), Fraction(3, 2)]
+)
 def test_reals(value: Any) -> None:
     number = to_float("x", value)
     assert (number, type(number)) == (1.5, float)
 
 
-@pytest.mark.parametrize("value", [True, np.True_, "1.5", None, 1j, [1.5], np.complex64(1)])
+@pytest.mark.parametrize(
+    "value", [True, np.True_, "1.5", None, 1j, [1.5], np.complex64(1), torch.tensor(True), torch.ones(1)]
+)
 def test_no_reals(value: Any) -> None:
     with pytest.raises(TypeError, match="x must be a number"):
         to_float("x", value)
@@ -97,6 +101,9 @@ def test_generate_takes_tuples_arrays_and_tensors(tts: TTS) -> None:
                 kind(texts), kind(voices), seed, steps=1, cfg_alpha=kind([1.0, 1.25, 1.5]), max_frames=kind([2, 3, 4])
             )
             assert [a.samples.tobytes() for a in audios] == [a.samples.tobytes() for a in expected]
+    alphas = torch.tensor([1.0, 1.25, 1.5])
+    audios = tts.generate(texts, voices, seeds, steps=1, cfg_alpha=alphas, max_frames=torch.tensor([2, 3, 4]))
+    assert [a.samples.tobytes() for a in audios] == [a.samples.tobytes() for a in expected]
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,18 @@ def test_a_voice_that_is_removed(tts: TTS) -> None:
     assert tts.generate("seven", "bob", **SHORT).samples.size > 0
 
 
+@pytest.mark.parametrize("recording", [np.ones((3, 64), np.float32), [1.0], None, 3])
+def test_what_is_neither_a_path_nor_a_tensor_is_no_voice(tts: TTS, recording: object) -> None:
+    with pytest.raises(TypeError, match="recording must be the path of a sound file or a tensor of embeddings, got"):
+        tts.add_voice("eve", recording)  # type: ignore[arg-type]
+
+
 def test_the_default_voice_may_be_removed(tts: TTS) -> None:
     expected = tts.generate("seven", "bob", **SHORT).samples.tobytes()
     tts.remove_voice("ada")
     assert tts.generate("seven", **SHORT).samples.tobytes() == expected
     tts.remove_voice("bob")
-    with pytest.raises(ValueError, match="has no voices"):
+    with pytest.raises(ValueError, match="there are no voices"):
         tts.generate("seven")
 
 

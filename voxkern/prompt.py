@@ -94,7 +94,7 @@ class PromptMaker:
 
     def _default(self) -> str:
         if not self.voices:
-            raise ValueError("the checkpoint has no voices (no files in voice_embedding)")
+            raise ValueError("there are no voices: the checkpoint has no files in voice_embedding, or all were removed")
         return default_first(self.voices, self._model.config.voices)[0]
 
 

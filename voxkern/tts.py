@@ -140,9 +140,12 @@ class TTS:
             ValueError: the name is empty, not in lower case, has spaces at its ends or is taken; the file cannot be
                 used (see :func:`read_recording`); the checkpoint has no codec encoder (the public checkpoint has none);
                 or the embeddings have another shape or dtype, or a value that is not finite in the model's dtype.
-            TypeError: `name` is not a string.
+            TypeError: `name` is not a string, or `recording` is neither a path nor a tensor.
         """
         check_name(name, self.voices)
+        if not isinstance(recording, str | Path | Tensor):
+            kind = type(recording).__name__
+            raise TypeError(f"recording must be the path of a sound file or a tensor of embeddings, got {kind}")
         if not isinstance(recording, Tensor):
             recording = voice_prefix(self.model, read_recording(recording, self.sampling_rate))
         self._prompts.add(name, recording)

@@ -40,12 +40,14 @@ def to_int(name: str, value: Any, low: int, high: int | None) -> int:
 
 
 def to_float(name: str, value: Any) -> float:
-    """Return the argument `name` as a float; any real number is accepted, but no bool.
+    """Return the argument `name` as a float; any real number is accepted, also as array or tensor, but no bool.
 
     Raises:
         TypeError: `value` is not a real number.
         ValueError: `value` is not finite in fp32, in which the model computes.
     """
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        value = value.item()
     if _is_bool(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     # compared before the conversion, because float() of a huge int raises OverflowError; False for NaN too
