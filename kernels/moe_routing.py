@@ -332,8 +332,8 @@ def moe_route(
 
     In the choice of experts and groups, NaN and -inf count as the lowest fp32 number. So a token always has k different
     experts, and an expert with NaN comes last. The weights are computed from the scores as they are. With softmax, all
-    scores of a token are NaN if one of its logits is NaN or +inf, or if all are -inf. With sigmoid, only the score of a
-    logit of NaN is NaN.
+    scores of a token are NaN if one of its logits is NaN or +inf, or if all are -inf. With sigmoid, a score is NaN only
+    if its own logit is NaN.
 
     Args:
         logits: fp32 [M, E], contiguous.

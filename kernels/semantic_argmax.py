@@ -27,12 +27,12 @@ from .operator import expect, expect_batch, operator
 
 __all__ = ["semantic_argmax", "semantic_argmax_scratch"]
 
-MASKED_KEY = tl.constexpr(-0x8000000000000000)  # of EMPTY and of padding
+MASKED_KEY = tl.constexpr(-0x8000000000000000)  # the key of EMPTY and of padding rows
 NOT_FINITE_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
-# 8,194 rows of weights are 129 tiles of 64 rows, one wave on the 132 multiprocessors of an H100. On NVIDIA GPUs, stages
-# have 16 KB of bf16 or fp16 weights up to 16 rows, and 8 KB beyond. n stages keep n - 1 in shared memory, which must
-# fit into 101,376 bytes on sm_86, sm_89 and sm_120.
+# 8,194 rows of weights are 129 tiles of 64 rows, one wave on the 132 multiprocessors of an H100. On NVIDIA GPUs, a
+# stage has 16 KB of bf16 or fp16 weights for up to 16 requests, and 8 KB for more. Of n stages, n - 1 are in shared
+# memory, which must fit into 101,376 bytes on sm_86, sm_89 and sm_120.
 SEMANTIC_ARGMAX = LaunchConfigs(
     "semantic_argmax",
     """

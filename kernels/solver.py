@@ -95,8 +95,9 @@ def _guided_input(
 ):  # fmt: skip
     """Return ``alpha * norm(y_cond) + (1 - alpha) * norm(y_uncond)`` of a request: fp32 [PAD_N], zeros past N.
 
-    The norm is RMSNorm with the weight `p_norm`, or a layer norm modulated by `p_mod`: row 0 without, 1 + i_b with the
-    condition. Guidance and projection are both linear, so combining the two rows first halves the multiply-adds.
+    The norm is RMSNorm with the weight `p_norm`, or a layer norm modulated by `p_mod`: by row 1 + i_b for
+    y_cond, and by row 0 for y_uncond. The guidance and the projection after it are both linear, so combining the two
+    rows first halves the multiply-adds.
     """
     if p_norm is None:
         b_y = alpha * _modulated_norm(p_y + i_b * N, p_mod + (1 + i_b) * stride_mod, eps, N, PAD_N)
@@ -182,7 +183,7 @@ def write_codes(
 
     if p_embeddings is not None:
         m_e = o_e < E
-        row = tl.maximum(semantic, 0)  # NOT_FINITE is no row
+        row = tl.maximum(semantic, 0)  # NOT_FINITE is -1, which is not a row
         b_next = tl.load(p_embeddings + row * E + o_e, mask=m_e, other=0.0).to(tl.float32)
         b_row = SEMANTIC_SIZE + N_SPECIAL_CODES + (LEVELS + N_SPECIAL_CODES) * o_k + b_code  # [K], int64
         for k in tl.range(0, K, BLOCK_K, num_stages=PIPE):

@@ -377,7 +377,7 @@ def _codec_contradictions(codec: CodecConfig) -> list[str]:
 
 
 def _disagreements(config: Config, reader: ParamsReader) -> list[str]:
-    """Return a description of each harmless key that has another value than the config gives."""
+    """Describe each repeated size and each limit that contradicts the config, and a frame rate that is out of range."""
     found = []
     for key, value in (
         ("num_codebooks", config.audio.n_codebooks),

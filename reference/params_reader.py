@@ -19,7 +19,7 @@ class ParamsReader:
     """Reads values from a params dict and collects the problems, so that one error names all of them.
 
     A section is a JSON object, named by the keys that lead to it, joined by dots; the name of the whole dict is "". A
-    key with the value null counts as absent. :meth:`check_other_keys` refuses every key that was not read.
+    key with the value null counts as absent. :meth:`check_other_keys` records every key that is not known.
 
     Attributes:
         missing: full names of the required keys that are missing.
@@ -33,7 +33,7 @@ class ParamsReader:
         self._read: dict[str, set[str]] = defaultdict(set)
 
     def open(self, section: str, required: bool = True) -> None:
-        """Open a section, whose parent must have been opened before, so that its keys can be read and are checked.
+        """Open a section, so that its keys can be read and are checked. Its parent must have been opened before.
 
         A problem is recorded if the value is not a JSON object, or if the section is required and missing.
         """
@@ -123,7 +123,7 @@ class ParamsReader:
     def check_quantization(self) -> None:
         """Record a problem if the weights are quantised.
 
-        Null and "NO_SCALES" mean that they are not, and so does an object that has only these values.
+        They are not if the value is null, "NO_SCALES" or an object that has only these values.
         """
         value = self.get(TOP, "quantization")
         parts = list(value.values()) if isinstance(value, dict) else [value]

@@ -46,7 +46,7 @@ OTHER_KEYS = {
         harmless={
             "model_parallel": int,  # number of GPUs that the weights were split over; the file holds all weights
             "max_batch_size": int,  # a limit of mistral-inference
-            "max_position_embeddings": int,  # max_seq_len must not exceed it; otherwise only yarn would use it
+            "max_position_embeddings": int,  # used only by yarn; max_seq_len must not exceed it
             "model_max_length": int,  # max_seq_len must not exceed it
             "tied_embeddings": bool,  # concerns the text logits only, which are never computed
             "dropout": float,  # acts in training only
@@ -64,8 +64,8 @@ OTHER_KEYS = {
     ENCODING: OtherKeys(
         only={
             "codebook_pattern": "parallel",
-            # if segments were shorter, text and frames would alternate; by default, a request has at most 400
-            # characters and 2048 frames, which is less than one segment of each
+            # shorter segments would alternate text and frames; by default, a part has at most 400 characters and
+            # 2048 frames, which fit into one segment of each
             "interleave_audio_tokens_per_segment": 8192,
             "interleave_text_tokens_per_segment": 8192,
             "single_trailing_segment": False,

@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give the argument `tiles` the architectures whose launch configs a test runs with; see ``checks.tiles_of``."""
+    """Give the argument `tiles` the architectures that a test takes launch configs from; see ``checks.tiles_of``."""
     if "tiles" in metafunc.fixturenames:
         on_gpu = metafunc.config.getoption("--device") == "cuda"
         metafunc.parametrize("tiles", ["own"] if on_gpu else ["interpreter", "sm_90", "gfx942"])

@@ -17,7 +17,7 @@ HERE = Provenance("2026-01-01T00:00:00+00:00", "abc", "NVIDIA H100 80GB HBM3", "
 
 
 def session(tmp_path: Path, minutes: float, seconds: list[float]) -> gpu.Session:
-    """Return a session whose clock returns `seconds` one after another, and then the last one."""
+    """Return a session with a clock that returns `seconds` one after another, and then the last one."""
     times = iter(seconds)
     return gpu.Session(minutes, tmp_path / "rows.csv", HERE, None, now=lambda: next(times, seconds[-1]))
 

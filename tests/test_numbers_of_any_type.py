@@ -42,6 +42,9 @@ def test_integers_out_of_range() -> None:
         to_int("n", np.int8(6), 1, 5)
     with pytest.raises(ValueError, match=r"n must be at least 1, got 0"):
         to_int("n", np.uint8(0), 1, None)
+    for wrong in (lambda: to_int("n", 10**5000, 1, 5), lambda: to_float("n", 10**5000)):
+        with pytest.raises(ValueError, match=r"n must be .*, got a value that is too large to print"):
+            wrong()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
 
 from pathlib import Path as _Path
 
-# voxkern/kernels and voxkern/reference are symbolic links, for which Git writes text files if it may not make links
+# Git writes text files in place of the symbolic links voxkern/kernels and voxkern/reference if it may not make links
 if not all(_Path(__file__).with_name(name).is_dir() for name in ("kernels", "reference")):
     raise ImportError(
         "voxkern/kernels and voxkern/reference must be symbolic links to ../kernels and ../reference, but this "

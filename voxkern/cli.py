@@ -42,9 +42,8 @@ out, err = Console(), Console(stderr=True)
 def _plain_errors() -> Iterator[None]:
     """Turn a known error into one printed sentence and exit status 1. Other errors keep their traceback.
 
-    Known are the errors of files, memory and missing packages, and two errors that voxkern itself raises: a ValueError
-    for a wrong argument or file, and a FloatingPointError for a frame with NaN or infinity. From another package, a
-    ValueError or a FloatingPointError is a fault of voxkern.
+    The known errors are those of files, memory and missing packages, and a ValueError or FloatingPointError that
+    voxkern raises. A ValueError or FloatingPointError that another package raises is a bug and keeps its traceback.
     """
     own = (ValueError, FloatingPointError)
     try:

@@ -1,4 +1,4 @@
-"""Write files so that an error leaves the old file, and a target that cannot be written is noticed before the work."""
+"""Write files that replace their target only when they are complete, and check the target before the work."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ def check_target(path: Path) -> None:
         ValueError: the folder of `path` is missing or cannot be written; or `path` is a folder, is not a regular file,
             or is a file that cannot be written.
     """
-    folder = path.resolve().parent  # of the file itself, if `path` is a link
+    folder = path.resolve().parent  # the folder of the file that a link points to
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder, so {path.name} cannot be written")
     if path.exists() and not path.is_file():
@@ -28,8 +28,8 @@ def check_target(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a new file beside `path`. At the end it replaces `path`; after an error it is deleted.
 
-    So no reader sees half a file, and after an error the old file is left as it was. If `path` is a link, the file that
-    it points to is replaced.
+    So the target is never half written, and after an error the old file is unchanged. If `path` is a link, the file
+    that it points to is replaced.
 
     Raises:
         ValueError: `path` cannot be written; raised before the ``with`` block runs.

@@ -61,7 +61,7 @@ CLASSES = {
 WHITE, MARKS, CLOSERS = "ngst", "jx", ")]fiqg"
 SENTENCE_MARKS, CLAUSE_MARKS = "edD!T", ",Cm"
 NEVER_FIRST = WHITE + MARKS + "dD!T,C)]/"  # `_CutPlaces.allowed` forbids a cut before one of these
-ATTACHED = "efhkpqwzV"  # and before one of these, unless white space stands before it
+ATTACHED = "efhkpqwzV"  # it allows a cut before one of these only after white space
 
 Mask = NDArray[np.bool_]
 
@@ -142,11 +142,11 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
 
     A sentence that is too long for a part is split at the ends of its clauses, such as commas. A clause that is too
     long is split between words. A word that is too long is split where Unicode allows a line break, such as between
-    ideographs or after a hyphen, and at last between grapheme clusters, the characters that a reader sees. The text is
-    split only where a part is full. An abbreviation's full stop counts as the end of a sentence.
+    ideographs or after a hyphen, and otherwise between grapheme clusters, which a reader sees as characters. The text
+    is split only where a part is full. An abbreviation's full stop counts as the end of a sentence.
 
-    A split at a mark or between words leaves no closing mark first in a part and no opening one last. A split at a new
-    line may do so, and so may a split where nothing better is left.
+    After a split at a mark or between words, no part begins with a closing mark or ends with an opening mark. A split
+    at a new line may break this rule, and so may the last resorts: any white space, and any grapheme cluster.
 
     Time and memory grow linearly with the text.
 
@@ -227,7 +227,7 @@ class _CutPlaces:
 
     Attributes:
         before, after: class of the character before and after each position; the text's edges count as new lines.
-        solid_end: for each position, the end of the text before it, less white space at that end.
+        solid_end: for each position, the position after the last character before it that is not white space, or 0.
         spaced: whether white space stands before each position.
         start: position of the first character that is not white space.
     """
@@ -299,7 +299,7 @@ class _CutPlaces:
         return ~(closing | opening[self.solid_end] | attached)
 
     def _ends(self, marks: str, sure: Mask) -> Mask:
-        """Find where a run of marks ends something; quotation marks and brackets that close may follow the run.
+        """Find where a run of `marks` ends a sentence or clause; closing quotation marks and brackets may follow it.
 
         White space must follow, unless the run has a mark that needs none. `sure` is true at the position directly
         after each such mark.
@@ -339,7 +339,7 @@ def _break_pairs() -> Mask:
 
 @cache
 def _patterns() -> tuple["regex.Pattern[str]", "regex.Pattern[str]"]:
-    """Return the pattern of a character, whose group tells the class, and the pattern of a grapheme cluster."""
+    """Return two patterns: one character, with one group for each class, and one grapheme cluster."""
     import regex  # imported late, because the package must be importable without it
 
     classes = "|".join(f"([{members}])" for members in CLASSES.values())
@@ -348,7 +348,7 @@ def _patterns() -> tuple["regex.Pattern[str]", "regex.Pattern[str]"]:
 
 
 def _classify(text: str) -> NDArray[np.uint8]:
-    """Return the class of each character; a space that carries a mark is no white space."""
+    """Return the class of each character; a space before a combining mark or a joiner has the class a."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
     is_used = np.zeros(codes.max() + 1, np.bool_)
     is_used[codes] = True

@@ -161,8 +161,8 @@ class TTS:
     def reset(self) -> None:
         """Drop all that was derived from the weights: prefixes in the KV cache, prepared weights and CUDA graphs.
 
-        Needed only after weights or voices were written in a way that PyTorch does not count: through ``.data``, or in
-        inference mode. Requests that are running finish with the old values.
+        This is needed only after weights or voices were written in a way that PyTorch does not count: through
+        ``.data``, or in inference mode. Running requests keep their KV cache and may read the new weights.
         """
         fused_backbone = fused_backbone_of(self.model)
         if fused_backbone is not None:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .reference.params_reader import shown
+
 FP32_MAX = torch.finfo(torch.float32).max
 
 
@@ -35,7 +37,7 @@ def to_int(name: str, value: Any, low: int, high: int | None) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if number < low or (high is not None and number > high):
         wanted = f"in {low}..{high}" if high is not None else f"at least {low}"
-        raise ValueError(f"{name} must be {wanted}, got {number}")
+        raise ValueError(f"{name} must be {wanted}, got {shown(number)}")
     return number
 
 
@@ -52,7 +54,7 @@ def to_float(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}")
     # compared before the conversion, because float() of a huge int raises OverflowError; False for NaN too
     if not -FP32_MAX <= value <= FP32_MAX:  # type: ignore[operator]  # Real has <= with float
-        raise ValueError(f"{name} must be a finite fp32 number, got {value!r:.40}")
+        raise ValueError(f"{name} must be a finite fp32 number, got {shown(value)}")
     return float(value)
 
 

@@ -32,7 +32,7 @@ from voxkern.reference.train.recogniser import Recogniser
 from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 from voxkern.tts import DEMO, TTS
 
-FINE = 256  # steps of the two-step method, whose result counts as exact
+FINE = 256  # steps of the two-step method; its result counts as exact
 EVALUATIONS = (2, 3, 4, 5, 7, 10, 16)
 RECOGNISED = [*itertools.product(("euler", "ab2"), EVALUATIONS), ("ab2", FINE)]
 SENTENCES, SEEDS = 15, 1

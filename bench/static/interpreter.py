@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 def patch_once_per_launch() -> None:
     """Make the interpreter patch ``triton.language`` once a launch.
 
-    A second call of this function has no effect, and nor has a call with Triton 3.5, whose interpreter differs.
+    A second call of this function has no effect. Triton 3.5 has another interpreter, which is left as it is.
     """
     if interpreter._patch_lang.__module__ == __name__ or not hasattr(interpreter, "_LangPatchScope"):
         return

@@ -197,7 +197,7 @@ class Engine:
             if self.running:
                 try:
                     self._generate_and_deliver(start)
-                except BaseException as error:  # all requests share this work, so an error in it is the error of each
+                except BaseException as error:  # the running requests share this work, so its error ends each of them
                     for state in list(self.running.values()):
                         self._finish(state, error)
                     if not isinstance(error, Exception):

@@ -22,8 +22,8 @@ def new_engine(model: VoxtralTTS, max_batch: int, cache_tokens: int | None, grap
     Args:
         model: the model.
         max_batch: the most requests that run side by side.
-        cache_tokens: tokens of the KV cache; None takes 2560 for each request, or the most that a request may have if
-            that is less, plus one page for its voice.
+        cache_tokens: tokens of the KV cache. None takes, for each request, one page for its voice and space for 2560
+            tokens, or for the most that a request may have if that is less.
         graphs: whether an accelerated model's launches are replayed as CUDA graphs, if it is on a GPU.
 
     Raises:

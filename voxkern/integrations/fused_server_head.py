@@ -90,7 +90,7 @@ class FusedServerHead(FusedTransformerHead):
     def run(self, out: Tensor, h: Tensor, cfg_alpha: Tensor, steps: int, noise_source: NoiseSource) -> None:
         """Generate one frame in groups of at most `max_batch` requests, and write the codes to `out`.
 
-        A server knows no NOT_FINITE: a request whose frame has NaN or infinity gets END instead.
+        Servers have no code NOT_FINITE. If the frame of a request has NaN or infinity, the semantic code is END.
 
         Args:
             out: int64 [B, 1 + K], the memory for the codes.
