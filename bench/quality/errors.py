@@ -161,9 +161,9 @@ def measured(
         dtypes: names of dtypes: bf16, fp16 or fp32.
         max_frames: the most frames in a history.
     """
-    from bench.static.interpreter import patch_once_per_launch  # needs Triton
+    from bench.static.interpreter import speed_up  # needs Triton
 
-    patch_once_per_launch()
+    speed_up()
     histories = generate_histories(TTS(read_checkpoint(folder, torch.float32)), list(TEXTS[:n_texts]), max_frames)
     exact = TTS(read_checkpoint(folder, torch.float64))
     truth, exact_sound = next_frames(exact, histories), sound(exact, histories)
