@@ -3,14 +3,15 @@
 For each request b, with its N codes of this frame, the semantic one first::
 
     lengths[b] == 0                     valid = 0                   no request, nothing else changes
-    otherwise                           last_codes = codes, and:
+    otherwise                           last_codes = codes - 2, and:
         codes[b, 0] == END              valid = 0, lengths = 0      the request ends, without this frame
         codes[b, 0] == NOT_FINITE       valid = 0, lengths = 0      the request fails: the frame has NaN or infinity
         any other code                  valid = 1, n_frames += 1    the frame is kept
                                         lengths = 0 if n_frames >= max_frames else lengths + 1
 
 One block of one warp updates one request: a row of 37 codes and four numbers. The update runs on the device, so no
-frame waits for the host to read END. The host later reads from `last_codes` why a request is over.
+frame waits for the host to read END. The host later reads from `last_codes` why a request is over. `last_codes` has no
++2 offset, because neither the codec nor a sound's codes have it.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import END_AUDIO, NOT_FINITE
+from .common import END_AUDIO, N_SPECIAL_CODES, NOT_FINITE
 from .launch_config import FP_FUSION
 from .operator import expect, expect_batch, operator
 
@@ -39,7 +40,7 @@ def _update_decode_state_kernel(
     o_n = tl.arange(0, COLUMNS)
     m_n = o_n < tl.where(length == 0, 0, N)
     b_codes = tl.load(p_codes + i_b * N + o_n, mask=m_n, other=0)
-    tl.store(p_last_codes + i_b * N + o_n, b_codes, mask=m_n)
+    tl.store(p_last_codes + i_b * N + o_n, b_codes - N_SPECIAL_CODES, mask=m_n)
     length = tl.where(semantic == NOT_FINITE, 0, length)
     if length == 0 or semantic == END_AUDIO:
         tl.store(p_valid + i_b, 0)
@@ -80,7 +81,8 @@ def update_decode_state(
         max_frames: int64 [B], the most frames that each request may have.
         lengths: int32 [B], tokens in the KV cache; updated to include the next frame's token.
         n_frames: int64 [B], the number of frames kept so far; updated.
-        last_codes: int64 [B, N], receives `codes` of each request, also of a frame that is not kept.
+        last_codes: int64 [B, N], receives `codes` of each request without the +2 offset, also of a frame that is not
+            kept.
         valid: int64 [B], receives 1 where this frame is kept, 0 elsewhere.
 
     Raises:

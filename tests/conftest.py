@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 from unittest.mock import MagicMock
 
 import pytest
@@ -21,6 +22,9 @@ import torch
 import voxkern
 from voxkern.checkpoint import read_checkpoint, read_params
 from voxkern.random_checkpoint import make_checkpoint
+
+if TYPE_CHECKING:
+    from bench.static.stand_in_gpu import StandInGPU
 
 torch.set_num_threads(1)  # the tests compute little: a second thread costs more time than it saves
 logging.getLogger("voxkern").setLevel(logging.ERROR)
@@ -98,6 +102,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Return the device of the option ``--device``."""
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def stand_in() -> "Iterator[StandInGPU]":
+    """Replace the GPU by a stand-in, and return its state."""
+    from bench.static.stand_in_gpu import stand_in_gpu  # needs Triton
+
+    with stand_in_gpu() as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """Return a GPU: the machine's with ``--device cuda``, and a stand-in otherwise."""
+    if device.type == "cpu":
+        request.getfixturevalue("stand_in")
+    return torch.device("cuda:0")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ pages of each request with the request's tokens, so the content reveals a page t
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
@@ -98,11 +99,11 @@ class FakeRunner:
     def remove(self, slot: int) -> None:
         del self.running[slot]
 
-    def generate_frame(self) -> FrameOutput:
+    def generate_frame(self) -> Iterator[FrameOutput]:
         if self.fails:
             self.fails = False
             raise ArithmeticError("a broken frame")
-        codes = torch.full((self.n_slots, 2), END_AUDIO)
+        codes = torch.full((self.n_slots, 2), END_AUDIO - N_SPECIAL_CODES)
         valid = torch.zeros(self.n_slots, dtype=torch.int64)
         for slot, one in self.running.items():
             if one.finished:
@@ -111,7 +112,7 @@ class FakeRunner:
             assert np.array_equal(cached, one.tokens), "another request wrote to a page of this one"
             value = token(one.request.seed, one.n)
             if value:
-                codes[slot], valid[slot] = value + N_SPECIAL_CODES, 1
+                codes[slot], valid[slot] = value, 1
                 self.rows[one.pages[len(one.tokens) // PAGE_SIZE], len(one.tokens) % PAGE_SIZE] = value
                 one.tokens.append(value)
                 one.n += 1
@@ -119,7 +120,7 @@ class FakeRunner:
         for state in self.cancelled_during_frame:
             self.engine.cancel(state)
         self.cancelled_during_frame.clear()
-        return FrameOutput(codes, valid)
+        yield FrameOutput(sorted(self.running), codes, valid)
 
 
 class FakeCodecRunner:
@@ -134,7 +135,7 @@ class FakeCodecRunner:
     def restart(self, slot: int) -> None:
         assert slot in range(N_SLOTS)
 
-    def decode(self, output: FrameOutput, slots: list[int]) -> Tensor:
+    def decode(self, output: FrameOutput) -> Tensor:
         if self.fails:
             self.fails = False
             raise ArithmeticError("a broken codec")

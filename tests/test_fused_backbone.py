@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checks import CPU
+from checks import CPU, with_reference_codec
 from poison import poison_pages
 from torch import Tensor
 
@@ -146,13 +146,13 @@ def test_alone_in_a_batch_and_in_parts(tiny_folder: Path, device: torch.device, 
 @torch.inference_mode()
 @pytest.mark.interpreter("launches are recorded")
 def test_a_frame_is_launches_and_nothing_else(tiny_folder: Path) -> None:
-    tts = voxkern.load(tiny_folder, backend="triton", max_batch=3)
+    tts = with_reference_codec(voxkern.load(tiny_folder, backend="triton", max_batch=3))
     runner = tts.engine.runner
     for slot, n in ((0, 5), (2, 8)):
         prompt = embeddings(n, seed=n)
         pages = runner.kv_cache.allocate(1)
         runner.add(slot, Request(prompt, n, 1.2, 9, 2, "euler"), runner.prefill(prompt, pages, 0), pages)
-    runner.generate_frame()
+    next(runner.generate_frame())
     (batch,) = runner._batches.values()
     with launches_only() as launches:
         batch.launch(3)

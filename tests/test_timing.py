@@ -1,15 +1,15 @@
-"""Tests of the timer with a fake clock and a fake GPU; nothing here runs on a real GPU."""
+"""Tests of the timer with a fake clock and a stand-in for a GPU; nothing here runs on a real GPU."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_clock import FakeClock, calls
-from fake_gpu import FakeGPU
 from torch import Tensor
 
 from bench.micro import timing
 from bench.micro.timing import CPUClock, GPUClock, Timing, copies_for, measure
+from bench.static.stand_in_gpu import StandInGPU
 
 
 def test_variants_are_interleaved_in_rotating_order() -> None:
@@ -47,36 +47,29 @@ def test_inputs_go_past_the_cache(moved: int, held: int, n: int) -> None:
     assert copies_for(CPUClock(), moved, held) == 2
 
 
-def test_a_gpus_round_is_a_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph has three calls of two launches each, and on the fake GPU a launch takes a millisecond."""
-    gpu = FakeGPU(monkeypatch)
+def test_a_gpus_round_is_a_replay_of_a_graph(stand_in: StandInGPU) -> None:
+    """The graph has three calls of two launches each, and on the stand-in a launch takes a millisecond."""
 
     def call() -> tuple[Tensor, ...]:
-        out = torch.zeros(2)
-        gpu.launch(lambda: out.fill_(1))
-        gpu.launch(lambda: out.add_(1))
-        return out, torch.zeros(3, 0), torch.zeros(1, dtype=torch.int64)
+        out = torch.empty(2, device="cuda").fill_(1)
+        return out.add_(1), torch.empty(3, 0, device="cuda"), torch.empty(1, dtype=torch.int64, device="cuda")
 
     run, how = GPUClock().prepare([call] * 3)
-    assert (how, gpu.replays, gpu.mode) == ("graph", 1, "default")  # one replay checks that results are written
+    assert (how, stand_in.n_replays) == ("graph", 1)  # one replay checks that results are written
+    assert stand_in.sync_debug_mode == "default"
     assert [run(), run()] == [pytest.approx(2e-3)] * 2
-    assert gpu.replays == 3
+    assert stand_in.n_replays == 3
 
 
-def test_what_waits_for_the_gpu_is_timed_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = FakeGPU(monkeypatch)
-
-    def call() -> None:
-        gpu.launch(lambda: None)
-        gpu.wait()
-
-    run, how = GPUClock().prepare([call] * 4)
-    assert (how, gpu.replays, gpu.mode) == ("no graph", 0, "default")
+def test_what_waits_for_the_gpu_is_timed_without_a_graph(stand_in: StandInGPU) -> None:
+    x = torch.ones(1, device="cuda")
+    run, how = GPUClock().prepare([lambda: x.add_(1).item()] * 4)
+    assert (how, stand_in.n_replays, stand_in.sync_debug_mode) == ("no graph", 0, "default")
     assert run() == pytest.approx(1e-3)
 
 
-def test_an_unrelated_error_in_the_sync_check_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, tried = FakeGPU(monkeypatch), list[int]()
+def test_an_unrelated_error_in_the_sync_check_is_raised(stand_in: StandInGPU) -> None:
+    tried: list[int] = []
 
     def call() -> None:
         tried.append(0)
@@ -85,13 +78,12 @@ def test_an_unrelated_error_in_the_sync_check_is_raised(monkeypatch: pytest.Monk
 
     with pytest.raises(RuntimeError, match="out of memory"):
         GPUClock().prepare([call])
-    assert gpu.mode == "default"
+    assert stand_in.sync_debug_mode == "default"
 
 
-def test_a_graph_that_caught_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeGPU(monkeypatch)
+def test_a_graph_that_caught_nothing_is_refused(stand_in: StandInGPU) -> None:
     with pytest.raises(RuntimeError, match="leaves results unwritten"):
-        GPUClock().prepare([lambda: torch.ones(2)])  # torch.ones is not launched on the captured stream
+        GPUClock().prepare([lambda: torch.ones(2)])  # a CPU's operator is not in the graph
 
 
 def test_a_processors_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

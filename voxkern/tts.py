@@ -63,10 +63,10 @@ def load(
             reserves its prompt's tokens plus `max_frames` tokens (80 ms each), in pages of 64, and waits until enough
             pages are free. None allows 2560 for each of `max_batch` requests, or the model's length if that is less,
             and a page for each request's voice. So `max_batch` requests of any length run side by side.
-        graphs: True replays a frame's launches on a GPU as CUDA graphs. The codec has one graph. The model has graphs
-            for each pair of steps and solver, one each for 1, 2, 4, .. and `max_batch` requests. The graphs of a
-            pair are captured when the first request with this pair starts. False launches the kernels one by one, which
-            gives the same bits but is slower. `graphs` has no effect without kernels or on a CPU.
+        graphs: True replays a frame's launches on a GPU as one CUDA graph. Each pair of steps and solver has graphs for
+            1, 2, 4, .. and `max_batch` requests. They are captured when the first request with this pair starts. False
+            launches the kernels one by one, which gives the same bits but is slower. `graphs` has no effect without
+            kernels or on a CPU.
 
     Raises:
         ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.ops.registry import Case, Entry, TensorMaker
 from voxkern.kernels.decode_state import update_decode_state
-from voxkern.reference.config import END_AUDIO, NOT_FINITE
+from voxkern.reference.config import END_AUDIO, N_SPECIAL_CODES, NOT_FINITE
 
 
 def update_decode_state_reference(
@@ -16,7 +16,7 @@ def update_decode_state_reference(
     """Update the decode state request by request, in place."""
     for b, frame in enumerate(codes):
         if lengths[b] != 0:
-            last_codes[b] = frame
+            last_codes[b] = frame - N_SPECIAL_CODES
         valid[b] = lengths[b] != 0 and int(frame[0]) not in (END_AUDIO, NOT_FINITE)
         if not valid[b]:
             lengths[b] = 0

@@ -11,37 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import VoxtralTTS
-from ..reference.config import N_SPECIAL_CODES
-from .cuda_graphs import Capture, weight_addresses
+from .cuda_graphs import weight_addresses
 from .runner import FrameOutput, block_rows
-
-
-class CapturedCodecStream:
-    """Decodes one frame of a fused codec stream by replaying a CUDA graph."""
-
-    def __init__(self, stream: Any, capture: Capture) -> None:
-        """`stream`: a :class:`voxkern.fused.codec.FusedCodecStream` in which no request has begun."""
-        past_frames = stream.state.past_frames
-        self.state, self.restart = stream.state, stream.restart
-        self._codes = past_frames.new_zeros(len(past_frames), 1 + stream.codec.config.acoustic_dim, 1)
-        self._new_frames = torch.zeros_like(past_frames)
-        self._replay, self._samples = capture(lambda: stream.chunk(self._codes, self._new_frames))
-
-    def decode(self, codes: Tensor, new_frames: Tensor) -> Tensor:
-        """Decode one frame, as the stream does, into memory that the next frame overwrites.
-
-        Args:
-            codes: int64 [B, 37, 1] without the +2 offset.
-            new_frames: int64 [B], 1 for each request with a new frame, else 0.
-
-        Returns:
-            fp32 (fp64 in an fp64 model) [B, 1, samples_per_frame].
-        """
-        self._codes.copy_(codes)
-        self._new_frames.copy_(new_frames)
-        self._replay()
-        samples: Tensor = self._samples
-        return samples
 
 
 class CodecRunner:
@@ -52,16 +23,17 @@ class CodecRunner:
 
     Attributes:
         sampling_rate: samples per second.
+        is_fused: whether the codec decodes through kernels.
+        streams: reference or fused streams, one per block. The list is a new object if the codec's weights changed.
     """
 
-    def __init__(self, model: VoxtralTTS, n_slots: int, capture: Capture | None = None) -> None:
-        """Make streams for `n_slots` slots; with `capture`, the frames of a fused codec are captured as a graph."""
-        is_fused = "stream" in vars(model.audio_tokenizer)
+    def __init__(self, model: VoxtralTTS, n_slots: int) -> None:
+        """Make streams for `n_slots` slots."""
+        self.is_fused = "stream" in vars(model.audio_tokenizer)
         self.sampling_rate = model.config.codec.sampling_rate
         self._codec, self._n_slots = model.audio_tokenizer, n_slots
-        self._rows = n_slots if is_fused else block_rows(n_slots)
-        self._n_blocks, self._capture = -(-n_slots // self._rows), capture if is_fused else None
-        self._streams: list[Any] = []  # reference, fused or captured streams, one per block
+        self._rows = n_slots if self.is_fused else block_rows(n_slots)
+        self.streams: list[Any] = []
         self._weights: Any = None
         self.refresh_weights()
 
@@ -71,33 +43,46 @@ class CodecRunner:
         The engine calls this when no request is running.
         """
         folded, addresses = self._codec.folded_weights(), weight_addresses(self._codec)
-        if self._streams and folded is self._weights[0] and addresses == self._weights[1]:
+        if self.streams and folded is self._weights[0] and addresses == self._weights[1]:
             every_row = torch.ones(self._rows, dtype=torch.bool, device=folded.weights[0].device)
-            for stream in self._streams:
+            for stream in self.streams:
                 stream.restart(every_row)
             return
         self._weights = folded, addresses
-        self._streams = [self._codec.stream(self._rows) for _ in range(self._n_blocks)]
-        if self._capture is not None:
-            self._streams = [CapturedCodecStream(stream, self._capture) for stream in self._streams]
+        self.streams = [self._codec.stream(self._rows) for _ in range(-(-self._n_slots // self._rows))]
 
     def restart(self, slot: int) -> None:
         """Reset the streaming state of a slot for a new request."""
-        stream, row = self._streams[slot // self._rows], slot % self._rows
+        stream, row = self.streams[slot // self._rows], slot % self._rows
         stream.restart(torch.arange(self._rows, device=stream.state.past_frames.device) == row)
 
-    def decode(self, output: FrameOutput, slots: list[int]) -> Tensor:
+    def launch(self, codes: Tensor, valid: Tensor) -> Tensor:
+        """Launch the kernels of the fused codec that decode one frame, without any PyTorch operator but views.
+
+        Args:
+            codes: int64 [n_slots, 37], contiguous, without the +2 offset.
+            valid: int64 [n_slots], 1 for a row with a new frame. The state of any other row stays as it is.
+
+        Returns:
+            fp32 [n_slots, samples_per_frame], which the next frame overwrites; zeros in rows without a new frame.
+        """
+        samples: Tensor = self.streams[0].chunk(codes.unsqueeze(2), valid)
+        return samples[:, 0]
+
+    def decode(self, output: FrameOutput) -> Tensor:
         """Decode a frame to samples, fp32 [n_slots, samples_per_frame].
 
-        Only the rows of `slots` are meaningful. A row of `slots` has zeros if its ``output.valid`` is 0.
+        Only the rows of ``output.slots`` are meaningful. Such a row has zeros if its ``output.valid`` is 0.
         """
-        padding = self._n_blocks * self._rows - self._n_slots
-        codes = F.pad(output.codes - N_SPECIAL_CODES, (0, 0, 0, padding)).unsqueeze(2)  # [rows, 37, 1]
+        if self.is_fused:
+            return self.launch(output.codes, output.valid)
+        padding = len(self.streams) * self._rows - self._n_slots
+        codes = F.pad(output.codes, (0, 0, 0, padding)).unsqueeze(2)  # [rows, 37, 1]
         valid = F.pad(output.valid, (0, padding))
         samples = torch.zeros(
             len(codes), self._codec.config.samples_per_frame, dtype=torch.float32, device=codes.device
         )
-        for i_block in sorted({slot // self._rows for slot in slots}):
+        for i_block in sorted({slot // self._rows for slot in output.slots}):
             rows = slice(i_block * self._rows, (i_block + 1) * self._rows)
-            samples[rows] = self._streams[i_block].decode(codes[rows], valid[rows])[:, 0]
+            samples[rows] = self.streams[i_block].decode(codes[rows], valid[rows])[:, 0]
         return samples[: self._n_slots]

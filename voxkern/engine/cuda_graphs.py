@@ -3,8 +3,8 @@
 A graph repeats the captured launches with the same addresses and arguments. So everything that varies from frame to
 frame is in static memory on the device. A frame with fewer rows than its graph is padded with empty rows of length 0.
 
-:class:`CudaCapture` needs a GPU, and has not been run on one yet. The rest is tested with a capture that records
-launches in Triton's interpreter and replays them (tests/test_cuda_graphs.py).
+:class:`CudaCapture` needs a GPU, and has not been run on one yet. It is tested on a stand-in that records launches in
+Triton's interpreter and replays them (bench/static/stand_in_gpu.py).
 """
 
 from collections.abc import Callable

@@ -44,7 +44,8 @@ class Engine:
         self.running: dict[int, RequestState] = {}
         self._queue: deque[RequestState] = deque()
         self._cancelled: deque[RequestState] = deque()
-        self._pending: list[PendingOutput] = []  # outputs that the host has not read yet, at most one
+        self._pending: list[OutputCopy] = []  # a frame's outputs that the host has not read yet
+        self._idle_copies: list[OutputCopy] = []  # memory of outputs that were read, to be used again
         self._frame_lock = threading.Lock()  # held by the thread that runs a frame
         self._pid = os.getpid()  # the process in which the frame lock was taken last
         self._frame_done, self._epoch = threading.Condition(), 0
@@ -206,23 +207,29 @@ class Engine:
             state.queue_seconds += time.perf_counter() - start
 
     def _generate_and_deliver(self, start: float) -> None:
-        """Generate and decode a frame for each running request, and deliver the frames that are not deferred.
+        """Generate and decode a frame of each running request, and deliver the frames that are not deferred.
 
         `start` is the time when the frame began, in seconds of ``time.perf_counter``.
         """
-        output = self.runner.generate_frame()
-        generated = time.perf_counter()
-        samples = self.codec.decode(output, sorted(self.running))
-        pending = [*self._pending, PendingOutput(dict(self.running), output, samples)]
+        new, codec_seconds = [], 0.0
+        for output in self.runner.generate_frame():
+            samples, generated = output.samples, time.perf_counter()
+            if samples is None:
+                samples = self.codec.decode(output)
+            codec_seconds += time.perf_counter() - generated
+            copy = self._idle_copies.pop() if self._idle_copies else OutputCopy(output, samples)
+            copy.start({slot: self.running[slot] for slot in output.slots}, output, samples)
+            new.append(copy)
         # The next call reads a deferred runner's frame, because reading it now would make the CPU wait for the device.
         # But if the frame is the first of some request, it is read now, so that the request's sound starts earlier.
         deferred = self.runner.deferred and all(state.n_frames for state in self.running.values())
-        self._pending = [pending.pop()] if deferred else []
-        read = [line for one in pending for line in one.read()]
-        end = time.perf_counter()
+        ready, self._pending = (self._pending, new) if deferred else (self._pending + new, [])
+        read = [line for copy in ready for line in copy.read()]
+        self._idle_copies += ready
+        seconds = time.perf_counter() - start
         for state in self.running.values():
-            state.frame_seconds += generated - start
-            state.codec_seconds += end - generated
+            state.frame_seconds += seconds - codec_seconds
+            state.codec_seconds += codec_seconds
         for state, is_valid, codes, frame_samples in read:
             if not state.finished:  # otherwise the request was over before this frame
                 self._deliver(state, is_valid, codes, frame_samples)
@@ -230,7 +237,7 @@ class Engine:
     def _deliver(
         self, state: RequestState, is_valid: bool, codes: NDArray[np.int16], samples: NDArray[np.float32]
     ) -> None:
-        if not is_valid and codes[0] + N_SPECIAL_CODES == NOT_FINITE:
+        if not is_valid and codes[0] == NOT_FINITE - N_SPECIAL_CODES:
             self._finish(state, state.not_finite())
             return
         state.ended = not is_valid
@@ -262,8 +269,8 @@ class Engine:
         """Allocate a request's pages, run its prompt and put it into a slot; return False if too few pages are free."""
         request, runner = state.request, self.runner
         if not self.running:
+            self.codec.refresh_weights()  # first, because graphs of the runner may use the codec's memory
             runner.refresh_weights()
-            self.codec.refresh_weights()
         n_shared = request.prefix.n_tokens if request.prefix is not None else 0
         shared, own = request.prompt[:n_shared], request.prompt[n_shared:]
 
@@ -302,37 +309,53 @@ class Engine:
                 del self.running[slot]
                 self.runner.remove(slot)
             if not self.running:
+                self._idle_copies += self._pending
                 self._pending = []
         finally:  # runs even if the GPU is lost, so that no caller waits forever
             state.error, state.finished = error, True  # `finished` last, because other threads wait for it
 
 
-class PendingOutput:
-    """Holds a frame's output while it is copied from the device to the CPU."""
+class OutputCopy:
+    """Copies a frame's output from the device to the host, without a wait, and holds it until the host reads it.
 
-    def __init__(self, states: dict[int, RequestState], output: FrameOutput, samples: Tensor) -> None:
-        """`states`: the running requests by slot when the frame was generated."""
+    On a GPU, the host's memory is pinned. It is allocated once, because allocating pinned memory takes long.
+    """
+
+    def __init__(self, output: FrameOutput, samples: Tensor) -> None:
+        """Allocate memory for outputs of this form."""
+        device = samples.device
+        self._on_host = [
+            torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=device.type == "cuda")
+            for x in (output.codes, output.valid, samples)
+        ]
+        self._arrays = [x.numpy() for x in self._on_host]
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._states: dict[int, RequestState] = {}
+
+    def start(self, states: dict[int, RequestState], output: FrameOutput, samples: Tensor) -> None:
+        """Start to copy an output; the device may overwrite it afterwards.
+
+        Args:
+            states: the output's requests by slot.
+            output: the output.
+            samples: the output's sound, fp32 [slots, samples_per_frame].
+        """
         self._states = states
-        self._on_host = [_to_host(x) for x in (output.codes - N_SPECIAL_CODES, output.valid, samples)]
-        self._ready = torch.cuda.Event() if samples.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._ready is not None:
-            self._ready.record(torch.cuda.current_stream(samples.device))
+        for target, source in zip(self._on_host, (output.codes, output.valid, samples), strict=True):
+            target.copy_(source, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(samples.device))
 
     def read(self) -> list[tuple[RequestState, bool, NDArray[np.int16], NDArray[np.float32]]]:
         """Wait for the copy; return each request's state, whether the frame is valid, codes and samples.
 
         The codes are int16 [37] without the +2 offset, see :class:`FrameOutput`.
         """
-        if self._ready is not None:
-            self._ready.synchronize()
-        codes, valid, samples = (x.numpy() for x in self._on_host)
+        if self._copied is not None:
+            self._copied.synchronize()
+        states, self._states = self._states, {}
+        codes, valid, samples = self._arrays
         return [
             (state, bool(valid[i]), codes[i].astype(np.int16), samples[i].astype(np.float32))
-            for i, state in self._states.items()
+            for i, state in states.items()
         ]
-
-
-def _to_host(x: Tensor) -> Tensor:
-    if not x.is_cuda:
-        return x.clone()  # a copy, because the next frame may overwrite `x` before the output is read
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

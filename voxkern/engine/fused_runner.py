@@ -3,9 +3,11 @@
 Lengths, frame numbers and codes stay on the device. If a request generates END, has a frame with NaN or infinity, or
 reaches its frame limit, a kernel sets its length to 0. The host learns of this with a delay of one frame. Until then,
 the request keeps its slot.
+
+If the codec is fused, its launches follow those of the frame, in the same graph.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from ..kernels.decode_state import launch_update_decode_state
 from ..kernels.operator import on_device
 from ..reference import VoxtralTTS
 from ..reference.noise import seed_tensor
+from .codec_runner import CodecRunner
 from .cuda_graphs import BatchGraphs, Capture, weight_addresses
 from .kv_cache import KVCache, pages_for
 from .request import Request
@@ -35,8 +38,7 @@ class DecodeBatch:
         slots: the slots that hold a request of this batch.
         lengths: int32 [slots], tokens of each request in the KV cache; 0 if the slot is free or its request is over.
         n_frames: int64 [slots], frames kept so far; a frame with END is not counted.
-        codes: int64 [slots, 37], the last frame of each request with the +2 offset, zeros in a free slot. The semantic
-            code is END or NOT_FINITE if the request has ended or failed in that frame.
+        codes: int64 [slots, 37], the last frame of each request, see :attr:`FrameOutput.codes`.
         valid: int64 [slots], 1 if the slot's row of `codes` is a new frame, else 0.
     """
 
@@ -48,11 +50,16 @@ class DecodeBatch:
         max_seq_len: int,
         steps: int,
         solver: str,
+        codec: CodecRunner | None = None,
         capture: Capture | None = None,
     ) -> None:
-        """Allocate `n_slots` free rows; with `capture`, also capture the graphs of a frame."""
+        """Allocate `n_slots` free rows; with `capture`, also capture the graphs of a frame.
+
+        If `codec` is fused, its launches are part of a frame.
+        """
         self._backbone, self._flow_head = fused_modules_of(model)
         self._kv, self._steps, self._solver = kv_cache.kv, steps, solver
+        self._codec = codec if codec is not None and codec.is_fused else None
         weight = model.norm.weight
         device, config = weight.device, model.config
         self.slots: set[int] = set()
@@ -79,18 +86,22 @@ class DecodeBatch:
     def remove(self, slot: int) -> None:
         """Free the row of a slot."""
         self.slots.discard(slot)
-        self.lengths[slot] = self.valid[slot] = self.codes[slot] = 0
+        self.lengths[slot] = self.valid[slot] = 0
 
     def generate_frame(self) -> FrameOutput:
         """Generate a frame for all requests, by running all rows up to the last row in use.
 
         The output is in memory that the next frame overwrites.
         """
-        self._run(max(self.slots) + 1)
-        return FrameOutput(self.codes, self.valid)
+        samples = self._run(max(self.slots) + 1)
+        return FrameOutput(sorted(self.slots), self.codes, self.valid, samples)
 
-    def launch(self, rows: int) -> None:
-        """Launch a frame of the first `rows` rows. The first call with this number of rows also allocates memory."""
+    def launch(self, rows: int) -> Tensor | None:
+        """Launch a frame of the first `rows` rows. The first call with this number of rows also allocates memory.
+
+        Returns:
+            The samples of all slots, see :meth:`CodecRunner.launch`, or None if the codec is not fused.
+        """
         hidden, lengths = self._hidden[:rows], self.lengths[:rows]
         codes, next_embedding = self._flow_head.generate_codes(
             hidden, self._cfg_alpha[:rows],
@@ -101,6 +112,7 @@ class DecodeBatch:
                 codes, self._max_frames[:rows], lengths, self.n_frames[:rows], self.codes[:rows], self.valid[:rows]
             )
         self._backbone.decode(next_embedding, self._kv, self._block_table[:rows], lengths, hidden)
+        return None if self._codec is None else self._codec.launch(self.codes, self.valid)
 
 
 class FusedRunner:
@@ -109,20 +121,30 @@ class FusedRunner:
     deferred = True
 
     def __init__(
-        self, model: VoxtralTTS, n_slots: int, kv_cache: KVCache, max_seq_len: int, capture: Capture | None = None
+        self,
+        model: VoxtralTTS,
+        n_slots: int,
+        kv_cache: KVCache,
+        max_seq_len: int,
+        codec: CodecRunner,
+        capture: Capture | None = None,
     ) -> None:
         """Make `n_slots` slots, at most the accelerated model's `max_batch`; with `capture`, frames replay graphs."""
         self.model, self.n_slots, self.kv_cache, self.max_seq_len = model, n_slots, kv_cache, max_seq_len
-        self._capture, self._addresses = capture, weight_addresses(model)
+        self._codec, self._capture = codec, capture
+        self._addresses, self._streams = weight_addresses(model), codec.streams
         self._backbone, self._flow_head = fused_modules_of(model)
         self._batches: dict[tuple[int, str], DecodeBatch] = {}
         self._block_table = torch.zeros(1, pages_for(max_seq_len), dtype=torch.int32, device=kv_cache.kv.device)
 
     def refresh_weights(self) -> None:
-        """Rebuild the flow head's tables; drop all batches and graphs if a weight has a new address or dtype."""
+        """Rebuild the flow head's tables; drop all batches and graphs if memory that they use was replaced.
+
+        Such memory is a weight, which then has a new address or dtype, or the codec's streams.
+        """
         self._flow_head.refresh()
-        if (found := weight_addresses(self.model)) != self._addresses:
-            self._batches, self._addresses = {}, found
+        if (found := weight_addresses(self.model)) != self._addresses or self._codec.streams is not self._streams:
+            self._batches, self._addresses, self._streams = {}, found, self._codec.streams
 
     def weights_version(self) -> Hashable:
         """Return the version of the backbone's weights, see :func:`voxkern.engine.runner.backbone_weights_version`."""
@@ -146,7 +168,7 @@ class FusedRunner:
             for known in idle[: max(0, len(self._batches) - MAX_DECODE_BATCHES + 1)]:
                 del self._batches[known]
             self._batches[key] = DecodeBatch(
-                self.model, self.n_slots, self.kv_cache, self.max_seq_len, *key, self._capture
+                self.model, self.n_slots, self.kv_cache, self.max_seq_len, *key, self._codec, self._capture
             )
         self._batches[key].add(slot, request, hidden, pages)
 
@@ -156,15 +178,15 @@ class FusedRunner:
             if slot in batch.slots:
                 batch.remove(slot)
 
-    def generate_frame(self) -> FrameOutput:
-        """Generate a frame of each batch that has requests, and merge their outputs."""
-        outputs = [batch.generate_frame() for batch in self._batches.values() if batch.slots]
-        if len(outputs) == 1:
-            return outputs[0]
-        # a slot has a request in one batch only, and zeros in the others
-        codes = torch.stack([output.codes for output in outputs]).sum(0)  # [slots, 37]
-        valid = torch.stack([output.valid for output in outputs]).sum(0)  # [slots]
-        return FrameOutput(codes, valid)
+    def generate_frame(self) -> Iterator[FrameOutput]:
+        """Generate a frame of each batch that has requests.
+
+        With a fused codec, each batch decodes its own frame. The codec then runs once for each batch, and leaves the
+        state of the other batches' rows as it is.
+        """
+        for batch in self._batches.values():
+            if batch.slots:
+                yield batch.generate_frame()
 
 
 def fused_modules_of(model: VoxtralTTS) -> tuple[FusedBackbone, FusedHead]:

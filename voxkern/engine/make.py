@@ -44,13 +44,14 @@ def new_engine(model: VoxtralTTS, max_batch: int, cache_tokens: int | None, grap
     n_pages = default if cache_tokens is None else pages_for(cache_tokens)
     kv_cache = KVCache(config.backbone, n_pages, weight.dtype, weight.device)
     longest = min(positions, n_pages * PAGE_SIZE)
+    codec = CodecRunner(model, n)
     if fused_backbone is None:
-        return Engine(TorchRunner(model, n, kv_cache, longest), CodecRunner(model, n), config.audio.n_codebooks)
+        return Engine(TorchRunner(model, n, kv_cache, longest), codec, config.audio.n_codebooks)
     from .fused_runner import FusedRunner  # needs Triton
 
     capture = capture_for(weight.device) if graphs else None
-    runner = FusedRunner(model, n, kv_cache, longest, capture)
-    return Engine(runner, CodecRunner(model, n, capture), config.audio.n_codebooks)
+    runner = FusedRunner(model, n, kv_cache, longest, codec, capture)
+    return Engine(runner, codec, config.audio.n_codebooks)
 
 
 def fused_backbone_of(model: VoxtralTTS) -> "FusedBackbone | None":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import VoxtralTTS
 from ..reference.attention import PagedCache
-from ..reference.config import END_AUDIO, NOT_FINITE
+from ..reference.config import END_AUDIO, N_SPECIAL_CODES, NOT_FINITE
 from ..reference.noise import noise, seed_tensor
 from .kv_cache import KVCache
 from .request import Request
@@ -28,16 +28,20 @@ BLOCK_ROWS = 4
 
 @dataclass(frozen=True)
 class FrameOutput:
-    """Holds one frame of all slots, on the device.
+    """Holds one frame of some slots, on the device.
 
     Attributes:
-        codes: int64 [slots, 37] with the +2 offset. If `valid` is 1, a row is the new frame. If a request has ended in
-            this frame, the semantic code is END. If the frame has NaN or infinity, the semantic code is NOT_FINITE.
+        slots: the slots that the frame belongs to. The other slots' rows mean nothing, and their `valid` is 0.
+        codes: int64 [slots, 37] without the +2 offset. If `valid` is 1, a row is the new frame. If a request has ended
+            in this frame, the semantic code is END - 2. If the frame has NaN or infinity, it is NOT_FINITE - 2.
         valid: int64 [slots], 1 for a new frame, 0 if the slot is free or its request is over.
+        samples: fp32 [slots, samples_per_frame], the frame's sound, or None if the codec is yet to decode the codes.
     """
 
+    slots: list[int]
     codes: Tensor
     valid: Tensor
+    samples: Tensor | None = None
 
 
 class ModelRunner(Protocol):
@@ -70,8 +74,12 @@ class ModelRunner(Protocol):
     def remove(self, slot: int) -> None:
         """Free a slot; output of the slot that has not been read yet is ignored."""
 
-    def generate_frame(self) -> FrameOutput:
-        """Generate a frame for every request that has not ended, failed or reached its frame limit."""
+    def generate_frame(self) -> Iterator[FrameOutput]:
+        """Generate a frame for every request that has not ended, failed or reached its frame limit.
+
+        Yields:
+            The frames of groups of requests. A group's output may be overwritten when the next group runs.
+        """
 
 
 @dataclass(eq=False)
@@ -131,8 +139,9 @@ class TorchRunner:
         """Free a slot; do nothing if :meth:`generate_frame` has freed it, because the request is over."""
         self._running.pop(slot, None)
 
-    def generate_frame(self) -> FrameOutput:
+    def generate_frame(self) -> Iterator[FrameOutput]:
         """Run the backbone on the last frame of each request that has a frame, then generate the next frame of all."""
+        slots = sorted(self._running)
         for block in blocks([r for r in self._running.values() if r.n_frames], self._rows):
             decode_block(self.model, self.kv_cache.kv, block, self._rows)
         weight = self.model.norm.weight
@@ -142,12 +151,12 @@ class TorchRunner:
             for block in blocks(list(group), self._rows):
                 generate_block(self.model, block, self._rows, steps, solver)
         for r in list(self._running.values()):
-            codes[r.slot] = r.codes
+            codes[r.slot] = r.codes - N_SPECIAL_CODES
             is_over = int(r.codes[0]) in (END_AUDIO, NOT_FINITE)
             valid[r.slot] = int(not is_over)
             if is_over or r.n_frames == r.request.max_frames:
                 self.remove(r.slot)
-        return FrameOutput(codes, valid)
+        yield FrameOutput(slots, codes, valid)
 
 
 def generate_block(model: VoxtralTTS, block: list[RunningRequest], rows: int, steps: int, solver: str) -> None:

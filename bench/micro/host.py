@@ -1,0 +1,131 @@
+"""Measure what the host does for one frame while requests run: its time, PyTorch operators, waits and replays.
+
+``python -m bench host`` runs the engine on a stand-in for a GPU (bench/static/stand_in_gpu.py), on which launches and
+replays do nothing. The time includes the stand-in's own: some 20 us for each operator. It shows how the host's work
+changes, and not the time on a machine with a GPU.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+BATCHES = (1, 8, 32)
+FRAMES = 300  # frames of each batch size whose time is measured
+
+
+@dataclass(frozen=True)
+class HostWork:
+    """What the host does for one frame.
+
+    Attributes:
+        seconds: the median time of a frame.
+        operators: number of calls of each PyTorch operator outside the graphs, by name.
+        waits: how often the host waits for the device, by the function that waits.
+        replays: number of replays of graphs.
+    """
+
+    seconds: float
+    operators: Counter[str]
+    waits: Counter[str]
+    replays: int
+
+
+class _Operators(TorchDispatchMode):
+    """Counts the PyTorch operators that run, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def host_work(folder: Path, batch: int, frames: int = FRAMES) -> HostWork:
+    """Return the host's work for one frame of `batch` running requests.
+
+    Args:
+        folder: the model's checkpoint.
+        batch: number of requests, and max_batch.
+        frames: number of frames whose time is measured.
+    """
+    import voxkern
+    from bench.static.stand_in_gpu import stand_in_gpu
+    from voxkern.engine.fused_runner import DecodeBatch
+    from voxkern.engine.request import Request
+
+    add = DecodeBatch.add
+
+    def add_endless(self: DecodeBatch, slot: int, *arguments: Any) -> None:
+        add(self, slot, *arguments)
+        self.valid[slot] = 1  # no launch computes it, and a frame that is not valid ends its request
+
+    with stand_in_gpu() as gpu, mock.patch.object(DecodeBatch, "add", add_endless):
+        gpu.computes = False
+        tts = voxkern.load(folder, device="cuda", backend="triton", max_batch=batch)
+        engine, dim = tts.engine, tts.model.config.backbone.dim
+        for seed in range(batch):
+            prompt = torch.zeros(8, dim, dtype=tts.model.norm.weight.dtype, device="cuda")
+            engine.submit(Request(prompt, seed, 1.2, frames + 10, 7, "euler"))
+        for _ in range(3):  # captures the graphs, and allocates the host's memory
+            engine.run_frame()
+        gpu.waits.clear()
+        gpu.n_replays = 0
+        with _Operators() as operators:
+            engine.run_frame()
+        waits, replays, times = Counter(gpu.waits), gpu.n_replays, list[float]()
+        for _ in range(frames):
+            start = time.perf_counter()
+            engine.run_frame()
+            times.append(time.perf_counter() - start)
+        assert engine.n_running == batch
+    return HostWork(statistics.median(times), operators.calls, waits, replays)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure each batch size, print the figures, and store their rows if the command line says so."""
+    from bench.results import FILE, ResultRow, store, with_provenance
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--csv", nargs="?", const=FILE, type=Path, metavar="FILE", help=f"store the rows ({FILE.name})")
+    options = parser.parse_args(arguments)
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: on the stand-in, kernels are interpreted
+    torch.set_num_threads(1)
+    rows = []
+    from voxkern.random_checkpoint import make_checkpoint
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = make_checkpoint(Path(name))
+        for batch in BATCHES:
+            work = host_work(folder, batch)
+            figures: dict[str, tuple[float, str, str]] = {
+                "time": (work.seconds * 1e6, "us", "measured"),
+                "operators": (work.operators.total(), "", "counted"),
+                "waits": (work.waits.total(), "", "counted"),
+                "replays": (work.replays, "", "counted"),
+            }
+            print(
+                f"batch {batch}: "
+                + ", ".join(f"{name} {value:.4g} {unit}" for name, (value, unit, _) in figures.items())
+            )
+            rows += [
+                ResultRow("host", "frame", metric, value, unit, how, "python -m bench host", shape=f"batch {batch}")
+                for metric, (value, unit, how) in figures.items()
+            ]
+    if options.csv is not None:
+        store(with_provenance(rows), options.csv)
+    return 0
