@@ -14,9 +14,10 @@ transformer or an MLP, has width dim::
     flow_finish   the last step, then codes [B, 1 + K] and the sum of their embeddings [B, E]
 
 A transformer ends in an RMSNorm, y / sqrt(mean(y^2) + eps) * weight. Its tokens are stored as [6B, dim], row = token *
-2B + branch * B + request, with token 0 = x, 1 = t and 2 = h. An MLP ends in a modulated layer norm, (y - mean) /
-sqrt(variance + eps) * (1 + scale) + shift. It has only x tokens. These tokens are its residual stream, and after the
-last layer they are its output y.
+2B + branch * B + request. Token 0 is x, 1 is t and 2 is h; branch 0 is with the condition, and 1 is without it.
+
+An MLP ends in a modulated layer norm, (y - mean) / sqrt(variance + eps) * (1 + scale) + shift. It has only x tokens.
+These tokens are its residual stream, and after the last layer they are its output y.
 
 One block computes a whole step of one request, so that no block waits for another. The block reads both projections,
 221 KB each in the public model. flow_start needs no velocity, so several blocks serve one request, each with some rows
@@ -291,7 +292,7 @@ def flow_finish(
         levels: the number of levels of an acoustic code. x = -1 is level 0, and x = 1 is level ``levels - 1``. A value
             halfway between two levels rounds to the even level.
         embeddings: [rows, E]: ``semantic_size + 2`` rows, then ``levels + 2`` rows for each acoustic codebook. With
-            None there is no sum, and E = 0.
+            None, no sum is computed, and E = 0.
         semantic_size: the number of codes in the semantic codebook, without the 2 special codes.
         max_batch: the most requests that the operator is prepared for, 1..64; the launch config depends on this number.
 

@@ -5,19 +5,19 @@ From logits [M, E] of M tokens and E experts, ``moe_route`` computes::
     scores  = softmax(logits) or sigmoid(logits)         [M, E]
     order   = logits, or scores + bias                   [M, E], -inf outside the token's best groups
     ids     = top k of order | E, E + 1, ..              [M, P], P = k + n_shared; the last are the shared experts
-    weights = scale * scores[ids] | 1, 1, ..             [M, P], optionally divided by their sum before `scale`
+    weights = scale * scores[ids] | 1, 1, ..             [M, P], the first k may be divided by their sum before `scale`
 
-In the choice of groups and experts, NaN and -inf count as the lowest fp32 number, so the ids are always different and
-in range. The weights are computed from the scores as they are, so the score NaN gives the weight NaN. The pairs are
-then sorted::
+In the choice of groups and experts, NaN and -inf count as the lowest fp32 number. So the ids of a token always differ
+and are in range. The weights are computed from the unchanged scores, so a score of NaN gives a weight of NaN. The pairs
+are then sorted::
 
     pair    = token * P + place                          a token and one of its P places
-    pairs   = all pairs, by expert, then by token        [M * P]
+    pairs   = all pairs, sorted by expert, then token    [M * P]
     tiles   = (expert, first, end)                       [T, 3]: pairs[first:end], at most tile_rows, have this expert
 
 A block routes ROWS tokens and holds all E logits of each token in registers. If ROWS is at least `max_rows`, one block
-routes all tokens, and also writes pairs and tiles. Otherwise a second launch, of one block, writes them, because the
-index of a pair in `pairs` depends on all tokens.
+routes all tokens, and also writes pairs and tiles. Otherwise a second launch, of one block, writes pairs and tiles,
+because the index of a pair in `pairs` depends on all tokens.
 
 The launches that compute the experts run over the tiles, and their grid must be known before the routing has run. T is
 therefore the most tiles that M tokens can make, and unused tiles are filled with -1.
@@ -37,8 +37,8 @@ __all__ = ["choose_tile_rows", "moe_route", "tile_count"]
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 # For few rows, one block routes all tokens, and writes pairs and tiles in the same launch. With 32 logits per thread,
-# the kernel takes some 220 registers. More warps, with fewer logits per thread, spill 8 bytes on some architectures. A
-# block of 64 rows with 256 experts spills on any number of warps.
+# the kernel takes some 220 registers. With more warps, the kernel spills 8 bytes on some architectures, although each
+# thread holds fewer logits. A block of 64 rows with 256 experts spills with any number of warps.
 # For many rows, each block routes 16 rows, and a second launch writes pairs and tiles.
 MOE_ROUTE = LaunchConfigs(
     "moe_route",
@@ -90,8 +90,8 @@ def _open_groups(
 ):  # fmt: skip
     """Return `b_order` [M, E], with -inf in each row for the experts outside that token's best groups.
 
-    A group's score is the sum of its two best values in `b_ranked` [M, E], or its only value. `b_ranked` must be
-    comparable: two values of LOWEST have the sum -inf, which counts as LOWEST again.
+    A group's score is the sum of its two best values in `b_ranked` [M, E], or its only value. `b_ranked` must come from
+    :func:`_comparable`, so it has no NaN and no -inf. The sum of two values of LOWEST is -inf; it counts as LOWEST too.
     """
     SIZE: tl.constexpr = E // N_GROUPS
     o_g = o_e // SIZE
@@ -331,7 +331,7 @@ def moe_route(
     first.
 
     In the choice of experts and groups, NaN and -inf count as the lowest fp32 number. So a token always has k different
-    experts, and an expert with NaN comes last. The weights are computed from the scores as they are. With softmax, all
+    experts, and an expert with NaN comes last. The weights are computed from the unchanged scores. With softmax, all
     scores of a token are NaN if one of its logits is NaN or +inf, or if all are -inf. With sigmoid, a score is NaN only
     if its own logit is NaN.
 

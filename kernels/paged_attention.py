@@ -1,7 +1,7 @@
 """Attention over a paged KV cache: one new token per request (decode), or many (prefill).
 
-The following is computed for each request and key head. The queries of the H / Hkv query heads that read this key head
-are the columns of s, p and o::
+The kernels compute the following for each request and key head. The queries of the H / Hkv query heads that read this
+key head are the columns of s, p and o::
 
     q [H / Hkv, D]    kv_cache [pages, 2, Hkv, PAGE, D]    block_table [B, max_pages]
     K, V [tokens, D]: token t of request b is entry t % PAGE of page block_table[b, t // PAGE]
@@ -11,13 +11,13 @@ are the columns of s, p and o::
     p = 2^(s - m)                          [tokens, queries]
     o = V^T p / sum of p over tokens       [D, queries]        in steps of BLOCK_N tokens, m updated at each step
 
-Keys and values are read once for all query heads of a key head. The queries are the columns of a tile, because the
-matrix units need as few as eight columns on NVIDIA GPUs (see kernels/linear.py). The softmax is fp32 and uses powers of
-two (FlashAttention, arXiv 2205.14135); p is rounded to the cache's dtype for the product with V, which is summed in
-fp32.
+Keys and values are read once for all query heads of a key head. The few queries are the columns of a tile: on NVIDIA
+GPUs, a matrix instruction takes 16 or 64 rows, but as few as 8 columns (see kernels/linear.py). The softmax is fp32 and
+uses powers of two (FlashAttention, arXiv 2205.14135). For the product with V, p is rounded to the cache's dtype; the
+sums are fp32.
 
 Decode divides a request into spans of a fixed number of tokens, one block each, so that a long request uses the whole
-GPU. The block that finishes last adds up the results of all spans, in order (Flash-Decoding). A result depends neither
+GPU. The block that finishes last combines the results of all spans, in order (Flash-Decoding). A result depends neither
 on the other requests in the batch, nor on how a prompt was divided for the prefill.
 """
 
@@ -36,12 +36,12 @@ __all__ = ["paged_attention", "paged_attention_scratch", "prefill_attention"]
 
 NO_WINDOW = 1 << 30
 MAX_SPANS = 64
-PAGE_SIZES = (16, 32, 64, 128)  # the number of tokens of a page
+PAGE_SIZES = (16, 32, 64, 128)  # numbers of tokens that a page may have
 
-# A stage holds 64 tokens of one key head: 16 KB of keys and 16 KB of values for D = 128. Three stages need at most
-# 98,304 bytes, which fit into the 101,376 bytes of a block on sm_86, sm_89 and sm_120. On NVIDIA GPUs, fp32 products
-# run on the ordinary FP32 units, which read their operands from registers, so fp32 tiles are smaller. A tile has at
-# least MIN_GROUP columns, also if fewer query heads read the key head.
+# A pipeline stage holds 64 tokens of one key head: 16 KB of keys and 16 KB of values for D = 128. Three stages need at
+# most 98,304 bytes of shared memory; a block may have 101,376 bytes on sm_86, sm_89 and sm_120. On NVIDIA GPUs, fp32
+# products run on the ordinary FP32 units, which read their operands from registers, so fp32 tiles are smaller. A tile
+# has at least MIN_GROUP columns, even if fewer query heads read the key head.
 PAGED_ATTENTION = LaunchConfigs(
     "paged_attention",
     """
@@ -55,7 +55,7 @@ PAGED_ATTENTION = LaunchConfigs(
 )
 
 # A tile has COLUMNS_Q columns: BLOCK_Q tokens times the query heads of a key head. On sm_90 and sm_100, a tile of 64
-# columns fits in the registers of eight warps; on other sm_*, such a tile spills. A tile of 16 fp32 columns spills on
+# columns fits in the registers of eight warps; on other sm_*, such a tile spills. A tile of 16 fp32 columns spills with
 # four warps.
 PREFILL_ATTENTION = LaunchConfigs(
     "prefill_attention",
@@ -85,8 +85,8 @@ def _attend(
         b_q: [BLOCK_R, COLUMNS], queries.
         b_end: int32 [BLOCK_R], the token after the last token that each query sees. A query sees `window` tokens or
             fewer.
-        p_kv: the key head's first element in page 0.
-        p_table: the request's row of the block table.
+        p_kv: points to the key head's first element in page 0.
+        p_table: points to the request's row of the block table.
         first: the first token.
         end: the token after the last token. Tokens from `end` on may hold anything and are not read.
         window: the most tokens that a query sees.
@@ -100,8 +100,8 @@ def _attend(
         BLOCK_R: queries.
 
     Returns:
-        fp32 [COLUMNS, BLOCK_R], the weighted sum. fp32 [BLOCK_R], the largest score, as an exponent of two, or -inf
-        where the query sees no token. fp32 [BLOCK_R], the sum of the weights.
+        fp32 [COLUMNS, BLOCK_R], the weighted sum. fp32 [BLOCK_R], the largest score s (see above), or -inf where
+        the query sees no token. fp32 [BLOCK_R], the sum of the weights.
     """
     o_d, o_n = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_N)
     m_d = (o_d < D)[None, :]
@@ -319,8 +319,8 @@ def _prefill_attention_kernel(
     o_row, o_head = start + o_t, i_kv * (H // HKV) + o_g
     b_q = tl.load(p_q + (o_row * stride_q + o_head * D)[:, None] + o_d[None, :], mask=m_q, other=0.0)  # [R, D]
     b_end = length - T + o_t + 1  # a query sees the tokens up to and including its own
-    # steps begin at multiples of BLOCK_N, no matter where the queries begin: the sums of a divided prompt run in the
-    # same order as the whole prompt
+    # Steps begin at multiples of BLOCK_N, no matter where the queries begin. So the sums have the same order for a
+    # divided prompt as for the whole prompt.
     first = tl.maximum(length - T + i_q * BLOCK_Q + 1 - window, 0) // BLOCK_N * BLOCK_N
     end = tl.minimum(length - T + (i_q + 1) * BLOCK_Q, length)
     b_acc, _, b_sum = _attend(

@@ -1,4 +1,4 @@
-"""The keys of ``params.json`` besides the fields of the configs, and the ranges of all numbers.
+"""The keys of ``params.json`` that are not fields of the config classes, and the ranges of all numbers.
 
 A key that is neither read into a config nor listed here is refused, because it may change what the model computes.
 """
@@ -6,7 +6,7 @@ A key that is neither read into a config nor listed here is refused, because it 
 from dataclasses import dataclass, field
 from typing import Any
 
-# the sections, each as the path of its keys
+# the sections, each named by the keys that lead to it, joined by dots
 TOP = ""
 MULTIMODAL = "multimodal"
 AUDIO = "multimodal.audio_model_args"
@@ -22,8 +22,8 @@ class OtherKeys:
 
     Attributes:
         only: maps a key to the one value that voxkern supports; None means that the key is supported only as null.
-        harmless: maps a key that changes no result to the type of its values. Some of these keys repeat a size of the
-            model or limit it; config.py compares them with the config.
+        harmless: maps each key that changes no result to the type of its value. Some of these keys repeat or limit a
+            size of the model; config.py compares them with the model's sizes.
     """
 
     only: dict[str, Any]
@@ -64,13 +64,13 @@ OTHER_KEYS = {
     ENCODING: OtherKeys(
         only={
             "codebook_pattern": "parallel",
-            # shorter segments would alternate text and frames; by default, a part has at most 400 characters and
-            # 2048 frames, which fit into one segment of each
+            # With shorter segments, the model would alternate segments of text and of frames. By default, a part has
+            # at most 400 characters and 2048 frames, which fit into one segment of each kind.
             "interleave_audio_tokens_per_segment": 8192,
             "interleave_text_tokens_per_segment": 8192,
             "single_trailing_segment": False,
         },
-        harmless={"num_codebooks": int, "sampling_rate": int, "frame_rate": float},  # repeat what the codec gives
+        harmless={"num_codebooks": int, "sampling_rate": int, "frame_rate": float},  # if given, equal to the model's
     ),
     # use_biases depends on the kind of head and is checked in config.py
     ACOUSTIC: OtherKeys(
@@ -93,11 +93,12 @@ OTHER_KEYS = {
     MOE: OtherKeys(only={"renorm_strategy": "WEIGHTS", "use_load_balancing_bias": False}),
 }
 
-MAX_SIZE = 2**20  # with this limit and those below, no tensor has 2^63 bytes, so that its size does not overflow
+MAX_SIZE = 2**20  # with this limit and those below, each tensor has fewer than 2^63 bytes: no size overflows
 MAX_COUNT = 1024
 MAX_HEADS = 4096
 MAX_POSITIONS = 2**31 - 1  # the kernels' positions are int32
-SMALLEST, LARGEST = 2.0**-126, 2.0**127  # the powers of two of normal fp32 numbers; a smaller eps may act as 0
+# the smallest and the largest power of two that are normal fp32 numbers; a smaller eps may act as 0
+SMALLEST, LARGEST = 2.0**-126, 2.0**127
 
 # (lowest, highest) of a number, by its type
 DEFAULT_RANGES: dict[type, tuple[float, float]] = {int: (1, MAX_SIZE), float: (SMALLEST, 1)}
@@ -131,7 +132,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sampling_rate": (1000, MAX_SIZE),  # Hz
     "frame_rate": (1, 1000),  # Hz
     "patch_proj_kernel_size": (1, MAX_COUNT),
-    "layer_scale_init": (0, 1024),  # only the value before training, which may be 0
+    "layer_scale_init": (0, 1024),  # the value before training, which may be 0; not used after training
     "sigma": (0, 1),
     "p_uncond": (0, 1),
     "dropout": (0, 1),

@@ -94,8 +94,8 @@ def test_pt_files_run_no_code(folder: Path, capsys: pytest.CaptureFixture) -> No
         ({"norm__weight": None}, r"copy: norm\.weight is missing"),
         ({"norm__weight": torch.ones(65)}, r"norm\.weight is \[65\], but params\.json requires \[64\]"),
         ({"norm__weight": torch.ones(64, dtype=torch.int32)}, r"norm\.weight is I32, must be"),
-        ({"norm__weight": torch.full((64,), torch.nan)}, r"norm\.weight holds a value that is not finite"),
-        ({"layers__1__attention__wq__weight": torch.eye(64) / 0}, r"layers\.1\.attention\.wq\.weight holds a value"),
+        ({"norm__weight": torch.full((64,), torch.nan)}, r"norm\.weight has a value that is NaN"),
+        ({"layers__1__attention__wq__weight": torch.eye(64) / 0}, r"layers\.1\.attention\.wq\.weight has a value"),
         ({"output__weight": torch.ones(3)}, r"output\.weight is not a tensor of this model"),
     ],
 )
@@ -147,7 +147,7 @@ def test_broken_voices(folder: Path, voice: torch.Tensor) -> None:
 
 def test_voice_length_disagrees_with_the_tokenizer(folder: Path) -> None:
     save_file({"embedding": torch.ones(6, 64)}, folder / "voice_embedding" / "ada.safetensors")
-    with pytest.raises(CheckpointError, match="voice 'ada' has 5 tokens, but 6 embeddings"):
+    with pytest.raises(CheckpointError, match="gives voice 'ada' 5 tokens, but the voice's file has 6 embeddings"):
         voxkern.load(folder)
 
 

@@ -1,6 +1,7 @@
-"""Tests of frames that have NaN or infinity: the request fails alone, with the frame's number, on both backends.
+"""Tests of frames that have NaN or infinity: only their request fails, and the error names the frame's number.
 
-NOT_FINITE in place of a frame's semantic code marks such a frame, from the flow head to the error.
+The flow head writes NOT_FINITE in place of such a frame's semantic code. The engine raises an error when it reads this
+code.
 """
 
 import asyncio
@@ -43,7 +44,7 @@ def test_kernels_and_reference_use_the_same_special_codes() -> None:
 
 
 def argmax_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments of semantic_argmax for 5 requests and 139 codes, of which 0 is EMPTY; 21 rows are padding.
+    """Return the arguments of semantic_argmax for 5 requests and 139 codes; code 0 is EMPTY, and 21 rows are padding.
 
     The first element of each hidden state is 1 or -1 in turn.
     """
@@ -79,7 +80,7 @@ def test_a_hidden_state_has_no_code(tiles: str, dtype: torch.dtype, value: float
 def test_one_logit_anywhere_is_enough(tiles: str, dtype: torch.dtype, value: float, device: torch.device) -> None:
     """The logit is in the first, a middle or the last tile.
 
-    An infinite weight gives logits of both signs, because ``h[:, 0]`` is positive or negative by request.
+    An infinite weight gives logits of both signs, because ``h[:, 0]`` is positive for some requests and not for others.
     """
     args = argmax_inputs(device, dtype)
     for row in (1, 31, 32, 63, 64, 100, 138):
@@ -108,7 +109,7 @@ def finish(args: dict[str, Any], tiles: str) -> list[Tensor]:
 @pytest.mark.parametrize("mlp", [0, 1], ids=["transformer", "mlp"])
 @EACH_VALUE
 def test_latents_mark_the_frame(tiles: str, value: float, mlp: int, device: torch.device) -> None:
-    """The state is not finite in the first, a middle or the last codebook; request 1 generates END at the same time."""
+    """The flow's state is not finite in the first, a middle or the last codebook; request 1 also generates END."""
     sizes = SimpleNamespace(**(flow_bench.ODD_MLP if mlp else flow_bench.ODD))
     args = flow_bench.flow_finish_inputs(sizes, TensorMaker(device=str(device)))
     expected = finish(args, tiles)
@@ -133,7 +134,7 @@ def test_a_network_of_nan_marks_the_frame(tiles: str, mlp: int, device: torch.de
 
 @pytest.mark.parametrize("embeddings", [True, False])
 def test_a_marked_code_stays_and_is_no_row_of_embeddings(tiles: str, embeddings: bool, device: torch.device) -> None:
-    """The memory before the embeddings holds NaN, which would show in the sum."""
+    """The memory before the embeddings holds NaN; if row -1 were read, the sum would be NaN."""
     args = flow_bench.flow_finish_inputs(SimpleNamespace(**flow_bench.ODD), TensorMaker(device=str(device)))
     args["semantic"][2] = NOT_FINITE
     codes, next_embedding, *_ = finish(args if embeddings else args | {"embeddings": None}, tiles)
@@ -142,9 +143,9 @@ def test_a_marked_code_stays_and_is_no_row_of_embeddings(tiles: str, embeddings:
 
 
 def test_the_decode_state_after_such_a_frame(device: torch.device) -> None:
-    """Requests 0 to 3 continue, are absent, end with END, and end at `max_frames`.
+    """Request 0 continues, 1 is absent, 2 ends with END, and 3 ends at `max_frames`.
 
-    Requests 4 to 7 repeat them, with NOT_FINITE as semantic code.
+    Requests 4 to 7 are the same, but have NOT_FINITE as semantic code.
     """
     entry = entry_of("update_decode_state")
     args = decode_state_bench.update_decode_state_inputs(
@@ -168,7 +169,7 @@ def test_the_decode_state_after_such_a_frame(device: torch.device) -> None:
 def test_heads_mark_the_frame(
     tiny_folder: Path, mlp_folder: Path, device: torch.device, head: str, backend: str, value: float
 ) -> None:
-    """Of five requests, the hidden states of the second and the fifth are not finite, nor is the fourth's guidance."""
+    """The hidden states of requests 1 and 4 are not finite, and neither is the guidance of request 3."""
     model = read_checkpoint(tiny_folder if head == "transformer" else mlp_folder, device=device).model
     if backend == "triton":
         voxkern.accelerate(model, 5)
@@ -188,7 +189,7 @@ ARGUMENTS: dict[str, Any] = {"voice": ["ada", "bob"], "seed": [1, 2], "steps": 1
 
 
 def load(folder: Path, device: torch.device, backend: str, fused_codec: bool = False, **arguments: Any) -> voxkern.TTS:
-    """Load a model for two requests; the kernels run with the reference codec, unless `fused_codec` is given."""
+    """Load a model for two requests; the kernels run with the reference codec, unless `fused_codec` is true."""
     tts = voxkern.load(folder, device=device, backend=backend, **({"max_batch": 2} | arguments))
     return tts if fused_codec else with_reference_codec(tts)
 
@@ -429,7 +430,7 @@ def test_replayed_graphs_fail_a_request_alone(tiny_folder: Path, gpu: torch.devi
 
 
 def test_a_server_gets_end_instead(tiny_folder: Path, device: torch.device) -> None:
-    """A server knows no NOT_FINITE; the codes of all requests stay in its range."""
+    """A server has no code NOT_FINITE, so such a frame gets END; the acoustic codes of all requests stay in range."""
     from test_server_heads import SGLangHead
 
     server = SGLangHead(read_checkpoint(tiny_folder, device=device).model.acoustic_transformer).to(device)

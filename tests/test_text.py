@@ -73,7 +73,7 @@ def test_control_words_in_a_text_stay_text(tiny_folder: Path) -> None:
         (None, "ada", TypeError, "text must be a string"),
         ("\ufeff \ufeff", "ada", ValueError, "text is empty"),
         ("ab\ud800c", "ada", ValueError, r"text has a lone surrogate, U\+D800, at position 2"),
-        ("a", "zoe", ValueError, "voice 'zoe' is unknown; there are ada, bob"),
+        ("a", "zoe", ValueError, "voice 'zoe' is unknown; known voices: ada, bob"),
     ],
 )
 def test_wrong_requests(tiny_folder: Path, text: str, voice: str, error: type, named: str) -> None:

@@ -45,7 +45,7 @@ def test_it_speaks(tiny_folder: Path, tmp_path: Path) -> None:
     tts.add_voice("eve", _write(tmp_path / "eve.wav", _tone(2)))
     eve, ada = (tts.generate("one", voice=voice, seed=3, max_frames=5) for voice in ("eve", "ada"))
     assert not np.array_equal(eve.codes, ada.codes)
-    with pytest.raises(ValueError, match="voice 'zoe' is unknown; there are ada, bob, eve"):
+    with pytest.raises(ValueError, match="voice 'zoe' is unknown; known voices: ada, bob, eve"):
         tts.generate("one", voice="zoe")
 
 
@@ -74,7 +74,7 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("samples", "named"),
     [
-        (np.zeros(0, np.float32), "is 0 s long, a voice needs 1 to 60 s"),
+        (np.zeros(0, np.float32), "is 0 s long, but a voice needs 1 to 60 s"),
         (_tone(0.5), "is 0.5 s long"),
         (_tone(60.1), "is 60.1 s long"),
         (np.zeros(48000, np.float32), "is silent"),

@@ -46,9 +46,9 @@ def test_a_voice_that_is_removed(tts: TTS) -> None:
     tts.remove_voice("bob")
     chunks += list(stream)  # a request that has started keeps the voice
     assert b"".join(chunk.samples.tobytes() for chunk in chunks) == expected.samples.tobytes()
-    with pytest.raises(ValueError, match="voice 'bob' is unknown; there are ada"):
+    with pytest.raises(ValueError, match="voice 'bob' is unknown; known voices: ada"):
         tts.generate("seven", "bob")
-    with pytest.raises(ValueError, match="name is 'bob', but there is no such voice"):
+    with pytest.raises(ValueError, match="name is 'bob', but no voice has this name"):
         tts.remove_voice("bob")
     tts.add_voice("bob", torch.ones(4, 64))  # the name is free again
     assert tts.generate("seven", "bob", **SHORT).samples.size > 0
@@ -65,7 +65,7 @@ def test_the_default_voice_may_be_removed(tts: TTS) -> None:
     tts.remove_voice("ada")
     assert tts.generate("seven", **SHORT).samples.tobytes() == expected
     tts.remove_voice("bob")
-    with pytest.raises(ValueError, match="there are no voices"):
+    with pytest.raises(ValueError, match="the model has no voices"):
         tts.generate("seven")
 
 
@@ -78,8 +78,8 @@ def test_the_default_voice_may_be_removed(tts: TTS) -> None:
         (torch.ones(3, 64, dtype=torch.int64), r"must be floats \[N, 64\], got torch.int64"),
         (torch.ones(3, 64).to_sparse(), "must be a dense tensor"),
         (torch.ones(3, 64, device="meta"), "must be a dense tensor"),
-        (torch.full((3, 64), torch.nan), "holds a value that is not finite in float32"),
-        (torch.full((3, 64), 1e60, dtype=torch.float64), "holds a value that is not finite in float32"),
+        (torch.full((3, 64), torch.nan), "has a value that is NaN, infinite or too large for float32"),
+        (torch.full((3, 64), 1e60, dtype=torch.float64), "has a value that is NaN, infinite or too large for float32"),
     ],
 )
 def test_wrong_embeddings_are_named(tts: TTS, rows: torch.Tensor, named: str) -> None:
@@ -93,7 +93,9 @@ def test_wrong_embeddings_are_named(tts: TTS, rows: torch.Tensor, named: str) ->
 def test_a_voice_without_room_for_text_is_the_cause(tts: TTS) -> None:
     positions = tts.model.config.backbone.max_seq_len
     tts.add_voice("long", torch.zeros(positions - 6, 64))
-    with pytest.raises(ValueError, match=rf"voice 'long' leaves no room for a text: it has {positions - 6} embeddings"):
+    with pytest.raises(
+        ValueError, match=rf"voice 'long' leaves no tokens for a text: it has {positions - 6} embeddings"
+    ):
         tts.generate("a", "long")
     tts.add_voice("shorter", torch.zeros(positions - 7, 64))
     assert tts.generate("a", "shorter", seed=3, steps=1).codes.shape[1] <= 1
@@ -101,7 +103,9 @@ def test_a_voice_without_room_for_text_is_the_cause(tts: TTS) -> None:
         tts.generate("aa", "shorter")
     short = voxkern.load(None, device="cpu", backend="torch", cache_tokens=64)
     short.add_voice("long", torch.zeros(58, short.model.config.backbone.dim))
-    with pytest.raises(ValueError, match=r"voice 'long' leaves no room for a text.* may have 64 tokens .*cache_tokens"):
+    with pytest.raises(
+        ValueError, match=r"voice 'long' leaves no tokens for a text.* may have 64 tokens .*cache_tokens"
+    ):
         short.generate("one", "long")
 
 
@@ -132,7 +136,7 @@ def test_a_clip_that_is_nearly_silent(tts: TTS, tmp_path: Path, peak: float, sil
 )
 def test_a_length_in_a_message_is_outside_the_range(tts: TTS, tmp_path: Path, n: int, rate: int, seconds: str) -> None:
     clip = _sound(tmp_path / "a.wav", np.sin(np.arange(n) / 9), rate)
-    with pytest.raises(ValueError, match=rf"a\.wav: is {seconds} s long, a voice needs 1 to 60 s"):
+    with pytest.raises(ValueError, match=rf"a\.wav: is {seconds} s long, but a voice needs 1 to 60 s"):
         tts.add_voice("eve", clip)
 
 

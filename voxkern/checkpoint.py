@@ -93,8 +93,8 @@ def read_checkpoint(folder: Path, dtype: torch.dtype | None = None, device: str 
 
     Args:
         folder: a folder with the files listed at the top of this module.
-        dtype: dtype of the model; None takes the dtype of most of the checkpoint's values, or float32 for float64. All
-            tensors are converted to it, because the kernels and the KV cache have one dtype.
+        dtype: dtype of the model; None takes the dtype of most values in the checkpoint, or float32 if that dtype is
+            float64. All tensors are converted to it, because the kernels and the KV cache have one dtype.
         device: device of the model.
 
     Raises:
@@ -114,7 +114,7 @@ def read_checkpoint(folder: Path, dtype: torch.dtype | None = None, device: str 
         del tensor  # the file's pages stay mapped as long as the tensor exists
         # checked after the conversion, because a large value of another dtype is infinite in fp16
         if not is_finite(state[name]):
-            wrong = f"holds a value that is not finite in {str(dtype).removeprefix('torch.')}"
+            wrong = f"has a value that is NaN, infinite or too large for {str(dtype).removeprefix('torch.')}"
             raise CheckpointError(f"{table[name].file}: {name} {wrong}")
     model.load_state_dict(state, strict=True, assign=True)
     model.mm_audio_embeddings.audio_codebook_embeddings.offsets = (

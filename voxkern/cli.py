@@ -1,4 +1,4 @@
-"""Speak a text with a Voxtral-class model, and look after its checkpoints and kernels."""
+"""Speak texts with a Voxtral-class model, inspect and make checkpoints, and compile kernels in advance."""
 
 import contextlib
 import importlib
@@ -74,7 +74,7 @@ def say(
     steps: Annotated[int | None, typer.Option(help="Evaluations of the velocity network per frame, 1..64.")] = None,
     solver: Annotated[str, typer.Option(help="euler, or ab2, which needs fewer steps.")] = "euler",
     cfg: Annotated[float, typer.Option(help="Strength of the guidance; 1 means no guidance.")] = CFG_ALPHA,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if torch finds one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="triton (kernels), torch, or auto: triton on a GPU.")] = "auto",
     max_frames: Annotated[int | None, typer.Option(help="Most frames (80 ms each) per part of a long text.")] = None,
@@ -140,7 +140,7 @@ def info(
     batch: Annotated[int, typer.Option(help="Requests that run side by side.")] = 1,
     seconds: Annotated[float, typer.Option(help="Seconds of speech per request.")] = 60.0,
 ) -> None:
-    """Show what a checkpoint holds, how much memory it needs, and the words that the demo voice can say."""
+    """Show the content of a checkpoint and the memory that it needs; for the demo voice, also the words it can say."""
     with _plain_errors():
         to_int("batch", batch, 1, 10**6)
         if not 0 < seconds <= 10**9:  # false for NaN too
@@ -202,7 +202,7 @@ def make(
     velocity_mlp: Annotated[bool, typer.Option("--velocity-mlp", help="Use an AdaLN MLP as the flow head.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is in the folder.")] = False,
 ) -> None:
-    """Write a checkpoint with random weights in the real format. A model with random weights generates noise."""
+    """Write a checkpoint with random weights, in the public checkpoint's format. The model generates noise."""
     with _plain_errors(), err.status("drawing weights"):
         if moe and full:
             raise ValueError("give --full or --moe, not both: the public model has no experts")
@@ -255,12 +255,15 @@ def _backend(has_triton: bool) -> str:
         return "triton: the kernels"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "triton: the kernels, in Triton's interpreter (slow, for tests)"
-    return "torch: there is no GPU for the kernels"
+    return "torch: no GPU was found for the kernels"
 
 
 @contextlib.contextmanager
 def _started_later(progress: Progress) -> Iterator[Progress]:
-    """Stop a progress bar at the end if :func:`_advance` has started it: an argument error must not show a bar."""
+    """Stop a progress bar at the end, if it was started.
+
+    The first call of :func:`_advance` starts the bar, so that an argument error shows no bar.
+    """
     try:
         yield progress
     finally:
@@ -276,7 +279,7 @@ def _advance(progress: Progress, task: TaskID, n_frames: float) -> None:
 def _write_chunks(
     chunks: Iterator[Audio], path: Path, sampling_rate: int, play: bool, on_chunk: Callable[[int], None]
 ) -> Audio:
-    """Write each chunk to a file as it arrives, and play it if `play`; return the joined chunks.
+    """Write each chunk to a file as it arrives, and play it if `play` is true; return the joined chunks.
 
     `on_chunk` is called with the number of frames of each chunk.
     """
@@ -326,7 +329,7 @@ def _text(text: str | None, file: Path | None) -> str:
         return str(text)
     if file is None and sys.stdin.isatty():
         raise ValueError("no text: give it as an argument, with --file, or on standard input")
-    # utf-8-sig leaves out a byte order mark, which would be spoken
+    # utf-8-sig leaves out a byte order mark
     with io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig") if file is None else file.open(encoding="utf-8-sig") as source:
         try:
             return source.read().strip()

@@ -1,4 +1,4 @@
-"""Make the prompts of requests: the tokens of a text, with a voice's embeddings in the place of its [AUDIO] tokens."""
+"""Make the prompts of requests: the tokens of a text, with a voice's embeddings in place of the [AUDIO] tokens."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Prompt:
         embeddings: [T, dim], what the backbone reads.
         voice: [N, dim], the voice's embeddings. All prompts of a voice hold the same tensor, not copies, because the
             prefix cache identifies a voice by its tensor.
-        n_shared: number of the first rows that all prompts of the voice share.
+        n_shared: number of rows at the start that all prompts of the voice share.
     """
 
     embeddings: Tensor
@@ -43,8 +43,8 @@ class PromptMaker:
         """Add a voice with the given embeddings, [N, dim], converted to the model's dtype and device.
 
         Raises:
-            ValueError: the embeddings have another shape, are no floats, or have a value that is not finite in the
-                model's dtype.
+            ValueError: the embeddings have another shape, are not floating-point, or have a value that is not finite in
+                the model's dtype.
         """
         self.voices[name] = self._converted(
             name, check_rows(rows, self._model.config.backbone.dim, _named(name))
@@ -55,10 +55,10 @@ class PromptMaker:
         """Remove a voice; prompts that were made stay as they are.
 
         Raises:
-            ValueError: there is no voice of this name.
+            ValueError: no voice has this name.
         """
         if name not in self.voices:
-            raise ValueError(f"name is {name!r}, but there is no such voice")
+            raise ValueError(f"name is {name!r}, but no voice has this name")
         self._encoder.remove(name)
         del self.voices[name]
 
@@ -68,10 +68,10 @@ class PromptMaker:
         Args:
             text: the text.
             voice: name of the voice; None takes the default.
-            positions: the most tokens that prompt and frames may have together.
+            positions: the most tokens that the prompt and the frames may have together.
 
         Raises:
-            ValueError: the text is empty or too long, or the voice is unknown or leaves no room for a text.
+            ValueError: the text is empty or too long, or the voice is unknown or leaves no tokens for a text.
             TypeError: `text` is not a string.
         """
         voice = self._default() if voice is None else voice
@@ -94,7 +94,9 @@ class PromptMaker:
 
     def _default(self) -> str:
         if not self.voices:
-            raise ValueError("there are no voices: the checkpoint has no files in voice_embedding, or all were removed")
+            raise ValueError(
+                "the model has no voices: the checkpoint has no files in voice_embedding, or all voices were removed"
+            )
         return default_first(self.voices, self._model.config.voices)[0]
 
 
@@ -108,5 +110,5 @@ def _too_long(voice: str, n_voice: int, n_tokens: int, positions: int) -> str:
         "cache_tokens and the kernels' limit)"
     )
     if n_voice + N_TEMPLATE + 1 >= positions:
-        return f"voice {voice!r} leaves no room for a text: it has {n_voice} embeddings, and {limit}"
+        return f"voice {voice!r} leaves no tokens for a text: it has {n_voice} embeddings, and {limit}"
     return f"text is too long: its prompt has {n_tokens} tokens, and {limit}. Split the text or lower max_chars"

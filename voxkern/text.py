@@ -1,4 +1,4 @@
-"""Encode text and voice to token ids, with mistral-common's tokenizer and speech request; split long texts."""
+"""Encode a text and a voice's name as the token ids of mistral-common's speech request, and split long texts."""
 
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 MAX_CHARS = 400  # about 30 s of English
 BYTE_ORDER_MARK = "\ufeff"
 
-# The classes of characters that decide where a text may be cut, as letters; a character is in the first class that
-# matches it. The properties are those of UAX #14 (lb, line breaks), UAX #29 (GCB, grapheme clusters) and Unicode.
+# The classes of its characters decide where a text may be cut. Each class is named by a letter, and a character belongs
+# to the first class that matches it. The properties are those of UAX #14 (lb, line breaks), UAX #29 (GCB, grapheme
+# clusters) and Unicode.
 CLASSES = {
     "n": r"\n-\r\x85\u2028\u2029",  # new lines
     "t": r"\t\x1c-\x1f",  # other control characters that are white space
     "g": r"\xa0\u2007\u202f",  # spaces that forbid a line break
     "s": r"\p{Zs}",  # other spaces
-    "j": r"\u200d",  # the joiner of emoji
+    "j": r"\u200d",  # the zero width joiner, as in emoji
     "x": r"\p{GCB=Extend}\p{GCB=SpacingMark}",  # combining marks, vowel signs, variation selectors
     "e": r"…‥⋯",
     "d": r".․",
@@ -36,20 +37,20 @@ CLASSES = {
     ")": r"\p{lb=CP}\p{lb=IS}",
     "]": r"\p{lb=CL}\p{lb=EX}\p{Pe}",  # closing brackets of ideographic text
     "/": r"\p{lb=SY}",
-    "f": r"\p{Pf}",  # quotation marks, which in most languages close
-    "i": r"\p{Pi}",  # quotation marks, which in most languages open
-    "q": r"\p{lb=QU}",  # other quotation marks, which open or close
+    "f": r"\p{Pf}",  # quotation marks that close in most languages
+    "i": r"\p{Pi}",  # quotation marks that open in most languages
+    "q": r"\p{lb=QU}",  # undirected quotation marks: they open or close
     "O": r"（［｛｟「『【〈《〔〖〘〚｢",
     "o": r"\p{lb=OP}",
-    "b": r"\p{lb=PR}\p{lb=BB}",  # stand before a number or word
-    "p": r"\p{lb=PO}",  # stand after a number
+    "b": r"\p{lb=PR}\p{lb=BB}",  # signs that stand before a number or word, such as $
+    "p": r"\p{lb=PO}",  # signs that stand after a number, such as %
     "z": r"\p{lb=ZW}",  # zero width space
-    "w": r"\p{lb=GL}\p{lb=WJ}",  # forbid a line break on both sides
+    "w": r"\p{lb=GL}\p{lb=WJ}",  # characters that forbid a line break on both sides
     "m": r"\p{lb=B2}",  # em dash
-    "k": r"\p{lb=NS}\p{lb=CJ}\p{lb=IN}",  # nonstarters: small kana, the prolonged sound mark, iteration marks
+    "k": r"\p{lb=NS}\p{lb=CJ}\p{lb=IN}",  # do not begin a line: small kana, prolonged sound and iteration marks
     "h": r"\p{lb=BA}\p{lb=HY}\p{Pd}\xad",  # hyphens, and marks between words such as the Tibetan tsheg
-    "R": r"\p{RI}",  # halves of flags
-    "P": r"\p{GCB=Prepend}",
+    "R": r"\p{RI}",  # halves of flag emoji
+    "P": r"\p{GCB=Prepend}",  # marks that belong to the character after them
     "L": r"\p{lb=JL}",  # leading letters of Hangul syllables
     "V": r"\p{lb=JV}\p{lb=JT}",  # vowels and trailing letters of Hangul syllables
     "H": r"\p{lb=H2}\p{lb=H3}",  # Hangul syllables
@@ -61,7 +62,7 @@ CLASSES = {
 WHITE, MARKS, CLOSERS = "ngst", "jx", ")]fiqg"
 SENTENCE_MARKS, CLAUSE_MARKS = "edD!T", ",Cm"
 NEVER_FIRST = WHITE + MARKS + "dD!T,C)]/"  # `_CutPlaces.allowed` forbids a cut before one of these
-ATTACHED = "efhkpqwzV"  # it allows a cut before one of these only after white space
+ATTACHED = "efhkpqwzV"  # `_CutPlaces.allowed` allows a cut before one of these only after white space
 
 Mask = NDArray[np.bool_]
 
@@ -77,13 +78,14 @@ class PromptEncoder:
 
         Args:
             path: the file.
-            voices: prefix length N of each voice. If the file has a length for a voice, both lengths must be equal.
+            voices: maps each voice's name to N, the number of its embeddings. If the file gives a number of tokens for
+                a voice, that number must be N.
             audio: the model's configuration, for the ids of [AUDIO] and [BEGIN_AUDIO].
             vocab_size: number of token ids that the model can embed.
 
         Raises:
-            CheckpointError: the file is not a tokenizer for speech, has another length for a voice, has other ids of
-                [AUDIO] and [BEGIN_AUDIO] than the model, or has more ids than the model.
+            CheckpointError: the file is not a tokenizer for speech, gives a voice another number of tokens than N, has
+                other ids of [AUDIO] and [BEGIN_AUDIO] than the model, or has more ids than the model can embed.
             ImportError: mistral-common is not installed.
         """
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -107,12 +109,14 @@ class PromptEncoder:
         known = encoder.audio_config.voice_num_audio_tokens or {}
         for name, length in voices.items():
             if known.get(name, length) != length:
-                raise CheckpointError(f"{path}: voice {name!r} has {known[name]} tokens, but {length} embeddings")
+                raise CheckpointError(
+                    f"{path}: gives voice {name!r} {known[name]} tokens, but the voice's file has {length} embeddings"
+                )
         # this object and the tokenizer share one dict, so that add() and remove() change both
         self.voices = encoder.audio_config.voice_num_audio_tokens = dict(voices)
 
     def add(self, voice: str, length: int) -> None:
-        """Add a voice with a prefix of `length` rows."""
+        """Add a voice that has `length` embeddings."""
         self.voices[voice] = length
 
     def remove(self, voice: str) -> None:
@@ -132,7 +136,7 @@ class PromptEncoder:
         if _is_blank(text):
             raise ValueError("text is empty")
         if voice not in self.voices:
-            raise ValueError(f"voice {voice!r} is unknown; there are {', '.join(sorted(self.voices)) or 'none'}")
+            raise ValueError(f"voice {voice!r} is unknown; known voices: {', '.join(sorted(self.voices)) or 'none'}")
         request = SpeechRequest(input=text.lstrip(BYTE_ORDER_MARK), voice=voice)
         return list(self.tokenizer.encode_speech_request(request).tokens)
 
@@ -142,11 +146,12 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
 
     A sentence that is too long for a part is split at the ends of its clauses, such as commas. A clause that is too
     long is split between words. A word that is too long is split where Unicode allows a line break, such as between
-    ideographs or after a hyphen, and otherwise between grapheme clusters, which a reader sees as characters. The text
-    is split only where a part is full. An abbreviation's full stop counts as the end of a sentence.
+    ideographs or after a hyphen. A piece that is still too long is split at any white space, and then between any
+    grapheme clusters, which a reader sees as characters. The text is split only where a part is full. A new line and an
+    abbreviation's full stop count as ends of sentences.
 
-    After a split at a mark or between words, no part begins with a closing mark or ends with an opening mark. A split
-    at a new line may break this rule, and so may the last resorts: any white space, and any grapheme cluster.
+    A split leaves no closing mark at the start of a part, and no opening mark at the end of a part. Only splits at new
+    lines, at any white space and between any grapheme clusters may break this rule.
 
     Time and memory grow linearly with the text.
 
@@ -155,8 +160,9 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
         max_chars: most characters of a part, unless one grapheme cluster is longer; None does not split the text.
 
     Returns:
-        One or more parts. The joined parts are the text, except for white space around each part, and except for
-        parts of nothing but byte order marks, which are not spoken. A longer text of only white space gives ``[""]``.
+        One or more parts. Joined, they are the text, without the white space around each part. Parts of only byte
+        order marks and white space are left out, because they are not spoken. A text of more than `max_chars`
+        characters, all white space or byte order marks, gives ``[""]``.
 
     Raises:
         ValueError: `text` has a lone surrogate.
@@ -203,7 +209,7 @@ def _pieces(text: str, max_chars: int) -> tuple[NDArray[np.int64], NDArray[np.in
     are still too long at all places of the second kind, and so on.
 
     Returns:
-        The start of each piece, and the end of each piece without white space.
+        The start of each piece, and its end before any trailing white space.
     """
     places = _CutPlaces(text)
     start, end = places.start, int(places.solid_end[-1])
@@ -227,7 +233,8 @@ class _CutPlaces:
 
     Attributes:
         before, after: class of the character before and after each position; the text's edges count as new lines.
-        solid_end: for each position, the position after the last character before it that is not white space, or 0.
+        solid_end: for each position p, the end of the last character before p that is not white space; 0 if all
+            characters before p are white space.
         spaced: whether white space stands before each position.
         start: position of the first character that is not white space.
     """
@@ -247,7 +254,7 @@ class _CutPlaces:
         ]  # fmt: skip
 
     def sentences(self) -> Mask:
-        """Find the ends of sentences. A new line is one, unless a closing bracket or a mark such as 。 follows."""
+        """Find the ends of sentences. A new line is one too, unless a closing bracket or a mark such as 。 follows."""
         point = _is_in(self.before, "D") & ~_is_in(self.after, "N")
         ellipsis = _is_in(self.before, "e")
         sure = _is_in(self.before, "T") | point | (ellipsis & np.roll(ellipsis, 1))
@@ -261,18 +268,18 @@ class _CutPlaces:
         return (_last(_is_in(self.before, "nst")) > self.solid_end) & self.allowed
 
     def line_breaks(self) -> Mask:
-        """Find line breaks of UAX #14 where no space is: around ideographs, after hyphens, after zero width spaces."""
+        """Find where UAX #14 allows a line break without a space, such as around ideographs and after hyphens."""
         base = _last(~_is_in(self.before, MARKS))
         pairs: Mask = _break_pairs()[self.before[base], self.after] & (self.before != ord("j"))
         word = _is_in(np.roll(self.before, 1), MARKS + "AN/")
         return pairs | (word & _is_in(self.before, "h/") & _is_in(self.after, "A"))
 
     def spaces(self) -> Mask:
-        """Find all white space, including spaces before a closing mark and spaces that forbid a line break."""
+        """Find the ends of all white space, also before a closing mark, and also if it forbids a line break."""
         return self.spaced & ~_is_in(self.after, WHITE + MARKS)
 
     def neat_clusters(self) -> Mask:
-        """Find grapheme clusters, except where a part would begin with a closing mark or end with an opening one."""
+        """Find the starts of grapheme clusters at which a cut is `allowed`."""
         return self.cluster_starts & self.allowed
 
     def clusters(self) -> Mask:
@@ -280,7 +287,7 @@ class _CutPlaces:
 
     @cached_property
     def cluster_starts(self) -> Mask:
-        """Whether a grapheme cluster begins at each position, and is no white space."""
+        """Whether a grapheme cluster other than white space begins at each position."""
         is_start = np.ones(len(self.after), np.bool_)
         if _is_in(self.after, MARKS + "LPRV").any():  # without these, each character is a cluster
             lengths = np.fromiter(map(len, _patterns()[1].findall(self.text)), np.int64)
@@ -290,7 +297,11 @@ class _CutPlaces:
 
     @cached_property
     def allowed(self) -> Mask:
-        """Whether no part would begin with a closing mark or end with an opening one, if the text were cut here."""
+        """Whether a cut is allowed at each position.
+
+        No part may begin with a closing mark or end with an opening mark. Without white space between them, characters
+        that belong together, such as a number and its percent sign, are not cut apart.
+        """
         outside = _is_in(np.roll(self.after, -1), NEVER_FIRST)
         closing = _is_in(self.after, NEVER_FIRST) | (_is_in(self.after, "f") & outside)
         outside = _is_in(np.roll(self.before, 1), WHITE + "oO")
@@ -316,15 +327,16 @@ def _is_in(classes: NDArray[np.uint8], letters: str) -> Mask:
 
 
 def _last(mask: Mask) -> NDArray[np.int64]:
-    """Return, for each position, the last position up to it at which `mask` is true, or 0."""
+    """Return, for each position p, the last position <= p at which `mask` is true, or 0."""
     return np.maximum.accumulate(np.where(mask, np.arange(len(mask)), 0))
 
 
 @cache
 def _break_pairs() -> Mask:
-    """Return whether UAX #14 allows a line break between two characters without white space, by class, [128, 128].
+    """Return a table of class pairs: whether a line may break between the two classes without white space (UAX #14).
 
-    Breaks between two letters, between a letter and a number, and at quotation marks of unclear direction stay out.
+    The table is indexed [before, after]. It allows no break between two letters (A), between a letter and a number (N),
+    or at an undirected quotation mark (q).
     """
     may = np.zeros((128, 128), np.bool_)
     for before in "CHIL!TVekmz]":
@@ -332,23 +344,23 @@ def _break_pairs() -> Mask:
     for before in CLASSES:
         if before not in WHITE + MARKS + "OPbioqw":
             may[ord(before), [*b"HILO"]] = True
-    may[ord("L"), [*b"HL"]] = False  # a Hangul syllable
+    may[ord("L"), [*b"HL"]] = False  # a leading letter forms one Hangul syllable with the letter or syllable after it
     may[ord("m"), ord("m")] = False
     return may
 
 
 @cache
 def _patterns() -> tuple["regex.Pattern[str]", "regex.Pattern[str]"]:
-    """Return two patterns: one character, with one group for each class, and one grapheme cluster."""
+    """Return two patterns: one for a character, with a group for each class, and one for a grapheme cluster."""
     import regex  # imported late, because the package must be importable without it
 
     classes = "|".join(f"([{members}])" for members in CLASSES.values())
-    # in a run of flags, \X alone counts the halves from the start of the run each time, which takes quadratic time
+    # in a run of flags, \X alone counts the halves from the start of the run for each flag, which takes quadratic time
     return regex.compile(classes), regex.compile(r"\p{RI}{2}[\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}]*+|\X")
 
 
 def _classify(text: str) -> NDArray[np.uint8]:
-    """Return the class of each character; a space before a combining mark or a joiner has the class a."""
+    """Return the class of each character; a space before a combining mark or joiner gets the class "a" (others)."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
     is_used = np.zeros(codes.max() + 1, np.bool_)
     is_used[codes] = True

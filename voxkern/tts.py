@@ -46,7 +46,7 @@ def load(
 ) -> "TTS":
     """Load a checkpoint, and return a model that generates speech from text.
 
-    The same seed gives the same sound on one machine, with the same backend, dtype, `max_batch` and versions.
+    The same seed gives the same sound on one machine, with the same backend, dtype, `max_batch` and package versions.
 
     Args:
         source: a checkpoint folder, or a Hugging Face hub id (OWNER/NAME), which is downloaded. None loads the demo
@@ -54,15 +54,17 @@ def load(
         device: "cpu", "cuda", "cuda:1", the torch device, or the index of a GPU. None takes the GPU if torch finds one,
             and the CPU otherwise.
         dtype: dtype of the weights: "bfloat16", "float16", "float32" or the torch dtype. None takes the dtype of most
-            of the values in the checkpoint, but float32 for float64.
-        backend: "triton" runs the kernels, "torch" the reference modules. "auto" takes the kernels on a GPU and in
-            Triton's interpreter (TRITON_INTERPRET=1), if Triton is installed.
-        max_batch: requests that run side by side, at most 64 on kernels. More requests wait in a queue. Another
-            `max_batch` may change the last bits of a sound, because products are summed in another order.
+            values in the checkpoint, or float32 if that dtype is float64.
+        backend: "triton" runs the kernels, "torch" the reference modules. If Triton is installed, "auto" takes the
+            kernels on a GPU and in Triton's interpreter (TRITON_INTERPRET=1). In all other cases, "auto" takes the
+            reference modules.
+        max_batch: the most requests that run side by side, at most 64 on kernels. Other requests wait in a queue. A
+            different `max_batch` may change the last bits of a sound, because products are summed in another order.
         cache_tokens: tokens of keys and values that all running requests together may reserve, at least 64. A request
             reserves its prompt's tokens plus `max_frames` tokens (80 ms each), in pages of 64, and waits until enough
-            pages are free. None allows 2560 for each of `max_batch` requests, or the model's length if that is less,
-            and a page for each request's voice. So `max_batch` requests of any length run side by side.
+            pages are free. None allows 2560 tokens for each of `max_batch` requests, or the model's `max_seq_len` if
+            that is less, and a page for each request's voice. So `max_batch` requests of up to 2560 tokens each run
+            side by side.
         graphs: True replays a frame's launches on a GPU as one CUDA graph. Each pair of steps and solver has graphs for
             1, 2, 4, .. and `max_batch` requests. They are captured when the first request with this pair starts. False
             launches the kernels one by one, which gives the same bits but is slower. `graphs` has no effect without
@@ -134,7 +136,7 @@ class TTS:
         Args:
             name: the new voice's name, in lower case like the checkpoint's names. No other voice may have this name.
             recording: a sound file of 1 to 60 s; its channels are averaged, and sound at another sampling rate is
-                resampled. Or the embeddings of a voice in a prompt, floats [N, dim].
+                resampled. Or the embeddings of a voice in a prompt, a floating-point tensor [N, dim].
 
         Raises:
             ValueError: the name is empty, not in lower case, has spaces at its ends or is taken; the file cannot be
@@ -154,15 +156,15 @@ class TTS:
         """Remove a voice. Requests that have started keep it.
 
         Raises:
-            ValueError: there is no voice of this name.
+            ValueError: no voice has this name.
         """
         self._prompts.remove(name)
 
     def reset(self) -> None:
         """Drop all that was derived from the weights: prefixes in the KV cache, prepared weights and CUDA graphs.
 
-        This is needed only after weights or voices were written in a way that PyTorch does not count: through
-        ``.data``, or in inference mode. Running requests keep their KV cache and may read the new weights.
+        This is needed only after weights or voices were written in a way that PyTorch's version counters do not record:
+        through ``.data``, or in inference mode. Running requests keep their KV cache and may read the new weights.
         """
         fused_backbone = fused_backbone_of(self.model)
         if fused_backbone is not None:
@@ -238,9 +240,11 @@ class TTS:
             solver: "euler", or "ab2", the two-step Adams-Bashforth method, which needs fewer steps.
             cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
             max_frames: most frames of a part, 80 ms each; longer speech is cut off. None allows 2048, or fewer if the
-                model's length, `cache_tokens` or the kernels' 16,384 tokens leave fewer after the prompt.
+                model's `max_seq_len`, `cache_tokens` or the kernels' limit of 16,384 tokens leaves fewer after the
+                prompt.
             max_chars: most characters of a part, see :func:`split_text`. None does not split the text.
-            on_frame: called with 1, 2, 3, .. after each frame that this call, not another thread, has run.
+            on_frame: called with 1, 2, 3, .. after each frame that this call has run. Frames that another thread has
+                run are not counted.
 
         Returns:
             One Audio for a text, or a list of Audio in the same order for a list of texts.
@@ -292,9 +296,9 @@ class TTS:
         The joined chunks equal the sound of :meth:`generate` to the last bit. The first chunk has `first_chunk` frames,
         and each next chunk has twice as many, up to `chunk`. The last chunk of a text or of a part may have fewer
         frames. If the model ends the text exactly after a full chunk, one more chunk follows, without frames. If the
-        model ends an earlier part exactly after a full chunk, the next size is skipped. All arguments are checked by
-        this call; generation starts when the first chunk is requested. Closing or dropping the iterator stops the
-        generation and frees the memory in use.
+        model ends an earlier part exactly after a full chunk, one size is skipped: a chunk of 1 frame is then followed
+        by one of 4, not 2. All arguments are checked by this call; generation starts when the first chunk is requested.
+        Closing or dropping the iterator stops the generation and frees the memory in use.
 
         Args:
             text: the text to speak. For this and the arguments up to `max_chars`, see :meth:`generate`.
@@ -311,7 +315,7 @@ class TTS:
         Returns:
             An iterator of Audio, with a ``close()`` method. The ``timings`` of a chunk count the work since the chunk
             before it, except ``first_sound``, which has the first chunk's value in all chunks. In the last chunk,
-            ``ended`` is that of the whole text; in earlier chunks it is False.
+            ``ended`` applies to the whole text; in earlier chunks, ``ended`` is False.
 
         Raises:
             ValueError: an argument has a value that cannot be used; the message names it.
@@ -358,7 +362,7 @@ class TTS:
         """
         weights = [next(part.parameters()) for part in self.model.children()]
         key = (fused_backbone_of(self.model), self.max_batch, *((w.dtype, w.device) for w in weights))
-        if self._pid != os.getpid():  # in a forked process, a thread of the parent may seem to hold the lock for ever
+        if self._pid != os.getpid():  # after a fork, the lock may be held by a thread that runs only in the parent
             self._engine_lock, self._pid = threading.Lock(), os.getpid()
         with self._engine_lock:
             if self._engine is None or self._engine[0] != key:
@@ -372,7 +376,7 @@ class TTS:
         return [self._make_request(part, params, seed, steps) for part in split_text(text, params.max_chars)]
 
     def _make_request(self, text: str, params: GenerationParams, seed: int, steps: int) -> Request:
-        """Make the request for one part of a text; check `max_frames`, which depends on the prompt's length."""
+        """Make the request for one part of a text; check that the prompt leaves tokens for `max_frames`."""
         runner = self.engine.runner
         prompt = self._prompts.make(text, params.voice, runner.max_seq_len)
         n_left = runner.max_seq_len - len(prompt.embeddings)
@@ -383,9 +387,10 @@ class TTS:
 
 
 def _joined(parts: list[Audio]) -> Audio:
-    """Join the parts of a text; ``first_sound`` counts all parts, because no part is returned before the last is done.
+    """Join the parts of a text into one Audio.
 
-    If parts run side by side, a shared frame counts once for each part, as in the other timings.
+    No part is returned before all are done. So ``first_sound`` is the first part's time in the queue, plus the work of
+    all parts. The seconds of a frame that several parts share are added once for each part, as in the other timings.
     """
     joined, first = Audio.join(parts), parts[0].timings
     waited = first.first_sound - first.total  # seconds in the queue before the first part was admitted

@@ -17,13 +17,13 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 
 def to_int(name: str, value: Any, low: int, high: int | None) -> int:
-    """Return the argument `name` as an int; integers of NumPy and PyTorch are accepted too, but no bool.
+    """Return the argument `name` as an int; integers of NumPy and PyTorch are accepted too, but bools are not.
 
     Args:
         name: the argument's name, for messages.
         value: the argument.
         low: the smallest value that is allowed.
-        high: the largest value that is allowed; None is no limit.
+        high: the largest value that is allowed; None means no limit.
 
     Raises:
         TypeError: `value` is not an integer.
@@ -42,7 +42,9 @@ def to_int(name: str, value: Any, low: int, high: int | None) -> int:
 
 
 def to_float(name: str, value: Any) -> float:
-    """Return the argument `name` as a float; any real number is accepted, also as array or tensor, but no bool.
+    """Return the argument `name` as a float.
+
+    Any real number is accepted, also as an array or tensor without axes, but bools are not.
 
     Raises:
         TypeError: `value` is not a real number.
@@ -52,7 +54,7 @@ def to_float(name: str, value: Any) -> float:
         value = value.item()
     if _is_bool(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    # compared before the conversion, because float() of a huge int raises OverflowError; False for NaN too
+    # The comparison comes first, because float() of a huge int raises OverflowError. NaN fails it too.
     if not -FP32_MAX <= value <= FP32_MAX:  # type: ignore[operator]  # Real has <= with float
         raise ValueError(f"{name} must be a finite fp32 number, got {shown(value)}")
     return float(value)
@@ -84,7 +86,7 @@ def resolve_device(device: str | int | torch.device | None) -> torch.device:
     None takes the GPU if torch finds one, and the CPU otherwise. An integer is the index of a GPU.
 
     Raises:
-        ValueError: `device` is not the name of a CPU or GPU, or torch does not find this GPU.
+        ValueError: `device` is neither a CPU nor a GPU, or torch does not find this GPU.
         TypeError: `device` is of another type.
     """
     if device is None:

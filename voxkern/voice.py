@@ -1,4 +1,4 @@
-"""Make a voice from a recording: read and encode the recording, and embed the codes as the backbone embeds codes."""
+"""Make a voice from a recording: read and encode the recording, and embed its codes as the backbone embeds frames."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from .reference.config import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_CODES
 from .weight_files import FLOATS, is_finite
 
 SHORTEST, LONGEST = 1.0, 60.0  # seconds; the public model's own voices come from 5 to 18 s of sound
-SOFTEST = 1e-4  # times full scale, -80 dB: below it, a 16-bit file has at most 3 steps
+SOFTEST = 1e-4  # times full scale, -80 dB; softer samples of a 16-bit file lie in -3..3
 LOUDEST = 100.0  # times full scale; a file with louder samples holds unscaled integers, not sound
 
 
@@ -31,8 +31,8 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
         float32 [n].
 
     Raises:
-        ValueError: the file is missing or is not a sound file; a sample is not finite or beyond 100 times full scale;
-            the sound is silent (below 1e-4 of full scale), shorter than 1 s or longer than 60 s; or the file has
+        ValueError: the file is missing or is not a sound file; a sample is NaN, infinite or beyond 100 times full
+            scale; the sound is silent (below 1e-4 of full scale), shorter than 1 s or longer than 60 s; or the file has
             another rate and soxr is not installed.
     """
     import soundfile
@@ -47,9 +47,9 @@ def read_recording(path: str | Path, sampling_rate: int) -> NDArray[np.float32]:
     seconds = len(channels) / rate
     if not SHORTEST <= seconds <= LONGEST:
         # 9 digits, so that a sound of one sample too few or too many is not printed as exactly 1 s or 60 s
-        raise ValueError(f"{path}: is {seconds:.9g} s long, a voice needs {SHORTEST:g} to {LONGEST:g} s")
+        raise ValueError(f"{path}: is {seconds:.9g} s long, but a voice needs {SHORTEST:g} to {LONGEST:g} s")
     if not (np.abs(channels) <= LOUDEST).all():  # this comparison is false for NaN too
-        raise ValueError(f"{path}: holds a sample that is not finite, or beyond {LOUDEST:g} times full scale")
+        raise ValueError(f"{path}: has a sample that is NaN, infinite or beyond {LOUDEST:g} times full scale")
     samples = channels.mean(1)
     if np.abs(samples).max() < SOFTEST:
         raise ValueError(f"{path}: is silent: no sample is as loud as {SOFTEST:g} of full scale")
@@ -93,7 +93,7 @@ def check_name(name: str, taken: Collection[str]) -> None:
 
 
 def check_rows(rows: Tensor, dim: int, what: str) -> Tensor:
-    """Return a voice's embeddings detached, or raise an error if they cannot be a voice.
+    """Check the embeddings of a voice, and return them without gradients.
 
     Args:
         rows: the embeddings, which must be finite floats [N, dim].
@@ -108,7 +108,9 @@ def check_rows(rows: Tensor, dim: int, what: str) -> Tensor:
     if rows.ndim != 2 or rows.shape[1] != dim or not rows.shape[0] or rows.dtype not in FLOATS.values():
         raise ValueError(f"{what} must be floats [N, {dim}], got {rows.dtype} {list(rows.shape)}")
     if not is_finite(rows):
-        raise ValueError(f"{what} holds a value that is not finite in {str(rows.dtype).removeprefix('torch.')}")
+        raise ValueError(
+            f"{what} has a value that is NaN, infinite or too large for {str(rows.dtype).removeprefix('torch.')}"
+        )
     return rows.detach()
 
 

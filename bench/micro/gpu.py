@@ -1,11 +1,13 @@
-"""Measure the most important figures in a few minutes of a GPU.
+"""Measure the most important figures in a few minutes on a GPU.
 
-``python -m bench gpu --minutes 8`` runs its steps in the order of their importance until the time is up: whether
-operators are right at public shapes, whole frames, the first sound and memory, each operator, the codec, and then all
-other timings of ``python -m bench run``. The rows of a step are stored when the step ends. A step that fails is listed
-at the end, and the next step runs. The last table has measured and predicted times side by side.
+``python -m bench gpu --minutes 8`` runs its steps in the order of their importance until the time is up. The first
+steps check the results of operators at public shapes. The next steps measure whole frames, the first sound and memory,
+each operator, the codec, and then all other timings of ``python -m bench run``. The rows of a step are stored when the
+step ends. A step that fails is listed at the end, and the next step runs. A table at the end has measured and predicted
+times side by side.
 
-This tool has not been run on a GPU. ``--dry-run`` needs none: every time is made up, and rows go to a temporary file.
+This tool has not been run on a GPU. With ``--dry-run``, which needs no GPU, every time is made up, and rows go to a
+temporary file.
 """
 
 import argparse
@@ -45,7 +47,7 @@ class Session:
         file: the table of results.
         where: provenance of the rows.
         clock: the clock of the timings; None makes the times up, and runs nothing.
-        now: returns seconds.
+        now: returns the time in seconds.
         rows: the rows of all steps.
         failures: a message for each step, or provider, that failed.
         skipped: names of the steps for which no time was left.
@@ -114,7 +116,10 @@ def _timed(
 
 @torch.inference_mode()
 def check(session: Session, entry: Entry) -> list[ResultRow]:
-    """Compare an operator with fp64 at its first public shape in bf16 or its only dtype; raise an error if wrong."""
+    """Compare an operator with fp64, and raise an error if it is wrong.
+
+    The operator runs at its first public shape, in bf16 or, if that shape has no bf16, in the shape's first dtype.
+    """
     if session.clock is None:
         return []
     case = next(case for case in entry.cases if case.public)
@@ -145,7 +150,7 @@ def product(session: Session) -> list[ResultRow]:
 
 
 def _made_up(selection: Selection) -> Iterator[ResultRow]:
-    """Yield a row of 100 us for each public shape, or module, and provider of a selection."""
+    """Yield a row with a time of 100 us for each selected subject, public shape, dtype and provider."""
     shapes = [
         (entry.name, case.name, dtype, "")
         for entry in entries() for case in entry.cases if case.public for dtype in case.dtypes
@@ -161,7 +166,7 @@ def _made_up(selection: Selection) -> Iterator[ResultRow]:
 
 
 def work_at(row: ResultRow, arch: str) -> list[Work]:
-    """Return the launches of a timed operator or frame; no launches if the row is another module's.
+    """Return the launches of the operator or frame that a row times; none for other subjects, such as the codec.
 
     Some operators' inputs depend on the tiles, which are those of the architecture `arch`.
     """
@@ -180,11 +185,11 @@ def work_at(row: ResultRow, arch: str) -> list[Work]:
 
 
 def table(rows: Sequence[ResultRow], gpu: GPU | None) -> list[str]:
-    """Return a heading, and a line for each time of voxkern.
+    """Return the lines of a table: a heading, and a line for each measured time of voxkern.
 
-    The columns are the measured microseconds, PyTorch's at the same shape, dtype and solver, the predicted and the
-    fewest possible ones, and the ratio measured / predicted. Only bf16 times of operators and frames on a known `gpu`
-    have the last three columns.
+    Four columns are in microseconds: `measured`, `torch` (PyTorch at the same shape, dtype and solver), `predicted`,
+    and `floor` (the fewest possible). The column `ratio` is measured / predicted. Only bf16 times of operators and
+    frames on a known `gpu` have the last three columns.
     """
     plain = {_timing_key(row): row.value for row in rows if row.provider == "torch" and row.metric == "time"}
     lines = [f"{'':44s}{'measured':>11s}{'torch':>11s}{'predicted':>11s}{'floor':>11s}{'ratio':>8s}"]
@@ -205,17 +210,17 @@ def _timing_key(row: ResultRow) -> tuple[str, str, str, str]:
 def main(arguments: Sequence[str]) -> int:
     """Measure until the time is up, print the table, and return 1 if a step failed, else 0."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, help="minutes to use; a begun step is finished")
+    parser.add_argument("--minutes", type=float, default=8.0, help="minutes to use; a step that has begun is finished")
     parser.add_argument(
         "--csv", type=Path, default=FILE, metavar="FILE", help=f"store the rows in FILE, not {FILE.name}"
     )
-    parser.add_argument("--dry-run", action="store_true", help="make all times up; needs no GPU, stores nothing")
+    parser.add_argument("--dry-run", action="store_true", help="make all times up; needs no GPU, and keeps no rows")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         if options.dry_run:
             file, where, clock = Path(folder) / "rows.csv", provenance("cpu"), None
         else:
-            clock = clock_of("cuda")  # exits if there is no GPU
+            clock = clock_of("cuda")  # exits if torch finds no GPU
             file, where = options.csv, provenance("cuda")
         print(f"{where.device}, {where.versions}, commit {where.commit}")
         session = Session(options.minutes, file, where, clock)

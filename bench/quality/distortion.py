@@ -175,7 +175,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench distortion", description=__doc__)
     parser.add_argument("--sentences", type=int, default=SENTENCES, help="sentences to recognise, in each voice")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds for each sentence and voice")
-    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"store the rows in {FILE.name}, or in CSV")
+    parser.add_argument(
+        "--csv", type=Path, nargs="?", const=FILE, metavar="FILE", help=f"store the rows in FILE, or in {FILE.name}"
+    )
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found = rows(args.sentences, args.seeds)

@@ -248,7 +248,9 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table, and write the rows if ``--csv`` is given."""
     parser = argparse.ArgumentParser(prog="python -m bench errors", description=__doc__)
     parser.add_argument("--texts", type=int, default=N_TEXTS, choices=range(1, len(TEXTS) + 1), help="how many texts")
-    parser.add_argument("--csv", type=Path, nargs="?", const=FILE, help=f"store the rows in {FILE.name}, or in CSV")
+    parser.add_argument(
+        "--csv", type=Path, nargs="?", const=FILE, metavar="FILE", help=f"store the rows in FILE, or in {FILE.name}"
+    )
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") != "1":
         found = rows(args.texts)

@@ -1,9 +1,10 @@
-"""Launches, multiply-adds and bytes of a frame at the public shapes, counted on the flow heads and the backbone.
+"""Count the launches, multiply-adds and bytes of a frame in the flow heads and the backbone, at the public shapes.
 
-``python -m bench frame`` runs the fused modules' own code in the interpreter, with the tiles of sm_90. It counts on a
-head and a backbone layer of the public shapes, and on a head with the MLP as its velocity network, 1536 wide. Launches
-of regular grids are counted by their first, second and last blocks, so no results are computed. In the fewest bytes of
-a launch, each weight that the launch uses counts once, and so does each activation that it reads or writes.
+``python -m bench frame`` runs the fused modules' own code in Triton's interpreter, with the tiles of sm_90. It counts
+the launches of three modules: the public flow head, a layer of the public backbone, and a flow head with an MLP, 1536
+wide, as its velocity network. Of a launch with a regular grid, only the first, second and last blocks along each axis
+run, so no results are computed. The fewest bytes that a launch can move are counted too: each weight that it uses, and
+each activation that it reads or writes, once.
 """
 
 import argparse
@@ -44,8 +45,8 @@ from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 STEPS = 7
 LAYERS = 26
 MAX_SEQ_LEN, PAGE = 4096, 64
-# Launchers with a regular grid: along each axis, blocks differ only in their addresses. Of other launchers all blocks
-# are counted.
+# Launchers with a regular grid, after `parts` has split their launches where needed: along each axis, blocks differ
+# only in their addresses. In launches of other launchers, all blocks are counted.
 REGULAR_GRID = {
     "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_argmax", "rms_norm", "adaln_modulation",
     "adaln_linear_silu",
@@ -117,7 +118,7 @@ def frame_cost(
 
 
 def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
-    """Return the cost of one token of `B` requests through 26 layers, without the bytes of attention.
+    """Return the cost of one token of each of `B` requests through 26 layers, without the bytes of attention.
 
     Args:
         backbone: a backbone with one layer, which is counted 26 times.
@@ -210,9 +211,9 @@ def counted(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
 
 
 def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> tuple[Any, ...]:
-    """Return the arguments for all steps of a frame.
+    """Return the arguments of ``adaln_modulation``, enlarged from the 2 steps that are run to all steps of a frame.
 
-    One launch makes the modulations of all steps, but only 2 steps are run.
+    One launch computes the modulations of all steps.
     """
     modulations = out.new_zeros(STEPS, *out.shape[1:])
     return modulations, times.new_zeros(STEPS, times.shape[1]), states, *weights
@@ -221,7 +222,8 @@ def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> 
 def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
     """Split a launch on an irregular grid into launches on regular grids with the same bytes.
 
-    The launch of q, k and v becomes three launches. The launch of the modulations becomes one launch for each layer.
+    The launch that computes q, k and v becomes three launches. The launch that computes the modulations becomes one
+    launch for each layer.
     tests/test_frame.py checks that the bytes are the same.
 
     Args:
