@@ -17,8 +17,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before Triton is imported, which the next lines do
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import voxkern
+from bench.results import ResultRow
+from bench.static.stand_in_gpu import stand_in_gpu
+from voxkern.engine.fused_runner import DecodeBatch
+from voxkern.engine.request import Request
+from voxkern.random_checkpoint import make_checkpoint
 
 BATCHES = (1, 8, 32)
 FRAMES = 300  # frames of each batch size whose time is measured
@@ -61,11 +70,6 @@ def host_work(folder: Path, batch: int, frames: int = FRAMES) -> HostWork:
         batch: number of requests, and max_batch.
         frames: number of frames whose time is measured.
     """
-    import voxkern
-    from bench.static.stand_in_gpu import stand_in_gpu
-    from voxkern.engine.fused_runner import DecodeBatch
-    from voxkern.engine.request import Request
-
     add = DecodeBatch.add
 
     def add_endless(self: DecodeBatch, slot: int, *arguments: Any) -> None:
@@ -94,38 +98,30 @@ def host_work(folder: Path, batch: int, frames: int = FRAMES) -> HostWork:
     return HostWork(statistics.median(times), operators.calls, waits, replays)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Measure each batch size, print the figures, and store their rows if the command line says so."""
-    from bench.results import FILE, ResultRow, store, with_provenance
+def rows() -> list[ResultRow]:
+    """Return rows with the host's work for a frame of 1, 8 and 32 requests of a tiny model."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = make_checkpoint(Path(name))
+        work = {batch: host_work(folder, batch) for batch in BATCHES}
+    return [
+        ResultRow("host", "frame", metric, value, unit, how, "python -m bench host", shape=f"batch {batch}")
+        for batch, one in work.items()
+        for metric, value, unit, how in (
+            ("time", one.seconds * 1e6, "us", "measured"),
+            ("operators", one.operators.total(), "1", "counted"),
+            ("waits", one.waits.total(), "1", "counted"),
+            ("replays", one.replays, "1", "counted"),
+        )
+    ]
 
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a line for each figure."""
     parser = argparse.ArgumentParser(
         prog="python -m bench host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--csv", nargs="?", const=FILE, type=Path, metavar="FILE", help=f"store the rows ({FILE.name})")
-    options = parser.parse_args(arguments)
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: on the stand-in, kernels are interpreted
-    torch.set_num_threads(1)
-    rows = []
-    from voxkern.random_checkpoint import make_checkpoint
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = make_checkpoint(Path(name))
-        for batch in BATCHES:
-            work = host_work(folder, batch)
-            figures: dict[str, tuple[float, str, str]] = {
-                "time": (work.seconds * 1e6, "us", "measured"),
-                "operators": (work.operators.total(), "", "counted"),
-                "waits": (work.waits.total(), "", "counted"),
-                "replays": (work.replays, "", "counted"),
-            }
-            print(
-                f"batch {batch}: "
-                + ", ".join(f"{name} {value:.4g} {unit}" for name, (value, unit, _) in figures.items())
-            )
-            rows += [
-                ResultRow("host", "frame", metric, value, unit, how, "python -m bench host", shape=f"batch {batch}")
-                for metric, (value, unit, how) in figures.items()
-            ]
-    if options.csv is not None:
-        store(with_provenance(rows), options.csv)
+    parser.parse_args(arguments)
+    for row in rows():
+        print(f"{row.shape}: {row.metric} {row.value:.4g} {row.unit}".removesuffix(" 1"))
     return 0

@@ -88,7 +88,7 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
         "frame": frame(figures), "launches": launches(figures), "cache": cache(figures), "server": server(figures),
         "claim": claim(figures), "roofline": roofline(figures), "batches": batches(figures), "work": work(figures),
         "errors": errors(figures), "distortion": distortion(figures), "recognition": recognition(figures),
-        "voice": voice(figures), "engine": engine(figures), "micro": micro(figures), "gpu": gpu(figures),
+        "voice": voice(figures), "engine": engine(figures), "host": host(figures), "micro": micro(figures), "gpu": gpu(figures),
         "resources": resources(ledger),
     }  # fmt: skip
     return {name: table for name, table in made.items() if table.lines}
@@ -335,6 +335,21 @@ def voice(figures: Figures) -> ReportTable:
     return ReportTable(
         "The demo voice's speed", note, "python -m bench recognition", ("what", "figure", "", "on"), lines
     )
+
+
+def host(figures: Figures) -> ReportTable:
+    """Make the table of the host's work between two frames."""
+    lines = [
+        [
+            row.shape.removeprefix("batch "),
+            *(figures.value(".0f", bench="host", metric=name, shape=row.shape) for name in ("operators", "waits")),
+            figures.value(".0f", bench="host", metric="replays", shape=row.shape), f"{row.value:.0f}",
+        ]
+        for row in figures.all(bench="host", metric="time")
+    ]  # fmt: skip
+    note = "On a stand-in for a GPU, with graphs, on one thread of this CPU. The stand-in's own time is included."
+    head = ("requests", "PyTorch operators", "waits", "replays", "us")
+    return ReportTable("What the host does for a frame", note, "python -m bench host", head, lines)
 
 
 def engine(figures: Figures) -> ReportTable:
