@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from poison import assert_bands, guarded, guarded_args, spread
+from poison import GuardedMemory, assert_bands, guarded, guarded_args, spread
 from torch import Tensor
 
 from bench.ops.accuracy import judge
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, each_tensor, listed, to_dtype
 from bench.static.counters import counting
+from bench.static.races import assert_decided, backward, forward, ordered_launches, shuffled
 from voxkern.kernels import launch_config
 
 if TYPE_CHECKING:
@@ -101,11 +102,22 @@ def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = No
         assert verdict.right, f"{entry.name} {case.name} {dtype}: {verdict}"
 
 
-def assert_within(entry: Entry, case: Case) -> None:
-    """Check that no unmasked lane of any block reads or writes memory outside the arguments."""
-    args = entry.args(case, TensorMaker(DTYPES[case.dtypes[-1]]))
-    with counting(whole=True, indirect=listed(args)):
-        entry.op.run(**args)
+def assert_no_races(entry: Entry, case: Case, apart: str | None = None) -> None:
+    """Check that no two blocks conflict at an address, and that no lane leaves the arguments.
+
+    Blocks run in order and in reverse order. Blocks that wait for each other through an atomic, as the entry's
+    `ordered_by` declares, also run in a random order. All memory has guards, so that a lane which leaves an argument
+    does not enter another. `apart` names an argument that is passed with gaps between its rows.
+    """
+    runs = []
+    for order in (forward, backward, shuffled) if entry.ordered_by else (forward, backward):
+        args = guarded_args(entry.args(case, TensorMaker(DTYPES[case.dtypes[-1]])))
+        if apart is not None:
+            args[apart] = spread(args[apart])
+        with GuardedMemory(), ordered_launches(order, entry.ordered_by, listed(args)) as launches:
+            entry.op.run(**args)
+        runs.append(launches)
+    assert_decided(runs)
 
 
 def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:

@@ -5,10 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.ops.registry import each_tensor
 
 BAND = 1 << 16  # elements of a band: more than a stray tile spans, and a multiple of 16 bytes
+
+aten = torch.ops.aten
+ALLOCATE = (
+    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_zeros, aten.zeros, aten.zeros_like,
+    aten.full, aten.new_full, aten.ones,
+)  # fmt: skip
 
 
 def _poison(dtype: torch.dtype) -> float | int:
@@ -16,10 +23,11 @@ def _poison(dtype: torch.dtype) -> float | int:
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy of `tensor` between two bands of poison."""
-    buffer = torch.full((tensor.numel() + 2 * BAND,), _poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
-    inner = buffer[BAND : BAND + tensor.numel()].view(tensor.shape)
-    return inner.copy_(tensor)
+    """Return a copy of `tensor` with the same strides between two bands of poison, with poison between its rows."""
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size = (extent if tensor.numel() else 0) + 2 * BAND
+    buffer = torch.full((size,), _poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
+    return buffer.as_strided(tensor.shape, tensor.stride(), BAND).copy_(tensor)
 
 
 def spread(tensor: Tensor, gap: int = 16) -> Tensor:
@@ -28,6 +36,14 @@ def spread(tensor: Tensor, gap: int = 16) -> Tensor:
     wide = guarded(tensor.new_full((*outer, last + gap), _poison(tensor.dtype)))
     wide[..., :last] = tensor
     return wide[..., :last]
+
+
+class GuardedMemory(TorchDispatchMode):
+    """Puts bands of poison around each tensor that is allocated in the ``with`` block, such as results and scratch."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return guarded(out) if func.overloadpacket in ALLOCATE else out
 
 
 def guarded_args(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """Tests of the checks: each fault planted in a kernel must be caught by the check that is made for it."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checks import assert_accurate, assert_bytes_once, assert_within
+from checks import assert_accurate, assert_bytes_once, assert_no_races
 from plant import Edit, case_of, entry_of, plant
 
-from bench.ops.registry import ROOT, TensorMaker
+from bench.ops.registry import ROOT, Case, Entry, TensorMaker
 from bench.static import frame as costs
 from bench.static.counters import launches_only
 from voxkern.kernels.norm_linear import launch_norm_linear
@@ -20,8 +22,20 @@ DOT = "b_acc = dot(b_w, tl.trans(b_a), b_acc)"
 LOAD = "b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)"
 STORE = "mask=m_m[None, :] & m_n[:, None])"
 JIT = '@triton.jit(do_not_specialize=["M"])\ndef _norm_linear_kernel'
+WAIT = "if arrived == n_spans - 1:"
 NORM_LINEAR = entry_of("norm_linear")
+ATTENTION = entry_of("paged_attention")
+THREE_SPANS = Case(
+    "three-spans", {"B": 1, "H": 2, "HKV": 1, "D": 20, "PAGE": 16, "length": 600, "window": 0, "max_seq_len": 640}
+)
 ODD, PUBLIC = case_of(NORM_LINEAR, "odd"), case_of(NORM_LINEAR, "q-b1")
+
+
+def line_of(planted: Entry, text: str) -> str:
+    """Return FILE:LINE of the only line with this text in the planted kernel's file, as a regular expression."""
+    file = Path(inspect.getfile(planted.op.declare))
+    (line,) = (i for i, source in enumerate(file.read_text().splitlines(), 1) if text in source)
+    return re.escape(f"{file}:{line}")
 
 
 @pytest.mark.parametrize(
@@ -70,8 +84,55 @@ def test_a_block_per_query_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_forgotten_mask_without_a_wrong_result_is_caught() -> None:
     strays = plant(NORM_LINEAR, (LOAD, LOAD.replace("m_n[:, None] & ", "")))
     assert_accurate(strays, ODD, "fp32")  # values read past the weight's last rows are never stored
-    with pytest.raises(Exception, match="outside of every argument"):
-        assert_within(strays, ODD)
+    line = line_of(strays, "b_w = tl.load(p_w + o_n")
+    first = (
+        r"_norm_linear_kernel: block \(0, 2, 0\) reads \d+ lanes outside of every argument, the first at p_w\[11250\]"
+    )
+    with pytest.raises(Exception, match=rf"{first}, at {line}"):  # 11250 = N * K
+        assert_no_races(strays, ODD)
+
+
+def test_overlapping_tiles_are_caught() -> None:
+    """The planted kernel gives the right result: both blocks write the same value to the column that they share."""
+    grid = 'triton.cdiv(N, constants["BLOCK_N"])'
+    overlapping = plant(NORM_LINEAR, ("o_n = i_n * BLOCK_N", "o_n = i_n * (BLOCK_N - 1)"), (grid, f"{grid} + 1"))
+    assert_accurate(overlapping, ODD, "fp32")
+    line = line_of(overlapping, "tl.store(p_tile")
+    first, second = r"block \(0, 0, 0\) writes p_y\[31\]", r"block \(0, 1, 0\) writes it"  # BLOCK_N is 32
+    message = f"_norm_linear_kernel: {first} at {line}, {second} at {line}, and no declared atomic orders them"
+    with pytest.raises(RuntimeError, match=message):
+        assert_no_races(overlapping, ODD)
+
+
+def test_three_spans_are_added_up_without_a_race() -> None:
+    assert_no_races(ATTENTION, THREE_SPANS)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reads_first"),
+    [
+        pytest.param((WAIT, "if i_s == n_spans - 1:"), True, id="the last span does not wait"),
+        pytest.param((WAIT, "if arrived == n_spans - 2:"), True, id="waits for one block too few"),
+        pytest.param(('sem="acq_rel"', 'sem="relaxed"'), False, id="the atomic orders nothing"),
+        pytest.param(('scope="gpu"', 'scope="cta"'), False, id="the atomic is for one block"),
+        pytest.param(
+            ("tl.debug_barrier()  # the stores", "pass  # the stores"), False, id="no barrier before the atomic"
+        ),
+    ],
+)
+def test_a_last_block_that_does_not_wait_is_caught(edit: Edit, reads_first: bool) -> None:
+    planted = plant(ATTENTION, edit)
+    read = "reads {} at " + line_of(planted, "b_o = tl.load(p_part")
+    write = "writes {} at " + line_of(planted, "tl.store(p_part[None, :]")
+    first, second = (read, write) if reads_first else (write, read)
+    message = f"_paged_attention_kernel: block .* {first}, block .* {second}, and no declared atomic orders them"
+    with pytest.raises(RuntimeError, match=message.format(r"p_partial\[\d+\]", "it")):
+        assert_no_races(planted, THREE_SPANS)
+
+
+def test_a_last_span_that_does_not_wait_gives_the_right_result_in_the_interpreter() -> None:
+    """Only the reverse order of blocks reveals the fault, because the interpreter runs the last span's block last."""
+    assert_accurate(plant(ATTENTION, (WAIT, "if i_s == n_spans - 1:")), THREE_SPANS, "fp32")
 
 
 def test_a_weight_tile_loaded_twice_is_caught() -> None:

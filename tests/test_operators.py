@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checks import assert_accurate, assert_bytes_once, assert_within, tiles_of
-from poison import assert_bands, guarded, poison_pages, spread
+from checks import assert_accurate, assert_bytes_once, assert_no_races, tiles_of
+from poison import GuardedMemory, assert_bands, guarded, poison_pages, spread
 from torch import Tensor
 
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
@@ -50,8 +50,31 @@ def test_right_at_public_shapes(entry: Entry, case: Case, dtype: str, device: to
 
 @pytest.mark.interpreter("the addresses of all lanes are recorded")
 @pytest.mark.parametrize(("entry", "case"), named(ODD))
-def test_no_lane_leaves_its_arguments(entry: Entry, case: Case) -> None:
-    assert_within(entry, case)
+def test_no_blocks_race_and_no_lane_leaves_its_arguments(entry: Entry, case: Case) -> None:
+    assert_no_races(entry, case)
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter("the addresses of all lanes are recorded")
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(("entry", "case"), named(ODD))
+def test_no_blocks_race_with_the_tiles_of_a_gpu(entry: Entry, case: Case, arch: str) -> None:
+    with tiles_of(arch):
+        assert_no_races(entry, case)
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter("the addresses of all lanes are recorded")
+@pytest.mark.parametrize(("entry", "case"), per_operator())
+def test_no_lane_enters_a_gap_between_rows(entry: Entry, case: Case) -> None:
+    for name, arg in entry.args(case, TensorMaker()).items():
+        if isinstance(arg, Tensor) and arg.ndim > 1:
+            refusal = None
+            try:
+                assert_no_races(entry, case, apart=name)
+            except ValueError as error:
+                refusal = str(error)
+            assert refusal is None or (name in refusal and "must be contiguous" in refusal)
 
 
 @pytest.mark.parametrize(("entry", "case"), per_operator())
@@ -134,6 +157,12 @@ def test_poison_is_where_it_should_be() -> None:
     assert rows.stride() == (21, 1)
     assert rows.as_strided((3, 21), (21, 1))[:, 5:].isnan().all()
     assert torch.empty(3).isnan().all()  # conftest.py poisons fresh memory
+    columns = guarded(torch.ones(3, 8)[:, 2:5])
+    assert columns.stride() == (8, 1)
+    assert columns.as_strided((2, 8), (8, 1))[:, 3:].isnan().all()
+    with GuardedMemory():
+        result = torch.empty_like(torch.ones(3, 4))
+    assert_bands(result)
     whole = guarded(torch.zeros(7, dtype=torch.int64))
     assert_bands(whole)
     whole.as_strided((8,), (1,))[7] = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import assert_accurate, assert_bytes_once, assert_within
+from checks import assert_accurate, assert_bytes_once, assert_no_races
 from plant import case_of, entry_of
 
 import bench.ops
@@ -99,7 +99,7 @@ def test_a_new_operator_is_found_and_held_to_everything() -> None:
     odd, public = entry.cases
     for dtype in registry.DTYPES:
         assert_accurate(entry, odd, dtype)
-    assert_within(entry, odd)
+    assert_no_races(entry, odd)
     assert_bytes_once(entry, public, "bf16", "sm_90")
     assert case_of(entry, "odd") is odd
     args = entry.args(odd, registry.TensorMaker())

@@ -117,6 +117,7 @@ ENTRIES = [
         read_once=(),
         regular_grid=False,
         partly={"kv_cache": cached, "scratch": lambda args: 0},  # of many spans only; bench/static/frame.py counts it
+        ordered_by=("p_arrived",),
         multiply_adds=lambda args: seen(args) * 2 * args["q"].shape[1],
     ),
     Entry(

@@ -67,6 +67,8 @@ class Entry:
         weight_names: names of the arguments that are weights; None takes `read_once`.
         partly: argument, or ``out`` for the result -> function of the arguments that returns how many of its elements a
             call must read or write. A call needs all elements of the other arguments.
+        ordered_by: names of kernel arguments whose atomics order blocks. A block may then read what other blocks wrote
+            before their atomics. No other atomics are allowed, see ``bench/static/races.py``.
         multiply_adds: function of the arguments that returns the multiply-adds of the products with weights, and of
             attention over the cache.
     """
@@ -82,6 +84,7 @@ class Entry:
     uses_matrix_unit: bool = True
     weight_names: tuple[str, ...] | None = None
     partly: Mapping[str, Callable[[Args], int]] = field(default_factory=dict)
+    ordered_by: tuple[str, ...] = ()
     multiply_adds: Callable[[Args], int] = times_rows_of_x
 
     @property

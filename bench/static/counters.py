@@ -5,11 +5,10 @@ regular grid differ only in their addresses. A launch of thousands of blocks is 
 second and last block along each axis. Counting needs ``TRITON_INTERPRET=1``.
 """
 
-import bisect
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime import interpreter
+from torch.utils._python_dispatch import TorchDispatchMode
 
-Grid = tuple[int, int, int]
+from bench.static.watch import Access, Grid, Launch, Watcher, watching
 
 
 @dataclass
@@ -70,7 +68,7 @@ class CountedLaunch:
 
     kernel: str
     grid: Grid
-    constants: dict[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     blocks: dict[Grid, Block] = field(default_factory=dict)
     item_sizes: dict[str, int] = field(default_factory=dict)
     pointers: dict[str, int] = field(default_factory=dict)
@@ -115,6 +113,28 @@ class CountedLaunch:
         return Traffic(dram * self.item_sizes[name], (n_accesses - dram) * self.item_sizes[name])
 
 
+@dataclass
+class _Counter(Watcher):
+    """Counts the accesses of each block."""
+
+    counted: CountedLaunch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counted = CountedLaunch(
+            self.launch.kernel,
+            self.launch.grid,
+            self.launch.constants,
+            item_sizes={region.name: region.item_size for region in self.launch.regions},
+            pointers={region.name: region.start for region in self.launch.regions},
+        )
+
+    def enter(self, block: Grid) -> None:
+        self.counted.blocks[block] = self.block = Block()
+
+    def access(self, access: Access) -> None:
+        self.block.touch(access.region.name, access.addresses)
+
+
 @contextmanager
 def counting(whole: bool = False, indirect: Sequence[Tensor] = ()) -> Iterator[list[CountedLaunch]]:
     """Count every launch within the ``with`` block, and yield the list of counted launches.
@@ -126,90 +146,14 @@ def counting(whole: bool = False, indirect: Sequence[Tensor] = ()) -> Iterator[l
             counted like an argument, and ``CountedLaunch.of`` returns its traffic.
     """
     launches: list[CountedLaunch] = []
-    call = interpreter.GridExecutor.__call__
-    builder = interpreter.interpreter_builder
-    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
-        grid: Grid = (*self.grid, 1, 1)[:3]
-        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launch = CountedLaunch(self.fn.__name__, grid, {name: named[name] for name in self.constexprs})
-        launches.append(launch)
-        chosen = list(np.ndindex(grid)) if whole else _corners(grid)
-        self.grid = (len(chosen), 1, 1)
+    def start(launch: Launch) -> _Counter:
+        counter = _Counter(launch, list(np.ndindex(launch.grid)) if whole else _corners(launch.grid))
+        launches.append(counter.counted)
+        return counter
 
-        def enter(i: int, _y: int, _z: int) -> None:
-            set_grid_idx(*chosen[i])
-            launch.blocks[chosen[i]] = block = Block()
-            watch.block = block
-
-        watch = _Watch(named, launch, indirect)
-        builder.set_grid_dim, builder.set_grid_idx = lambda *_: set_grid_dim(*grid), enter
-        try:
-            with watch.installed(builder), _disable_current_modes():
-                call(self, *args, **kwargs)
-        finally:
-            del builder.set_grid_dim, builder.set_grid_idx
-
-    interpreter.GridExecutor.__call__ = counted
-    try:
+    with watching(start, indirect):
         yield launches
-    finally:
-        interpreter.GridExecutor.__call__ = call
-
-
-class _Watch:
-    """Assigns the addresses of loads and stores to the arguments that contain them."""
-
-    def __init__(self, args: Mapping[str, Any], launch: CountedLaunch, indirect: Sequence[Tensor]) -> None:
-        self.block = Block()
-        self.launch = launch
-        self.ranges = {name: self._range(name, arg) for name, arg in args.items() if isinstance(arg, Tensor)}
-        self.indirect = sorted(
-            (*self._range(f"indirect[{i}]", arg), f"indirect[{i}]") for i, arg in enumerate(indirect)
-        )
-
-    def _range(self, name: str, arg: Tensor) -> tuple[int, int]:
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(arg.shape, arg.stride(), strict=True))
-        self.launch.pointers[name] = arg.data_ptr()
-        self.launch.item_sizes[name] = arg.element_size()
-        return arg.data_ptr(), arg.data_ptr() + (extent * arg.element_size() if arg.numel() else 0)
-
-    def touch(self, pointers: Any, mask: Any = None) -> None:
-        addresses = np.asarray(pointers.data, dtype=np.uint64).ravel()
-        if mask is not None:
-            addresses = addresses[np.broadcast_to(mask.data, pointers.data.shape).ravel()]
-        for name, (start, end) in self.ranges.items():
-            inside = (addresses >= start) & (addresses < end)
-            if inside.any():
-                self.block.touch(name, addresses[inside])
-                addresses = addresses[~inside]
-        while len(addresses) and self.indirect and addresses[0] >= self.indirect[0][0]:
-            start, end, name = self.indirect[bisect.bisect(self.indirect, (int(addresses[0]), math.inf)) - 1]
-            inside = (addresses >= start) & (addresses < end)
-            if not inside.any():
-                break
-            self.block.touch(name, addresses[inside])
-            addresses = addresses[~inside]
-        if len(addresses):
-            raise IndexError(f"{len(addresses)} lanes load or store outside of every argument")
-
-    @contextmanager
-    def installed(self, builder: Any) -> Iterator[None]:
-        # in the interpreter, unmasked accesses and accesses through descriptors call these masked functions too
-        masks: dict[str, Callable[..., Any]] = {
-            "create_masked_load": lambda ptrs, mask, *_, **__: self.touch(ptrs, mask),
-            "create_masked_store": lambda ptrs, value, mask, *_, **__: self.touch(ptrs, mask),
-            "create_atomic_rmw": lambda op, ptr, value, mask, *_, **__: self.touch(ptr, mask),
-            "create_atomic_cas": lambda ptr, *_, **__: self.touch(ptr),
-        }
-        for name, see in masks.items():
-            setattr(builder, name, _after(see, getattr(builder, name)))
-        try:
-            yield
-        finally:
-            for name in masks:
-                delattr(builder, name)
 
 
 class _NoWork(TorchDispatchMode):
@@ -261,11 +205,3 @@ def _along(axis: int, i: int) -> Grid:
 def _corners(grid: Grid) -> list[Grid]:
     wanted = itertools.product(range(3), (0, 1, -1))
     return sorted({_along(axis, i % grid[axis]) for axis, i in wanted})
-
-
-def _after(see: Callable[..., None], do: Callable[..., Any]) -> Callable[..., Any]:
-    def both(*args: Any, **kwargs: Any) -> Any:
-        see(*args, **kwargs)
-        return do(*args, **kwargs)
-
-    return both
