@@ -88,8 +88,8 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
         "frame": frame(figures), "launches": launches(figures), "cache": cache(figures), "server": server(figures),
         "claim": claim(figures), "roofline": roofline(figures), "batches": batches(figures), "work": work(figures),
         "errors": errors(figures), "distortion": distortion(figures), "recognition": recognition(figures),
-        "voice": voice(figures), "engine": engine(figures), "host": host(figures), "micro": micro(figures), "gpu": gpu(figures),
-        "resources": resources(ledger),
+        "voice": voice(figures), "engine": engine(figures), "host": host(figures), "micro": micro(figures),
+        "gpu": gpu(figures), "resources": resources(ledger),
     }  # fmt: skip
     return {name: table for name, table in made.items() if table.lines}
 
