@@ -15,8 +15,9 @@ All times are known when a frame begins, and the hidden state is the same in all
 computes the modulation of all steps and layers. The weights of the modulation, the largest part of such a network, are
 thus read once per frame and not once per step.
 
-The modulation of a step has 1 + R rows. Row 1 + i belongs to row i of the activations. Row 0 belongs to the activations
-from row R on, those of the branch without a hidden state. That branch has one modulation for all requests.
+For classifier-free guidance, each request has two branches: one with the hidden state, and one with zeros in its place.
+The modulation of a step has 1 + R rows. Row 1 + i belongs to row i of the activations, a branch with a hidden state.
+Row 0 belongs to the activations from row R on, the branches with zeros, which share one modulation.
 
 As in ``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
 """
@@ -127,8 +128,8 @@ def adaln_modulation(
     """Compute ``silu(time + state) @ weight.T + bias`` for each step, request and layer.
 
     Args:
-        times: [S, K] fp32, bf16 or fp16, the time's part of the condition at each step.
-        states: [R, K], the hidden state's part of the condition of each request.
+        times: [S, K] fp32, bf16 or fp16, the projected time of each step.
+        states: [R, K], the projected hidden state of each request.
         weights: two or more weights [N, K], one per layer; only the last layer may have another N.
         biases: the biases [N], one per layer.
         max_rows: the most rows S * R that the operator is prepared for, 1..4096. The launch config depends on this

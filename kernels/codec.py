@@ -117,7 +117,9 @@ def codec_dequantise(
 def _load_rows(
     p_x, p_old, i_b, b_t, b_fresh, o_c, m, T, C: tl.constexpr, N_PAST: tl.constexpr, PAD_MODE: tl.constexpr
 ):  # fmt: skip
-    """Load columns of rows of requests, [R, columns]; a row before a request's first is padding.
+    """Load some columns of R rows, [R, columns].
+
+    A row before the chunk comes from `p_old`, or is padding if the chunk is the request's first.
 
     Args:
         p_x: the chunk, [B T, C].
@@ -284,7 +286,7 @@ def expect_chunk(
     Args:
         name: the argument that holds the chunk, for the error message.
         rows: rows of the chunk, a multiple of B * rate, not 0.
-        B: requests, 1..64, a size of the caller's own state tensor.
+        B: the number of requests, 1..64, which the caller read from the shape of its state tensor.
         rate: rows per frame, 1 or more.
         past_frames: int64 [B].
         new_frames: int64 [B].

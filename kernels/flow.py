@@ -1,12 +1,13 @@
 """The launches of a frame around the layers of a flow head: start, solver steps, and the last step with its codes.
 
 The device functions are in ``solver.py``. There are B requests and K acoustic codebooks. The velocity network, a
-transformer or an MLP, has width dim::
+transformer or an MLP, has width dim. For classifier-free guidance, each request has two branches: branch 0 (cond) has
+the backbone's hidden state h, and branch 1 (uncond) has zeros in its place::
 
     flow_start    x = noise                                        fp32 [B, K]
-                  x tokens = w_in @ x + b_in                       [2B, dim], equal with and without the condition
-                  t tokens = time                                  [2B, dim], of a transformer
-    (layers)      y                                                [2B, dim], with and without the condition
+                  x tokens = w_in @ x + b_in                       [2B, dim], equal in both branches
+                  t tokens = time                                  [2B, dim], only for a transformer
+    (layers)      y                                                [2B, dim], y_cond and then y_uncond
     flow_step     n = a * norm(y_cond) + (1 - a) * norm(y_uncond)  [B, dim], a = cfg_alpha
                   v = w_out @ n + b_out                            [B, K]
                   x = x + dt * (v + ab2_ratio * (v - v_last)), v_last = v
@@ -14,7 +15,7 @@ transformer or an MLP, has width dim::
     flow_finish   the last step, then codes [B, 1 + K] and the sum of their embeddings [B, E]
 
 A transformer ends in an RMSNorm, y / sqrt(mean(y^2) + eps) * weight. Its tokens are stored as [6B, dim], row = token *
-2B + branch * B + request. Token 0 is x, 1 is t and 2 is h; branch 0 is with the condition, and 1 is without it.
+2B + branch * B + request. Token 0 is x, 1 is t and 2 is h.
 
 An MLP ends in a modulated layer norm, (y - mean) / sqrt(variance + eps) * (1 + scale) + shift. It has only x tokens.
 These tokens are its residual stream, and after the last layer they are its output y.
@@ -188,10 +189,11 @@ def flow_step(
 
     Args:
         y: [2B or more, dim] fp32, bf16 or fp16, the output of the last layer. The first 2B rows are the x tokens, and
-            among them the B rows with the condition come first.
+            among them the B rows of branch 0 (with h) come first.
         norm: [dim], the weight of the final RMSNorm, or None for a layer norm with `modulation`.
         modulation: [1 + B, 2 dim], shift | scale of the final layer norm, or None for RMSNorm; only its last dimension
-            must be contiguous. Row 0 belongs to the branch without the condition, row 1 + i to request i.
+            must be contiguous. Row 0 belongs to branch 1 (without h) of all requests. Row 1 + i belongs to branch 0 of
+            request i.
         w_out: [K, dim], the projection of the velocity.
         b_out: [K], the bias of that projection, or None for 0.
         eps: added to the mean square or the variance.

@@ -1,6 +1,7 @@
 """Routing for a mixture of experts: each token's experts and weights, and all (token, expert) pairs sorted by expert.
 
-From logits [M, E] of M tokens and E experts, ``moe_route`` computes::
+The experts form groups of equal size. A token may use only the experts of its best groups, see `n_groups` and
+`n_groups_per_tok` in :func:`moe_route`. From logits [M, E] of M tokens and E experts, ``moe_route`` computes::
 
     scores  = softmax(logits) or sigmoid(logits)         [M, E]
     order   = logits, or scores + bias                   [M, E], -inf outside the token's best groups

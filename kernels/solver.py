@@ -1,6 +1,8 @@
 """Device functions of a frame's solver steps, which ``flow.py`` puts together: noise, guidance, projections, codes.
 
-For one request with K acoustic codebooks, a network of width N and embeddings of width E::
+The velocity network has width N, and the embeddings have width E. For classifier-free guidance, a request has two
+branches: "cond" has the backbone's hidden state, and "uncond" has zeros in its place. For one request with K acoustic
+codebooks::
 
     init_noise       x ~ N(0, 1)                                     [K], or loaded from `p_noise`
     project_in       token = w_in @ x + bias                         [N], the same for both branches

@@ -63,9 +63,9 @@ class CodecStream:
 
     Attributes:
         state: the state between chunks. It is updated in place, so the addresses of its tensors never change.
-        max_chunk_frames: the most frames that a chunk may have if the sound's bits must not depend on how the frames
-            are divided into chunks. Here it is 1, because the last bits of a row of ``F.linear`` depend on the number
-            of rows.
+        max_chunk_frames: up to this number of frames per chunk, the sound's bits do not depend on how the frames are
+            divided into chunks. Here it is 1, because the last bits of a row of ``F.linear`` depend on the number of
+            rows. Larger chunks are allowed.
     """
 
     max_chunk_frames = 1

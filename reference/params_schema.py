@@ -22,8 +22,8 @@ class OtherKeys:
 
     Attributes:
         only: maps a key to the one value that voxkern supports; None means that the key is supported only as null.
-        harmless: maps each key that changes no result to the type of its value. Some of these keys repeat or limit a
-            size of the model; config.py compares them with the model's sizes.
+        harmless: the keys that change no result, each mapped to the type of its value. Some of these keys repeat or
+            limit a size of the model; config.py compares them with the model's sizes.
     """
 
     only: dict[str, Any]

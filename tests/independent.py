@@ -275,7 +275,7 @@ def causal_conv(x: np.ndarray, kernel: np.ndarray, mode: str, stride: int = 1) -
 def causal_transposed_conv(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
     """Return the transposed convolution [stride T, out] of x [T, in] with kernel [in, out, k].
 
-    The gather form is computed, y[s i + r] = sum_m W[r + s m]^T x[i - m].
+    This is y[s i + r] = sum_m W[r + s m]^T x[i - m], with s the stride, r `phase` and m `back`.
     """
     rows, taps = len(x), kernel.shape[2]
     y = np.zeros((stride * rows, kernel.shape[1]))

@@ -47,7 +47,7 @@ def test_steps_run_until_the_time_is_up(tmp_path: Path) -> None:
 
 def test_the_most_important_steps_come_first() -> None:
     names = [name for name, _ in gpu.steps()]
-    order = ["norm_linear is right", "frame-b1", "frame-b8", "frame-b32", "first sound and memory", "norm_linear"]
+    order = ["check of norm_linear", "frame-b1", "frame-b8", "frame-b32", "first sound and memory", "norm_linear"]
     order += ["codec_chunk", "frame-b1, compiled", "norm_linear, all"]
     assert [name for name in names if name in order] == order
     assert len(names) == len(set(names))
@@ -94,7 +94,7 @@ def test_a_dry_run_writes_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--minutes", "2", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "frame frame-b32 bf16" in out
-    assert "all made up" in out
+    assert "all invented" in out
     assert "no time was left" not in out
 
 

@@ -55,7 +55,7 @@ def rows_of(i: list[int], n: int) -> list[int]:
 def of_requests(args: dict[str, Any], i: list[int]) -> dict[str, Any]:
     """Return the arguments of the requests with the indices `i`, out of the five.
 
-    Row 0 of `modulation` belongs to all rows without the condition, and rows 1 to 5 belong to the requests.
+    Row 0 of `modulation` belongs to all rows without the hidden state, and rows 1 to 5 belong to the requests.
     """
     mine = {name: args[name][rows_of(i, len(args[name]))] for name in OWN if name in args}
     if args.get("modulation") is not None:

@@ -125,7 +125,7 @@ def test_the_velocity_mlp_has_two_launches_a_block_and_one_a_step(
 def test_public_shapes_with_the_velocity_mlp(B: int) -> None:
     """A frame takes at most 54 launches.
 
-    The modulations of the branch without a condition are a third of all multiply-adds; a table replaces them.
+    The modulations of the branch without a hidden state are a third of all multiply-adds; a table replaces them.
     """
     head, embeddings = public_head("meta", velocity_mlp=True)
     cost = frame_cost(head, B, embeddings, count_bytes=False)

@@ -160,8 +160,8 @@ def write_checkpoint(
     """Write a checkpoint folder that :func:`read_checkpoint` can read.
 
     Args:
-        folder: the folder to write. A missing folder is created. An existing checkpoint is replaced, with all its
-            voices; each file is written beside the old one and renamed.
+        folder: the folder to write. A missing folder is created. An existing checkpoint is replaced, and its
+            voices are deleted. Each new file is written beside the old one and then renamed.
         params: the content of ``params.json``.
         state: the model's ``state_dict()``.
         tokenizer: the text of ``tekken.json``.

@@ -68,7 +68,9 @@ def say(
     output: Annotated[Path, typer.Option("-o", "--output", help="Output file: .wav, .flac or .ogg.")] = Path("out.wav"),
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the text from this file.")] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the demo voice.")] = None,
-    voice: Annotated[str | None, typer.Option(help="Name of the voice; default: the first that info shows.")] = None,
+    voice: Annotated[
+        str | None, typer.Option(help="Name of the voice; default: the first voice that `voxkern info` lists.")
+    ] = None,
     clip: Annotated[Path | None, typer.Option(help="Speak with the voice of this recording (1 to 60 s).")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same sound; default: random.")] = None,
     steps: Annotated[int | None, typer.Option(help="Evaluations of the velocity network per frame, 1..64.")] = None,
@@ -77,7 +79,12 @@ def say(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if torch finds one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="triton (kernels), torch, or auto: triton on a GPU.")] = "auto",
-    max_frames: Annotated[int | None, typer.Option(help="Most frames (80 ms each) per part of a long text.")] = None,
+    max_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="The most frames (80 ms each). A long text is split into parts, and the limit applies to each part."
+        ),
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Write the file while the speech is generated.")] = False,
     play: Annotated[bool, typer.Option("--play", help="Play the speech too, while it is generated.")] = False,
 ) -> None:
@@ -209,7 +216,7 @@ def make(
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder}: is not a folder")
         if folder.exists() and any(folder.iterdir()) and not force:
-            raise ValueError(f"{folder}: is not empty; --force replaces the checkpoint in it, with all its voices")
+            raise ValueError(f"{folder}: is not empty; --force replaces the checkpoint in it, and deletes its voices")
         overrides = {"moe": TINY_MOE} if moe else None
         make_checkpoint(folder, full, seed, encoder=encoder, overrides=overrides, velocity_mlp=velocity_mlp)
     err.print(f"{folder}: {_size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}", highlight=False)

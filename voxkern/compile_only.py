@@ -98,7 +98,7 @@ class CompileOnlyDriver:
         return {"max_shared_mem": 1 << 30}
 
     def load_binary(self, name: str, code: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
-        """Load nothing; return (module, function, registers, spills, most threads per block) as Triton expects them."""
+        """Load nothing; return (module, function, registers, spills, limit of threads per block) as Triton expects."""
         return None, None, 0, 0, 1024
 
     def unload_module(self, module: None) -> None:

@@ -21,10 +21,10 @@ class GenerationParams:
         voice: name of the voice; None takes the default.
         seed: 0 .. 2^64 - 1; None draws a random seed.
         cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
-        max_frames: most frames of a part; None takes the default.
+        max_frames: the most frames that a part may have; None takes the default.
         steps: evaluations of the velocity network per frame, 1..64; None takes the checkpoint's number.
         solver: "euler" or "ab2".
-        max_chars: most characters of a part; None does not split the text.
+        max_chars: the most characters that a part may have; None does not split the text.
     """
 
     voice: str | None

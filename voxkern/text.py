@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 MAX_CHARS = 400  # about 30 s of English
 BYTE_ORDER_MARK = "\ufeff"
 
-# The classes of its characters decide where a text may be cut. Each class is named by a letter, and a character belongs
-# to the first class that matches it. The properties are those of UAX #14 (lb, line breaks), UAX #29 (GCB, grapheme
-# clusters) and Unicode.
+# The classes of the characters around a place decide whether a text may be cut there. The name of a class is one ASCII
+# character. A character of the text belongs to the first class that matches it. The properties in ``\p{..}`` are those
+# of UAX #14 (lb, line breaks), UAX #29 (GCB, grapheme clusters) and Unicode.
 CLASSES = {
     "n": r"\n-\r\x85\u2028\u2029",  # new lines
     "t": r"\t\x1c-\x1f",  # other control characters that are white space
@@ -157,7 +157,8 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
 
     Args:
         text: the text; it is returned as it is if it has at most `max_chars` characters.
-        max_chars: most characters of a part, unless one grapheme cluster is longer; None does not split the text.
+        max_chars: the most characters that a part may have, unless one grapheme cluster is longer. None does not split
+            the text.
 
     Returns:
         One or more parts. Joined, they are the text, without the white space around each part. Parts of only byte
@@ -275,7 +276,7 @@ class _CutPlaces:
         return pairs | (word & _is_in(self.before, "h/") & _is_in(self.after, "A"))
 
     def spaces(self) -> Mask:
-        """Find the ends of all white space, also before a closing mark, and also if it forbids a line break."""
+        """Find the ends of all white space, also before a closing mark. Spaces that forbid a line break count too."""
         return self.spaced & ~_is_in(self.after, WHITE + MARKS)
 
     def neat_clusters(self) -> Mask:
@@ -355,7 +356,8 @@ def _patterns() -> tuple["regex.Pattern[str]", "regex.Pattern[str]"]:
     import regex  # imported late, because the package must be importable without it
 
     classes = "|".join(f"([{members}])" for members in CLASSES.values())
-    # in a run of flags, \X alone counts the halves from the start of the run for each flag, which takes quadratic time
+    # \p{RI}{2} matches a flag. For each flag in a run, a plain \X counts again from the start of the run, which takes
+    # quadratic time.
     return regex.compile(classes), regex.compile(r"\p{RI}{2}[\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}]*+|\X")
 
 

@@ -62,9 +62,9 @@ def load(
             different `max_batch` may change the last bits of a sound, because products are summed in another order.
         cache_tokens: tokens of keys and values that all running requests together may reserve, at least 64. A request
             reserves its prompt's tokens plus `max_frames` tokens (80 ms each), in pages of 64, and waits until enough
-            pages are free. None allows 2560 tokens for each of `max_batch` requests, or the model's `max_seq_len` if
-            that is less, and a page for each request's voice. So `max_batch` requests of up to 2560 tokens each run
-            side by side.
+            pages are free. None allows, for each of `max_batch` requests, 2560 tokens (or the model's `max_seq_len` if
+            that is less) and one extra page for its voice. So `max_batch` requests of up to 2560 tokens each run side
+            by side.
         graphs: True replays a frame's launches on a GPU as one CUDA graph. Each pair of steps and solver has graphs for
             1, 2, 4, .. and `max_batch` requests. They are captured when the first request with this pair starts. False
             launches the kernels one by one, which gives the same bits but is slower. `graphs` has no effect without
@@ -153,7 +153,7 @@ class TTS:
         self._prompts.add(name, recording)
 
     def remove_voice(self, name: str) -> None:
-        """Remove a voice. Requests that have started keep it.
+        """Remove a voice. Requests that were made with this voice keep it, even if they still wait in the queue.
 
         Raises:
             ValueError: no voice has this name.
@@ -239,10 +239,10 @@ class TTS:
             steps: evaluations of the velocity network per frame, 1..64. None takes the checkpoint's number (7).
             solver: "euler", or "ab2", the two-step Adams-Bashforth method, which needs fewer steps.
             cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
-            max_frames: most frames of a part, 80 ms each; longer speech is cut off. None allows 2048, or fewer if the
-                model's `max_seq_len`, `cache_tokens` or the kernels' limit of 16,384 tokens leaves fewer after the
-                prompt.
-            max_chars: most characters of a part, see :func:`split_text`. None does not split the text.
+            max_frames: the most frames that a part may have, 80 ms each; longer speech is cut off. None allows 2048, or
+                fewer if the model's `max_seq_len`, `cache_tokens` or the kernels' limit of 16,384 tokens leaves fewer
+                after the prompt.
+            max_chars: the most characters that a part may have, see :func:`split_text`. None does not split the text.
             on_frame: called with 1, 2, 3, .. after each frame that this call has run. Frames that another thread has
                 run are not counted.
 
@@ -295,10 +295,12 @@ class TTS:
 
         The joined chunks equal the sound of :meth:`generate` to the last bit. The first chunk has `first_chunk` frames,
         and each next chunk has twice as many, up to `chunk`. The last chunk of a text or of a part may have fewer
-        frames. If the model ends the text exactly after a full chunk, one more chunk follows, without frames. If the
-        model ends an earlier part exactly after a full chunk, one size is skipped: a chunk of 1 frame is then followed
-        by one of 4, not 2. All arguments are checked by this call; generation starts when the first chunk is requested.
-        Closing or dropping the iterator stops the generation and frees the memory in use.
+        frames. If the model ends the text exactly after a full chunk, one more chunk follows, without frames. After an
+        earlier part, this empty chunk is left out, but its size is used up. A chunk of 1 frame is then followed by one
+        of 4, not 2.
+
+        All arguments are checked by this call; generation starts when the first chunk is requested. Closing or dropping
+        the iterator stops the generation and frees the memory in use.
 
         Args:
             text: the text to speak. For this and the arguments up to `max_chars`, see :meth:`generate`.
@@ -307,10 +309,10 @@ class TTS:
             steps: evaluations of the velocity network per frame, 1..64; None takes the checkpoint's number.
             solver: "euler" or "ab2".
             cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
-            max_frames: most frames of a part, 80 ms each; None takes the default.
-            max_chars: most characters of a part; None does not split the text.
+            max_frames: the most frames that a part may have, 80 ms each; None takes the default.
+            max_chars: the most characters that a part may have; None does not split the text.
             first_chunk: frames of the first chunk, at least 1.
-            chunk: most frames of a chunk, at least `first_chunk`.
+            chunk: the most frames that a chunk may have, at least `first_chunk`.
 
         Returns:
             An iterator of Audio, with a ``close()`` method. The ``timings`` of a chunk count the work since the chunk

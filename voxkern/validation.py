@@ -48,13 +48,13 @@ def to_float(name: str, value: Any) -> float:
 
     Raises:
         TypeError: `value` is not a real number.
-        ValueError: `value` is not finite in fp32, in which the model computes.
+        ValueError: `value` is NaN, infinite or too large for fp32, the dtype in which it is stored.
     """
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
         value = value.item()
     if _is_bool(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    # The comparison comes first, because float() of a huge int raises OverflowError. NaN fails it too.
+    # Compare before float(), which raises OverflowError for a huge int. The comparison is false for NaN too.
     if not -FP32_MAX <= value <= FP32_MAX:  # type: ignore[operator]  # Real has <= with float
         raise ValueError(f"{name} must be a finite fp32 number, got {shown(value)}")
     return float(value)

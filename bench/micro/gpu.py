@@ -6,8 +6,8 @@ each operator, the codec, and then all other timings of ``python -m bench run``.
 step ends. A step that fails is listed at the end, and the next step runs. A table at the end has measured and predicted
 times side by side.
 
-This tool has not been run on a GPU. With ``--dry-run``, which needs no GPU, every time is made up, and rows go to a
-temporary file.
+This tool has not been run on a GPU. With ``--dry-run``, all measured values are invented, and the rows go to a
+temporary file. A dry run needs no GPU.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Session:
         minutes: minutes that the steps may take together. A step that has begun is not stopped.
         file: the table of results.
         where: provenance of the rows.
-        clock: the clock of the timings; None makes the times up, and runs nothing.
+        clock: the clock of the timings; if None, nothing runs and all measured values are invented.
         now: returns the time in seconds.
         rows: the rows of all steps.
         failures: a message for each step, or provider, that failed.
@@ -90,7 +90,7 @@ class Session:
 def steps() -> Iterator[tuple[str, Callable[[Session], list[ResultRow]]]]:
     """Yield the name and the function of each step, the most important first."""
     for entry in entries():
-        yield f"{entry.name} is right", partial(check, entry=entry)
+        yield f"check of {entry.name}", partial(check, entry=entry)
     for B in FRAMES:
         yield f"frame-b{B}", partial(_timed, subject="frame", shape=f"frame-b{B}", providers=PROVIDERS)
     yield "first sound and memory", product
@@ -166,7 +166,7 @@ def _made_up(selection: Selection) -> Iterator[ResultRow]:
 
 
 def work_at(row: ResultRow, arch: str) -> list[Work]:
-    """Return the launches of the operator or frame that a row times; none for other subjects, such as the codec.
+    """Return the launches of a row's operator or frame, and none for other subjects, such as the codec.
 
     Some operators' inputs depend on the tiles, which are those of the architecture `arch`.
     """
@@ -210,11 +210,16 @@ def _timing_key(row: ResultRow) -> tuple[str, str, str, str]:
 def main(arguments: Sequence[str]) -> int:
     """Measure until the time is up, print the table, and return 1 if a step failed, else 0."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, help="minutes to use; a step that has begun is finished")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="minutes to use; a step that has begun runs to its end, even past this limit",
+    )
     parser.add_argument(
         "--csv", type=Path, default=FILE, metavar="FILE", help=f"store the rows in FILE, not {FILE.name}"
     )
-    parser.add_argument("--dry-run", action="store_true", help="make all times up; needs no GPU, and keeps no rows")
+    parser.add_argument("--dry-run", action="store_true", help="invent all timings; needs no GPU, and keeps no rows")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         if options.dry_run:
@@ -227,7 +232,7 @@ def main(arguments: Sequence[str]) -> int:
         session.run(steps())
         gpu = next((gpu for gpu in GPUS.values() if options.dry_run or gpu.device == where.device), None)
         print(*table(session.rows, gpu), sep="\n")
-        print(f"{len(session.rows)} rows" + (", all made up" if options.dry_run else f" stored in {file}"))
+        print(f"{len(session.rows)} rows" + (", all invented" if options.dry_run else f" stored in {file}"))
     print(*(f"FAILED {failure}" for failure in session.failures), sep="\n", end="\n" if session.failures else "")
     if session.skipped:
         print(f"no time was left for {len(session.skipped)} steps: {', '.join(session.skipped)}")

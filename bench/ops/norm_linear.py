@@ -62,7 +62,7 @@ ENTRIES = [
             Case("odd", {"M": 19, "N": 75, "K": 150, "max_rows": 19}),
             Case("odd-many", {"M": 70, "N": 97, "K": 129, "max_rows": 100}),
             Case("odd-deep", {"M": 17, "N": 40, "K": 3001, "max_rows": 17}),
-            # the flow head has six rows per request: three tokens, with and without the condition
+            # the flow head has six rows per request: three tokens, with and without the hidden state
             Case("q-b1", {"M": 6, "N": 4096, "K": 3072, "max_rows": 6}, public=True),
             Case("q-b32", {"M": 192, "N": 4096, "K": 3072, "max_rows": 192}, public=True, dtypes=("bf16",)),
         ),

@@ -2,9 +2,9 @@
 
 ``python -m bench frame`` runs the fused modules' own code in Triton's interpreter, with the tiles of sm_90. It counts
 the launches of three modules: the public flow head, a layer of the public backbone, and a flow head with an MLP, 1536
-wide, as its velocity network. Of a launch with a regular grid, only the first, second and last blocks along each axis
-run, so no results are computed. The fewest bytes that a launch can move are counted too: each weight that it uses, and
-each activation that it reads or writes, once.
+wide, as its velocity network. If the blocks of a launch differ only in their addresses, only the first, second and
+last block along each axis run. The results are therefore incomplete, and are not used. The fewest bytes that a launch
+can move are counted too: each weight that it uses, and each activation that it reads or writes, once.
 """
 
 import argparse
@@ -45,8 +45,8 @@ from voxkern.reference.transformer_head import FlowMatchingAudioTransformer
 STEPS = 7
 LAYERS = 26
 MAX_SEQ_LEN, PAGE = 4096, 64
-# Launchers with a regular grid, after `parts` has split their launches where needed: along each axis, blocks differ
-# only in their addresses. In launches of other launchers, all blocks are counted.
+# In a regular grid, blocks differ only in their addresses along each axis. These operators launch only such grids, once
+# `parts` has split their launches where needed. In launches of all other operators, every block runs and is counted.
 REGULAR_GRID = {
     "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_argmax", "rms_norm", "adaln_modulation",
     "adaln_linear_silu",
@@ -211,7 +211,7 @@ def counted(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
 
 
 def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> tuple[Any, ...]:
-    """Return the arguments of ``adaln_modulation``, enlarged from the 2 steps that are run to all steps of a frame.
+    """Return the arguments of ``adaln_modulation`` for all steps of a frame. The arguments given are those of 2 steps.
 
     One launch computes the modulations of all steps.
     """
@@ -223,8 +223,7 @@ def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list
     """Split a launch on an irregular grid into launches on regular grids with the same bytes.
 
     The launch that computes q, k and v becomes three launches. The launch that computes the modulations becomes one
-    launch for each layer.
-    tests/test_frame.py checks that the bytes are the same.
+    launch for each layer. tests/test_frame.py checks that the bytes are the same.
 
     Args:
         name: the launcher's name without ``launch_``.

@@ -50,8 +50,8 @@ class LedgerRow:
         resident: blocks that a multiprocessor holds at once.
         in_flight: bytes of weights in flight per multiprocessor, min(resident, grid / multiprocessors) x (stages - 1) x
             bytes a stage.
-        loads: kinds of loads from memory with their widths in bits, those that load most bytes first. LDGSTS is the
-            asynchronous copy. A narrow LDG in a loop with LDGSTS stalls the loop.
+        loads: kinds of loads from memory with their widths in bits; the kind that loads the most bytes is first. LDGSTS
+            is the asynchronous copy. A narrow LDG in a loop with LDGSTS stalls the loop.
         matrix: the matrix instructions, or ``-``.
         code: bytes of machine code.
     """
@@ -252,7 +252,7 @@ def _resources(binary: Binary) -> tuple[int, int, int]:
 
 
 def _loads(listing: str) -> str:
-    """Return the kinds of loads with their widths in bits, such as "LDGSTS.128", those that load most bytes first."""
+    """Return the kinds of loads with widths in bits, such as "LDGSTS.128"; the kind with the most bytes is first."""
     carried: dict[str, int] = {}
     for name in re.findall(r"\bLDG(?:STS)?\.[\w.]+|\b(?:global|buffer)_load_\w+", listing):
         words = re.search(r"dword(?:x([234]))?", name)

@@ -16,8 +16,8 @@ class Machine:
         multiprocessors: number of SMs, or of AMD's compute units.
         block_shared: bytes of shared memory that one block may have.
         shared: bytes of shared memory of a multiprocessor, for all its blocks.
-        warps: most resident warps of a multiprocessor.
-        blocks: most resident blocks of a multiprocessor.
+        warps: the most warps that are resident on a multiprocessor at once.
+        blocks: the most blocks that are resident on a multiprocessor at once.
         warp_size: threads of a warp.
         registers: 32-bit registers of a multiprocessor.
         register_unit: registers are allocated to a warp in multiples of this number.

@@ -152,7 +152,7 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> list[Work
     if operator == "token_attention":
         rows //= 2  # a row for each branch of a request
     prepared = args.get("max_rows") or args.get("max_batch") or rows
-    tokens = 6 if operator == "token_attention_linear" else 1  # three tokens, with and without the condition
+    tokens = 6 if operator == "token_attention_linear" else 1  # three tokens, with and without the hidden state
     traffic = fewest(entry, args)
     work = Work(
         operator=name, case=CASES.get(operator, ""), times=1, rows=rows, prepared=tokens * prepared,

@@ -333,7 +333,9 @@ class OutputCopy:
         self._states: dict[int, RequestState] = {}
 
     def start(self, states: dict[int, RequestState], output: FrameOutput, samples: Tensor) -> None:
-        """Start to copy an output; the device may overwrite it afterwards.
+        """Start to copy an output.
+
+        Work that is launched later on the same stream may overwrite the output, because that work runs after the copy.
 
         Args:
             states: the output's requests by slot.

@@ -138,7 +138,7 @@ class PrefixCache:
 
         Args:
             key: key of the request's prefix; None shares nothing.
-            n_tokens: most tokens that the request may ever have.
+            n_tokens: the most tokens that the request may ever have.
             weights_version: version of the weights now; prefixes from other weights are evicted.
             fill: writes the prefix's keys and values into the given pages.
 

@@ -19,7 +19,7 @@ class Request:
         prompt: [T, dim], embeddings of voice and text in the model's dtype.
         seed: 0 .. 2^64 - 1, the seed of the noise.
         cfg_alpha: strength of the classifier-free guidance; 1 means no guidance.
-        max_frames: most frames to generate.
+        max_frames: the most frames to generate.
         steps: evaluations of the velocity network per frame.
         solver: "euler" or "ab2".
         prefix: key of the prompt's first rows, which requests with the same voice share; None shares nothing.
@@ -35,7 +35,7 @@ class Request:
 
     @property
     def n_tokens(self) -> int:
-        """Most tokens that the request ever has in the KV cache."""
+        """The most tokens that the request ever has in the KV cache."""
         return len(self.prompt) + self.max_frames
 
 

@@ -50,7 +50,7 @@ class ModelRunner(Protocol):
     Attributes:
         n_slots: number of slots, the most requests that run side by side.
         kv_cache: the KV cache; the engine allocates its pages.
-        max_seq_len: most tokens of a request.
+        max_seq_len: the most tokens that a request may have.
         deferred: whether the engine may read a frame's output after it has launched the next frame.
     """
 

@@ -111,7 +111,7 @@ class FusedCodecStream:
 
     Attributes:
         state: the streaming state, which is written in place, so its addresses never change.
-        max_chunk_frames: the most frames of a chunk; the audio's bits do not depend on the size of the chunks.
+        max_chunk_frames: the most frames that a chunk may have. The audio's bits do not depend on the chunks' sizes.
     """
 
     max_chunk_frames = MAX_CHUNK_FRAMES

@@ -31,7 +31,7 @@ class MLPHeadBuffers(HeadBuffers):
     Attributes:
         stream: [2B, dim], the residual stream.
         gated: [2B, hidden], the hidden activations of a block.
-        states: [B, dim], the projected hidden states, one of the two terms of the condition.
+        states: [B, dim], the projected hidden states, to which the projected times are added.
     """
 
     stream: Tensor
@@ -60,7 +60,7 @@ class FusedMLPHead(FusedHead):
         """Return the projected times and the modulations; compute those of the branch without a hidden state.
 
         Returns:
-            projected: [steps, dim], one of the two terms of the condition.
+            projected: [steps, dim], the projected times, to which the projected hidden states are added.
             modulations: [steps, 1 + max_batch, W], the concatenated shift, scale and gate of every block, then shift
                 and scale of the final layer. The first row of each step is the table for the branch without a hidden
                 state. The other rows belong to the requests, and every frame overwrites them.

@@ -6,8 +6,8 @@ than the reference head:
 
 - The t (time) tokens and their queries, keys and values in the first layer are kept in a table. The table depends only
   on the weights, the solver and the number of steps.
-- The h (hidden state) tokens and their queries, keys and values in the first layer are computed once per frame. In the
-  branch without the condition, all of these are exactly zero.
+- The h (hidden state) tokens and their queries, keys and values in the first layer are computed once per frame. In
+  guidance's branch without the hidden state, all of these are exactly zero.
 - Before the first layer, the x (flow state) token is the same in both branches, so it is computed once.
 - In the last layer, the t and h tokens need only keys and values. Everything else is computed for x alone.
 """
@@ -37,12 +37,11 @@ MAX_FUSED_ROWS = 8
 class TransformerHeadBuffers(HeadBuffers):
     """The memory that one frame of B requests needs.
 
-    Rows are token-major: row = token * 2B + branch * B + request. Tokens are x, t and h, branches are with and without
-    the condition, and W = (H + 2 Hkv) * D.
+    Rows are token-major: row = token * 2B + branch * B + request. Tokens are x, t and h. Branch 0 has the hidden state,
+    and branch 1 has zeros in its place. W = (H + 2 Hkv) * D.
 
     Attributes:
-        tokens: [6B, dim], the input of the first layer. The last B rows, the h tokens without the condition, are always
-            zero.
+        tokens: [6B, dim], the input of the first layer. The last B rows, the h tokens of branch 1, are always zero.
         stream: [6B, dim], the residual stream of the layers.
         x_qkv: [B, W], q | k | v of the x tokens in the first layer.
         h_qkv: [2B, W], q | k | v of the h tokens in the first layer; the last B rows are always zero.

@@ -163,7 +163,10 @@ class FusedServerHead(FusedTransformerHead):
         launch_norm_linear(out, b.stream[:R], module.norm.weight, w_out, self._eps, self._max_rows)
 
     def _draw(self, h: Tensor) -> Tensor:
-        """Draw noise [B, K] on the device on which the server draws it: on the CPU if the server has ``_cfg_alpha``."""
+        """Draw noise [B, K] on the device on which the server draws it.
+
+        SGLang-Omni's head, which has ``_cfg_alpha``, draws on the CPU; vLLM-Omni's head draws on the device of `h`.
+        """
         shape = len(h), self.module.audio.n_acoustic_codebook
         if hasattr(self.server, "_cfg_alpha"):
             noise = torch.randn(shape, device="cpu").to(h.device, h.dtype)
