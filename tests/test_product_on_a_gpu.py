@@ -1,7 +1,7 @@
 """Tests of the whole product on a GPU, or on its stand-in (bench/static/stand_in_gpu.py).
 
-The sounds must be those of the CPU. On kernels, the codes and samples of the stand-in are equal to the CPU's. On other
-devices, and with PyTorch, whose last bits depend on the addresses of weights, only codes are equal.
+The sounds must be those of the CPU. On kernels, the codes and samples of the stand-in are equal to the CPU's. With
+PyTorch, the samples may differ in their last bits, because these depend on the addresses of the weights.
 """
 
 import asyncio

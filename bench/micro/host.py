@@ -30,7 +30,7 @@ from voxkern.engine.request import Request
 from voxkern.random_checkpoint import make_checkpoint
 
 BATCHES = (1, 8, 32)
-FRAMES = 300  # frames of each batch size whose time is measured
+FRAMES = 300  # frames that are timed, for each batch size
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def host_work(folder: Path, batch: int, frames: int = FRAMES) -> HostWork:
     Args:
         folder: the model's checkpoint.
         batch: number of requests, and max_batch.
-        frames: number of frames whose time is measured.
+        frames: number of frames that are timed.
     """
     add = DecodeBatch.add
 

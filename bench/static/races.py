@@ -7,7 +7,7 @@ it: the argument of the atomic must be in ``Entry.ordered_by``. These rules of C
   first block did before its atomic before what the second block does after its own.
 - One thread of a block does the atomic. What the block's other threads did is ordered only if ``tl.debug_barrier``
   comes between it and the atomic.
-- A relaxed atomic, and an atomic whose scope is one block, order nothing.
+- A relaxed atomic, and an atomic with the scope of one block, order nothing.
 
 The interpreter runs blocks one after another, so one run shows only one order of the atomics. In that order, a block
 may seem to come last although nothing makes it wait. So each operator runs in several orders of its blocks, among them
@@ -109,7 +109,7 @@ def ordered_launches(
 
     Args:
         order: the order in which the blocks of a launch run.
-        ordered_by: kernel arguments whose atomics order blocks.
+        ordered_by: kernel arguments on which atomics order blocks.
         indirect: tensors that a kernel accesses through an argument with a table of addresses.
 
     Raises:
@@ -154,7 +154,7 @@ class _Recorder(Watcher):
     ``clock[0, b]`` are, and so are its declared atomics at times before ``clock[1, b]``.
 
     Attributes:
-        ordered_by: kernel arguments whose atomics order blocks.
+        ordered_by: kernel arguments on which atomics order blocks.
         checked: the result.
         touches: all accesses in the order of the run, and `addresses` their distinct addresses.
         released: address of an atomic -> clock of a block that acquires it.
