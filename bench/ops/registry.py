@@ -67,8 +67,8 @@ class Entry:
         weight_names: names of the arguments that are weights; None takes `read_once`.
         partly: argument, or ``out`` for the result -> function of the arguments that returns how many of its elements a
             call must read or write. A call needs all elements of the other arguments.
-        ordered_by: names of kernel arguments on which atomics order blocks. A block may then read what other blocks wrote
-            before their atomics. No other atomics are allowed, see ``bench/static/races.py``.
+        ordered_by: names of kernel arguments on which atomics order blocks. A block may then read what other blocks
+            wrote before their atomics. No other atomics are allowed, see ``bench/static/races.py``.
         multiply_adds: function of the arguments that returns the multiply-adds of the products with weights, and of
             attention over the cache.
     """
