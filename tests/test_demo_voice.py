@@ -7,7 +7,7 @@ pytest.importorskip("pocketsphinx", reason="speech recognition needs pocketsphin
 
 import voxkern
 from bench.quality.errors import large_tiles
-from bench.quality.recognition import Speaker, digit_strings, listen, sentences
+from bench.quality.recognition import Score, Speaker, digit_strings, listen, sentences
 from voxkern.reference.train.data import DIGITS, RATE, WORDS
 from voxkern.reference.train.recogniser import Recogniser
 
@@ -64,6 +64,15 @@ def test_sentences_are_of_known_words() -> None:
     assert {word for text in found for word in text.split()} <= set(WORDS)
     assert all(2 <= len(text.split()) <= 7 for text in found)
     assert len(set(found)) > 150
+
+
+def test_a_score_counts_words_and_strings() -> None:
+    score = Score()
+    score.add(["one", "two", "three"], ["one", "two", "nine"])
+    score.add(["four"], ["four"])
+    assert score.figures == {
+        "words": (4, "words"), "words recognised": (75, "%"), "strings": (2, "strings"), "strings recognised": (50, "%")
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -7,16 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import voxkern
 from bench.quality import distortion, errors
 from bench.quality.errors import Flips, conditions, generate_histories, measured, next_frames, snr, sound
-from bench.quality.recognition import Score
 from bench.results import ResultRow, read
 from voxkern.checkpoint import read_checkpoint
 from voxkern.generation_params import CFG_ALPHA
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.noise import noise, seed_tensor
-from voxkern.reference.solver import MAX_STEPS
 from voxkern.tts import TTS
 
 
@@ -137,6 +134,9 @@ def test_distances_shrink_with_evaluations(tiny_folder: Path) -> None:
         assert many["codes that differ"] < few["codes that differ"]
     h, _ = distortion.spoken(tts)
     assert solvers["ab2:2"]["codes compared"] == 36 * len(h)
+    of = solvers["euler:2"]
+    said = f"euler:2 {of[distortion.RMSE]:.4f} {of['codes that differ']:.1f} % of {36 * len(h)}"
+    assert distortion.table(rows).splitlines()[1].split() == said.split()
 
 
 def test_a_solver_is_the_one_that_generate_has(tiny_folder: Path) -> None:
@@ -148,31 +148,3 @@ def test_a_solver_is_the_one_that_generate_has(tiny_folder: Path) -> None:
     head = tts.model.acoustic_transformer
     found = distortion.solve(head, h, x, "ab2", distortion.time_grid("ab2", 4))
     torch.testing.assert_close(found, head.solve(h, torch.full((len(h),), CFG_ALPHA), x, 4, "ab2"))
-
-
-def test_a_score_becomes_rows() -> None:
-    score = Score()
-    score.add(["one", "two", "three"], ["one", "two", "nine"])
-    score.add(["four"], ["four"])
-    rows = distortion.score_rows(score, "demo voice", "torch", n_sentences=1, seeds=1, steps="ab2:4")
-    assert values(rows) == {"words": 4, "words recognised": 75, "strings": 2, "strings recognised": 50}
-    assert distortion.table(rows).split()[-8:] == ["75.0", "%", "of", "4", "50.0", "%", "of", "2"]
-
-
-@pytest.mark.slow
-def test_a_solver_with_more_steps_than_generate_allows_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pocketsphinx")
-    monkeypatch.setattr(distortion, "RECOGNISED", [("euler", MAX_STEPS + 1)])
-    monkeypatch.setattr(distortion.shutil, "which", lambda name: None)
-    tts = voxkern.load(device="cpu", backend="torch")
-    found = values(distortion.recognition_rows(tts, n_sentences=1, seeds=1))
-    assert found["words recognised"] > 80
-    with pytest.raises(ValueError, match=r"steps must be in 1\.\.64, got 65"):
-        tts.generate("one", steps=MAX_STEPS + 1)
-
-
-def test_a_missing_recogniser_is_reported(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distortion.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(distortion, "distances", lambda tts: [])
-    assert distortion.rows(folder=tiny_folder) == []
-    assert "pocketsphinx is not installed" in distortion.missing()[0]

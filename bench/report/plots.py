@@ -10,7 +10,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.quality.distortion import FINE
 from bench.report.tables import Figures
 from bench.static.ledger import LedgerRow
 from bench.static.roofline import GPUS, SECONDS, compare_with_measured
@@ -48,20 +47,14 @@ def frame_times(figures: Figures) -> Figure:
 
 
 def error_by_steps(figures: Figures) -> Figure:
-    """Draw errors by number of evaluations: distance from a fine solution, codes that differ, words recognised."""
-    plot, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    metrics = ("RMSE from 256 steps", "codes that differ", "words recognised")
-    labels = ("RMSE of x", "% of codes that differ", "% of words recognised right")
-    for axis, metric, label in zip(axes, metrics, labels, strict=True):
+    """Draw errors by number of evaluations: distance from a fine solution, and codes that differ."""
+    plot, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+    metrics = {"RMSE from 256 steps": "RMSE of x", "codes that differ": "% of codes that differ"}
+    for axis, (metric, label) in zip(axes, metrics.items(), strict=True):
         axis.set_title(label, fontsize=10)
-        wanted = {"bench": "distortion", "metric": metric, "subject": "demo voice"}
-        last = figures.one(**wanted)  # only the last run's shape: older runs may have other texts and solvers
-        rows = figures.by("steps", **wanted, shape=last.shape) if last else []
+        rows = figures.by("steps", bench="distortion", metric=metric)
         for solver, colour in COLOURS.items():
             points = {int(row.steps.partition(":")[2]): row.value for row in rows if row.steps.startswith(solver)}
-            if FINE in points:
-                axis.axhline(points.pop(FINE), color="k", linewidth=0.8, linestyle=":")
-                axis.set_title(f"{label} (dotted: {FINE} evaluations)", fontsize=10)
             x, y = np.array(sorted(points.items())).reshape(-1, 2).T
             axis.plot(x, y, "o-", color=colour, label=NAMES[solver])
         axis.set_xlabel("evaluations of the velocity")
@@ -71,7 +64,6 @@ def error_by_steps(figures: Figures) -> Figure:
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
-    axes[2].set_ylim(0, 100)
     axes[0].legend(fontsize=8)
     plot.suptitle("The demo voice: what fewer evaluations cost", fontsize=11)
     return plot

@@ -272,7 +272,7 @@ def errors(figures: Figures) -> ReportTable:
 
 
 def distortion(figures: Figures) -> ReportTable:
-    """Make the table of the errors with fewer evaluations: RMSE, codes that differ, words recognised."""
+    """Make the table of the errors with fewer evaluations: RMSE, and codes that differ."""
     steps = [row.steps for row in figures.all(bench="distortion", metric="codes that differ")]
     counts = sorted({int(one.partition(":")[2]) for one in steps})
     lines = []
@@ -281,14 +281,10 @@ def distortion(figures: Figures) -> ReportTable:
         for n in counts:
             wanted = {"bench": "distortion", "steps": f"{solver}:{n}"}
             rmse = figures.value(".3f", **wanted, metric="RMSE from 256 steps")
-            codes, words = (figures.value(".1f", **wanted, metric=m) for m in ("codes that differ", "words recognised"))
-            cells.append(f"{rmse}, {codes} %, {words} %")
+            cells.append(f"{rmse}, {figures.value('.1f', **wanted, metric='codes that differ')} %")
         lines.append(cells)
     head = ("solver", *(f"{n} evaluations" for n in counts))
-    note = (
-        "The demo voice's flow head, from its own states: RMSE of x and codes that differ from 256 steps', and words "
-        "that a recogniser hears right, of sentences."
-    )
+    note = "The demo voice's flow head, from its own states: RMSE of x and codes that differ from 256 steps'."
     return ReportTable("What fewer evaluations cost", note, "python -m bench distortion", head, lines if steps else [])
 
 
