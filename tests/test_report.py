@@ -17,7 +17,7 @@ from bench.static import ledger
 
 CPU, GPU = "a CPU, 1 threads", "NVIDIA H100 80GB HBM3"
 TIME = ResultRow(
-    "voice", "demo voice", "real-time factor", 0.25, "1", "measured", "again", date="2026-01-01", device=CPU
+    "micro", "linear", "time", 0.25, "us", "measured", "again", "torch", "b1", "bf16", date="2026-01-01", device=CPU
 )
 LEDGER = ledger.read(ledger.FILE.read_text())[1]
 
@@ -43,14 +43,14 @@ def test_the_report_took_less_than_a_quarter_of_an_hour() -> None:
 
 
 def test_a_table_that_differs_from_its_rows_is_replaced() -> None:
-    made = {"voice": ReportTable("t", "A note.", "again", ("a", "b"), [("1", "2")])}
-    text = "before\n<!-- figures: voice -->\n| a | b |\n| --- | --- |\n| 1 | 3 |\n<!-- end -->\nafter"
+    made = {"engine": ReportTable("t", "A note.", "again", ("a", "b"), [("1", "2")])}
+    text = "before\n<!-- figures: engine -->\n| a | b |\n| --- | --- |\n| 1 | 3 |\n<!-- end -->\nafter"
     right = report.with_tables(text, made)
     assert right != text
     assert "| 1 | 2 |\n\n`again`. A note.\n<!-- end -->\nafter" in right
     assert report.with_tables(right, made) == right
-    with pytest.raises(ValueError, match="marks the table 'voice', but the tables are"):
-        report.with_tables(text, {"claim": made["voice"]})
+    with pytest.raises(ValueError, match="marks the table 'engine', but the tables are"):
+        report.with_tables(text, {"claim": made["engine"]})
 
 
 def test_cells() -> None:
@@ -60,12 +60,12 @@ def test_cells() -> None:
         replace(TIME, value=0.125, date="later"),
     ]  # fmt: skip
     made = tables(Figures(rows), [])
-    assert made.keys() == {"server", "voice"}  # tables without rows are left out
+    assert made.keys() == {"server", "micro"}  # tables without rows are left out
     assert made["server"].lines == [
         ["1", "voxkern", "eager", "97", "5.000", "-"],
         ["1", "vllm-omni", "eager", "470", "-", "-"],
     ]
-    assert made["voice"].lines == [["demo voice", "real-time factor", "0.125", CPU]]
+    assert made["micro"].lines == [["linear", "b1", "bf16", "torch", "0.125", "", CPU]]
 
 
 def test_resources_of_the_ledger() -> None:
@@ -106,7 +106,7 @@ def test_the_page_says_what_was_run_on_a_gpu(device: str) -> None:
 
 def test_text_is_escaped() -> None:
     table = ReportTable("<b>", "a < b", "x --y", ("a",), [("<i>",)])
-    said = page.html({"voice": table}, dict.fromkeys(("frame", "claim", "steps", "resources"), b""), Figures([]), "3")
+    said = page.html({"engine": table}, dict.fromkeys(("frame", "claim", "steps", "resources"), b""), Figures([]), "3")
     assert "<td>&lt;i&gt;</td>" in said
     assert "a &lt; b" in said
 

@@ -1,14 +1,12 @@
-"""Word recognition and speed of a voice: ``python -m bench recognition FOLDER``.
+"""Word recognition of a voice: ``python -m bench recognition FOLDER``.
 
 A speech recogniser transcribes the voice's sound, and the sound of flite, the synthesiser of the training data.
 """
 
 import argparse
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -175,7 +173,7 @@ def rows(
     solvers: tuple[str, ...] = ("euler:7", "ab2:4"),
     show: int = 0,
 ) -> list[ResultRow]:
-    """Measure the recognition of flite's and the voice's sound, and the voice's speed, and return the rows.
+    """Measure the recognition of flite's and the voice's sound, and return the rows.
 
     Args:
         folder: the voice's checkpoint.
@@ -199,7 +197,7 @@ def rows(
             say, shape = Speaker(tts, solver, int(steps)), f"{kind}, 2 voices, {n_seeds} seeds"
             score, again = listen(say, texts, list(range(n_seeds)), recogniser, show), f"{command} --solver {name}"
             found += score_rows("demo voice", "torch", shape, name, score, again) + ends(say, shape, name, again)
-    return found + speed(folder)
+    return found
 
 
 def score_rows(subject: str, provider: str, shape: str, steps: str, score: Score, command: str) -> list[ResultRow]:
@@ -234,33 +232,8 @@ def ends(speaker: Speaker, shape: str, steps: str, command: str) -> list[ResultR
     ]
 
 
-def speed(folder: str) -> list[ResultRow]:
-    """Measure the real-time factor and the time to the first sound, one request at a time, and return the rows."""
-    alone, texts = voxkern.load(folder, backend="torch"), digit_strings(9)
-    alone.generate(texts[0], seed=0, max_frames=3)
-    whole = [alone.generate(text, seed=0, max_frames=MAX_FRAMES) for text in texts]
-    firsts = []
-    for text in texts:
-        start = time.perf_counter()
-        stream = alone.stream(text, seed=0, max_frames=MAX_FRAMES)
-        next(stream)
-        firsts.append(time.perf_counter() - start)
-        stream.close()
-    figures = {"real-time factor": ([a.real_time_factor for a in whole], "1"), "first sound": (firsts, "s")}
-    found = []
-    for name, (values, unit) in figures.items():
-        low, *_, high = statistics.quantiles(values, n=5)
-        median = statistics.median(values)
-        print(f"{name}, batch 1, median of {len(values)}: {median:.3f} {unit}", flush=True)
-        row = ResultRow(
-            "voice", "demo voice", name, median, unit, "measured", COMMAND, "torch", "batch 1", "bf16", "euler:7"
-        )
-        found.append(replace(row, low=low, high=high))
-    return found
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Print scores, ends and speed, and append the rows if ``--csv`` is given."""
+    """Print scores and ends, and append the rows if ``--csv`` is given."""
     parser = argparse.ArgumentParser(prog="python -m bench recognition", description=__doc__)
     parser.add_argument("folder", nargs="?", default=str(DEMO))
     parser.add_argument("--strings", type=int, default=100, help="texts of digits; 2 sentences for each 5 of them")

@@ -88,8 +88,8 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
         "frame": frame(figures), "launches": launches(figures), "cache": cache(figures), "server": server(figures),
         "claim": claim(figures), "roofline": roofline(figures), "batches": batches(figures), "work": work(figures),
         "errors": errors(figures), "distortion": distortion(figures), "recognition": recognition(figures),
-        "voice": voice(figures), "engine": engine(figures), "host": host(figures), "micro": micro(figures),
-        "gpu": gpu(figures), "resources": resources(ledger),
+        "engine": engine(figures), "host": host(figures), "micro": micro(figures), "gpu": gpu(figures),
+        "resources": resources(ledger),
     }  # fmt: skip
     return {name: table for name, table in made.items() if table.lines}
 
@@ -321,18 +321,6 @@ def recognition(figures: Figures) -> ReportTable:
     return ReportTable("What a recogniser hears of the demo voice", note, "python -m bench recognition", head, lines)
 
 
-def voice(figures: Figures) -> ReportTable:
-    """Make the table of the demo voice's speed on a CPU."""
-    lines = [
-        [row.subject, row.metric, f"{row.value:.3g} {row.unit}".removesuffix(" 1"), row.device]
-        for row in figures.all(bench="voice")
-    ]
-    note = "Plain PyTorch on this machine's CPU, batch 1, one thread."
-    return ReportTable(
-        "The demo voice's speed", note, "python -m bench recognition", ("what", "figure", "", "on"), lines
-    )
-
-
 def host(figures: Figures) -> ReportTable:
     """Make the table of the host's work between two frames."""
     lines = [
@@ -363,7 +351,7 @@ def engine(figures: Figures) -> ReportTable:
         ])  # fmt: skip
     head = ("model", "requests", "frames a second, all", "first sound beside the others, s", "peak memory, MB",
             "keys and values of 64 / 400 / 1000 tokens, MB a request")  # fmt: skip
-    note = "Plain PyTorch on this machine's CPU, 7 evaluations; 12.5 frames a second are one voice in real time."
+    note = "Plain PyTorch on one thread of this CPU, 7 evaluations; 12.5 frames a second are one voice in real time."
     return ReportTable("Many requests at once", note, "python -m bench engine", head, lines)
 
 
