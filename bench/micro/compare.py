@@ -2,12 +2,11 @@
 
 The revision is checked out into a temporary worktree, and this tree's timer times the revision's operators there. The
 trees are measured in the order old, new, new, old, each time in a new process. The lower one of a tree's two medians
-counts, because other work on the machine only adds time. Nothing is measured while tests of the operators fail, because
-a fast wrong kernel is no gain.
+counts, because other work on the machine only adds time. As in every run, results are compared with fp64 before they
+are timed. A wrong result ends the comparison, because a fast wrong kernel is no gain.
 """
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,61 +21,23 @@ from bench.results import ResultRow, read, store
 # The files of bench/ that measure, which replace the revision's. The registry and the entries are not replaced, because
 # the revision's operators may have other names and arguments.
 TIMER = ("__main__.py", "results.py", "micro/*.py", "ops/accuracy.py", "static/traffic.py")
-PYTEST = Path(sys.executable).with_name("pytest")
-# timed module -> pytest's -k expression for the module's tests. For an operator, the operator's name is the expression,
-# because the names of its tests contain it.
-OF_MODULES = {
-    "frame": "test_frame or test_generate", "flow_head": "test_flow", "backbone": "test_backbone",
-    "codec_chunk": "test_codec", "moe_block": "test_moe",
-}  # fmt: skip
 Measure = Callable[[Path, Sequence[str]], list[ResultRow]]
 
 
-def compare(rev: str, subjects: Sequence[str], arguments: Sequence[str], file: Path | None) -> int:
+def compare(rev: str, arguments: Sequence[str], file: Path | None) -> None:
     """Print old, new and new / old for each timing, and append the new rows to `file`.
 
     Args:
         rev: the git revision to compare with.
-        subjects: the operators and modules that `arguments` name; empty means all.
         arguments: the command line of ``python -m bench run``.
         file: the table of results; None writes nothing.
-
-    Returns:
-        The exit status: 1 if the subjects' tests do not pass, and therefore nothing was measured; else 0.
     """
-    asked = without(arguments, "--compare", "--csv")
-    complaint = failing_tests(subjects)
-    if complaint:
-        print(complaint)
-        return 1
     with worktree(rev) as old:
-        rows = measure_interleaved({"old": old, "new": ROOT}, asked, measure)
+        rows = measure_interleaved({"old": old, "new": ROOT}, arguments, measure)
     for line in table(rev, rows):
         print(line)
     if file is not None:
         store(rows["new"], file)
-    return 0
-
-
-def failing_tests(names: Sequence[str]) -> str:
-    """Run the tests of these operators and modules, or all tests, and return a message if tests do not pass.
-
-    The message is empty if all tests pass.
-    """
-    chosen = ["-k", " or ".join(OF_MODULES.get(name, name) for name in names)] if names else []
-    if not PYTEST.exists():
-        return "nothing is measured, because pytest is not installed: pip install -e '.[test,bench]'"
-    command = [str(PYTEST), "-q", "-x", "tests", *chosen]
-    # tests/conftest.py sets TRITON_INTERPRET, and imports bench without PYTHONPATH, so both are removed
-    hidden = {"PYTHONPATH", "TRITON_INTERPRET"}
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode == 0:
-        return ""
-    last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
-    what = "there are no tests of" if done.returncode == 5 else "tests fail for"
-    of = ", ".join(names) or "the operators"
-    return f"nothing is measured: {what} {of} (pytest {shlex.join(command[1:])}: {' '.join(last)})"
 
 
 @contextmanager
@@ -141,7 +102,8 @@ def measure(tree: Path, asked: Sequence[str]) -> list[ResultRow]:
     """
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "rows.csv"
-        command = [sys.executable, "-m", "bench", "run", *asked, "--csv", str(file)]
+        # the last value of an option counts: the process compares nothing, and writes to `file`
+        command = [sys.executable, "-m", "bench", "run", *asked, "--compare", "", "--csv", str(file)]
         # PYTHONPATH precedes installed packages, so that voxkern, kernels and reference are imported from the tree
         environment = os.environ | {"PYTHONPATH": str(tree)}
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, env=environment)
@@ -161,14 +123,3 @@ def table(rev: str, rows: Mapping[str, Sequence[ResultRow]]) -> list[str]:
                 f"{name:52s} {old[row.key].value:12.6g} {row.value:12.6g}  {row.value / old[row.key].value:.3f}"
             )
     return lines
-
-
-def without(arguments: Sequence[str], *options: str) -> list[str]:
-    """Return a command line without the given options and their values."""
-    kept, skip = [], False
-    for word in arguments:
-        if skip or word.partition("=")[0] in options:
-            skip = not skip and word in options
-        else:
-            kept.append(word)
-    return kept
