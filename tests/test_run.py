@@ -21,7 +21,7 @@ from bench.micro import compare, providers, run
 from bench.micro.modules import BenchPoint, modules
 from bench.micro.providers import LazyCall, Trial, by_codes, by_distance, by_frame, by_verdict, operator_trial
 from bench.micro.run import Selection, rows_of, selection_of, time_trial, trials
-from bench.micro.timing import Copy, Measured, Timing
+from bench.micro.timing import Copy, Timing
 from bench.ops.registry import TensorMaker
 from bench.results import Provenance, ResultRow, read, store
 from bench.static.traffic import fewest_bytes
@@ -90,9 +90,9 @@ def test_nothing_right_is_nothing_timed() -> None:
 
 def test_rows_say_time_bandwidth_and_part_of_the_roof() -> None:
     found = {
-        "voxkern": Measured(Timing(2e-6, 1e-6, 3e-6), "graph"),
-        "torch": Measured(Timing(4e-6, 4e-6, 4e-6), "no graph"),
-        "copy": Measured(Timing(5e-6, 4e-6, 6e-6), "graph"),
+        "voxkern": Timing(2e-6, 1e-6, 3e-6, "graph"),
+        "torch": Timing(4e-6, 4e-6, 4e-6, "no graph"),
+        "copy": Timing(5e-6, 4e-6, 6e-6, "graph"),
     }
     rows = rows_of(trial(), found, ROOF, Selection(device="cuda"), HERE)
     said = {(row.provider, row.metric): (row.value, row.low, row.high, row.unit) for row in rows}

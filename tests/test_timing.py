@@ -22,8 +22,8 @@ def test_median_and_percentiles() -> None:
     clock = FakeClock({"a": [5e-3, 1e-3, 3e-3, 2e-3, 0.2, 4e-3]})
     found = measure(clock, {"a": calls("a")}, rounds=6)["a"]
     assert found.rounds == "graph"
-    assert (found.timing.low, found.timing.median, found.timing.high) == pytest.approx((2e-3, 3.5e-3, 5e-3))
-    assert Timing.of([1.0, 1.0]) == Timing(1.0, 1.0, 1.0)
+    assert (found.low, found.median, found.high) == pytest.approx((2e-3, 3.5e-3, 5e-3))
+    assert Timing.of([1.0, 1.0], "calls") == Timing(1.0, 1.0, 1.0, "calls")
 
 
 def test_what_takes_long_has_fewer_rounds() -> None:

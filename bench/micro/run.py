@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.micro.compare import compare
 from bench.micro.modules import BenchPoint, modules
 from bench.micro.providers import PROVIDERS, Trial, missing, operator_trial
-from bench.micro.timing import Call, Clock, Copy, Measured, clock_of, copies_for, measure
+from bench.micro.timing import Call, Clock, Copy, Timing, clock_of, copies_for, measure
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
 from bench.results import FILE, Provenance, ResultRow, provenance, store, with_provenance
 from voxkern.kernels import launch_config
@@ -111,7 +111,7 @@ def _public(entry: Entry, quick: bool) -> list[Case]:
     return public[:1] if quick else public
 
 
-def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str, Measured], list[str]]:
+def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str, Timing], list[str]]:
     """Time the providers of a trial that give right results, in turn with a large copy within memory.
 
     Args:
@@ -135,7 +135,7 @@ def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str,
 
 
 def rows_of(
-    trial: Trial, found: Mapping[str, Measured], roof: Copy | None, selection: Selection, where: Provenance
+    trial: Trial, found: Mapping[str, Timing], roof: Copy | None, selection: Selection, where: Provenance
 ) -> list[ResultRow]:
     """Return rows of each provider's time. With a roof, also return rows of bytes per second and of the roof's share.
 
@@ -147,19 +147,18 @@ def rows_of(
         where: the provenance of the rows.
     """
     rows = []
-    for provider, measured in found.items():
-        t = measured.timing
+    for provider, t in found.items():
         values = {("time", "us"): [1e6 * seconds for seconds in (t.median, t.low, t.high)]}
         nbytes = roof.nbytes if roof and provider == ROOF else trial.nbytes
         if roof and nbytes:
             rate = [nbytes / seconds / 1e9 for seconds in (t.median, t.high, t.low)]
-            highest = roof.nbytes / found[ROOF].timing.median / 1e9
+            highest = roof.nbytes / found[ROOF].median / 1e9
             values["bandwidth", "GB/s"] = rate
             values["of the copy roof", "%"] = [100 * one / highest for one in rate]
         for (metric, unit), value in values.items():
             median, low, high = (float(f"{one:.5g}") for one in value)
             row = ResultRow(
-                "micro", trial.subject, metric + (", no graph" if measured.rounds == "no graph" else ""), median, unit,
+                "micro", trial.subject, metric + (", no graph" if t.rounds == "no graph" else ""), median, unit,
                 "measured", selection.command(trial, provider), provider, trial.shape, trial.dtype, trial.steps, low,
                 high,
             )  # fmt: skip

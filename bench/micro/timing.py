@@ -1,7 +1,7 @@
 """The timer, which measures the time of one call of each variant. The variants are interleaved round by round.
 
-A variant is a list of calls that do the same work, each on its own copy of the inputs. A :class:`Clock` runs the calls
-and measures seconds: on a CPU, on a GPU, or simulated in tests. :class:`GPUClock` has all code that needs a GPU, and
+A variant is a list of calls that do the same work, each on its own copy of the inputs. A clock runs the calls and
+measures seconds: on a CPU, on a GPU, or simulated in tests. :class:`GPUClock` has all code that needs a GPU, and
 has not been run on a GPU. The rest is tested with a simulated clock.
 """
 
@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,17 +28,25 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median of the rounds, and their 20th (`low`) and 80th (`high`) percentile."""
+    """Seconds of one call.
+
+    Attributes:
+        median: the median of the rounds.
+        low: their 20th percentile.
+        high: their 80th percentile.
+        rounds: how the rounds were run, see :meth:`CPUClock.prepare`.
+    """
 
     median: float
     low: float
     high: float
+    rounds: str
 
     @classmethod
-    def of(cls, rounds: Sequence[float]) -> "Timing":
-        """Return the timing of `rounds`, the seconds of a call in each of two rounds or more."""
-        low, *_, high = statistics.quantiles(rounds, n=5, method="inclusive")
-        return cls(statistics.median(rounds), low, high)
+    def of(cls, seconds: Sequence[float], rounds: str) -> "Timing":
+        """Return the timing of the seconds of a call in each of two rounds or more."""
+        low, *_, high = statistics.quantiles(seconds, n=5, method="inclusive")
+        return cls(statistics.median(seconds), low, high, rounds)
 
 
 @dataclass(frozen=True)
@@ -55,84 +62,22 @@ class Copy:
     nbytes: int
 
 
-class Clock(Protocol):
-    """Runs calls on one device and measures their time.
+class CPUClock:
+    """Times calls on this machine's CPU. A round is one call on each of a variant's copies.
 
     Attributes:
         rotates: whether calls must rotate through many copies of the inputs, so that no cache holds the inputs.
     """
 
-    rotates: bool
-
-    def prepare(self, calls: Sequence[Call]) -> tuple[Callable[[], float], str]:
-        """Warm the calls up.
-
-        Returns:
-            A function that runs one round of the calls and returns the seconds of one call, and how rounds are run
-            ("calls", "graph" or "no graph").
-        """
-
-    def copy(self) -> Copy | None:
-        """Return the large copy that measures the highest bandwidth, or None where bandwidth has no meaning."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One variant's timing.
-
-    Attributes:
-        timing: seconds of one call.
-        rounds: how the rounds were run, see :meth:`Clock.prepare`.
-    """
-
-    timing: Timing
-    rounds: str
-
-
-def copies_for(clock: Clock, moved: int, held: int) -> int:
-    """Return the number of copies of the inputs that the calls must rotate through.
-
-    Args:
-        clock: the clock of the device. If `clock.rotates` is False, two copies are enough.
-        moved: bytes of the inputs that one call moves.
-        held: bytes of the inputs.
-    """
-    if not clock.rotates:
-        return 2
-    return max(2, min(MOST_COPIES, COLD // max(moved, 1) + 1, MOST_BYTES // max(held, 1)))
-
-
-def measure(clock: Clock, variants: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Measured]:
-    """Time variants in turn, round by round, so that a slow phase of the machine affects all of them.
-
-    Each round begins with another variant. Slow variants reduce the number of rounds, to no fewer than 5.
-
-    Args:
-        clock: runs the calls.
-        variants: name -> calls, which do the same work on different copies of the inputs.
-        rounds: the most rounds.
-    """
-    ready = {name: clock.prepare(calls) for name, calls in variants.items()}
-    names, found = list(ready), {name: list[float]() for name in ready}
-    spent = 0.0
-    for i in range(rounds if names else 0):
-        if i >= FEWEST_ROUNDS and spent > PATIENCE * len(names):
-            break
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            seconds = ready[name][0]()
-            found[name].append(seconds)
-            spent += seconds * len(variants[name])
-    return {name: Measured(Timing.of(times), ready[name][1]) for name, times in found.items()}
-
-
-class CPUClock:
-    """Times calls on this machine's CPU. A round is one call on each of a variant's copies."""
-
     rotates = False
 
     def prepare(self, calls: Sequence[Call]) -> tuple[Callable[[], float], str]:
-        """Run each call once to warm up; see :meth:`Clock.prepare`."""
+        """Run each call once to warm up.
+
+        Returns:
+            A function that runs one round of the calls and returns the seconds of one call, and how rounds are run
+            ("calls", or on a GPU "graph" or "no graph").
+        """
         for call in calls:
             call()
 
@@ -158,7 +103,7 @@ class GPUClock:
     rotates = True
 
     def prepare(self, calls: Sequence[Call]) -> tuple[Callable[[], float], str]:
-        """Capture the calls in a CUDA graph; see :meth:`Clock.prepare`.
+        """Capture the calls in a CUDA graph; see :meth:`CPUClock.prepare`.
 
         Calls that wait for the device cannot be captured. Such calls run one after another ("no graph").
         """
@@ -217,6 +162,46 @@ def _between_events(run: Call) -> float:
     end.synchronize()
     milliseconds: float = start.elapsed_time(end)
     return milliseconds / 1e3
+
+
+Clock = CPUClock | GPUClock
+
+
+def copies_for(clock: Clock, moved: int, held: int) -> int:
+    """Return the number of copies of the inputs that the calls must rotate through.
+
+    Args:
+        clock: the clock of the device. If `clock.rotates` is False, two copies are enough.
+        moved: bytes of the inputs that one call moves.
+        held: bytes of the inputs.
+    """
+    if not clock.rotates:
+        return 2
+    return max(2, min(MOST_COPIES, COLD // max(moved, 1) + 1, MOST_BYTES // max(held, 1)))
+
+
+def measure(clock: Clock, variants: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Timing]:
+    """Time variants in turn, round by round, so that a slow phase of the machine affects all of them.
+
+    Each round begins with another variant. Slow variants reduce the number of rounds, to no fewer than 5.
+
+    Args:
+        clock: runs the calls.
+        variants: name -> calls, which do the same work on different copies of the inputs.
+        rounds: the most rounds.
+    """
+    ready = {name: clock.prepare(calls) for name, calls in variants.items()}
+    names, found = list(ready), {name: list[float]() for name in ready}
+    spent = 0.0
+    for i in range(rounds if names else 0):
+        if i >= FEWEST_ROUNDS and spent > PATIENCE * len(names):
+            break
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = ready[name][0]()
+            found[name].append(seconds)
+            spent += seconds * len(variants[name])
+    return {name: Timing.of(times, ready[name][1]) for name, times in found.items()}
 
 
 def clock_of(device: str) -> Clock:

@@ -163,8 +163,8 @@ class Tuner:
         for trial in self.trials:
             copies = trial.copies(copies_for(self.clock, trial.nbytes, trial.held))
             variants = {str(i): [self._call(trial, valid[i], args) for args in copies] for i in valid}
-            for i, measured in measure(self.clock, variants).items():
-                logs[int(i)] += math.log(measured.timing.median) / len(self.trials)
+            for i, timing in measure(self.clock, variants).items():
+                logs[int(i)] += math.log(timing.median) / len(self.trials)
         return [math.exp(log) for log in logs]
 
     def complaint(self, config: LaunchConfig) -> str:
