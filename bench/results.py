@@ -10,30 +10,13 @@ import fcntl
 import io
 import platform
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_suffix(".csv")
 HOW = ("measured", "counted", "predicted")
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where and when figures were made.
-
-    Attributes:
-        date: UTC date and time in ISO format, to the second.
-        commit: short hash of the working tree's commit, with ``+`` if code or the demo voice had uncommitted changes.
-        device: the GPU's name, or the processor's name with the number of threads.
-        versions: versions of Python, torch and triton.
-    """
-
-    date: str
-    commit: str
-    device: str
-    versions: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +37,10 @@ class ResultRow:
         steps: solver and evaluations of the velocity, such as ``euler:7``.
         low: the 20th percentile.
         high: the 80th percentile.
-        date: see :class:`Provenance`, also for `commit`, `device` and `versions`.
+        date: UTC date and time in ISO format, to the second.
+        commit: short hash of the working tree's commit, with ``+`` if code or the demo voice had uncommitted changes.
+        device: the GPU's name, or the processor's name with the number of threads.
+        versions: versions of Python, torch and triton.
     """
 
     bench: str
@@ -86,8 +72,12 @@ class ResultRow:
         return (*what, self.device)
 
 
-def provenance(device: str = "cpu") -> Provenance:
-    """Return the provenance of figures that are made now on this machine's `device`, ``cpu`` or ``cuda``."""
+def provenance(device: str = "cpu") -> dict[str, str]:
+    """Return where and when figures are made that are made now on this machine's `device`, ``cpu`` or ``cuda``.
+
+    Returns:
+        The columns `date`, `commit`, `device` and `versions` of :class:`ResultRow`.
+    """
     import torch
     import triton
 
@@ -97,12 +87,13 @@ def provenance(device: str = "cpu") -> Provenance:
         name = f"{_processor()}, {torch.get_num_threads()} threads"
     versions = f"python {platform.python_version()} torch {torch.__version__} triton {triton.__version__}"
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-    return Provenance(now.isoformat(), _commit(), name, versions)
+    return {"date": now.isoformat(), "commit": _commit(), "device": name, "versions": versions}
 
 
-def with_provenance(row: ResultRow, where: Provenance) -> ResultRow:
-    """Return a copy of the row with the provenance `where`."""
-    return ResultRow(**{**asdict(row), **asdict(where)})
+def with_provenance(rows: Iterable[ResultRow], where: Mapping[str, Any] | None = None) -> list[ResultRow]:
+    """Return the rows with the columns `where`, by default those of :func:`provenance`. A row with a date stays."""
+    where = where or provenance()
+    return [row if row.date else replace(row, **where) for row in rows]
 
 
 def store(rows: Iterable[ResultRow], file: Path = FILE) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bench.micro import gpu
 from bench.ops.registry import TensorMaker
-from bench.results import Provenance, ResultRow, read
+from bench.results import ResultRow, read
 from bench.static.roofline import GPUS
 
-HERE = Provenance("2026-01-01T00:00:00+00:00", "abc", "NVIDIA H100 80GB HBM3", "torch 2")
+HERE = {"date": "2026-01-01T00:00:00+00:00", "commit": "abc", "device": "NVIDIA H100 80GB HBM3", "versions": "torch 2"}
 
 
 def session(tmp_path: Path, minutes: float, seconds: list[float]) -> gpu.Session:

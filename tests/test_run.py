@@ -23,11 +23,11 @@ from bench.micro.providers import LazyCall, Trial, by_codes, by_distance, by_fra
 from bench.micro.run import Selection, rows_of, selection_of, time_trial, trials
 from bench.micro.timing import Copy, Timing
 from bench.ops.registry import TensorMaker
-from bench.results import Provenance, ResultRow, read, store
+from bench.results import ResultRow, read, store
 from bench.static.traffic import fewest_bytes
 from voxkern.kernels import launch_config
 
-HERE = Provenance("2026-01-01T00:00:00+00:00", "abc", "a GPU", "torch 2")
+HERE = {"date": "2026-01-01T00:00:00+00:00", "commit": "abc", "device": "a GPU", "versions": "torch 2"}
 ROOF = Copy(lambda: run.ROOF, 3_000_000)
 
 
@@ -111,7 +111,7 @@ def test_rows_say_time_bandwidth_and_part_of_the_roof() -> None:
     assert (first.bench, first.subject, first.shape, first.dtype, first.how) == (
         "micro", "twice", "b1", "fp32", "measured",
     )  # fmt: skip
-    assert (first.device, first.commit, first.date, first.versions) == ("a GPU", "abc", HERE.date, "torch 2")
+    assert (first.device, first.commit, first.date, first.versions) == ("a GPU", "abc", HERE["date"], "torch 2")
     assert first.command == "python -m bench run --op twice --shape b1 --dtype fp32 --device cuda --provider voxkern"
     assert not any(row.provider == "copy" and "--provider copy" in row.command for row in rows)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import voxkern
-from bench.results import ResultRow, provenance, with_provenance
+from bench.results import ResultRow, with_provenance
 from voxkern.engine.kv_cache import cache_bytes
 from voxkern.random_checkpoint import make_checkpoint, tiny_params
 from voxkern.tts import DEMO
@@ -128,9 +128,7 @@ def rows_of(model: str, folder: Path, batch: int) -> list[ResultRow]:
         )
         for metric, (value, unit) in figures.items()
     ]  # fmt: skip
-    # provenance() records the number of threads, which is 1 only in this process
-    here = provenance()
-    return [with_provenance(row, here) for row in found]
+    return with_provenance(found)  # with the number of threads, which is 1 only in this process
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ temporary file. A dry run needs no GPU.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from bench.micro.providers import operator_trial
 from bench.micro.run import Selection, run
 from bench.micro.timing import Clock, clock_of
 from bench.ops.registry import DTYPES, Entry, TensorMaker, entries
-from bench.results import FILE, Provenance, ResultRow, provenance, store, with_provenance
+from bench.results import FILE, ResultRow, provenance, store, with_provenance
 from bench.static.roofline import GPU, GPUS, floor, predict
 from bench.static.traffic import with_result
 from bench.static.work import Work, frame, work_of
@@ -55,7 +55,7 @@ class Session:
 
     minutes: float
     file: Path
-    where: Provenance
+    where: Mapping[str, str]
     clock: Clock | None
     now: Callable[[], float] = time.monotonic
     rows: list[ResultRow] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Session:
     def timed(self, selection: Selection) -> list[ResultRow]:
         """Time a selection, and return its rows."""
         if self.clock is None:
-            return [with_provenance(row, self.where) for row in _made_up(selection)]
+            return with_provenance(_made_up(selection), self.where)
         rows, wrong = run(selection, self.clock, None, self.where)
         self.failures += wrong
         return rows
@@ -146,7 +146,7 @@ def product(session: Session) -> list[ResultRow]:
         ResultRow("gpu", "demo voice", metric, value, unit, "measured", COMMAND, "voxkern", "b32")
         for metric, (value, unit) in figures.items()
     ]
-    return [with_provenance(row, session.where) for row in rows]
+    return with_provenance(rows, session.where)
 
 
 def _made_up(selection: Selection) -> Iterator[ResultRow]:
@@ -227,10 +227,10 @@ def main(arguments: Sequence[str]) -> int:
         else:
             clock = clock_of("cuda")  # exits if torch finds no GPU
             file, where = options.csv, provenance("cuda")
-        print(f"{where.device}, {where.versions}, commit {where.commit}")
+        print(f"{where['device']}, {where['versions']}, commit {where['commit']}")
         session = Session(options.minutes, file, where, clock)
         session.run(steps())
-        gpu = next((gpu for gpu in GPUS.values() if options.dry_run or gpu.device == where.device), None)
+        gpu = next((gpu for gpu in GPUS.values() if options.dry_run or gpu.device == where["device"]), None)
         print(*table(session.rows, gpu), sep="\n")
         print(f"{len(session.rows)} rows" + (", all invented" if options.dry_run else f" stored in {file}"))
     print(*(f"FAILED {failure}" for failure in session.failures), sep="\n", end="\n" if session.failures else "")

@@ -20,7 +20,7 @@ from bench.micro.modules import BenchPoint, modules
 from bench.micro.providers import PROVIDERS, Trial, missing, operator_trial
 from bench.micro.timing import Call, Clock, Copy, Timing, clock_of, copies_for, measure
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
-from bench.results import FILE, Provenance, ResultRow, provenance, store, with_provenance
+from bench.results import FILE, ResultRow, provenance, store, with_provenance
 from voxkern.kernels import launch_config
 
 ROOF = "copy"  # the variant that moves bytes and computes nothing
@@ -135,7 +135,7 @@ def time_trial(trial: Trial, clock: Clock, roof: Copy | None) -> tuple[dict[str,
 
 
 def rows_of(
-    trial: Trial, found: Mapping[str, Timing], roof: Copy | None, selection: Selection, where: Provenance
+    trial: Trial, found: Mapping[str, Timing], roof: Copy | None, selection: Selection, where: Mapping[str, str]
 ) -> list[ResultRow]:
     """Return rows of each provider's time. With a roof, also return rows of bytes per second and of the roof's share.
 
@@ -157,17 +157,18 @@ def rows_of(
             values["of the copy roof", "%"] = [100 * one / highest for one in rate]
         for (metric, unit), value in values.items():
             median, low, high = (float(f"{one:.5g}") for one in value)
-            row = ResultRow(
+            rows.append(ResultRow(
                 "micro", trial.subject, metric + (", no graph" if t.rounds == "no graph" else ""), median, unit,
                 "measured", selection.command(trial, provider), provider, trial.shape, trial.dtype, trial.steps, low,
                 high,
-            )  # fmt: skip
-            rows.append(with_provenance(row, where))
-    return rows
+            ))  # fmt: skip
+    return with_provenance(rows, where)
 
 
 @torch.inference_mode()
-def run(selection: Selection, clock: Clock, file: Path | None, where: Provenance) -> tuple[list[ResultRow], list[str]]:
+def run(
+    selection: Selection, clock: Clock, file: Path | None, where: Mapping[str, str]
+) -> tuple[list[ResultRow], list[str]]:
     """Time the selection. Each trial's rows are printed, and appended to `file`, when it has been timed.
 
     Args:

@@ -51,5 +51,5 @@ def test_operator(benchmark: Any, entry: Entry, case: Case, provider: str) -> No
                 torch.cuda.synchronize()
 
         benchmark.group = f"{entry.name} {case.name} {dtype}"
-        benchmark.extra_info |= {"provider": provider, "dtype": dtype, **vars(provenance(DEVICE))}
+        benchmark.extra_info |= {"provider": provider, "dtype": dtype, **provenance(DEVICE)}
         benchmark.pedantic(call, rounds=10, iterations=2, warmup_rounds=1)

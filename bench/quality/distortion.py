@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.quality.errors import TEXTS, conditions, generate_histories
-from bench.results import FILE, ResultRow, provenance, store, with_provenance
+from bench.results import FILE, ResultRow, store, with_provenance
 from voxkern.checkpoint import read_checkpoint
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.flow_head import guide, lowest_argmax, quantise
@@ -45,21 +45,9 @@ def distances(tts: TTS, evaluations: tuple[int, ...] = EVALUATIONS) -> list[Resu
             "codes compared": (differ.numel(), "codes", "counted"),
             "codes that differ": (100 * float(differ.double().mean()), "%", "counted"),
         }
-        shape = f"{len(TEXTS)} texts, each voice"
+        shape, name = f"{len(TEXTS)} texts, each voice", f"{solver}:{steps}"
         found += [
-            ResultRow(
-                "distortion",
-                "demo voice",
-                metric,
-                value,
-                unit,
-                how,
-                COMMAND,
-                "torch",
-                shape,
-                "fp32",
-                f"{solver}:{steps}",
-            )
+            ResultRow("distortion", "demo voice", metric, value, unit, how, COMMAND, "torch", shape, "fp32", name)
             for metric, (value, unit, how) in figures.items()
         ]
     return found
@@ -122,6 +110,5 @@ def main(arguments: Sequence[str]) -> int:
     found = rows()
     print(table(found))
     if args.csv:
-        here = provenance()
-        store((with_provenance(row, here) for row in found), args.csv)
+        store(with_provenance(found), args.csv)
     return 0

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.ops.registry import DTYPES, ROOT
-from bench.results import FILE, ResultRow, provenance, read, store, with_provenance
+from bench.results import FILE, ResultRow, read, store, with_provenance
 from voxkern.checkpoint import read_checkpoint
 from voxkern.generation_params import CFG_ALPHA
 from voxkern.reference.config import END_AUDIO, N_SPECIAL_CODES
@@ -256,8 +256,7 @@ def main(arguments: Sequence[str]) -> int:
         found = rows(args.texts)
     else:
         torch.set_num_threads(1)
-        here = provenance()
-        found = [with_provenance(row, here) for row in measured(DEMO, args.texts)]
+        found = with_provenance(measured(DEMO, args.texts))
     print(table(found))
     if args.csv:
         store(found, args.csv)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 import voxkern
-from bench.results import ResultRow, provenance, store, with_provenance
+from bench.results import ResultRow, store, with_provenance
 from voxkern.reference.train.data import (
     DIGITS,
     FRAME,
@@ -64,12 +64,6 @@ class Score:
             "words": (self.words, "words"), "words recognised": (100 * self.words_right / self.words, "%"),
             "strings": (self.strings, "strings"), "strings recognised": (100 * self.strings_right / self.strings, "%"),
         }  # fmt: skip
-
-    def __str__(self) -> str:
-        return (
-            f"words {self.words_right}/{self.words} = {self.words_right / self.words:.1%}, "
-            f"strings {self.strings_right}/{self.strings} = {self.strings_right / self.strings:.1%}"
-        )
 
 
 def digit_strings(n: int, seed: int = 20250101) -> list[str]:
@@ -152,6 +146,11 @@ class Speaker:
             for text, voice, n in self._said
         ]
 
+    @property
+    def figures(self) -> dict[str, tuple[float, str]]:
+        """Metric -> (value, unit): the share of requests that ended by themselves, and the greatest of the lengths."""
+        return {"ended by itself": (100 * float(np.mean(self.ended)), "%"), "longest": (max(self.lengths), "1")}
+
 
 word_of_flite = functools.cache(flite)
 
@@ -191,43 +190,25 @@ def rows(
     tts, found = voxkern.load(folder, backend="torch", max_batch=16), list[ResultRow]()
     for kind, (texts, recogniser, n_seeds) in sets.items():
         for subject, own in (("flite, whole", flite_whole), ("flite, word by word", flite_word_by_word)):
-            found += score_rows(subject, "flite", f"{kind}, 2 voices", "", listen(own, texts, [0], recogniser), command)
+            figures = listen(own, texts, [0], recogniser).figures
+            found += rows_of(subject, "flite", f"{kind}, 2 voices", "", figures, command)
         for name in solvers:
             solver, steps = name.split(":")
             say, shape = Speaker(tts, solver, int(steps)), f"{kind}, 2 voices, {n_seeds} seeds"
-            score, again = listen(say, texts, list(range(n_seeds)), recogniser, show), f"{command} --solver {name}"
-            found += score_rows("demo voice", "torch", shape, name, score, again) + ends(say, shape, name, again)
+            figures = listen(say, texts, list(range(n_seeds)), recogniser, show).figures | say.figures
+            found += rows_of("demo voice", "torch", shape, name, figures, f"{command} --solver {name}")
     return found
 
 
-def score_rows(subject: str, provider: str, shape: str, steps: str, score: Score, command: str) -> list[ResultRow]:
-    """Print a score, and return its rows; `steps` is empty for flite's sound."""
-    print(f"{subject}, {shape} {steps}: {score}", flush=True)
+def rows_of(
+    subject: str, provider: str, shape: str, steps: str, figures: dict[str, tuple[float, str]], command: str
+) -> list[ResultRow]:
+    """Print figures, and return their rows; `steps` is empty for flite's sound."""
+    said = ", ".join(f"{name} {value:.4g}{' %' if unit == '%' else ''}" for name, (value, unit) in figures.items())
+    print(f"{subject}, {shape} {steps}: {said}", flush=True)
+    dtype = "bf16" if steps else ""
     return [
-        ResultRow(
-            "recognition",
-            subject,
-            name,
-            value,
-            unit,
-            "measured",
-            command,
-            provider,
-            shape,
-            "bf16" if steps else "",
-            steps,
-        )
-        for name, (value, unit) in score.figures.items()
-    ]
-
-
-def ends(speaker: Speaker, shape: str, steps: str, command: str) -> list[ResultRow]:
-    """Print how a speaker's requests ended and how long the longest was, and return the rows."""
-    figures = {"ended by itself": (100 * float(np.mean(speaker.ended)), "%"), "longest": (max(speaker.lengths), "1")}
-    print(f"  ended by themselves: {figures['ended by itself'][0]:.1f} %, longest / natural length: "
-          f"{figures['longest'][0]:.2f}", flush=True)  # fmt: skip
-    return [
-        ResultRow("recognition", "demo voice", name, value, unit, "measured", command, "torch", shape, "bf16", steps)
+        ResultRow("recognition", subject, name, value, unit, "measured", command, provider, shape, dtype, steps)
         for name, (value, unit) in figures.items()
     ]
 
@@ -246,6 +227,5 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--strings and --seeds must be at least 1")
     found = rows(args.folder, args.strings, args.seeds, tuple(args.solver), args.show)
     if args.csv:
-        here = provenance()
-        store(with_provenance(row, here) for row in found)
+        store(with_provenance(found))
     return 0

@@ -44,12 +44,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # starts the process of one part
     options = parser.parse_args(arguments)
     if options.part:
-        results.store(rows_of(options.part))
+        rows = import_module(f"bench.{TOOLS[options.part][0]}.{options.part}").rows()
+        results.store(results.with_provenance(rows))
         return 0
     start = time.perf_counter()
     failed = [] if options.no_measure else failures(options.only)
     if not options.no_measure and not failed and options.only == PARTS:
-        results.store([of_all(time.perf_counter() - start)])
+        seconds = round(time.perf_counter() - start)
+        whole = ResultRow("report", "all parts", "time", seconds, "s", "measured", "python -m bench report")
+        results.store(results.with_provenance([whole]))
     write()
     names = ", ".join(str(path.relative_to(ROOT)) for path in (PAGE, PLOTS, *MARKED_FILES))
     print(f"wrote {names}")
@@ -65,19 +68,6 @@ def failures(parts: Sequence[str]) -> list[str]:
         well = [*two.map(measured, counted)]
     well += map(measured, timed)
     return [part for part, went_well in zip((*counted, *timed), well, strict=True) if not went_well]
-
-
-def rows_of(part: str) -> list[results.ResultRow]:
-    """Measure a part in this process, and return its rows with their provenance."""
-    rows = import_module(f"bench.{TOOLS[part][0]}.{part}").rows()
-    here = results.provenance()
-    return [row if row.date else results.with_provenance(row, here) for row in rows]
-
-
-def of_all(seconds: float) -> ResultRow:
-    """Return a row with the seconds that the whole report took."""
-    row = ResultRow("report", "all parts", "time", round(seconds), "s", "measured", "python -m bench report")
-    return results.with_provenance(row, results.provenance())
 
 
 def measured(part: str) -> bool:
