@@ -12,22 +12,22 @@ import inspect
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # set before triton is imported, because the counters need the interpreter
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bench.results import ResultRow
 from bench.static.counters import counting
 from bench.static.interpreter import speed_up
 from bench.static.traffic import fewest
-from bench.static.work import entry_of, intercepted
-from voxkern.fused.backbone import FusedBackbone
+from bench.static.work import decode_step, entry_of, intercepted
 from voxkern.fused.flow_head import FusedHead
 from voxkern.fused.mlp_head import FusedMLPHead
 from voxkern.fused.transformer_head import FusedTransformerHead
@@ -51,14 +51,6 @@ REGULAR_GRID = {
     "norm_linear", "norm_swiglu", "linear", "token_attention_linear", "semantic_argmax", "rms_norm", "adaln_modulation",
     "adaln_linear_silu",
 }  # fmt: skip
-ONCE_A_FRAME = {
-    "semantic_argmax",
-    "flow_start",
-    "flow_finish",
-    "adaln_modulation",
-}
-# launcher -> number of its calls before the steps; these calls run on the hidden states
-BEFORE_STEPS = {"norm_qkv": 1, "linear": 1}
 
 
 @dataclass(frozen=True)
@@ -86,8 +78,6 @@ def frame_cost(
 ) -> Cost:
     """Return the cost of a head's frame of 7 steps for `B` requests, with `B` as max_batch.
 
-    A frame of two steps is run and counted. The counts that repeat in each step are then scaled to 7 steps.
-
     Args:
         head: the flow head, with a transformer or an MLP as its velocity network.
         B: number of requests.
@@ -103,18 +93,10 @@ def frame_cost(
     seed, frame = (torch.zeros(B, dtype=torch.int64, device=weight.device) for _ in range(2))
     with torch.inference_mode(), launch_config.target_arch("sm_90"):
         with intercepted(lambda *args: None):
-            fused.step_tables("euler", 2)  # made once, not in each frame, so these launches are not counted
+            fused.step_tables("euler", STEPS)  # made once, not in each frame, so these launches are not counted
         with counted(calls, count_bytes):
-            fused.generate_codes(h, alpha, seed=seed, frame=frame, steps=2)
-    total = [0, 0, 0, 0]
-    for name, costs in calls.items():
-        first = BEFORE_STEPS.get(name, 0)
-        for i, cost in enumerate(costs):
-            step = STEPS - 1 if name == "flow_step" else STEPS / 2
-            times = 1.0 if name in ONCE_A_FRAME or i < first else step
-            for j, value in enumerate((cost.launches, cost.multiply_adds, cost.dram, cost.fewest)):
-                total[j] += value * times  # type: ignore[assignment]
-    return Cost(*(round(value) for value in total))
+            fused.generate_codes(h, alpha, seed=seed, frame=frame, steps=STEPS)
+    return total(cost for costs in calls.values() for cost in costs)
 
 
 def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
@@ -126,20 +108,14 @@ def backbone_cost(backbone: Backbone, B: int, count_bytes: bool = True) -> Cost:
         count_bytes: count DRAM bytes too. If False, the backbone may be on the meta device.
     """
     calls: dict[str, list[Cost]] = defaultdict(list)
-    fused, weight = FusedBackbone(backbone, B, MAX_SEQ_LEN), backbone.norm.weight
-    config, device = backbone.backbone_config, weight.device
-    kv_cache = torch.zeros(1, B, 2, config.n_kv_heads, PAGE, config.head_dim, dtype=weight.dtype, device=device)
-    block_table = torch.arange(B, dtype=torch.int32, device=device).view(B, 1)
-    u = torch.zeros(B, config.dim, dtype=weight.dtype, device=device)
-    lengths = torch.ones(B, dtype=torch.int32, device=device)
     with torch.inference_mode(), launch_config.target_arch("sm_90"), counted(calls, count_bytes):
-        fused.decode(u, kv_cache, block_table, lengths)
-    total = [0, 0, 0, 0]
-    for name, costs in calls.items():
-        for cost in costs:
-            for j, value in enumerate((cost.launches, cost.multiply_adds, cost.dram, cost.fewest)):
-                total[j] += value * (1 if name == "rms_norm" else LAYERS)
-    return Cost(*total)
+        decode_step(backbone, B)()
+    return total(cost for name, costs in calls.items() for cost in costs * (1 if name == "rms_norm" else LAYERS))
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """Return the sum of costs."""
+    return Cost(*map(sum, zip(*map(astuple, costs), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -185,12 +161,11 @@ def counted(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
 
     Args:
         calls: the operator's name -> costs, in the order of the calls.
-        count_bytes: count DRAM bytes too.
+        count_bytes: count DRAM bytes too. Calls with the same form are counted once, as a frame's steps repeat them.
     """
+    known: dict[object, int] = {}
 
     def record(part: str, name: str, launch: Callable[..., None], *args: Any) -> None:
-        if name == "adaln_modulation":
-            args = _of_all_steps(*args)
         named, entry = dict(inspect.signature(launch).bind(*args).arguments), entry_of(name)
         if name == "flow_finish" and count_bytes:
             # The semantic codes must be valid row numbers of the embeddings. Their launch did not write them, because
@@ -202,7 +177,9 @@ def counted(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
         launches = 2 if name == "semantic_argmax" else 1
         dram = least = 0
         if count_bytes:
-            dram = sum(_dram(one, *some) for one, some in parts(name, launch, args))
+            if (form := _form(name, args)) not in known:
+                known[form] = sum(_dram(one, *some) for one, some in parts(name, launch, args))
+            dram = known[form]
             least = fewest(entry, named).total
         calls[name].append(Cost(launches, entry.multiply_adds(named), dram, least))
 
@@ -210,13 +187,12 @@ def counted(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
         yield
 
 
-def _of_all_steps(out: Tensor, times: Tensor, states: Tensor, *weights: Any) -> tuple[Any, ...]:
-    """Return the arguments of ``adaln_modulation`` for all steps of a frame. The arguments given are those of 2 steps.
-
-    One launch computes the modulations of all steps.
-    """
-    modulations = out.new_zeros(STEPS, *out.shape[1:])
-    return modulations, times.new_zeros(STEPS, times.shape[1]), states, *weights
+def _form(name: str, args: tuple[Any, ...]) -> object:
+    """Return what the bytes of a call depend on: shapes, numbers, and which arguments start at the same address."""
+    leaves = tree_leaves(args)
+    places = [leaf.data_ptr() if isinstance(leaf, Tensor) else None for leaf in leaves]
+    shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return name, *shapes, *map(places.index, places)
 
 
 def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:

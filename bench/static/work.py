@@ -196,14 +196,19 @@ def _with_one_token(args: Mapping[str, Any]) -> dict[str, Any]:
     return {**args, "lengths": torch.ones(len(args["lengths"]), dtype=torch.int32, device="cpu")}
 
 
-def backbone_step(backbone: Backbone, B: int, context: float) -> list[Work]:
-    """Return the launches of one token of `B` requests through a backbone on the meta device."""
+def decode_step(backbone: Backbone, B: int) -> Callable[[], object]:
+    """Return a call that decodes one token of `B` requests, each with a page of its own, on the backbone's device."""
     config, fused = backbone.backbone_config, fused_backbone.FusedBackbone(backbone, B)
     like = backbone.norm.weight
-    kv = like.new_empty(config.n_layers, B, 2, config.n_kv_heads, PAGE_SIZE, config.head_dim)
-    table, lengths = like.new_empty(B, 1, dtype=torch.int32), like.new_empty(B, dtype=torch.int32)
-    u = like.new_empty(B, config.dim)
-    return recorded(lambda: fused.decode(u, kv, table, lengths), context)["backbone"]
+    kv = like.new_zeros(config.n_layers, B, 2, config.n_kv_heads, PAGE_SIZE, config.head_dim)
+    table = torch.arange(B, dtype=torch.int32, device=like.device).view(B, 1)
+    lengths, u = like.new_ones(B, dtype=torch.int32), like.new_zeros(B, config.dim)
+    return lambda: fused.decode(u, kv, table, lengths)
+
+
+def backbone_step(backbone: Backbone, B: int, context: float) -> list[Work]:
+    """Return the launches of one token of `B` requests through a backbone on the meta device."""
+    return recorded(decode_step(backbone, B), context)["backbone"]
 
 
 def codec_chunk(codec: AudioTokenizer, B: int, frames: int) -> list[Work]:
