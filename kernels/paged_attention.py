@@ -12,9 +12,9 @@ key head are the columns of s, p and o::
     o = V^T p / sum of p over tokens       [D, queries]        in steps of BLOCK_N tokens, m updated at each step
 
 Keys and values are read once for all query heads of a key head. The few queries are the columns of a tile: on NVIDIA
-GPUs, a matrix instruction takes 16 or 64 rows, but as few as 8 columns (see kernels/linear.py). The softmax is fp32 and
-uses powers of two (FlashAttention, arXiv 2205.14135). For the product with V, p is rounded to the cache's dtype; the
-sums are fp32.
+GPUs, a matrix instruction takes 16 or 64 rows, but as few as 8 columns (see kernels/linear.py). The online softmax is
+that of FlashAttention (arXiv 2205.14135), in fp32, with powers of two instead of e. For the product with V, p is
+rounded to the cache's dtype; the sums are fp32.
 
 Decode divides a request into spans of a fixed number of tokens, one block each, so that a long request uses the whole
 GPU. The block that finishes last combines the results of all spans, in order (Flash-Decoding). A result depends neither

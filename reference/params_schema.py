@@ -137,4 +137,5 @@ RANGES: dict[str, tuple[float, float]] = {
     "p_uncond": (0, 1),
     "dropout": (0, 1),
 }
-MAX_STAGES, MAX_STAGE_VALUE = 16, 256  # numbers in a codec's ``*_str`` key, and the largest of them
+# a codec's ``*_str`` key holds numbers joined by commas: the most numbers allowed, and the largest value of each
+MAX_STAGES, MAX_STAGE_VALUE = 16, 256

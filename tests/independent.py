@@ -1,7 +1,8 @@
 """A second derivation of the model, in float64 numpy, from the equations alone.
 
 The equations are those of the Voxtral TTS paper (arXiv 2603.25551) and of its public serving code. This file shares no
-code with the PyTorch reference and computes everything in the plainest way, so the two agree only if both are right.
+code with the PyTorch reference and computes everything in the plainest way. So a mistake in only one of the two makes
+them disagree.
 Weights are a mapping from checkpoint names to float64 arrays; params is params.json as a dict. Sequences are stored
 rows first, [T, channels], also in the codec.
 """

@@ -242,13 +242,15 @@ def assert_same(a: Audio, b: Audio) -> None:
     np.testing.assert_array_equal(a.samples, b.samples)
 
 
-@BOTH_BACKENDS
 @pytest.mark.parametrize(
-    ("dtype", "value", "way_out"),
+    ("backend", "dtype", "value", "way_out"),
     [
-        ("float32", math.nan, r"dtype float32; check the weights, the voice's embeddings and cfg_alpha"),
-        ("bfloat16", math.inf, r"dtype bfloat16; check the weights"),
-        ("float16", -math.inf, r"dtype float16; try bfloat16 or float32"),
+        ("torch", "float32", math.nan, r"dtype float32; check the weights, the voice's embeddings and cfg_alpha"),
+        ("torch", "bfloat16", math.inf, r"dtype bfloat16; check the weights"),
+        ("torch", "float16", -math.inf, r"dtype float16; try bfloat16 or float32"),
+        ("triton", "float16", math.inf, r"dtype float16; try bfloat16 or float32"),
+        pytest.param("triton", "float32", math.nan, r"dtype float32; check the weights", marks=pytest.mark.slow),
+        pytest.param("triton", "bfloat16", -math.inf, r"dtype bfloat16; check the weights", marks=pytest.mark.slow),
     ],
 )
 def test_a_request_fails_alone(
@@ -292,15 +294,15 @@ def test_a_later_frame_is_counted_from_1(
     tiny_folder: Path, device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tts = load(tiny_folder, device, backend)
-    arguments = {**ARGUMENTS, "max_frames": 6}
+    arguments = {**ARGUMENTS, "max_frames": 4}
     expected = tts.generate(["a", "b"], **arguments)
-    assert all(audio.codes.shape[1] > 3 for audio in expected)
+    assert all(audio.codes.shape[1] == 4 for audio in expected)
     with monkeypatch.context() as context:
         spoil_frame(context, seed=2, frame=3)
         with pytest.raises(FloatingPointError, match="frame 3 of the request with seed 2"):
             tts.generate(["a", "b"], **arguments)
         assert_nothing_runs(tts)
-        assert_same(tts.generate("a", "ada", 1, steps=1, max_frames=6), expected[0])
+        assert_same(tts.generate("a", "ada", 1, steps=1, max_frames=4), expected[0])
     for mine, theirs in zip(tts.generate(["a", "b"], **arguments), expected, strict=True):
         assert_same(mine, theirs)
 

@@ -46,7 +46,7 @@ def zeros(*shape: int, n: int) -> list[Tensor]:
 
 
 @pytest.mark.interpreter("bytes are counted by address")
-@pytest.mark.parametrize(("M", "n_hit"), [(1, 5), (8, 32)])
+@pytest.mark.parametrize(("M", "n_hit"), [(1, 5), pytest.param(8, 32, marks=pytest.mark.slow)])
 def test_bytes_of_the_experts_that_are_hit(M: int, n_hit: int) -> None:
     """Each expert that a token uses is loaded once, and the other experts are not loaded.
 

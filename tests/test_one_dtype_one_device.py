@@ -43,14 +43,21 @@ def _is_same(a: Audio, b: Audio) -> bool:
     return np.array_equal(a.codes, b.codes) and np.allclose(a.samples, b.samples, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+def _norms(name: str) -> torch.dtype:
+    return torch.float32 if "norm" in name else torch.bfloat16
+
+
+def _flow_head(name: str) -> torch.dtype:
+    return torch.float32 if name.startswith("acoustic_transformer") else torch.bfloat16
+
+
+def _last_norm(name: str) -> torch.dtype:
+    return torch.float16 if name == "norm.weight" else torch.bfloat16
+
+
 @pytest.mark.parametrize(
-    "dtype_of",
-    [
-        lambda name: torch.float32 if "norm" in name else torch.bfloat16,
-        lambda name: torch.float32 if name.startswith("acoustic_transformer") else torch.bfloat16,
-        lambda name: torch.float16 if name == "norm.weight" else torch.bfloat16,
-    ],
+    ("backend", "dtype_of"),
+    [("torch", _norms), ("torch", _flow_head), ("torch", _last_norm), ("triton", _norms)],
 )
 def test_a_checkpoint_of_several_dtypes_is_unified(
     tiny_folder: Path, tmp_path: Path, dtype_of: object, backend: str

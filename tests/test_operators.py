@@ -36,10 +36,32 @@ def in_each_dtype(pairs: list[tuple[Entry, Case]]) -> list[object]:
     ]
 
 
+def with_tiles_of_gpus(pairs: list[tuple[Entry, Case]]) -> list[object]:
+    """Return every case in each dtype with the tiles of an NVIDIA and an AMD GPU; two of three dtypes are slow each.
+
+    bf16 and fp16 have the same tiles. So the tiles of both GPUs run, and each dtype but fp16 runs on one of them.
+    """
+    return [
+        pytest.param(
+            entry, case, dtype, arch, id=f"{entry.name}-{case.name}-{dtype}-{arch}",
+            marks=() if dtype == usual or len(case.dtypes) == 1 else pytest.mark.slow,
+        )
+        for entry, case in pairs
+        for dtype in case.dtypes
+        for arch, usual in (("sm_90", "bf16"), ("gfx942", "fp32"))
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(ODD))
-def test_right(entry: Entry, case: Case, dtype: str, tiles: str, device: torch.device) -> None:
-    with tiles_of(tiles):
-        assert_accurate(entry, case, dtype, device=device)
+def test_right(entry: Entry, case: Case, dtype: str, device: torch.device) -> None:
+    assert_accurate(entry, case, dtype, device=device)
+
+
+@pytest.mark.interpreter("a GPU has its own tiles")
+@pytest.mark.parametrize(("entry", "case", "dtype", "arch"), with_tiles_of_gpus(ODD))
+def test_right_with_the_tiles_of_a_gpu(entry: Entry, case: Case, dtype: str, arch: str) -> None:
+    with tiles_of(arch):
+        assert_accurate(entry, case, dtype)
 
 
 @pytest.mark.only_gpu
@@ -111,8 +133,14 @@ def test_every_operator_has_its_shapes() -> None:
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
 
 
+@pytest.mark.parametrize(("entry", "case"), per_operator())
+def test_opcheck(entry: Entry, case: Case, device: torch.device) -> None:
+    torch.library.opcheck(entry.op.op, (), entry.args(case, make(case, device)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(FIRST))
-def test_opcheck(entry: Entry, case: Case, dtype: str, device: torch.device) -> None:
+def test_opcheck_in_each_dtype(entry: Entry, case: Case, dtype: str, device: torch.device) -> None:
     torch.library.opcheck(entry.op.op, (), entry.args(case, TensorMaker(DTYPES[dtype], str(device))))
 
 

@@ -87,9 +87,9 @@ def test_threads(tiny_folder: Path, gpu: torch.device) -> None:
     def speak(seed: int) -> Audio:
         return tts.generate("one", **ARGUMENTS | {"seed": seed})
 
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(speak, (1, 2, 3)))
-    assert_same(found, [speak(seed) for seed in (1, 2, 3)], exact=True)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(speak, (1, 2)))
+    assert_same(found, [speak(seed) for seed in (1, 2)], exact=True)
 
 
 @BOTH_BACKENDS
@@ -143,21 +143,6 @@ def test_a_model_that_is_moved(tiny_folder: Path, gpu: torch.device) -> None:
         tts.model.to(device)
         assert_same([tts.generate("one", **ARGUMENTS)], [before], exact=False)
         assert tts.model.norm.weight.device == device
-
-
-def test_graphs_after_weights_are_moved_and_written(tiny_folder: Path, gpu: torch.device) -> None:
-    tts = load(tiny_folder, gpu, "triton")
-    before = tts.generate("one", **ARGUMENTS)
-    tts.model.to("cpu").to(gpu)  # to other addresses
-    assert_same([tts.generate("one", **ARGUMENTS)], [before], exact=True)
-    with torch.no_grad():
-        for tensor in tts.model.acoustic_transformer.parameters():
-            tensor.neg_()
-    written = tts.generate("one", **ARGUMENTS)
-    assert not np.array_equal(written.codes, before.codes)
-    launched = load(tiny_folder, gpu, "triton", graphs=False)
-    launched.model.load_state_dict(tts.model.state_dict())
-    assert_same([written], [launched.generate("one", **ARGUMENTS)], exact=True)
 
 
 @pytest.mark.interpreter("the host's work is counted on the stand-in")

@@ -295,9 +295,9 @@ class TTS:
 
         The joined chunks equal the sound of :meth:`generate` to the last bit. The first chunk has `first_chunk` frames,
         and each next chunk has twice as many, up to `chunk`. The last chunk of a text or of a part may have fewer
-        frames. If the model ends the text exactly after a full chunk, one more chunk follows, without frames. After an
-        earlier part, this empty chunk is left out, but its size is used up. A chunk of 1 frame is then followed by one
-        of 4, not 2.
+        frames. If the model ends the last part exactly after a full chunk, one more chunk follows, without frames. At
+        the end of any other part, this empty chunk is left out, but the size doubles all the same: a chunk of 1 frame
+        is then followed by one of 4, not 2.
 
         All arguments are checked by this call; generation starts when the first chunk is requested. Closing or dropping
         the iterator stops the generation and frees the memory in use.

@@ -37,7 +37,7 @@ SECTIONS = (
     ("Errors, in the model's own currency", ("errors", "distortion", "recognition"), "steps"),
     ("What the compiler makes of it", ("resources",), "resources"),
     ("Measured on a GPU", ("gpu",), None),
-    ("Measured on a CPU", ("engine", "micro"), None),
+    ("Measured on a CPU", ("engine", "host", "micro"), None),
 )
 
 

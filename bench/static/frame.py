@@ -292,7 +292,7 @@ def public_backbone(device: str = "cpu") -> Backbone:
 
 
 def rows() -> list[ResultRow]:
-    """Count all figures, print each when it is counted, and return the rows. Counting takes three minutes."""
+    """Count all figures, print each when it is counted, and return the rows. Counting takes two minutes."""
     speed_up()
     found = []
     for velocity_mlp, B in itertools.product((False, True), (1, 32)):
