@@ -40,6 +40,14 @@ def test_a_row_replaces_its_figure_s_row_in_place(tmp_path: Path) -> None:
     assert not file.with_suffix(".new").exists()
 
 
+def test_storing_a_row_leaves_the_text_of_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "results.csv"
+    store([replace(ROW, metric="launches", value=96)], file)
+    before = file.read_text()
+    store([ROW], file)
+    assert file.read_text().startswith(before)
+
+
 def test_two_processes_store_all_their_rows(tmp_path: Path) -> None:
     file = tmp_path / "results.csv"
     shapes = [[f"{worker}-{i}" for i in range(20)] for worker in range(2)]
