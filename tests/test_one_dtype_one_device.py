@@ -57,8 +57,12 @@ def _last_norm(name: str) -> torch.dtype:
 
 @pytest.mark.parametrize(
     ("backend", "dtype_of"),
-    [("torch", _norms), ("torch", _flow_head), ("torch", _last_norm), ("triton", _norms)],
-)
+    [
+        ("torch", _norms), ("torch", _flow_head), ("torch", _last_norm), ("triton", _norms),
+        pytest.param("triton", _flow_head, marks=pytest.mark.slow),
+        pytest.param("triton", _last_norm, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_checkpoint_of_several_dtypes_is_unified(
     tiny_folder: Path, tmp_path: Path, dtype_of: object, backend: str
 ) -> None:
