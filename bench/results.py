@@ -116,7 +116,7 @@ def store(rows: Iterable[ResultRow], file: Path = FILE) -> None:
         lines = io.StringIO()
         writer = csv.DictWriter(lines, names, lineterminator="\n")
         writer.writeheader()
-        # a number that was read is a float, so an integer must be written as one, or the next call would change its text
+        # numbers that were read are floats: an integer is written as one too, or the next call would change its text
         writer.writerows({**asdict(row), "value": float(row.value)} for row in table.values())
         new = file.with_suffix(".new")
         new.write_text(lines.getvalue())
