@@ -79,8 +79,8 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
         (_tone(60.1), "is 60.1 s long"),
         (np.zeros(48000, np.float32), "is silent"),
         (np.stack((_tone(1), -_tone(1)), 1), "is silent"),
-        (np.where(np.arange(48000) == 777, np.nan, _tone(2)), "not finite"),
-        (np.where(np.arange(48000) == 777, np.inf, _tone(2)), "not finite"),
+        (np.where(np.arange(48000) == 777, np.nan, _tone(2)), "NaN, infinite"),
+        (np.where(np.arange(48000) == 777, np.inf, _tone(2)), "NaN, infinite"),
         (np.stack((_tone(2), _tone(2)), 1) * 3e38, "beyond 100 times full scale"),
     ],
 )
