@@ -50,7 +50,7 @@ def test_fp32_is_the_reference(codec: AudioTokenizer, device: torch.device, size
     torch.testing.assert_close(_in_chunks(FusedCodec(codec), codes, sizes), whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_bits_do_not_depend_on_chunks_or_neighbours(
     codec: AudioTokenizer, device: torch.device, dtype: torch.dtype
 ) -> None:

@@ -86,7 +86,7 @@ def assert_accurate(layer: MoEBlock, u: Tensor, out: Tensor) -> None:
 EXPERTS = [(8, 2), (128, 4), (16, 1), (12, 3)]
 
 
-@pytest.mark.parametrize("M", [1, 2, 7, 64, 300])
+@pytest.mark.parametrize("M", [1, 2, 7, pytest.param(64, marks=pytest.mark.slow), 300])
 @pytest.mark.parametrize(("E", "k"), EXPERTS)
 def test_right(M: int, E: int, k: int, device: torch.device) -> None:
     layer = block(num_experts=E, num_experts_per_tok=k, num_shared_experts=1, device=device)

@@ -99,7 +99,7 @@ def test_chunk_sizes_double() -> None:
 
 def _ends_after(tts: voxkern.TTS, n: int) -> int:
     """Return a seed with which the text "x" ends after exactly `n` frames."""
-    for seed in range(400):
+    for seed in (221, 389, *range(400)):  # the first two are right for 4 frames on a CPU, in fp32 and in bf16
         audio = tts.generate("x", seed=seed, steps=1, max_frames=n + 1)
         if audio.ended and audio.codes.shape[1] == n:
             return seed

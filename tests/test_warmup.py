@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def _warm_up(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from voxkern.cli import app; app(sys.argv[1:])"
@@ -16,6 +18,7 @@ def _warm_up(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=env | {"TRITON_CACHE_DIR": str(cache)})
 
 
+@pytest.mark.slow
 def test_compiles_once(tiny_folder: Path, tmp_path: Path) -> None:
     """The first run writes a binary of every launched kernel to the cache on disk; a second run adds none."""
     arguments = (str(tiny_folder), "--arch", "sm_90", "--max-batch", "2")
