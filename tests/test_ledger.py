@@ -1,18 +1,25 @@
 """Tests of the ledger's arithmetic and verdicts; ``python -m bench ledger --check`` checks the kernels themselves."""
 
 import dataclasses
+import hashlib
+import struct
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import triton
 
 from bench.ops.registry import entries
-from bench.static import ledger
+from bench.static import ledger, machine_code
 from bench.static.machines import MACHINES
+from voxkern.compile_only import Binary
 
 ROW = ledger.LedgerRow(
     operator="norm_linear", case="q-b1", dtype="bf16", arch="sm_89", launch="0:_norm_linear_kernel", binaries=1,
     grid="1x64x1", warps=4, stages=4, registers=113, spill=0, shared=101_376, limit=101_376, resident=1,
     in_flight=22_153, loads="LDGSTS.128", matrix="HMMA.16816.F32.BF16", code=7168,
+    digest="0123456789abcdef",
 )  # fmt: skip
 
 
@@ -54,13 +61,47 @@ def test_another_triton_is_held_to_the_limits_only(
     file = tmp_path / "ledger.csv"  # type: ignore[operator]
     file.write_text(ledger.write([ROW]))
     now = [dataclasses.replace(ROW, registers=120)]
-    monkeypatch.setattr(ledger, "compute", lambda: now)
+    monkeypatch.setattr(ledger, "compute", lambda known: now)
     assert "registers 113 -> 120" in ledger.check(file)[0]
     monkeypatch.setattr(triton, "__version__", "9.9.9")
     assert ledger.check(file) == []
     assert "changes of machine code were not" in capsys.readouterr().out
     now[0] = dataclasses.replace(ROW, spill=4)
     assert "spills 4 bytes" in ledger.check(file)[0]
+
+
+def elf(**sections: bytes) -> bytes:
+    """Return a 64-bit ELF file with these sections; an underscore in a name stands for a dot."""
+    names = b"\0" + b"".join(name.replace("_", ".").encode() + b"\0" for name in sections)
+    bodies, heads, at = b"", b"", 64
+    for name, body in (*sections.items(), ("", names)):
+        start = names.index(name.replace("_", ".").encode()) if name else 0
+        heads += struct.pack("<I20xQQ24x", start, at + len(bodies), len(body))
+        bodies += body
+    end = struct.pack("<HHH", 64, len(sections) + 1, len(sections))  # size, number, and the section of names
+    return struct.pack("<40xQ", at + len(bodies)) + bytes(10) + end + bodies + heads
+
+
+def test_machine_code_with_a_known_digest_is_not_disassembled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(elf(_debug_line=b"somewhere", _text_kernel=b"instructions", _nv_info=b"more"))
+    binary = Binary("kernel", "", "sm_90", shared=0, warps=4, stages=3, constants={}, files={"kernel.cubin": str(file)})
+    asked: list[str] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command[1])
+        return SimpleNamespace(stdout="REG:72 STACK:8 SHARED:1024\n  LDGSTS.E.128 R1;\n  HMMA.16816.F32 R2;\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    code = machine_code.read(binary, {})
+    digest = hashlib.sha256(b"instructions").hexdigest()[:16]
+    assert code == machine_code.MachineCode(72, 8, 12, digest, ("LDGSTS.128", "HMMA.16816.F32"))
+    assert asked == ["-res-usage", "-sass"]
+    known = machine_code.read(binary, {digest: ("LDG.32", "-")})
+    assert known == dataclasses.replace(code, instructions=("LDG.32", "-"))
+    assert asked == ["-res-usage", "-sass", "-res-usage"]
+    other = machine_code.read(binary, {"another": ("LDG.32", "-")})
+    assert other == code
 
 
 def test_the_committed_ledger_is_clean_and_whole() -> None:

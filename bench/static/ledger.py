@@ -8,9 +8,8 @@ the committed ``bench/ledger.csv``. A change of machine code is therefore in the
 import argparse
 import csv
 import io
-import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
@@ -21,11 +20,12 @@ import triton
 from torch import Tensor
 
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries
+from bench.static import machine_code
+from bench.static.machine_code import Instructions
 from bench.static.machines import MACHINES
-from voxkern.compile_only import Binary, CompiledLaunch, compiling_for
+from voxkern.compile_only import CompiledLaunch, compiling_for
 
 FILE = Path(__file__).resolve().parents[1] / "ledger.csv"
-MATRIX = r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w?MMA)[\w.]*|v_s?mfma_\w+|v_wmma_\w+"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class LedgerRow:
             is the asynchronous copy. A narrow LDG in a loop with LDGSTS stalls the loop.
         matrix: the matrix instructions, or ``-``.
         code: bytes of machine code.
+        digest: the first digits of the SHA-256 of the machine code, for NVIDIA; ``-`` for AMD.
     """
 
     operator: str
@@ -74,6 +75,7 @@ class LedgerRow:
     loads: str
     matrix: str
     code: int
+    digest: str
 
     @property
     def key(self) -> str:
@@ -103,10 +105,17 @@ class LedgerRow:
         return found
 
 
-def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[LedgerRow]:
+def rows_of(entry: Entry, case: Case, dtype: str, arch: str, known: Mapping[str, Instructions] = {}) -> list[LedgerRow]:
     """Compile an operator's launches, and return a row for each launch.
 
     The rows describe the call with the most rows. Their column `binaries` also covers calls with fewer rows.
+
+    Args:
+        entry: the operator.
+        case: the operator's shapes.
+        dtype: bf16, fp16 or fp32.
+        arch: the architecture.
+        known: instructions of machine code that was disassembled before, see :func:`machine_code.read`.
     """
     most = case.sizes[entry.rows]
     with compiling_for(arch) as launches:
@@ -119,21 +128,24 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str) -> list[LedgerRow]:
                 for i, launch in enumerate(launches):
                     made.setdefault(i, set()).add(launch.binary.hash)
         return [
-            _row(entry, case, dtype, arch, f"{i}:{launch.binary.kernel}", launch, len(made[i]))
+            _row(entry, case, dtype, arch, f"{i}:{launch.binary.kernel}", launch, len(made[i]), known)
             for i, launch in enumerate(launches)
         ]
 
 
-def compute(archs: Iterable[str] = MACHINES, processes: int = 2) -> list[LedgerRow]:
+def compute(known: Iterable[LedgerRow] = (), archs: Iterable[str] = MACHINES, processes: int = 2) -> list[LedgerRow]:
     """Compute the whole ledger: all operators, public cases and dtypes in the registry's order, each for all `archs`.
 
     Args:
+        known: rows of an earlier ledger. Machine code with the digest of such a row has the row's instructions, and is
+            not disassembled again, because that takes longer than to compile it.
         archs: architectures to compile for.
         processes: the most processes that compile at once.
     """
     archs = list(archs)
+    instructions = {row.digest: (row.loads, row.matrix) for row in known}
     with ProcessPoolExecutor(min(processes, len(archs)), mp_context=get_context("spawn")) as pool:
-        rows = [row for part in pool.map(_of_arch, archs) for row in part]
+        rows = [row for part in pool.map(_of_arch, archs, [instructions] * len(archs)) for row in part]
     order = [(entry.name, case.name, dtype) for entry in entries() for case in entry.cases for dtype in case.dtypes]
     return sorted(rows, key=lambda row: order.index((row.operator, row.case, row.dtype)))
 
@@ -186,7 +198,7 @@ def check(file: Path = FILE) -> list[str]:
     Differences are left out if `file` was made with another version of Triton.
     """
     version, committed = read(file.read_text())
-    rows = compute()
+    rows = compute(known=committed)
     found = faults(rows)
     if version != triton.__version__:
         print(
@@ -197,14 +209,14 @@ def check(file: Path = FILE) -> list[str]:
     return found + [f"{change} (if meant, run python -m bench ledger)" for change in changes(committed, rows)]
 
 
-def _of_arch(arch: str) -> list[LedgerRow]:
+def _of_arch(arch: str, known: Mapping[str, Instructions]) -> list[LedgerRow]:
     return [
         row
         for entry in entries()
         for case in entry.cases
         if case.public
         for dtype in case.dtypes
-        for row in rows_of(entry, case, dtype, arch)
+        for row in rows_of(entry, case, dtype, arch, known)
     ]
 
 
@@ -220,47 +232,26 @@ def _second_request(arg: Any, n: int) -> Any:
 
 
 def _row(
-    entry: Entry, case: Case, dtype: str, arch: str, name: str, launch: CompiledLaunch, binaries: int
+    entry: Entry,
+    case: Case,
+    dtype: str,
+    arch: str,
+    name: str,
+    launch: CompiledLaunch,
+    binaries: int,
+    known: Mapping[str, Instructions],
 ) -> LedgerRow:
     binary, machine = launch.binary, MACHINES[arch]
-    registers, spill, code = _resources(binary)
+    code = machine_code.read(binary, known)
     blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    resident = machine.resident_blocks(binary.warps, registers, binary.shared)
+    resident = machine.resident_blocks(binary.warps, code.registers, binary.shared)
     stage = entry.stage(binary.constants) * DTYPES[dtype].itemsize
     in_flight = min(resident, blocks / machine.multiprocessors) * (binary.stages - 1) * stage
-    matrix = sorted(set(re.findall(MATRIX, binary.listing)))
     return LedgerRow(
         entry.name, case.name, dtype, arch, name, binaries, "x".join(map(str, launch.grid)), binary.warps,
-        binary.stages, registers, spill, binary.shared, machine.block_shared, resident, round(in_flight),
-        _loads(binary.listing), " ".join(matrix) or "-", code,
+        binary.stages, code.registers, code.spill, binary.shared, machine.block_shared, resident, round(in_flight),
+        *code.instructions, code.size, code.digest,
     )  # fmt: skip
-
-
-def _resources(binary: Binary) -> tuple[int, int, int]:
-    """Return a binary's registers of a thread, bytes of spill and bytes of code."""
-    text = binary.listing
-    if binary.arch.startswith("sm_"):
-        used = re.search(r"REG:(\d+) STACK:(\d+)", text)
-        last = [int(address, 16) for address in re.findall(r"/\*([0-9a-f]{4,})\*/", text)][-1]
-        assert used is not None
-        return int(used[1]), int(used[2]), last + 16
-    number = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
-    length = re.search(r"codeLenInByte = (\d+)", text)
-    assert length is not None
-    spill = number["private_segment_fixed_size"] + 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
-    return number["vgpr_count"] + number.get("agpr_count", 0), spill, int(length[1])
-
-
-def _loads(listing: str) -> str:
-    """Return the kinds of loads with widths in bits, such as "LDGSTS.128"; the kind with the most bytes is first."""
-    carried: dict[str, int] = {}
-    for name in re.findall(r"\bLDG(?:STS)?\.[\w.]+|\b(?:global|buffer)_load_\w+", listing):
-        words = re.search(r"dword(?:x([234]))?", name)
-        bits = re.search(r"\.U?(8|16|64|128)\b|_[us]?(?:byte|short)", name)
-        width = 32 * int(words[1] or 1) if words else int(bits[1] or 16) if bits else 32
-        kind = f"{re.split('[.]|_load', name)[0]}.{width}"
-        carried[kind] = carried.get(kind, 0) + width
-    return " ".join(sorted(carried, key=lambda kind: -carried[kind])) or "-"
 
 
 def main(arguments: Sequence[str]) -> int:
