@@ -68,6 +68,7 @@ def test_right_for_these_rows(rows: int, device: torch.device) -> None:
         assert_accurate(entry, Case(f"rows-{rows}", sizes), "bf16", device=device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["adaln_modulation", "adaln_linear_silu"])
 def test_right_at_the_width_of_mar_h(operator: str, device: torch.device) -> None:
     entry = entry_of(operator)

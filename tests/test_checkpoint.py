@@ -205,7 +205,7 @@ print(status("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values(
 """
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_peak_memory(tiny_folder: Path, tmp_path: Path, dtype: str) -> None:
     """Loading takes less than 1.2 x the weights' bytes in a fresh process, even if it changes their dtype."""
     dims = {"vocab_size": 100_000, "dim": 640, "hidden_dim": 2560, "n_layers": 12}

@@ -88,12 +88,15 @@ def test_a_frame_is_one_replay(tiny_folder: Path, stand_in: StandInGPU) -> None:
 def test_requests_with_other_steps_run_beside(tiny_folder: Path, stand_in: StandInGPU) -> None:
     """Each pair of steps and solver has graphs of its own, and decodes its own frames with the fused codec."""
     tts = voxkern.load(tiny_folder, device="cuda", backend="triton", max_batch=2)
-    expected = [tts.generate("one", steps=steps, max_frames=2, seed=steps) for steps in (1, 2)]
-    streams = [tts.stream("one", steps=steps, max_frames=2, seed=steps) for steps in (1, 2)]
-    states = [tts.engine.submit(stream._requests[0]) for stream in streams]
+    expected = [tts.generate("one", steps=steps, max_frames=3, seed=steps) for steps in (1, 2)]
+    tts = voxkern.load(tiny_folder, device="cuda", backend="triton", max_batch=2)
+    first, second = (tts.stream("one", steps=steps, max_frames=3, seed=steps)._requests[0] for steps in (1, 2))
+    states = [tts.engine.submit(first)]
+    tts.engine.run_until(lambda: states[0].n_frames == 1)
+    states.append(tts.engine.submit(second))  # its graphs are captured while the first request is in the middle
     tts.engine.run_until(lambda: all(state.finished for state in states))
     assert_same([state.take() for state in states], expected)
-    assert stand_in.n_graphs == 2 * 2
+    assert stand_in.n_graphs == 2 * 2 * 2
 
 
 @counted

@@ -84,6 +84,7 @@ def rows(tiny_folder: Path) -> list[ResultRow]:
     return measured(tiny_folder, 1, ("bf16",), max_frames=2)
 
 
+@pytest.mark.slow
 def test_rows_of_a_small_run(rows: list[ResultRow]) -> None:
     models = {key: values(list(of)) for key, of in groupby(rows, lambda row: (row.dtype, row.provider))}
     assert list(models) == [("bf16", "torch"), ("bf16", "voxkern")]

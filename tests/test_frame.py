@@ -32,7 +32,7 @@ LIMITS = {1: 96, 32: 117}  # by max_batch: the most launches of the flow head in
 WHOLE = {1: 230, 32: 250}  # by max_batch: the most launches of flow head, decode state and backbone in a frame
 
 
-@pytest.mark.parametrize("max_batch", LIMITS)
+@pytest.mark.parametrize("max_batch", [1, pytest.param(32, marks=pytest.mark.slow)])
 def test_launches_and_nothing_else(max_batch: int) -> None:
     """The head has three layers and seven steps, as in the public model; its widths do not change the launches."""
     params = copy.deepcopy(tiny_params())
@@ -97,7 +97,8 @@ def test_products_as_usually_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_layers", "steps", "max_batch", "solver"), [(1, 1, 1, "euler"), (3, 7, 32, "euler"), (4, 4, 2, "ab2")]
+    ("n_layers", "steps", "max_batch", "solver"),
+    [(1, 1, 1, "euler"), pytest.param(3, 7, 32, "euler", marks=pytest.mark.slow), (4, 4, 2, "ab2")],
 )
 def test_the_velocity_mlp_has_two_launches_a_block_and_one_a_step(
     n_layers: int, steps: int, max_batch: int, solver: str

@@ -319,7 +319,7 @@ def test_latents_alone_fail_a_request(
     assert_nothing_runs(tts)
 
 
-@BOTH_BACKENDS
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_stream_delivers_the_frames_before_the_error(
     tiny_folder: Path, device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +339,7 @@ def test_a_stream_delivers_the_frames_before_the_error(
     assert_nothing_runs(tts)
 
 
-@BOTH_BACKENDS
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_submit_raises_in_the_iteration(
     tiny_folder: Path, device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +372,7 @@ def text_that_ends_at_once(tts: voxkern.TTS) -> str:
     return next(x for n in range(1, 500) if not tts.generate(x := "x" * n, "ada", steps=1, max_frames=1).codes.size)
 
 
+@pytest.mark.slow
 def test_a_failed_slot_serves_other_requests(
     tiny_folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,9 @@ def test_hidden_states_equal_the_modules(model: VoxtralTTS, device: torch.device
 
 @torch.inference_mode()
 @pytest.mark.interpreter("the addresses of all lanes are recorded")
-@pytest.mark.parametrize("page", [16, 64, 128])
+@pytest.mark.parametrize(
+    "page", [pytest.param(16, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow), 128]
+)
 def test_the_last_page_may_pass_max_tokens(model: VoxtralTTS, page: int) -> None:
     """The pages for 100 tokens have space for 112 tokens if a page has 16, and for 128 if a page has 64 or 128.
 
@@ -118,7 +120,7 @@ def test_accelerated_hidden_states_takes_the_modules_arguments(model: VoxtralTTS
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_alone_in_a_batch_and_in_parts(tiny_folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """A prompt gives the same bits alone, in a batch and in parts of odd sizes.
 

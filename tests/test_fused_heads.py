@@ -60,8 +60,8 @@ def inputs(model: VoxtralTTS, B: int, seed: int = 0) -> tuple[Tensor, Tensor, Te
     [
         (1, 1, 7, "euler"),
         (3, 4, 1, "euler"),
-        (2, 2, 4, "euler"),
-        (5, 5, 16, "euler"),
+        pytest.param(2, 2, 4, "euler", marks=pytest.mark.slow),
+        pytest.param(5, 5, 16, "euler", marks=pytest.mark.slow),
         (1, 1, 4, "ab2"),
         (3, 3, 5, "ab2"),
     ],

@@ -103,6 +103,7 @@ def test_right_in_half_precision(dtype: torch.dtype, phase: str, tiles: str, dev
         assert_accurate(layer, u, run(layer, u, 40, phase))
 
 
+@pytest.mark.slow
 def test_right_in_half_precision_with_many_experts(device: torch.device) -> None:
     layer = block(torch.bfloat16, num_experts=128, num_experts_per_tok=4, num_shared_experts=1, device=device)
     u = tokens(300, torch.bfloat16, device=device)

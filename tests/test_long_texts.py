@@ -82,7 +82,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("max_chars", [1, 400, ONE_MILLION - 100])
+@pytest.mark.parametrize("max_chars", [pytest.param(1, marks=pytest.mark.slow), 400, ONE_MILLION - 100])
 @pytest.mark.parametrize("name", LONG)
 def test_a_million_characters_in_a_second(name: str, max_chars: int) -> None:
     """The best of three counts, because the machine may be busy; the bound is of processor time."""

@@ -119,7 +119,7 @@ def test_a_model_of_two_dtypes_is_refused(tiny_folder: Path, used: bool) -> None
         tts.generate("seven", **SHORT)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_copy_is_independent(tiny_folder: Path, backend: str) -> None:
     tts = _load(tiny_folder, backend)
     expected = _spoken(tts)

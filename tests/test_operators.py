@@ -172,8 +172,16 @@ def test_gradients_are_refused(entry: Entry, case: Case, device: torch.device) -
 
 @pytest.mark.interpreter("bytes are counted by address")
 @pytest.mark.parametrize(
-    ("entry", "case"), named([pair for pair in PUBLIC + ODD if pair[0].regular_grid == pair[1].public])
-)
+    ("entry", "case"),
+    [
+        pytest.param(
+            entry, case, id=f"{entry.name}-{case.name}",
+            marks=pytest.mark.slow if case.name.endswith(("b2", "b4", "prefill")) else (),
+        )
+        for entry, case in PUBLIC + ODD
+        if entry.regular_grid == case.public
+    ],
+)  # fmt: skip
 def test_no_weight_byte_is_loaded_twice(entry: Entry, case: Case) -> None:
     assert_bytes_once(entry, case, "bf16", "sm_90")
 

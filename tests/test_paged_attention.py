@@ -59,7 +59,7 @@ def assert_accurate(out: Tensor, plain: Tensor, truth: Tensor) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("page", [16, 64])
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("group", [1, 4, 6])
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 4, 6])
 def test_decode_is_right(group: int, D: int, page: int, dtype: str, device: torch.device) -> None:
     assert_decode_is_right(group, D, page, dtype, device)
 

@@ -45,6 +45,7 @@ def test_chunks_are_generates_sound(tts: voxkern.TTS, first: int, most: int) -> 
     assert all(n == next(sizes) for n in _lengths(chunks[:-1]))
 
 
+@pytest.mark.slow
 def test_on_kernels(tiny_folder: Path, device: torch.device) -> None:
     """On kernels, the CPU reads the first frame at once, and a later frame only when the next one is launched.
 

@@ -14,8 +14,15 @@ def _codes(tts: TTS, voice: str = "bob") -> bytes:
     return tts.generate("seven", voice, seed=3, steps=1, max_frames=3).codes.tobytes()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["layers.0.attention.wk.weight", "acoustic_transformer.input_projection.weight"])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        ("torch", "layers.0.attention.wk.weight"),
+        ("torch", "acoustic_transformer.input_projection.weight"),
+        ("triton", "layers.0.attention.wk.weight"),
+        pytest.param("triton", "acoustic_transformer.input_projection.weight", marks=pytest.mark.slow),
+    ],
+)
 def test_a_weight_written_through_data(tiny_folder: Path, backend: str, name: str) -> None:
     tts = with_reference_codec(voxkern.load(tiny_folder, device="cpu", backend=backend))
     before = _codes(tts)  # also stores the voice's keys and values
