@@ -36,7 +36,7 @@ def inputs(operator: str, device: torch.device, dtype: torch.dtype = torch.float
 
 
 @pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float32])
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, arch: str, device: torch.device) -> None:
     """A row gives the same bits alone and in a batch of 19.
 

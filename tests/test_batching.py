@@ -97,7 +97,7 @@ def test_output_does_not_depend_on_the_other_requests(tiny_folder: Path, device:
         assert_same_audio(state.take(), audio)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_output_is_the_same_with_and_without_shared_prefixes(
     tiny_folder: Path, device: torch.device, backend: str
 ) -> None:

@@ -70,7 +70,7 @@ def run(op: Any, args: dict[str, Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float32])
 @BOTH_NETWORKS
 @EACH_OPERATOR
 def test_a_request_does_not_depend_on_the_others(

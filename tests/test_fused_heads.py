@@ -113,7 +113,7 @@ def test_end_frames(model: VoxtralTTS) -> None:
     assert (codes[1:, 0] != END_AUDIO).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_alone_equals_batched(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """A request gives the same bits alone and at any place in a batch, beside other requests or rows of zeros.
 

@@ -161,7 +161,7 @@ def test_a_token_of_nan_spoils_no_other(device: torch.device) -> None:
 
 
 @pytest.mark.interpreter("the constants of all launches are recorded")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize(
     ("arch", "phase", "max_rows"),
     [("sm_90", "decode", 8), ("sm_90", "decode", 16), ("interpreter", "decode", 64), ("interpreter", "prefill", 96)],

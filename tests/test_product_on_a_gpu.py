@@ -67,7 +67,7 @@ def test_stream(tiny_folder: Path, gpu: torch.device, backend: str) -> None:
     assert_same([Audio.join(chunks)], [tts.generate("one", **arguments)], exact=True)
 
 
-@BOTH_BACKENDS
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_submit(tiny_folder: Path, gpu: torch.device, backend: str) -> None:
     tts = load(tiny_folder, gpu, backend)
 
