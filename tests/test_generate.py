@@ -50,14 +50,15 @@ def test_equals_the_plain_loop(tiny_folder: Path, device: torch.device) -> None:
     np.testing.assert_allclose(audio.samples, wave.cpu().numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_alone_equals_batched(tts: voxkern.TTS) -> None:
+@pytest.mark.parametrize("max_frames", [30, pytest.param(150, marks=pytest.mark.slow)])
+def test_alone_equals_batched(tts: voxkern.TTS, max_frames: int) -> None:
     """A request gives the same bits alone and at any place in a batch.
 
     The 7 requests share 5 slots, so two requests wait, and some requests end early.
     """
-    arguments = {"voice": "ada", "max_frames": 30}
+    arguments = {"voice": "ada", "max_frames": max_frames}
     alone = [tts.generate(text, seed=seed, **arguments) for text, seed in zip(TEXTS, SEEDS, strict=True)]
-    assert any(a.codes.shape[1] == 30 for a in alone)
+    assert any(a.codes.shape[1] == max_frames for a in alone)
     assert any(a.ended for a in alone)
     for order in ([6, 5, 4, 3, 2, 1, 0], [3, 0, 6, 1, 5, 2, 4]):
         batch = tts.generate([TEXTS[i] for i in order], seed=[SEEDS[i] for i in order], **arguments)

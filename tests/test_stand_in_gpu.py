@@ -96,10 +96,10 @@ def test_modules_are_moved_in_place(stand_in: StandInGPU) -> None:
     assert isinstance(weight, nn.Parameter)
     assert weight.is_cuda
     assert layer(torch.ones(1, 3, device="cuda")).is_cuda
-    twin = copy.deepcopy(layer)
-    assert twin.weight.is_cuda
-    assert isinstance(twin.weight, nn.Parameter)
-    assert twin.weight.data_ptr() != weight.data_ptr()
+    other = copy.deepcopy(layer)
+    assert other.weight.is_cuda
+    assert isinstance(other.weight, nn.Parameter)
+    assert other.weight.data_ptr() != weight.data_ptr()
     layer.to("cpu")
     assert type(weight) is nn.Parameter
     assert torch.equal(weight, values)

@@ -133,14 +133,14 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str, known: Mapping[str,
         ]
 
 
-def compute(known: Iterable[LedgerRow] = (), archs: Iterable[str] = MACHINES, processes: int = 2) -> list[LedgerRow]:
+def compute(archs: Iterable[str] = MACHINES, processes: int = 2, known: Iterable[LedgerRow] = ()) -> list[LedgerRow]:
     """Compute the whole ledger: all operators, public cases and dtypes in the registry's order, each for all `archs`.
 
     Args:
-        known: rows of an earlier ledger. Machine code with the digest of such a row has the row's instructions, and is
-            not disassembled again, because that takes longer than to compile it.
         archs: architectures to compile for.
         processes: the most processes that compile at once.
+        known: rows of an earlier ledger. Machine code with the digest of such a row has the row's instructions, and is
+            not disassembled again, because that takes longer than to compile it.
     """
     archs = list(archs)
     instructions = {row.digest: (row.loads, row.matrix) for row in known}

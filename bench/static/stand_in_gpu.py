@@ -337,21 +337,12 @@ def stand_in_gpu() -> Iterator[StandInGPU]:
             stack.enter_context(mock.patch.object(torch.cuda, name, what))
         for name in FACTORIES:
             stack.enter_context(mock.patch.object(torch, name, gpu.factory(getattr(torch, name))))
-        stack.enter_context(
-            mock.patch.object(Tensor, "to", lambda self, *args, **kwargs: gpu.moved(self, *args, **kwargs))
-        )
-        stack.enter_context(mock.patch.object(Tensor, "cuda", lambda self, *_, **__: gpu.moved(self, DEVICE)))
-        stack.enter_context(
-            mock.patch.object(Tensor, "data", property(lambda tensor: adopted_like(tensor, data), set_data))
-        )
-        stack.enter_context(
-            mock.patch.object(GridExecutor, "__call__", lambda self, *a, **k: gpu.launch(self, run, a, k))
-        )
-        stack.enter_context(mock.patch.object(StandInTensor, "gpu", gpu))
+        for owner, name, what in (
+            (Tensor, "to", lambda tensor, *args, **kwargs: gpu.moved(tensor, *args, **kwargs)),
+            (Tensor, "cuda", lambda tensor, *_, **__: gpu.moved(tensor, DEVICE)),
+            (Tensor, "data", property(get_data, set_data)),
+            (GridExecutor, "__call__", lambda executor, *args, **kwargs: gpu.launch(executor, run, args, kwargs)),
+            (StandInTensor, "gpu", gpu),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, what))
         yield gpu
-
-
-def adopted_like(tensor: Tensor, data: Any) -> Any:
-    """Return ``tensor.data`` on the tensor's device."""
-    made = plainly(data.__get__, tensor)
-    return adopted(made) if tensor.is_cuda else made
