@@ -112,8 +112,8 @@ def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = No
 def assert_no_races(entry: Entry, case: Case, apart: str | None = None) -> None:
     """Check that no two blocks conflict at an address, and that no lane leaves the arguments.
 
-    Blocks run in order and in reverse order. Blocks that wait for each other through an atomic, as the entry's
-    `ordered_by` declares, also run in a random order. All memory has guards, so that a lane which leaves an argument
+    Blocks run in order and in reverse order. If the entry declares atomics in `ordered_by`, the
+    blocks also run in a random order. All memory has guards, so that a lane which leaves an argument
     does not enter another. `apart` names an argument that is passed with gaps between its rows.
     """
     runs = []

@@ -58,7 +58,7 @@ def test_replayed_graphs_equal_launches(
         expected, found = (tts.generate([*TEXTS, "one"][:n], **arguments) for tts in (plain, replayed))
         assert_same(found, expected)
         assert [audio.codes.shape[1] for audio in expected] == limits
-    # the host reads first frames at once, and any other frame after the launch of the next: the third 1 is one too many
+    # The host reads a first frame at once, and other frames after the next launch. So one replay of a row is surplus.
     assert rows == [4, 1, 1, 1, 3]
 
 

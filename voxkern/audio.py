@@ -22,8 +22,8 @@ class Timings:
     Attributes:
         prefill: seconds of the prompt's pass through the backbone. The voice's part of the prompt counts only if it was
             not in the KV cache.
-        frames: seconds of the backbone and the flow head for all frames. With the kernels, these include the codec.
-        codec: seconds of decoding codes to sound; 0 with the kernels, because a frame and its decoding are one step.
+        frames: seconds of the backbone and the flow head for all frames. On kernels, these include the codec.
+        codec: seconds of decoding codes to sound; 0 on kernels, where a frame and its decoding are one step.
         first_sound: seconds until the first chunk of a stream was ready, or the whole sound if there was no stream. The
             time in the queue is included.
     """

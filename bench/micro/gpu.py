@@ -40,7 +40,7 @@ COMMAND = "python -m bench gpu"
 
 @dataclass
 class Session:
-    """The time that is left on a GPU, and what was found so far.
+    """Holds the time limit of a measurement, and the rows and failures so far.
 
     Attributes:
         minutes: minutes that the steps may take together. A step that has begun is not stopped.

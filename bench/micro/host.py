@@ -35,7 +35,7 @@ FRAMES = 300  # frames that are timed, for each batch size
 
 @dataclass(frozen=True)
 class HostWork:
-    """What the host does for one frame.
+    """Holds the host's work for one frame.
 
     Attributes:
         seconds: the median time of a frame.

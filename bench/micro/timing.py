@@ -1,8 +1,8 @@
 """The timer, which measures the time of one call of each variant. The variants are interleaved round by round.
 
 A variant is a list of calls that do the same work, each on its own copy of the inputs. A clock runs the calls and
-measures seconds: on a CPU, on a GPU, or simulated in tests. :class:`GPUClock` has all code that needs a GPU, and
-has not been run on a GPU. The rest is tested with a simulated clock.
+measures seconds. :class:`GPUClock` has not been run on a GPU; it is tested on a stand-in. The rest is tested with a
+simulated clock.
 """
 
 import statistics

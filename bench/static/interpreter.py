@@ -1,8 +1,8 @@
-"""Patches that make Triton's interpreter two to three times as fast, and leave all its results as they are.
+"""Make Triton's interpreter two to three times as fast, without changing its results.
 
 The interpreter spends nearly all its time in Python, on objects that describe types and shapes. The patches fit Triton
-3.9.0; another version's interpreter is left as it is. In one request of the tiny model on kernels (2 texts, 2 frames,
-2 evaluations), they took 17.8 s of processor time down to 7.2 s.
+3.9.0; another version's interpreter is left as it is. One request of the tiny model on kernels (2
+texts, 2 frames, 2 evaluations) took 17.8 s of processor time without the patches, and takes 7.2 s with them.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def _keep_types_and_shapes() -> None:
 
 
 def _return_early() -> None:
-    """Return at once where two tensors already have one shape, and where a value is not a constexpr."""
+    """Skip broadcasting for tensors of the same shape, and unwrapping for values that are not constexprs."""
     broadcast, unwrap = TritonSemantic.broadcast_impl_value, core._unwrap_if_constexpr
     plain = {int, float, str, bool, type(None), core.tensor, core.dtype, core.block_type, core.pointer_type}
 

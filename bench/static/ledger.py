@@ -139,8 +139,8 @@ def compute(archs: Iterable[str] = MACHINES, processes: int = 2, known: Iterable
     Args:
         archs: architectures to compile for.
         processes: the most processes that compile at once.
-        known: rows of an earlier ledger. Machine code with the digest of such a row has the row's instructions, and is
-            not disassembled again, because that takes longer than to compile it.
+        known: rows of an earlier ledger. Machine code with the digest of such a row has the row's instructions. It is
+            not disassembled, because disassembly takes longer than compilation.
     """
     archs = list(archs)
     instructions = {row.digest: (row.loads, row.matrix) for row in known}

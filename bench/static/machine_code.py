@@ -16,7 +16,7 @@ Instructions = tuple[str, str]  # kinds of loads, and matrix instructions, as in
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the machine code of one kernel uses.
+    """Holds the resources that the machine code of one kernel uses.
 
     Attributes:
         registers: 32-bit registers of a thread.
@@ -56,7 +56,7 @@ def read(binary: Binary, known: Mapping[str, Instructions]) -> MachineCode:
 def text_section(elf: bytes) -> bytes:
     """Return the machine code of a cubin with one kernel: the section ``.text.KERNEL`` of a 64-bit ELF file."""
     at, size, count, i_names = *struct.unpack_from("<Q", elf, 0x28), *struct.unpack_from("<HHH", elf, 0x3A)
-    # of each section: the offset of its name in the section of names, its offset in the file, and its size
+    # each tuple holds a section's offset in the section of names, its offset in the file, and its size
     sections = [struct.unpack_from("<I20xQQ", elf, at + i * size) for i in range(count)]
     names = sections[i_names][1]
     (code,) = (

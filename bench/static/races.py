@@ -3,18 +3,18 @@
 A GPU runs blocks in any order, or at once. Only an atomic can order them, and only where the registry entry declares
 it: the argument of the atomic must be in ``Entry.ordered_by``. These rules of CUDA's memory model are used:
 
-- An atomic that releases, followed in another block by an atomic on the same address that acquires, orders what the
-  first block did before its atomic before what the second block does after its own.
+- Block A releases with an atomic, and block B later acquires with an atomic on the same address. Then A's accesses
+  before its atomic precede B's accesses after its atomic.
 - One thread of a block does the atomic. What the block's other threads did is ordered only if ``tl.debug_barrier``
   comes between it and the atomic.
 - A relaxed atomic, and an atomic with the scope of one block, order nothing.
 
 The interpreter runs blocks one after another, so one run shows only one order of the atomics. In that order, a block
-may seem to come last although nothing makes it wait. So each operator runs in several orders of its blocks, among them
-one and its reverse: of each two blocks, each is first once. Three rules are checked:
+may run last by chance, and not because an atomic orders it. So each operator runs in several orders of its blocks,
+among them one and its reverse: of each two blocks, each is first once. Three rules are checked:
 
 1. In each run, every two accesses that conflict are ordered by declared atomics.
-2. No two accesses have opposite orders in two runs. Otherwise no result of an atomic decides which access comes first.
+2. Two conflicting accesses have the same order in all runs. Otherwise no result of an atomic decides their order.
 3. The lanes of one store have different addresses.
 
 Other races between the threads of one block are not found.
@@ -74,7 +74,7 @@ class Touch:
     clock: np.ndarray
 
     def conflicts(self, other: "Touch") -> bool:
-        """Return whether a GPU may not run both accesses of one address at once."""
+        """Return whether accesses of one address need an order: of two blocks, not both reads or declared atomics."""
         atomic = self.declared and other.declared
         return self.rank != other.rank and not atomic and not self.kind == other.kind == READS
 
@@ -113,7 +113,8 @@ def ordered_launches(
         indirect: tensors that a kernel accesses through an argument with a table of addresses.
 
     Raises:
-        RuntimeError: two blocks access one address, at least one not only reads, and no declared atomic orders them.
+        RuntimeError: two blocks access one address, at least one writes or updates it, and no declared atomic orders
+            them.
         InterpreterError: a lane accesses memory outside of the arguments and the indirect tensors.
     """
     launches: list[CheckedLaunch] = []
@@ -150,8 +151,8 @@ def assert_decided(runs: Sequence[Sequence[CheckedLaunch]]) -> None:
 class _Recorder(Watcher):
     """Records the accesses of all blocks, and compares them after the last block.
 
-    A clock is an array [2, blocks] that says what is ordered before an access. The accesses of block b at times before
-    ``clock[0, b]`` are, and so are its declared atomics at times before ``clock[1, b]``.
+    A clock is an array [2, blocks] that says what is ordered before an access. The accesses of block b at times
+    before ``clock[0, b]`` are ordered before it. Its declared atomics at times before ``clock[1, b]`` are too.
 
     Attributes:
         ordered_by: kernel arguments on which atomics order blocks.

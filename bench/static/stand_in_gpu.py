@@ -1,7 +1,7 @@
 """A stand-in for a GPU: its tensors are on ``cuda:0`` by name, and keep their data in the CPU's memory.
 
 The product runs on it as on a GPU, with streams, events, graphs and pinned memory. Kernels run in Triton's interpreter.
-The stand-in raises an error where a GPU does:
+In these cases, the stand-in raises an error as a GPU does:
 
 - an operator gets tensors of both devices, a kernel gets a CPU tensor, or a GPU tensor is converted to NumPy;
 - the host waits for the device, or copies from memory that is not pinned, while a graph is captured;
@@ -177,7 +177,7 @@ class StandInGPU:
         return made if device.type == "cpu" else adopted(made)
 
     def _recorded(self, name: str, run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        """Record an operator; its results are NaN until the graph is replayed. Views are returned as they are."""
+        """Record an operator. New floating-point results are NaN until a replay; views are returned as usual."""
         graph = self.capturing
         assert graph is not None
         if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs:

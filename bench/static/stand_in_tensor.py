@@ -58,7 +58,7 @@ class Arrival:
 
 
 class LaunchArgument:
-    """The memory of a tensor that a captured launch uses, which the graph does not keep alive."""
+    """Refers to the memory of a tensor that a captured launch uses, without keeping the memory alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._storage = StorageWeakRef(tensor.untyped_storage())

@@ -21,7 +21,10 @@ from bench.ops.registry import ROOT
 
 Grid = tuple[int, int, int]
 READS, WRITES, UPDATES = "reads", "writes", "updates"  # kinds of accesses; an atomic updates
-MACHINERY = (str(Path(triton.__file__).parent), str(Path(__file__).parent))  # everything else on the stack is a kernel
+MACHINERY = (
+    str(Path(triton.__file__).parent),
+    str(Path(__file__).parent),
+)  # a stack frame of another folder is a kernel's
 
 
 class Site(NamedTuple):

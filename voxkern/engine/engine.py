@@ -216,7 +216,7 @@ class Engine:
             samples, generated = output.samples, time.perf_counter()
             if samples is None:
                 samples = self.codec.decode(output)
-            codec_seconds += time.perf_counter() - generated
+                codec_seconds += time.perf_counter() - generated
             copy = self._idle_copies.pop() if self._idle_copies else OutputCopy(output, samples)
             copy.start({slot: self.running[slot] for slot in output.slots}, output, samples)
             new.append(copy)
@@ -318,7 +318,7 @@ class Engine:
 class OutputCopy:
     """Copies a frame's output from the device to the host, without a wait, and holds it until the host reads it.
 
-    On a GPU, the host's memory is pinned. It is allocated once, because allocating pinned memory takes long.
+    On a GPU, the host's memory is pinned. The memory is allocated once, because allocating pinned memory takes long.
     """
 
     def __init__(self, output: FrameOutput, samples: Tensor) -> None:

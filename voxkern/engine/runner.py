@@ -33,7 +33,8 @@ class FrameOutput:
     Attributes:
         slots: the slots that the frame belongs to. The other slots' rows mean nothing, and their `valid` is 0.
         codes: int64 [slots, 37] without the +2 offset. If `valid` is 1, a row is the new frame. If a request has ended
-            in this frame, the semantic code is END - 2. If the frame has NaN or infinity, it is NOT_FINITE - 2.
+            in this frame, the semantic code is END - 2. If the frame has NaN or
+            infinity, the semantic code is NOT_FINITE - 2.
         valid: int64 [slots], 1 for a new frame, 0 if the slot is free or its request is over.
         samples: fp32 [slots, samples_per_frame], the frame's sound, or None if the codec is yet to decode the codes.
     """
