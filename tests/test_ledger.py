@@ -19,7 +19,7 @@ ROW = ledger.LedgerRow(
     operator="norm_linear", case="q-b1", dtype="bf16", arch="sm_89", launch="0:_norm_linear_kernel", binaries=1,
     grid="1x64x1", warps=4, stages=4, registers=113, spill=0, shared=101_376, limit=101_376, resident=1,
     in_flight=22_153, loads="LDGSTS.128", matrix="HMMA.16816.F32.BF16", code=7168,
-    digest="0123456789abcdef",
+    digest="0123456789abcdef", source="fedcba9876543211",
 )  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def test_a_change_of_machine_code_is_named() -> None:
     assert "registers 113 -> 120, code 7168 -> 7200" in change
     assert ledger.changes([ROW], []) == [f"{ROW.key}: no longer compiled"]
     assert ledger.changes([], [ROW]) == [f"{ROW.key}: not in the committed ledger"]
+    assert ledger.changes([ROW], [dataclasses.replace(ROW, source="0" * 16)]) == []  # a comment was changed
 
 
 def test_another_triton_is_held_to_the_limits_only(
@@ -61,7 +62,7 @@ def test_another_triton_is_held_to_the_limits_only(
     file = tmp_path / "ledger.csv"  # type: ignore[operator]
     file.write_text(ledger.write([ROW]))
     now = [dataclasses.replace(ROW, registers=120)]
-    monkeypatch.setattr(ledger, "compute", lambda known: now)
+    monkeypatch.setattr(ledger, "compute", lambda known, compile_all: now)
     assert "registers 113 -> 120" in ledger.check(file)[0]
     monkeypatch.setattr(triton, "__version__", "9.9.9")
     assert ledger.check(file) == []

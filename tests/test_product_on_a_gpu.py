@@ -44,7 +44,8 @@ def check(request: pytest.FixtureRequest, folder: Path, backend: str, speak: Spe
     """Check that a model speaks on a GPU as on the CPU, and return the model on the GPU."""
     expected = None
     if request.getfixturevalue("device").type == "cpu":  # with a real GPU, no kernel is interpreted
-        expected = speak(load(folder, "cpu", backend))  # before the stand-in, on which kernels take no CPU tensors
+        # this is done before the stand-in GPU is installed, because kernels refuse CPU tensors afterwards
+        expected = speak(load(folder, "cpu", backend))
     tts = load(folder, request.getfixturevalue("gpu"), backend)
     assert all(tensor.is_cuda for tensor in tts.model.state_dict().values())
     found = speak(tts)

@@ -1,9 +1,9 @@
 """Count the launches, multiply-adds and bytes of a frame in the flow heads and the backbone, at the public shapes.
 
-``python -m bench frame`` runs the fused modules' own code in Triton's interpreter, with the tiles of sm_90. It counts
-the launches of three modules: the public flow head, a layer of the public backbone, and a flow head with an MLP, 1536
-wide, as its velocity network. If the blocks of a launch differ only in their addresses, only the first, second and
-last block along each axis run. The results are therefore incomplete, and are not used. The fewest bytes that a launch
+``python -m bench frame`` runs the fused modules' own code in Triton's interpreter, with the tiles of sm_90. Three
+modules are counted: the public flow head, a layer of the public backbone, and a flow head with an MLP as its velocity
+network, 1536 wide. If the blocks of a launch differ only in their addresses, only the first, second and last block
+along each axis run. The results are therefore incomplete, and are not used. The fewest bytes that a launch
 can move are counted too: each weight that it uses, and each activation that it reads or writes, once.
 """
 

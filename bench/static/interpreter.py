@@ -30,7 +30,7 @@ def speed_up() -> None:
 
 
 def _patch_language_once_per_launch() -> None:
-    """Replace the functions of ``triton.language`` once a launch.
+    """Replace the functions of ``triton.language`` once per launch.
 
     To interpret a kernel, Triton replaces these functions until the launch ends. It replaces them again each time that
     one ``@triton.jit`` function calls another, although the replacements are the same.

@@ -3,6 +3,9 @@
 Each operator's own launcher runs at its public shapes on a stub driver (``voxkern/compile_only.py``). The ledger has a
 row for each launch and architecture. ``python -m bench ledger --check`` computes the ledger again, and compares it with
 the committed ``bench/ledger.csv``. A change of machine code is therefore in the diff of the commit that causes it.
+
+Kernels with the same source, constants, options and compilers as in the committed ledger are not compiled again, except
+one in 16 (bench/static/known_kernels.py). ``--all`` compiles every kernel.
 """
 
 import argparse
@@ -20,8 +23,8 @@ import triton
 from torch import Tensor
 
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries
-from bench.static import machine_code
-from bench.static.machine_code import Instructions
+from bench.static import known_kernels, machine_code
+from bench.static.machine_code import Instructions, MachineCode
 from bench.static.machines import MACHINES
 from voxkern.compile_only import CompiledLaunch, compiling_for
 
@@ -55,6 +58,8 @@ class LedgerRow:
         matrix: the matrix instructions, or ``-``.
         code: bytes of machine code.
         digest: the first digits of the SHA-256 of the machine code, for NVIDIA; ``-`` for AMD.
+        source: the first digits of Triton's hash of source, constants, options and compilers, see
+            :mod:`bench.static.known_kernels`. It may change while the machine code stays.
     """
 
     operator: str
@@ -76,6 +81,7 @@ class LedgerRow:
     matrix: str
     code: int
     digest: str
+    source: str
 
     @property
     def key(self) -> str:
@@ -105,7 +111,21 @@ class LedgerRow:
         return found
 
 
-def rows_of(entry: Entry, case: Case, dtype: str, arch: str, known: Mapping[str, Instructions] = {}) -> list[LedgerRow]:
+@dataclass(frozen=True)
+class Known:
+    """Holds what an earlier ledger says about compiled kernels.
+
+    Attributes:
+        rows: source -> a row with it. Such a kernel is not compiled.
+        instructions: digest -> kinds of loads, and matrix instructions. Machine code with such a digest is not
+            disassembled, because disassembly takes longer than compilation.
+    """
+
+    rows: Mapping[str, LedgerRow]
+    instructions: Mapping[str, Instructions]
+
+
+def rows_of(entry: Entry, case: Case, dtype: str, arch: str, known: Known | None = None) -> list[LedgerRow]:
     """Compile an operator's launches, and return a row for each launch.
 
     The rows describe the call with the most rows. Their column `binaries` also covers calls with fewer rows.
@@ -115,7 +135,7 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str, known: Mapping[str,
         case: the operator's shapes.
         dtype: bf16, fp16 or fp32.
         arch: the architecture.
-        known: instructions of machine code that was disassembled before, see :func:`machine_code.read`.
+        known: what an earlier ledger says, or None for nothing.
     """
     most = case.sizes[entry.rows]
     with compiling_for(arch) as launches:
@@ -127,27 +147,32 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str, known: Mapping[str,
                 entry.op.run(**some)
                 for i, launch in enumerate(launches):
                     made.setdefault(i, set()).add(launch.binary.hash)
+        known = known or Known({}, {})
         return [
             _row(entry, case, dtype, arch, f"{i}:{launch.binary.kernel}", launch, len(made[i]), known)
             for i, launch in enumerate(launches)
         ]
 
 
-def compute(archs: Iterable[str] = MACHINES, processes: int = 2, known: Iterable[LedgerRow] = ()) -> list[LedgerRow]:
+def compute(
+    archs: Iterable[str] = MACHINES, processes: int = 2, known: Iterable[LedgerRow] = (), compile_all: bool = False
+) -> list[LedgerRow]:
     """Compute the whole ledger: all operators, public cases and dtypes in the registry's order, each for all `archs`.
 
     Args:
         archs: architectures to compile for.
         processes: the most processes that compile at once.
-        known: rows of an earlier ledger. Machine code with the digest of such a row has the row's instructions. It is
-            not disassembled, because disassembly takes longer than compilation.
+        known: rows of an earlier ledger; see :class:`Known`.
+        compile_all: compile every kernel, also those with the source of a row in `known`.
     """
-    archs = list(archs)
-    instructions = {row.digest: (row.loads, row.matrix) for row in known}
+    archs, rows = list(archs), list(known)
+    instructions = {row.digest: (row.loads, row.matrix) for row in rows}
+    sources = {} if compile_all else {row.source: row for row in rows}
+    knowns = [Known(sources, instructions)] * len(archs)
     with ProcessPoolExecutor(min(processes, len(archs)), mp_context=get_context("spawn")) as pool:
-        rows = [row for part in pool.map(_of_arch, archs, [instructions] * len(archs)) for row in part]
+        found = [row for part in pool.map(_of_arch, archs, knowns) for row in part]
     order = [(entry.name, case.name, dtype) for entry in entries() for case in entry.cases for dtype in case.dtypes]
-    return sorted(rows, key=lambda row: order.index((row.operator, row.case, row.dtype)))
+    return sorted(found, key=lambda row: order.index((row.operator, row.case, row.dtype)))
 
 
 def faults(rows: Iterable[LedgerRow]) -> list[str]:
@@ -157,7 +182,7 @@ def faults(rows: Iterable[LedgerRow]) -> list[str]:
 
 
 def changes(committed: Iterable[LedgerRow], rows: Iterable[LedgerRow]) -> list[str]:
-    """Return a message for each row that differs between the committed ledger and `rows`."""
+    """Return a message for each row that differs between the committed ledger and `rows` in more than its source."""
     old, new = ({row.key: row for row in part} for part in (committed, rows))
     found = [f"{key}: no longer compiled" for key in old if key not in new]
     for key, row in new.items():
@@ -165,7 +190,7 @@ def changes(committed: Iterable[LedgerRow], rows: Iterable[LedgerRow]) -> list[s
             found.append(f"{key}: not in the committed ledger")
             continue
         was, now = asdict(old[key]), asdict(row)
-        parts = [f"{name} {was[name]} -> {now[name]}" for name in now if was[name] != now[name]]
+        parts = [f"{name} {was[name]} -> {now[name]}" for name in now if name != "source" and was[name] != now[name]]
         if parts:
             found.append(f"{key}: " + ", ".join(parts))
     return found
@@ -192,13 +217,17 @@ def read(text: str) -> tuple[str, list[LedgerRow]]:
     return head.split()[2].rstrip(";"), rows
 
 
-def check(file: Path = FILE) -> list[str]:
+def check(file: Path = FILE, compile_all: bool = False) -> list[str]:
     """Compute the ledger again, and return a message for each broken rule and each difference from `file`.
 
     Differences are left out if `file` was made with another version of Triton.
+
+    Args:
+        file: the committed ledger.
+        compile_all: compile every kernel, also those with the source of a row in `file`.
     """
     version, committed = read(file.read_text())
-    rows = compute(known=committed)
+    rows = compute(known=committed, compile_all=compile_all)
     found = faults(rows)
     if version != triton.__version__:
         print(
@@ -209,15 +238,16 @@ def check(file: Path = FILE) -> list[str]:
     return found + [f"{change} (if meant, run python -m bench ledger)" for change in changes(committed, rows)]
 
 
-def _of_arch(arch: str, known: Mapping[str, Instructions]) -> list[LedgerRow]:
-    return [
-        row
-        for entry in entries()
-        for case in entry.cases
-        if case.public
-        for dtype in case.dtypes
-        for row in rows_of(entry, case, dtype, arch, known)
-    ]
+def _of_arch(arch: str, known: Known) -> list[LedgerRow]:
+    with known_kernels.skipping(known.rows):
+        return [
+            row
+            for entry in entries()
+            for case in entry.cases
+            if case.public
+            for dtype in case.dtypes
+            for row in rows_of(entry, case, dtype, arch, known)
+        ]
 
 
 def _second_request(arg: Any, n: int) -> Any:
@@ -239,10 +269,14 @@ def _row(
     name: str,
     launch: CompiledLaunch,
     binaries: int,
-    known: Mapping[str, Instructions],
+    known: Known,
 ) -> LedgerRow:
-    binary, machine = launch.binary, MACHINES[arch]
-    code = machine_code.read(binary, known)
+    binary, machine, source = launch.binary, MACHINES[arch], known_kernels.key(launch.binary.hash)
+    if binary.files:
+        code = machine_code.read(binary, known.instructions)
+    else:
+        row = known.rows[source]
+        code = MachineCode(row.registers, row.spill, row.code, row.digest, (row.loads, row.matrix))
     blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
     resident = machine.resident_blocks(binary.warps, code.registers, binary.shared)
     stage = entry.stage(binary.constants) * DTYPES[dtype].itemsize
@@ -250,7 +284,7 @@ def _row(
     return LedgerRow(
         entry.name, case.name, dtype, arch, name, binaries, "x".join(map(str, launch.grid)), binary.warps,
         binary.stages, code.registers, code.spill, binary.shared, machine.block_shared, resident, round(in_flight),
-        *code.instructions, code.size, code.digest,
+        *code.instructions, code.size, code.digest, source,
     )  # fmt: skip
 
 
@@ -258,11 +292,12 @@ def main(arguments: Sequence[str]) -> int:
     """Write bench/ledger.csv, or compare with it; print the complaints, and return 1 if there is one, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench ledger", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with bench/ledger.csv instead of writing it")
+    parser.add_argument("--all", action="store_true", help="compile also the kernels whose source is in the ledger")
     options, start = parser.parse_args(arguments), time.perf_counter()
     if options.check:
-        found = check()
+        found = check(compile_all=options.all)
     else:
-        rows = compute()
+        rows = compute(known=read(FILE.read_text())[1], compile_all=options.all)
         FILE.write_text(write(rows))
         found = faults(rows)
     print(*found, sep="\n", end="\n" if found else "")

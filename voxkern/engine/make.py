@@ -22,8 +22,8 @@ def new_engine(model: VoxtralTTS, max_batch: int, cache_tokens: int | None, grap
     Args:
         model: the model.
         max_batch: the most requests that run side by side.
-        cache_tokens: tokens of the KV cache. None takes, for each request, one page for its voice and space for 2560
-            tokens, or for the most that a request may have if that is less.
+        cache_tokens: tokens of the KV cache. None takes space for 2560 tokens of each request, and one page for its
+            voice. If a request may have at most fewer tokens than 2560, the cache has space for those.
         graphs: whether an accelerated model's launches are replayed as CUDA graphs, if it is on a GPU.
 
     Raises:
