@@ -139,13 +139,13 @@ def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: in
     of_output = {"out": codes, "h": state, "weight": output, "n_codes": levels, "max_batch": B}
     first, last = work_of("semantic_argmax", of_output)
     each = [
-        Work(operator="depth input", times=1, rows=B, prepared=B, moved=6 * B * dim),  # two rows read, one written
+        Work(operator="depth input", times=1, rows=B, moved=6 * B * dim),  # two rows are read, one is written
         *backbone_step(backbone, B, (K + 1) / 2),
-        # a name that the ledger does not have: this output has one or two tiles, the ledger's semantic_argmax has 129
-        replace(first, operator="depth output"),
+        first,
         last,
     ]
-    once = work_of("linear", {"out": state, "x": x, "weight": projection, "max_rows": B})
+    none: dict[str, None] = dict.fromkeys(("bias", "gate", "residual"))
+    once = work_of("linear", {"out": state, "x": x, "weight": projection, "max_rows": B, **none})
     return once + [replace(one, times=K * one.times) for one in each]
 
 

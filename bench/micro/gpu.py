@@ -14,7 +14,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -180,8 +180,7 @@ def work_at(row: ResultRow, arch: str) -> list[Work]:
     device = "cpu" if "attention" in entry.name else "meta"  # attention's bytes depend on the lengths
     with target_arch(arch):
         args = entry.args(case, TensorMaker(DTYPES[row.dtype], device))
-        works = work_of(entry.name, with_result(entry, args))
-    return [replace(one, case=row.shape.rpartition("b")[0]) for one in works]
+        return work_of(entry.name, with_result(entry, args))
 
 
 def table(rows: Sequence[ResultRow], gpu: GPU | None) -> list[str]:

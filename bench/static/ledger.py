@@ -41,6 +41,7 @@ class LedgerRow:
         dtype: bf16, fp16 or fp32.
         arch: the architecture that the launch is compiled for, such as ``sm_90``.
         launch: "i:kernel", the launch's index among those of one call, and the kernel's name.
+        constants: the kernel's sizes and tiles, "NAME=value", with spaces between.
         binaries: number of different binaries that calls with different numbers of rows, up to the case's, compile for
             this launch.
         grid: blocks along x, y and z.
@@ -67,6 +68,7 @@ class LedgerRow:
     dtype: str
     arch: str
     launch: str
+    constants: str
     binaries: int
     grid: str
     warps: int
@@ -173,6 +175,11 @@ def compute(
         found = [row for part in pool.map(_of_arch, archs, knowns) for row in part]
     order = [(entry.name, case.name, dtype) for entry in entries() for case in entry.cases for dtype in case.dtypes]
     return sorted(found, key=lambda row: order.index((row.operator, row.case, row.dtype)))
+
+
+def written(constants: Mapping[str, Any]) -> str:
+    """Return a kernel's sizes and tiles, which have names in upper case, as the ledger writes them."""
+    return " ".join(f"{name}={constants[name]}" for name in sorted(constants) if name.isupper())
 
 
 def faults(rows: Iterable[LedgerRow]) -> list[str]:
@@ -282,7 +289,8 @@ def _row(
     stage = entry.stage(binary.constants) * DTYPES[dtype].itemsize
     in_flight = min(resident, blocks / machine.multiprocessors) * (binary.stages - 1) * stage
     return LedgerRow(
-        entry.name, case.name, dtype, arch, name, binaries, "x".join(map(str, launch.grid)), binary.warps,
+        entry.name, case.name, dtype, arch, name, written(binary.constants), binaries,
+        "x".join(map(str, launch.grid)), binary.warps,
         binary.stages, code.registers, code.spill, binary.shared, machine.block_shared, resident, round(in_flight),
         *code.instructions, code.size, code.digest, source,
     )  # fmt: skip

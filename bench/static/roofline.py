@@ -7,16 +7,20 @@ The work is a list of launches, computed from the config's shapes (bench/static/
 no implementation can beat if it reads every weight once an evaluation. The floor is the longer of two times: weights,
 keys and values at the data sheet's bandwidth, or multiply-adds at the data sheet's dense bf16 rate. **The prediction**
 is the sum over the launches. The time of a launch is the sum of its start, one latency that fills the pipeline, and its
-waves. A wave is a set of blocks that run at once, by the ledger's occupancy. A wave takes the longest of three times:
+waves. A wave is a set of blocks that run at once, by the ledger's occupancy. A wave takes the longest of four times:
 
-- the wave's bytes, at the share of the bandwidth that streaming reaches,
+- the wave's bytes from memory, at the share of the bandwidth that streaming reaches,
+- the wave's bytes through L2, where tiles of rows read the weights again, and tiles of columns the activations,
 - the bytes of one block, of which the ledger's bytes in flight arrive in each latency (Little's law),
-- the wave's multiply-adds, at the share of the dense rate that thin tiles reach.
+- the wave's multiply-adds with the padding of tiles, at the share of the dense rate that thin tiles reach.
+
+**The bound** of a launch is what the best division into blocks could reach under these assumptions: its start, one
+latency, and the longer of its bytes from memory and its multiply-adds, both spread evenly over the whole GPU.
 
 The prediction does not include
 
-- activations that blocks read again from L2, and weights that stay in L2 from one evaluation to the next,
-- padding rows of tiles, and clocks that fall under load,
+- weights that stay in L2 from one evaluation to the next, and activations that do not,
+- clocks that fall under load,
 - the overlap of one launch's end with the start of the next launch.
 """
 
@@ -24,7 +28,7 @@ import argparse
 import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.results import FILE, ResultRow, newest
@@ -32,8 +36,17 @@ from bench.results import read as read_results
 from bench.static.ledger import FILE as LEDGER
 from bench.static.ledger import LedgerRow
 from bench.static.ledger import read as read_ledger
-from bench.static.machines import MACHINES
-from bench.static.work import CHUNK, CONTEXT, Work, dram_bytes, frame, launches, total_multiply_adds
+from bench.static.work import (
+    CHUNK,
+    CONTEXT,
+    KernelLaunch,
+    Work,
+    dram_bytes,
+    entry_of,
+    frame,
+    launches,
+    total_multiply_adds,
+)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SOLVERS = {"euler:7": 7, "ab2:4": 4}  # evaluations of the velocity
@@ -50,6 +63,7 @@ class GPU:
         flops: dense bf16 operations with fp32 sums, 1/s. Some data sheets print twice that number, with sparsity.
         multiprocessors: number of SMs, or of AMD's compute units.
         l2: bytes of the L2 cache, or of AMD's last-level cache.
+        l2_bandwidth: bytes/s that reads from L2 were measured to reach, or AMD's last-level cache.
         arch: the GPU's architecture in the ledger, such as ``sm_90``.
         device: the GPU's name in torch.
     """
@@ -58,27 +72,33 @@ class GPU:
     flops: float
     multiprocessors: int
     l2: int
+    l2_bandwidth: float
     arch: str
     device: str
 
 
+# Bytes/s from L2 for each multiprocessor: an H200 with 132 reaches 9.7e12, an L40 with 142 reaches 5.2e12. These two
+# and the A100's 5.4e12 are from the folder gpu-l2-cache of github.com/te42kyfo/gpu-benches, at 20 to 30 MB. The H100 SXM
+# has the chip of the H200. No measurement was found for an L4, an RTX 5090 and a B200.
+L2_HOPPER, L2_ADA = 9.7e12 / 132, 5.2e12 / 142
 GPUS = {
     # NVIDIA L4 data sheet: 300 GB/s, 242 TFLOPS with sparsity; Ada whitepaper (AD104): 58 SMs, 48 MB
-    "L4": GPU(0.300e12, 121e12, 58, 48 << 20, "sm_89", "NVIDIA L4"),
+    "L4": GPU(0.300e12, 121e12, 58, 48 << 20, L2_ADA * 58, "sm_89", "NVIDIA L4"),
     # NVIDIA A100 data sheet, 80GB SXM: 2,039 GB/s, 312 TFLOPS; Ampere whitepaper: 108 SMs, 40 MB
-    "A100 80GB": GPU(2.039e12, 312e12, 108, 40 << 20, "sm_80", "NVIDIA A100-SXM4-80GB"),
+    "A100 80GB": GPU(2.039e12, 312e12, 108, 40 << 20, 5.4e12, "sm_80", "NVIDIA A100-SXM4-80GB"),
     # NVIDIA H100 data sheet, SXM: 3.35 TB/s, 1,979 TFLOPS with sparsity; Hopper whitepaper: 132 SMs, 50 MB
-    "H100 SXM": GPU(3.35e12, 989.5e12, 132, 50 << 20, "sm_90", "NVIDIA H100 80GB HBM3"),
+    "H100 SXM": GPU(3.35e12, 989.5e12, 132, 50 << 20, 9.7e12, "sm_90", "NVIDIA H100 80GB HBM3"),
     # NVIDIA H200 data sheet, SXM: 4.8 TB/s; the other figures are the H100's
-    "H200": GPU(4.8e12, 989.5e12, 132, 50 << 20, "sm_90", "NVIDIA H200"),
-    # NVIDIA Ada whitepaper, table of the RTX 4090: 1,008 GB/s, 165.2 TFLOPS bf16, 128 SMs, 72 MB
-    "RTX 4090": GPU(1.008e12, 165.2e12, 128, 72 << 20, "sm_89", "NVIDIA GeForce RTX 4090"),
+    "H200": GPU(4.8e12, 989.5e12, 132, 50 << 20, 9.7e12, "sm_90", "NVIDIA H200"),
+    # NVIDIA Ada whitepaper, table of the RTX 4090: 1,008 GB/s, 165.2 TFLOPS bf16, 128 SMs, 72 MB; L2 at 4,903 GB/s:
+    # analysis_RTX4090.md of github.com/smallscientist1/cuda_microbenchmark
+    "RTX 4090": GPU(1.008e12, 165.2e12, 128, 72 << 20, 4.9e12, "sm_89", "NVIDIA GeForce RTX 4090"),
     # NVIDIA RTX Blackwell whitepaper, table of the RTX 5090: 1,792 GB/s, 209.5 TFLOPS bf16, 170 SMs, 96 MB
-    "RTX 5090": GPU(1.792e12, 209.5e12, 170, 96 << 20, "sm_120", "NVIDIA GeForce RTX 5090"),
+    "RTX 5090": GPU(1.792e12, 209.5e12, 170, 96 << 20, L2_ADA * 170, "sm_120", "NVIDIA GeForce RTX 5090"),
     # NVIDIA DGX B200 data sheet, an eighth of it: 64 TB/s, 36 PFLOPS with sparsity; 148 SMs; L2 as CUDA reports it
-    "B200": GPU(8.0e12, 2250e12, 148, 126 << 20, "sm_100", "NVIDIA B200"),
-    # AMD Instinct MI300X data sheet: 5.3 TB/s, 1,307.4 TFLOPS, 304 CUs, 256 MB of last-level cache
-    "MI300X": GPU(5.3e12, 1307.4e12, 304, 256 << 20, "gfx942", "AMD Instinct MI300X"),
+    "B200": GPU(8.0e12, 2250e12, 148, 126 << 20, L2_HOPPER * 148, "sm_100", "NVIDIA B200"),
+    # AMD Instinct MI300X data sheet: 5.3 TB/s, 1,307.4 TFLOPS, 304 CUs, 256 MB of last-level cache at 17.2 TB/s
+    "MI300X": GPU(5.3e12, 1307.4e12, 304, 256 << 20, 17.2e12, "gfx942", "AMD Instinct MI300X"),
 }
 
 
@@ -112,59 +132,80 @@ def floor(work: Sequence[Work], gpu: GPU) -> float:
     return max(streamed / gpu.bandwidth, 2 * total_multiply_adds(work) / gpu.flops)
 
 
+def bound(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL) -> float:
+    """Return the seconds of the launches if each kept the whole GPU busy, see the file's docstring."""
+    return sum(one.times * (assume.launch + assume.latency + _evenly(one, gpu, assume)) for one in work)
+
+
 def predict(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL) -> float:
     """Return the predicted seconds of the launches, one after another."""
     return sum(one.times * (assume.launch + assume.latency + _running(one, gpu, assume)) for one in work)
 
 
+def _evenly(one: Work, gpu: GPU, assume: Assumptions) -> float:
+    return max(one.dram / (gpu.bandwidth * assume.streaming), 2 * one.multiply_adds / (gpu.flops * assume.dense))
+
+
 def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
-    row, dram_rate = _binary(one, gpu.arch), gpu.bandwidth * assume.streaming
+    kernel = one.kernel
+    row = kernel and _binary(kernel, gpu.arch)
+    if kernel is None or row is None:
+        return _evenly(one, gpu, assume)
     flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor, 1/s
-    if row is None:
-        return max(one.dram / dram_rate, 2 * one.multiply_adds / flop_rate / gpu.multiprocessors)
-    shared_by = -(-one.rows // 64) if one.tiled else one.rows  # tiles have up to 64 rows
-    blocks, in_flight = _blocks(one, row), _in_flight(row)
-    dram, flops_per_block = one.dram / blocks, 2 * one.multiply_adds / blocks
-    alone = (one.weights * shared_by + one.cache + one.moved) / blocks / in_flight * assume.latency
+    blocks, row_tiles = kernel.blocks, kernel.grid[0]  # all kernels have tiles of rows, or requests, along x
+    flops = 2 * one.padded_multiply_adds / blocks
+    alone = (one.weights * row_tiles + one.cache + one.moved) / blocks / in_flight(one) * assume.latency
+    # what all blocks take together, in proportion to their number
+    shared = max(one.dram / (gpu.bandwidth * assume.streaming), l2_bytes(one) / gpu.l2_bandwidth) / blocks
     wave_size = row.resident * gpu.multiprocessors
     waves = [wave_size] * (blocks // wave_size) + [blocks % wave_size]
-    return sum(
-        max(alone, n * dram / dram_rate, math.ceil(n / gpu.multiprocessors) * flops_per_block / flop_rate)
-        for n in waves
-        if n
-    )
+    return sum(max(alone, n * shared, math.ceil(n / gpu.multiprocessors) * flops / flop_rate) for n in waves if n)
 
 
-def _blocks(one: Work, row: LedgerRow) -> int:
-    x, y, z = map(int, row.grid.split("x"))
-    if one.tiled:
-        return -(-one.rows // 64) * y
-    return max(1, x * y * z * one.rows // int(row.case.rpartition("b")[2]))
+def l2_bytes(one: Work) -> int:
+    """Return the bytes that a launch reads and writes through L2.
 
-
-def _in_flight(row: LedgerRow) -> float:
-    """Return the bytes that one block has in flight: those of the weights' stages, but at least 16 for each thread."""
-    machine, (x, y, z) = MACHINES[row.arch], map(int, row.grid.split("x"))
-    staged = row.in_flight / min(row.resident, x * y * z / machine.multiprocessors)
-    return max(staged, 16 * row.warps * machine.warp_size)
-
-
-def _binary(one: Work, arch: str) -> LedgerRow | None:
-    """Return the ledger's row with the launch config of `one`, or None if the ledger does not have the operator.
-
-    Launch configs change at 8, 16 and 32 rows. The flow head has 6 rows a request, so b1, b2 and b4 are cases with 6,
-    12 and 24 rows.
+    Each tile of rows reads the weights, and each tile of columns reads its activations.
     """
-    n = one.prepared
-    names = ("b1",) if n <= 8 else ("b2", "b1") if n <= 16 else ("b4", "b32") if n <= 32 else ()
-    found = (_ledger().get((one.operator, one.case + name, arch, one.launch)) for name in (*names, "b32"))
-    return next((row for row in found if row is not None), None)
+    assert one.kernel is not None
+    row_tiles, column_tiles, _ = one.kernel.grid
+    again = one.columns_read * (column_tiles - 1) if one.multiply_adds else 0
+    return one.weights * row_tiles + one.cache + one.moved + again
+
+
+def in_flight(one: Work) -> float:
+    """Return the bytes that one block has in flight: those of the weights' stages, but at least 16 for each thread."""
+    kernel = one.kernel
+    assert kernel is not None
+    stage = 2 * entry_of(one.operator.removeprefix("codec ")).stage(dict(kernel.constants))  # bytes in bf16
+    return max((kernel.stages - 1) * stage, 16 * 32 * kernel.warps)
+
+
+def _binary(kernel: KernelLaunch, arch: str) -> LedgerRow | None:
+    """Return the ledger's row with the kernel's sizes and tiles, or one with the same tiles, or None."""
+    wanted = {name: str(value) for name, value in kernel.constants}
+    for names in (sorted(wanted), _tiles(wanted)):
+        found = _ledger().get((kernel.kernel, arch, kernel.warps, kernel.stages, *((n, wanted[n]) for n in names)))
+        if found is not None:
+            return found
+    return None
+
+
+def _tiles(constants: Iterable[str]) -> list[str]:
+    """Return the names that are those of tiles, not of the model's sizes."""
+    return sorted(name for name in constants if name.startswith("BLOCK_") or name == "SPLIT")
 
 
 @functools.cache
-def _ledger() -> dict[tuple[str, str, str, int], LedgerRow]:
-    rows = read_ledger(LEDGER.read_text())[1]
-    return {(r.operator, r.case, r.arch, int(r.launch.partition(":")[0])): r for r in rows if r.dtype == "bf16"}
+def _ledger() -> dict[tuple[object, ...], LedgerRow]:
+    found: dict[tuple[object, ...], LedgerRow] = {}
+    for row in read_ledger(LEDGER.read_text())[1]:
+        if row.dtype == "bf16":
+            constants = dict(one.split("=") for one in row.constants.split())
+            for names in (sorted(constants), _tiles(constants)):
+                kernel = row.launch.partition(":")[2], row.arch, row.warps, row.stages
+                found.setdefault((*kernel, *((name, constants[name]) for name in names)), row)
+    return found
 
 
 def rows() -> list[ResultRow]:
@@ -173,7 +214,7 @@ def rows() -> list[ResultRow]:
     for steps, evaluations in SOLVERS.items():
         for B in BATCHES:
             parts = frame(B, evaluations)
-            whole = [one for work in parts.values() for one in work]
+            whole = _whole(parts)
             counts: dict[str, tuple[float, str]] = {
                 "bytes": (dram_bytes(whole), "B"),
                 "multiply-adds": (total_multiply_adds(whole), "1"),
@@ -183,7 +224,9 @@ def rows() -> list[ResultRow]:
             for metric, (value, unit) in counts.items():
                 found.append(_row("frame", metric, value, unit, "counted", B, steps))
             for name, gpu in GPUS.items():
-                timed = {"floor": floor(whole, gpu), "time": predict(whole, gpu)}
+                parts = frame(B, evaluations, arch=gpu.arch)
+                whole = _whole(parts)
+                timed = {"floor": floor(whole, gpu), "bound": bound(whole, gpu), "time": predict(whole, gpu)}
                 timed |= {f"time of the {part}": predict(work, gpu) for part, work in parts.items()}
                 for metric, seconds in timed.items():
                     found.append(_row(name, metric, 1e3 * seconds, "ms", "predicted", B, steps))
@@ -206,8 +249,8 @@ def compare_with_measured(measured: Iterable[ResultRow]) -> list[tuple[ResultRow
     found = []
     for row in newest(row for row in measured if _is_a_frame(row)):
         gpu = next(gpu for gpu in GPUS.values() if gpu.device == row.device)
-        parts = frame(int(row.shape.removeprefix("frame-b")), int(row.steps.partition(":")[2]))
-        whole = [one for work in parts.values() for one in work]
+        B, evaluations = int(row.shape.removeprefix("frame-b")), int(row.steps.partition(":")[2])
+        whole = _whole(frame(B, evaluations, arch=gpu.arch))
         found.append((row, 1e3 * floor(whole, gpu), 1e3 * predict(whole, gpu)))
     return found
 
@@ -238,12 +281,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _print_solver(steps: str, evaluations: int) -> None:
-    work = {B: [one for part in frame(B, evaluations).values() for one in part] for B in BATCHES}
+    work = {B: _whole(frame(B, evaluations)) for B in BATCHES}
     print(f"\n{steps:24s}" + "".join(f"{f'batch {B}':>10s}" for B in BATCHES))
     print(f"{'launches':24s}" + "".join(f"{launches(w):10.1f}" for w in work.values()))
     print(f"{'GB':24s}" + "".join(f"{dram_bytes(w) / 1e9:10.2f}" for w in work.values()))
     print(f"{'multiply-adds, G':24s}" + "".join(f"{total_multiply_adds(w) / 1e9:10.1f}" for w in work.values()))
     for name, gpu in GPUS.items():
+        work = {B: _whole(frame(B, evaluations, arch=gpu.arch)) for B in BATCHES}
         print(f"{name + ': floor, ms':24s}" + "".join(f"{1e3 * floor(w, gpu):10.2f}" for w in work.values()))
+        print(f"{'  bound, ms':24s}" + "".join(f"{1e3 * bound(w, gpu):10.2f}" for w in work.values()))
         for label, assume in (("predicted, ms", USUAL), ("optimistic", OPTIMISTIC), ("pessimistic", PESSIMISTIC)):
             print(f"{'  ' + label:24s}" + "".join(f"{1e3 * predict(w, gpu, assume):10.2f}" for w in work.values()))
+
+
+def _whole(parts: Mapping[str, Sequence[Work]]) -> list[Work]:
+    return [one for work in parts.values() for one in work]

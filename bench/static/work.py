@@ -7,6 +7,7 @@ operators' entries state (``partly``, ``weights`` and ``multiply_adds`` in bench
 
 import functools
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
 import voxkern
 from bench.ops.registry import Entry, entries
@@ -41,11 +43,6 @@ MODULES: dict[ModuleType, str] = {
     fused_backbone: "backbone", fused_flow_head: "flow head", fused_transformer_head: "flow head",
     fused_mlp_head: "flow head", fused_runner: "bookkeeping", fused_codec: "codec",
 }  # fmt: skip
-# operator -> its case in the ledger, without the last part ``bN``; other operators have the case ``bN``
-CASES = {
-    "linear": "down-", "token_attention_linear": "wo-", "token_attention": "middle-", "semantic_argmax": "frame-",
-    "flow_start": "frame-", "flow_step": "frame-", "flow_finish": "frame-",
-}  # fmt: skip
 # Operator -> the argument with a row for each row of activations, or for each request. For other operators this is `x`,
 # or the first tensor if there is no `x`.
 ROWS = {
@@ -53,10 +50,36 @@ ROWS = {
     "token_attention_linear": "residual", "codec_dequantise": "codes", "codec_update_state": "new_frames",
     "codec_attention": "qkv",
 }  # fmt: skip
-# Operators in which tiles of rows share the weights. All operators with an argument `max_rows` also do.
-SHARED_WEIGHTS = {
-    "token_attention_linear", "semantic_argmax", "codec_conv", "moe_experts_up", "moe_experts_down",
-}  # fmt: skip
+# operator -> the arguments that each column of tiles reads; other operators with tiles of columns read `x`
+READ_BY_COLUMNS = {"token_attention_linear": ("x_qkv", "t_qkv", "h_qkv"), "semantic_argmax": ("h",)}
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """A launch of a Triton kernel.
+
+    Attributes:
+        kernel: the kernel's name.
+        grid: blocks along x, y and z.
+        constants: (name, value) of the kernel's sizes and tiles, in the order of their names.
+        warps: warps of a block.
+        stages: stages of the software pipeline.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    constants: tuple[tuple[str, int], ...]
+    warps: int
+    stages: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def constant(self, name: str, missing: int = 1) -> int:
+        """Return the constant `name`, or `missing` if the kernel has no such constant."""
+        return dict(self.constants).get(name, missing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,31 +87,28 @@ class Work:
     """Launches of one kind in a frame.
 
     Attributes:
-        operator: the operator's name in the ledger. For an operator that the ledger does not have, the predicted
-            running time is limited by bandwidth and multiply-adds alone, not by the bytes that a block has in flight.
-        case: the case's name in the ledger, without its last part ``bN``.
-        launch: index of the launch among those of one call.
+        operator: the operator's name; ``codec NAME`` in the codec.
+        kernel: the kernel with its blocks and tiles, or None for work that voxkern has no kernel for.
         times: number of launches.
-        rows: rows of activations; requests, if `tiled` is false.
-        prepared: the most rows that the launch is prepared for. This number selects the launch config.
-        tiled: whether tiles of rows share the weights. Otherwise each request reads all weights.
+        rows: rows of activations, or requests.
         weights: bytes of weights that one launch reads.
         cache: bytes of keys and values that one launch reads.
         moved: bytes of activations that one launch reads and writes.
+        columns_read: bytes of activations that each column of tiles reads.
         multiply_adds: multiply-adds of one launch's products.
+        padded_multiply_adds: the same, with the rows that pad the tiles.
     """
 
     operator: str
-    case: str = ""
-    launch: int = 0
+    kernel: KernelLaunch | None = None
     times: float
     rows: int
-    prepared: int
-    tiled: bool = True
     weights: int = 0
     cache: int = 0
     moved: int = 0
+    columns_read: int = 0
     multiply_adds: int = 0
+    padded_multiply_adds: int = 0
 
     @property
     def dram(self) -> int:
@@ -137,35 +157,66 @@ def intercepted(record: Record) -> Iterator[None]:
         yield
 
 
+def kernels_of(launch: Callable[[], None]) -> list[KernelLaunch]:
+    """Return the launches of kernels that a call makes. No kernel runs, so the tensors may be on the meta device."""
+    found: list[KernelLaunch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*_: Any, **named: Any) -> None:
+            x, y, z = (*grid, 1, 1)[:3]
+            constants = tuple(sorted((name, value) for name, value in named.items() if name.isupper()))
+            found.append(
+                KernelLaunch(
+                    kernel.__name__, (x, y, z), constants, named.get("num_warps", 4), named.get("num_stages", 3)
+                )
+            )
+
+        return run
+
+    with mock.patch.object(KernelInterface, "__getitem__", record):
+        launch()
+    return found
+
+
 def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> list[Work]:
     """Return the launches of one call of an operator.
 
     Args:
         operator: the operator's name.
         args: the call's arguments by name, and its result as ``out``.
-        part: the part of the frame. The codec calls an operator at several shapes, but CASES has one case per operator.
-            In the codec, :attr:`Work.operator` is therefore ``codec NAME``, which the ledger does not have.
+        part: the part of the frame. In the codec, :attr:`Work.operator` is ``codec NAME``.
     """
     entry, name = entry_of(operator), f"codec {operator}" if part == "codec" else operator
+    kernels = kernels_of(functools.partial(entry.op.launch, **args))
     first = next(name for name, arg in args.items() if isinstance(arg, Tensor) and name != "out")
-    rows = len(args[ROWS.get(operator, "x" if "x" in args else first)])
-    if operator == "token_attention":
-        rows //= 2  # a row for each branch of a request
-    prepared = args.get("max_rows") or args.get("max_batch") or rows
-    tokens = 6 if operator == "token_attention_linear" else 1  # three tokens, with and without the hidden state
+    row_argument = ROWS.get(operator, "x" if "x" in args else first)
     traffic = fewest(entry, args)
+    columns_read = [args[name] for name in READ_BY_COLUMNS.get(operator, ("x",)) if name in args]
     work = Work(
-        operator=name, case=CASES.get(operator, ""), times=1, rows=rows, prepared=tokens * prepared,
-        tiled="max_rows" in args or operator in SHARED_WEIGHTS, weights=traffic.weights, cache=traffic.cache,
-        moved=traffic.moved, multiply_adds=entry.multiply_adds(args),
+        operator=name, kernel=kernels[0], times=1, rows=len(args[row_argument]),
+        weights=traffic.weights, cache=traffic.cache, moved=traffic.moved,
+        columns_read=sum(tensor.numel() * tensor.element_size() for tensor in columns_read),
+        multiply_adds=entry.multiply_adds(args),
+        padded_multiply_adds=entry.multiply_adds(_with_whole_tiles(args, row_argument, kernels[0])),
     )  # fmt: skip
-    if operator != "semantic_argmax":
-        return [work]
-    # the first launch finds the greatest logit of each tile of codes, and the second the greatest of all tiles
-    return [work, replace(work, launch=1, tiled=False, weights=0, moved=8 * rows, multiply_adds=0)]
+    # later launches of a call, such as the second of semantic_argmax, combine a few numbers of each row
+    later = [replace(work, kernel=kernel, weights=0, moved=8 * work.rows, columns_read=0) for kernel in kernels[1:]]
+    return [work, *(replace(one, multiply_adds=0, padded_multiply_adds=0) for one in later)]
 
 
-def recorded(run: Callable[[], object], context: float = 0) -> dict[str, list[Work]]:
+def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: KernelLaunch) -> dict[str, Any]:
+    """Return the arguments with the rows and `q_rows` rounded up to whole tiles of rows."""
+    tile = kernel.constant("BLOCK_M", kernel.constant("BLOCK_B"))
+
+    def rounded(n: int) -> int:
+        return -(-n // tile) * tile
+
+    rows = args[row_argument]
+    padded = {**args, row_argument: rows.new_empty(rounded(len(rows)), *rows.shape[1:], device="meta")}
+    return padded | ({"q_rows": rounded(args["q_rows"])} if "q_rows" in args else {})
+
+
+def recorded(run: Callable[[], object], context: float = 0, arch: str = "sm_90") -> dict[str, list[Work]]:
     """Return a dict from each part of the frame to its launches in a call on fused modules.
 
     Equal launches are one Work with `times`.
@@ -173,23 +224,33 @@ def recorded(run: Callable[[], object], context: float = 0) -> dict[str, list[Wo
     Args:
         run: the call. A first call, which may make tables, is not recorded.
         context: tokens of each request that attention reads.
+        arch: the architecture of the launch configs.
     """
     found: dict[str, Counter[Work]] = {}
 
     def record(part: str, operator: str, launch: Callable[..., None], *args: Any) -> None:
         named = dict(inspect.signature(launch).bind(*args).arguments)
-        works = work_of(operator, _with_one_token(named) if operator == "paged_attention" else named, part)
         if operator == "paged_attention":
-            (one,) = works
-            cache, products = int(one.cache * context), int(one.multiply_adds * context)
-            works = [replace(one, cache=cache, multiply_adds=products)]
+            works = [_with_context(one, context) for one in work_of(operator, _with_one_token(named), part)]
+        else:
+            works = work_of(operator, named, part)
         found.setdefault(part, Counter()).update(works)
 
-    with torch.inference_mode(), target_arch("sm_90"), intercepted(record):  # the size of scratch needs an architecture
+    with torch.inference_mode(), target_arch(arch), intercepted(record):
         run()
         found.clear()
         run()
     return {part: [replace(one, times=n) for one, n in works.items()] for part, works in found.items()}
+
+
+def _with_context(one: Work, context: float) -> Work:
+    """Return the attention of requests with `context` tokens, from that of requests with one token."""
+    assert one.kernel is not None
+    spans = math.ceil(context / one.kernel.constant("SPAN"))
+    kernel, products = replace(one.kernel, grid=(spans, *one.kernel.grid[1:])), int(one.multiply_adds * context)
+    return replace(
+        one, kernel=kernel, cache=int(one.cache * context), multiply_adds=products, padded_multiply_adds=products
+    )
 
 
 def _with_one_token(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,13 +272,13 @@ def backbone_step(backbone: Backbone, B: int, context: float) -> list[Work]:
     return recorded(decode_step(backbone, B), context)["backbone"]
 
 
-def codec_chunk(codec: AudioTokenizer, B: int, frames: int) -> list[Work]:
+def codec_chunk(codec: AudioTokenizer, B: int, frames: int, arch: str = "sm_90") -> list[Work]:
     """Return one frame's share of the launches that decode a chunk of `frames` frames of `B` requests."""
     stream = fused_codec.FusedCodec(codec)(B)
     device = stream.state.past_frames.device
     codes = torch.empty(B, 1 + codec.config.acoustic_dim, frames, dtype=torch.int64, device=device)
     new_frames = torch.empty(B, dtype=torch.int64, device=device)
-    work = recorded(lambda: stream.chunk(codes, new_frames))["codec"]
+    work = recorded(lambda: stream.chunk(codes, new_frames), arch=arch)["codec"]
     return [replace(one, times=one.times / frames) for one in work]
 
 
@@ -235,7 +296,7 @@ def public_model() -> VoxtralTTS:
 
 
 @functools.cache
-def frame(B: int, steps: int, context: int = CONTEXT) -> dict[str, list[Work]]:
+def frame(B: int, steps: int, context: int = CONTEXT, arch: str = "sm_90") -> dict[str, list[Work]]:
     """Return a dict from each part of the public model's frame to its launches.
 
     The parts are the backbone, the flow head, the bookkeeping and the codec.
@@ -244,12 +305,13 @@ def frame(B: int, steps: int, context: int = CONTEXT) -> dict[str, list[Work]]:
         B: number of requests, and max_batch.
         steps: number of evaluations of the velocity.
         context: number of tokens of each request before the frame.
+        arch: the architecture of the launch configs.
     """
     model = public_model()
     voxkern.accelerate(model, B)
     with torch.device("meta"):
         kv_cache = KVCache(model.config.backbone, 2, torch.bfloat16, torch.device("meta"))
         batch = fused_runner.DecodeBatch(model, B, kv_cache, PAGE_SIZE, steps, "euler")
-        parts = recorded(lambda: batch.launch(B), context)
+        parts = recorded(lambda: batch.launch(B), context, arch)
         voxkern.restore(model)
-        return parts | {"codec": codec_chunk(model.audio_tokenizer, B, CHUNK)}
+        return parts | {"codec": codec_chunk(model.audio_tokenizer, B, CHUNK, arch)}
