@@ -34,7 +34,7 @@ CODEC_ATTENTION = LaunchConfigs(
     """
     arch         dtype | BLOCK_Q  BLOCK_W  num_warps  num_stages
     interpreter  *     | 16       64       4          1
-    *            *     | 16       128      4          2
+    *            *     | 16       128      8          2
     """,
 )
 

@@ -3,12 +3,18 @@
 import triton
 import triton.language as tl
 
-__all__ = ["cast", "dot", "normals", "philox", "round_half_even"]
+__all__ = ["cast", "dot", "normals", "philox", "round_half_even", "with_block"]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 END_AUDIO = tl.constexpr(1)  # the semantic code that ends a request
 NOT_FINITE = tl.constexpr(-1)  # the semantic code of a frame that has NaN or infinity
 N_SPECIAL_CODES = tl.constexpr(2)  # codes 0 (EMPTY) and 1 (END) precede the audio codes in every codebook
+
+
+@triton.jit
+def with_block(blocks, b_next):
+    """Return the tuple `blocks` with one more block at its end."""
+    return blocks + (b_next,)  # noqa: RUF005 - Triton's language has no iterable unpacking
 
 
 @triton.jit

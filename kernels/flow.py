@@ -47,7 +47,7 @@ FLOW_START = LaunchConfigs(
 # A block runs alone on a multiprocessor, which can load some 64 bytes per cycle. The block reaches this rate only with
 # enough bytes in flight. In the public model, a tile of four whole rows of w_out has 24 KB in bf16, and 32 KB with the
 # columns padded to a power of two. Four stages keep three such tiles in shared memory. These fit into 101,376
-# bytes, the limit of a block on sm_86, sm_89 and sm_120.
+# bytes, the limit of a block on sm_86, sm_89 and sm_120. Other GPUs have more shared memory, and so more stages.
 FLOW_STEP = LaunchConfigs(
     "flow_step",
     """
@@ -55,6 +55,9 @@ FLOW_STEP = LaunchConfigs(
     interpreter  *     *    | 64       4        4          1
     gfx*         *     *    | 128      4        8          2
     sm_*         fp32  4096 | 64       2        16         4
+    sm_80        *     4096 | 128      4        16         6
+    sm_90        *     4096 | 128      4        16         8
+    sm_10?       *     4096 | 128      4        16         8
     sm_*         *     4096 | 128      4        16         4
     sm_*         *     *    | 64       2        16         2
     """,

@@ -24,7 +24,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # default; older versions need this option.
 FP_FUSION = False
 
-_targets: list[str] = []
+_targets: list[tuple[str, int]] = []
 _overrides: dict[str, list[dict[str, int]]] = {}
 
 
@@ -35,11 +35,29 @@ def architecture() -> str:
     :func:`target_arch`, the result is the architecture given there.
     """
     if _targets:
-        return _targets[-1]
+        return _targets[-1][0]
     if INTERPRETED:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def multiprocessors() -> int:
+    """Return the number of multiprocessors that launches are divided among: those of the current device.
+
+    Within :func:`target_arch`, the result is the number given there. In Triton's interpreter it is 5.
+    """
+    if _targets:
+        return _targets[-1][1]
+    if INTERPRETED:
+        return 5
+    driver: Any = triton.runtime.driver.active
+    return _multiprocessors_of(driver, driver.get_current_device())
+
+
+@functools.cache
+def _multiprocessors_of(driver: Any, device: int) -> int:
+    return int(driver.utils.get_device_properties(device)["multiprocessor_count"])
 
 
 class LaunchConfigs:
@@ -114,9 +132,14 @@ def override(kernel: str, **values: int) -> Iterator[None]:
 
 
 @contextmanager
-def target_arch(arch: str) -> Iterator[None]:
-    """Choose the launch configs of `arch` within the ``with`` block, to count a GPU's tiles in the interpreter."""
-    _targets.append(arch)
+def target_arch(arch: str, multiprocessors: int = 132) -> Iterator[None]:
+    """Choose a GPU's launch configs within the ``with`` block, to count its tiles in the interpreter.
+
+    Args:
+        arch: the GPU's architecture.
+        multiprocessors: the GPU's number of multiprocessors.
+    """
+    _targets.append((arch, multiprocessors))
     try:
         yield
     finally:

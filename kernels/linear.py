@@ -19,93 +19,118 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cast, dot
+from .common import cast, dot, with_block
 from .launch_config import LaunchConfigs
 from .operator import expect, operator
+from .shares import Scratch, Shares, add_parts, share_of_block
 
 __all__ = ["linear"]
 
-# SPLIT is the number of partial sums along K, see split_product. For more than 16 rows and N = 1536, as in an MLP head,
-# tiles with 64 rows of weights would make only 24 blocks, so a tile has 32 rows of weights.
+# SPLIT is the number of partial sums along K, see split_product. SHARES is the number of blocks per multiprocessor that
+# divide all tiles evenly, see shares.py; 0 is one block for each tile. For more than 16 rows and N = 1536, as in an MLP
+# head, tiles with 64 rows of weights would make only 24 blocks, so a tile has 32 rows of weights.
+# The flow head has 6 rows for each request. So its tiles have 3 times a power of two rows, without padding.
 LINEAR = LaunchConfigs(
     "linear",
     """
-    arch         dtype  phase    rows N    | SPLIT  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      prefill  *    *    | 1      16       32       64       4          1
-    interpreter  *      *        32   *    | 2      16       32       32       4          1
-    interpreter  *      *        *    *    | 1      16       32       64       4          1
-    gfx*         fp32   *        *    *    | 1      16       32       64       4          2
-    gfx*         *      prefill  *    *    | 1      64       128      64       8          2
-    gfx*         *      *        16   *    | 4      16       16       64       4          2
-    gfx*         *      *        *    *    | 1      64       64       64       4          2
-    sm_*         fp32   *        *    *    | 1      16       32       32       4          6
-    sm_*         *      prefill  *    *    | 1      128      128      64       8          3
-    sm_*         *      *        8    *    | 4      8        16       64       4          8
-    sm_*         *      *        16   *    | 4      16       16       64       4          6
-    sm_*         *      *        *    1536 | 4      16       32       64       4          4
-    sm_*         *      *        32   *    | 1      32       64       64       4          8
-    sm_*         *      *        *    *    | 1      64       64       64       8          4
+    arch         dtype  phase    rows N    | SPLIT  SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      prefill  *    *    | 1      0       1          16       32       64       4          1
+    interpreter  *      *        32   *    | 2      0       1          16       32       32       4          1
+    interpreter  *      *        64   *    | 2      0       3          16       32       32       4          1
+    interpreter  *      *        *    *    | 1      1       3          16       32       64       4          1
+    gfx*         fp32   *        *    *    | 1      0       1          16       32       64       4          2
+    gfx*         *      prefill  *    *    | 1      0       1          64       128      64       8          2
+    gfx*         *      *        16   *    | 4      0       1          16       16       64       4          2
+    gfx*         *      *        *    *    | 1      0       1          64       64       64       4          2
+    sm_*         fp32   *        *    *    | 1      0       1          16       32       32       4          6
+    sm_*         *      prefill  *    *    | 1      0       1          128      128      64       8          3
+    sm_*         *      *        8    *    | 4      0       1          8        16       64       4          8
+    sm_10?       *      *        16   *    | 1      1       1          16       128      64       8          6
+    sm_*         *      *        16   *    | 4      0       1          16       16       64       4          6
+    sm_*         *      *        *    1536 | 4      0       1          16       32       64       4          4
+    sm_10?       *      *        32   *    | 1      1       1          32       128      64       8          5
+    sm_12?       *      *        32   *    | 1      1       1          32       64       64       4          8
+    sm_*         *      *        32   *    | 1      0       1          32       64       64       4          8
+    sm_10?       *      *        48   *    | 1      1       3          16       128      64       8          5
+    sm_*         *      *        48   *    | 1      1       3          16       64       64       4          6
+    sm_10?       *      *        64   *    | 1      1       1          64       128      64       8          5
+    sm_*         *      *        64   *    | 1      1       1          64       64       64       4          6
+    sm_90        *      *        *    *    | 1      1       3          32       128      64       8          5
+    sm_10?       *      *        96   *    | 1      1       3          32       128      64       8          5
+    sm_10?       *      *        *    *    | 1      1       3          64       128      32       8          6
+    sm_*         *      *        *    *    | 1      2       1          64       64       64       8          4
     """,
 )
 
 
 @triton.jit
 def product(
-    p_x, p_w, o_m, o_n, m_m, m_n, stride_x,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_x, p_w, o_m, o_n, M, m_n, stride_x, first, end,
+    K: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``w x^T`` of a tile, fp32 [BLOCK_N, BLOCK_M], in one sum along K."""
+    """Compute ``w x^T`` over the columns `first` to `end`: ROW_TILES blocks, each fp32 [BLOCK_N, BLOCK_M].
+
+    Each tile of weights is loaded once for all blocks. `o_m` are the rows of the first block, and each next block has
+    the next BLOCK_M rows.
+    """
     o_k = tl.arange(0, BLOCK_K)
-    b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
+    blocks = ()
+    for _ in tl.static_range(ROW_TILES):
+        blocks = with_block(blocks, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
+    for k in range(first, end, BLOCK_K):
         m_k = (k + o_k < K)[None, :]
         b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k, other=0.0)
-        b_x = tl.load(p_x + o_m[:, None] * stride_x + (k + o_k)[None, :], mask=m_m[:, None] & m_k, other=0.0)
-        b_acc = dot(b_w, tl.trans(b_x), b_acc)
-    return b_acc
+        added = ()
+        for r in tl.static_range(ROW_TILES):
+            o_r = o_m + r * BLOCK_M
+            b_x = tl.load(p_x + o_r[:, None] * stride_x + (k + o_k)[None, :], mask=(o_r < M)[:, None] & m_k, other=0.0)
+            added = with_block(added, dot(b_w, tl.trans(b_x), blocks[r]))
+        blocks = added
+    return blocks
 
 
 @triton.jit
 def split_product(
-    p_x, p_w, o_m, o_n, m_m, m_n, stride_x,
-    K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_x, p_w, o_m, o_n, M, m_n, stride_x,
+    K: tl.constexpr, SPLIT: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``w x^T`` of a tile, fp32 [BLOCK_N, BLOCK_M], in SPLIT partial sums along K, one per warp.
+    """Compute :func:`product` over all columns in SPLIT partial sums along K, one per warp.
 
     Because each warp computes its own partial sum, a tile with only 16 rows of weights keeps four warps busy. Such
     tiles give 192 blocks for N = 3072, and an H100 has 132 multiprocessors. The partial sums are added in a fixed order
     at the end. No block needs the result of another block.
     """
     o_k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [SPLIT, K]
-    b_acc = tl.zeros([SPLIT, BLOCK_N, BLOCK_M], dtype=tl.float32)
+    parts = ()
+    for _ in tl.static_range(ROW_TILES):
+        parts = with_block(parts, tl.zeros([SPLIT, BLOCK_N, BLOCK_M], dtype=tl.float32))
     for k in range(0, K, SPLIT * BLOCK_K):
         m_k = (k + o_k < K)[:, None, :]
         b_w = tl.load(
             p_w + o_n[None, :, None] * K + (k + o_k)[:, None, :], mask=m_n[None, :, None] & m_k, other=0.0
         )  # [SPLIT, N, K]
-        b_x = tl.load(
-            p_x + o_m[None, :, None] * stride_x + (k + o_k)[:, None, :], mask=m_m[None, :, None] & m_k, other=0.0
-        )  # [SPLIT, M, K]
-        b_acc = dot(b_w, tl.permute(b_x, (0, 2, 1)), b_acc)
-    return tl.sum(b_acc, 0)
+        added = ()
+        for r in tl.static_range(ROW_TILES):
+            o_r = o_m + r * BLOCK_M
+            p_tile = p_x + o_r[None, :, None] * stride_x + (k + o_k)[:, None, :]
+            b_x = tl.load(p_tile, mask=(o_r < M)[None, :, None] & m_k, other=0.0)  # [SPLIT, M, K]
+            added = with_block(added, dot(b_w, tl.permute(b_x, (0, 2, 1)), parts[r]))
+        parts = added
+    blocks = ()
+    for r in tl.static_range(ROW_TILES):
+        blocks = with_block(blocks, tl.sum(parts[r], 0))
+    return blocks
 
 
-@triton.jit(do_not_specialize=["M", "R"])
-def _linear_kernel(
-    p_x, p_w, p_bias, p_gate, p_residual, p_y,
-    M, R, stride_x, stride_gate,
-    N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def _finish(
+    b_y, p_bias, p_gate, p_residual, p_y, o_m, o_n, M, R, stride_gate,
+    N: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, m_n = o_m < M, o_n < N
-    if SPLIT == 1:
-        b_y = product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, BLOCK_M, BLOCK_N, BLOCK_K)
-    else:
-        b_y = split_product(p_x, p_w, o_m, o_n, m_m, m_n, stride_x, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K)
-    m_y = m_m[None, :] & m_n[:, None]  # [N, M]
+    """Store ``residual + gate * (b_y + bias)`` for a block [N, M] of products."""
+    m_n = o_n < N
+    m_y = (o_m < M)[None, :] & m_n[:, None]  # [N, M]
     o_y = o_m[None, :] * N + o_n[:, None]
     if p_bias is not None:
         b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
@@ -117,18 +142,67 @@ def _linear_kernel(
     tl.store(p_y + o_y, cast(b_y, p_y.dtype.element_ty), mask=m_y)
 
 
+@triton.jit(do_not_specialize=["M", "R"])
+def _linear_kernel(
+    p_x, p_w, p_bias, p_gate, p_residual, p_y, p_parts, p_arrived,
+    M, R, stride_x, stride_gate,
+    N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr,
+    ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.program_id(0).to(tl.int64) * (ROW_TILES * BLOCK_M) + tl.arange(0, BLOCK_M)
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    if SHARES == 0:
+        o_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        if SPLIT == 1:
+            blocks = product(p_x, p_w, o_m, o_n, M, o_n < N, stride_x, 0, K, K, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K)
+        else:
+            blocks = split_product(
+                p_x, p_w, o_m, o_n, M, o_n < N, stride_x, K, SPLIT, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+        for r in tl.static_range(ROW_TILES):
+            _finish(blocks[r], p_bias, p_gate, p_residual, p_y, o_m + r * BLOCK_M, o_n, M, R, stride_gate, N)
+    else:
+        start, stop = share_of_block(TILES * STEPS)
+        for i_n in range(start // STEPS, tl.cdiv(stop, STEPS)):
+            first, end = tl.maximum(start - i_n * STEPS, 0), tl.minimum(stop - i_n * STEPS, STEPS)
+            o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
+            blocks = product(
+                p_x, p_w, o_m, o_n, M, o_n < N, stride_x, first * BLOCK_K, end * BLOCK_K,
+                K, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            blocks, is_complete = add_parts(
+                blocks, p_parts, p_arrived, i_n, first, end, TILES, STEPS, ROW_TILES, BLOCK_M * BLOCK_N
+            )
+            if is_complete:
+                for r in tl.static_range(ROW_TILES):
+                    _finish(blocks[r], p_bias, p_gate, p_residual, p_y, o_m + r * BLOCK_M, o_n, M, R, stride_gate, N)
+
+
+def linear_shares(weight: Tensor, max_rows: int, phase: str = "decode") -> Shares:
+    """Return how :func:`launch_linear` divides the product with `weight`."""
+    N, K = weight.shape
+    constants = LINEAR(N=N, K=K, dtype=weight.dtype, rows=max_rows, phase=phase)
+    return Shares.of(constants, max_rows, triton.cdiv(N, constants["BLOCK_N"]), constants["ROW_TILES"])
+
+
 def launch_linear(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, residual: Tensor | None,
-    max_rows: int, phase: str = "decode",
+    max_rows: int, phase: str = "decode", scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
-    """Run :func:`linear` into `out`, contiguous [M, N], without checking the arguments."""
+    """Run :func:`linear` into `out`, contiguous [M, N], without checking the arguments.
+
+    `scratch` is memory for :func:`linear_shares`. With None, the launcher allocates it where it is needed.
+    """
     (M, K), N = x.shape, len(weight)
     R, stride_gate = (0, 0) if gate is None else (len(gate) - 1, gate.stride(0))
     constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
+    shares = linear_shares(weight, max_rows, phase)
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
-    grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
-    _linear_kernel[grid](x, weight, bias, gate, residual, out, M, R, stride_x, stride_gate, **constants)
+    grid = shares.grid(constants, M, triton.cdiv(N, constants["BLOCK_N"]))
+    parts, arrived = shares.scratch(scratch, x)
+    _linear_kernel[grid](x, weight, bias, gate, residual, out, parts, arrived, M, R, stride_x, stride_gate, **constants)
 
 
 @operator(launch_linear)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .common import cast, dot
 from .launch_config import LaunchConfigs
-from .norm_linear import norm_product
+from .norm_linear import norm_product, normed
 from .operator import expect, operator
 
 __all__ = ["PointerTable", "moe_combine", "moe_experts_down", "moe_experts_up", "pointer_table"]
@@ -135,10 +135,13 @@ def _moe_experts_up_kernel(
     m_n = o_n < N
     p_w1, _ = _expert(p_w1, expert, p_x, ALIGNED)
     p_w3, _ = _expert(p_w3, expert, p_x, ALIGNED)
-    b_gate, b_up = norm_product(
-        p_x, p_norm, p_w1, p_w3, b_pair // P, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    b_row = tl.where(m_m, b_pair // P, 1 << 31)  # beyond all rows of x, so it is not read
+    b_gate, b_up, b_square = norm_product(
+        p_x, p_norm, p_w1, p_w3, b_row, o_n, 1 << 31, m_n, stride_x, eps, 0, K,
+        K, NORM_FIRST, 1, BLOCK_M, BLOCK_N, BLOCK_K,  # type: ignore[arg-type]
+    )  # fmt: skip
+    b_gate = normed(b_gate, b_square, eps, K, NORM_FIRST)
+    b_y = b_gate * tl.sigmoid(b_gate) * normed(b_up, b_square, eps, K, NORM_FIRST)
     tl.store(
         p_y + b_pair[None, :] * N + o_n[:, None], cast(b_y, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None]
     )

@@ -11,6 +11,7 @@ The activations are x [M, K]; norm [K] and the weights [N, K] are stored as in t
 One kernel computes both. As in ``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cast, dot
+from .common import cast, dot, with_block
 from .launch_config import LaunchConfigs
 from .linear import expect_rows
 from .operator import expect, operator
+from .shares import Scratch, Shares, add_parts, share_of_block
 
 __all__ = ["norm_linear", "norm_swiglu"]
 
@@ -39,19 +41,28 @@ __all__ = ["norm_linear", "norm_swiglu"]
 NORM_LINEAR = LaunchConfigs(
     "norm_linear",
     """
-    arch         dtype  phase    rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      *        *    | 16       32       64       4          1
-    gfx*         fp32   *        *    | 16       32       64       4          2
-    gfx*         *      prefill  *    | 64       128      64       8          2
-    gfx*         *      *        16   | 16       64       128      4          2
-    gfx*         *      *        *    | 64       64       64       4          2
-    sm_*         fp32   *        *    | 16       32       32       4          6
-    sm_*         *      prefill  *    | 128      128      64       8          3
-    sm_*         *      *        8    | 8        64       128      8          6
-    sm_*         *      *        16   | 16       64       128      8          5
-    sm_12?       *      *        32   | 32       32       64       8          8
-    sm_*         *      *        32   | 32       64       64       4          8
-    sm_*         *      *        *    | 64       64       64       8          4
+    arch         dtype  phase    rows | SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      prefill  *    | 0       1          16       32       64       4          1
+    interpreter  *      *        32   | 0       1          16       32       64       4          1
+    interpreter  *      *        64   | 0       3          16       32       64       4          1
+    interpreter  *      *        *    | 1       3          16       32       64       4          1
+    gfx*         fp32   *        *    | 0       1          16       32       64       4          2
+    gfx*         *      prefill  *    | 0       1          64       128      64       8          2
+    gfx*         *      *        16   | 0       1          16       64       128      4          2
+    gfx*         *      *        *    | 0       1          64       64       64       4          2
+    sm_*         fp32   *        *    | 0       1          16       32       32       4          6
+    sm_*         *      prefill  *    | 0       1          128      128      64       8          3
+    sm_*         *      *        8    | 0       1          8        64       128      8          6
+    sm_*         *      *        16   | 0       1          16       64       128      8          5
+    sm_12?       *      *        32   | 0       1          32       32       64       8          8
+    sm_*         *      *        32   | 0       1          32       64       64       4          8
+    sm_10?       *      *        48   | 1       3          16       128      64       8          5
+    sm_*         *      *        48   | 1       3          16       64       64       4          6
+    sm_*         *      *        64   | 1       1          64       64       64       8          5
+    sm_90        *      *        *    | 1       3          32       128      64       8          5
+    sm_10?       *      *        96   | 1       3          32       128      64       8          5
+    sm_10?       *      *        *    | 1       3          64       128      32       8          3
+    sm_*         *      *        *    | 2       1          64       64       64       8          4
     """,
 )
 
@@ -60,18 +71,29 @@ NORM_LINEAR = LaunchConfigs(
 NORM_SWIGLU = LaunchConfigs(
     "norm_swiglu",
     """
-    arch         dtype  phase    rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
-    interpreter  *      *        *    | 16       32       64       4          1
-    gfx*         fp32   *        *    | 16       32       32       4          2
-    gfx*         *      prefill  *    | 64       64       64       8          2
-    gfx*         *      *        16   | 16       64       64       4          2
-    gfx*         *      *        *    | 64       64       32       4          2
-    sm_*         fp32   *        *    | 16       32       32       4          4
-    sm_*         *      prefill  *    | 64       128      64       8          3
-    sm_*         *      *        8    | 8        32       128      8          5
-    sm_*         *      *        16   | 16       32       128      8          4
-    sm_*         *      *        32   | 32       64       64       4          4
-    sm_*         *      *        *    | 64       64       64       8          3
+    arch         dtype  phase    rows | SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      prefill  *    | 0       1          16       32       64       4          1
+    interpreter  *      *        32   | 0       1          16       32       64       4          1
+    interpreter  *      *        64   | 0       3          16       32       64       4          1
+    interpreter  *      *        *    | 1       3          16       32       64       4          1
+    gfx*         fp32   *        *    | 0       1          16       32       32       4          2
+    gfx*         *      prefill  *    | 0       1          64       64       64       8          2
+    gfx*         *      *        16   | 0       1          16       64       64       4          2
+    gfx*         *      *        *    | 0       1          64       64       32       4          2
+    sm_*         fp32   *        *    | 0       1          16       32       32       4          4
+    sm_*         *      prefill  *    | 0       1          64       128      64       8          3
+    sm_*         *      *        8    | 0       1          8        32       128      8          5
+    sm_*         *      *        16   | 0       1          16       32       128      8          4
+    sm_*         *      *        32   | 0       1          32       64       64       4          4
+    sm_10?       *      *        48   | 1       3          16       64       64       4          4
+    sm_*         *      *        48   | 0       3          16       32       64       4          4
+    sm_10?       *      *        64   | 1       1          64       64       64       8          4
+    sm_*         *      *        64   | 0       1          64       32       64       4          4
+    sm_90        *      *        *    | 1       3          32       64       64       8          5
+    sm_10?       *      *        96   | 1       3          32       64       64       8          5
+    sm_10?       *      *        *    | 1       3          64       64       32       8          5
+    sm_12?       *      *        *    | 2       1          64       64       32       8          4
+    sm_*         *      *        *    | 2       1          64       64       64       8          4
     """,
 )
 
@@ -93,109 +115,190 @@ def _row_scale(
 
 @triton.jit
 def norm_product(
-    p_x, p_norm, p_w, p_up, o_m, o_n, m_m, m_n, stride_x, eps,
-    K: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_x, p_norm, p_w, p_up, o_m, o_n, M, m_n, stride_x, eps, first, end,
+    K: tl.constexpr, NORM_FIRST: tl.constexpr,
+    ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``w RMSNorm(x)^T`` of one tile, for the weight `p_w` and for a second weight `p_up`.
+    """Compute ``w (x * norm)^T`` and ``x^2`` over the columns `first` to `end`, for ROW_TILES tiles of rows.
 
     With NORM_FIRST, a first pass over x computes the scale ``1 / sqrt(mean(x^2) + eps)``, and x is scaled before the
-    product. Without NORM_FIRST, the scale is applied to the finished sums, so x is read once.
+    product. Without NORM_FIRST, :func:`normed` applies the scale to the finished sums, so x is read once.
 
     Args:
         p_x: activations [M, K].
         p_norm: [K], the weight of RMSNorm.
         p_w: [N, K].
-        p_up: [N, K], or None.
-        o_m: [BLOCK_M], rows of x.
+        p_up: [N, K], a second weight, or None.
+        o_m: [BLOCK_M], rows of x in the first tile. Each next tile has the next BLOCK_M rows.
         o_n: [BLOCK_N], rows of the weights.
-        m_m: bool [BLOCK_M], which rows of x exist.
+        M: rows of x.
         m_n: bool [BLOCK_N], which rows of the weights exist.
         stride_x: elements between rows of x.
         eps: added to the mean square.
+        first: the first column.
+        end: the column after the last.
         K: columns of x and of the weights.
         NORM_FIRST: whether x is scaled before the product.
+        ROW_TILES: tiles of rows of x.
         BLOCK_M: rows of x in a tile.
         BLOCK_N: rows of the weights in a tile.
         BLOCK_K: columns per step.
 
     Returns:
-        Two fp32 blocks [BLOCK_N, BLOCK_M], of `p_w` and of `p_up`. The second is zero where `p_up` is None.
+        3 * ROW_TILES fp32 blocks, or 2 * ROW_TILES if `p_up` is None: [BLOCK_N, BLOCK_M] of `p_w` for each tile of
+        rows, then the same of `p_up`, then [1, BLOCK_M], the sums of x^2 (zeros with NORM_FIRST).
     """
     o_k = tl.arange(0, BLOCK_K)
     eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
-    if NORM_FIRST:
-        b_scale = _row_scale(p_x, o_m, m_m, stride_x, eps, K, BLOCK_M, BLOCK_K)  # [M]
-    b_square = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
-    b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    b_up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        m_k = k + o_k < K
-        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
-        b_x = tl.load(
-            p_x + o_m[:, None] * stride_x + (k + o_k)[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0
-        ).to(tl.float32)  # [M, K]
-        b_norm = tl.load(p_norm + k + o_k, mask=m_k, other=0.0).to(tl.float32)  # [K]
-        if NORM_FIRST:
-            b_x *= b_scale[:, None]
-        else:
-            b_square += b_x * b_x
-        b_a = cast(b_x * b_norm[None, :], b_w.dtype)
-        b_acc = dot(b_w, tl.trans(b_a), b_acc)  # [N, M]
+    products, ups, squares, scales = (), (), (), ()
+    for r in tl.static_range(ROW_TILES):
+        o_r = o_m + r * BLOCK_M
+        products = with_block(products, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
         if p_up is not None:
-            p_tile_up = p_up + o_n[:, None] * K + (k + o_k)[None, :]
-            b_up = dot(tl.load(p_tile_up, mask=m_n[:, None] & m_k[None, :], other=0.0), tl.trans(b_a), b_up)
-    if not NORM_FIRST:
-        # the scale is one number per row, so it can be applied to the finished sums: one pass over x is enough
-        b_scale = tl.rsqrt(tl.sum(b_square, 1) / K + eps)
-        b_acc, b_up = b_acc * b_scale[None, :], b_up * b_scale[None, :]
-    return b_acc, b_up
+            ups = with_block(ups, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
+        squares = with_block(squares, tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32))
+        if NORM_FIRST:
+            scales = with_block(scales, _row_scale(p_x, o_r, o_r < M, stride_x, eps, K, BLOCK_M, BLOCK_K))
+    for k in range(first, end, BLOCK_K):
+        m_k = k + o_k < K
+        m_w = m_n[:, None] & m_k[None, :]
+        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_w, other=0.0)
+        b_norm = tl.load(p_norm + k + o_k, mask=m_k, other=0.0).to(tl.float32)  # [K]
+        if p_up is not None:
+            b_up = tl.load(p_up + o_n[:, None] * K + (k + o_k)[None, :], mask=m_w, other=0.0)
+        new_products, new_ups, new_squares = (), (), ()
+        for r in tl.static_range(ROW_TILES):
+            o_r = o_m + r * BLOCK_M
+            m_x = (o_r < M)[:, None] & m_k[None, :]
+            p_tile = p_x + o_r[:, None] * stride_x + (k + o_k)[None, :]
+            b_x = tl.load(p_tile, mask=m_x, other=0.0).to(tl.float32)  # [M, K]
+            if NORM_FIRST:
+                b_x *= scales[r][:, None]
+                new_squares = with_block(new_squares, squares[r])
+            else:
+                new_squares = with_block(new_squares, squares[r] + b_x * b_x)
+            b_a = tl.trans(cast(b_x * b_norm[None, :], b_w.dtype))
+            new_products = with_block(new_products, dot(b_w, b_a, products[r]))  # [N, M]
+            if p_up is not None:
+                new_ups = with_block(new_ups, dot(b_up, b_a, ups[r]))
+        products, ups, squares = new_products, new_ups, new_squares
+    sums = products + ups
+    for r in tl.static_range(ROW_TILES):
+        sums = with_block(sums, tl.sum(squares[r], 1)[None, :])
+    return sums
+
+
+@triton.jit
+def normed(b_sum, b_square, eps, K: tl.constexpr, NORM_FIRST: tl.constexpr):
+    """Return a block of :func:`norm_product`, summed over all columns, with the scale of RMSNorm."""
+    if NORM_FIRST:
+        return b_sum
+    # the scale is one number per row, so it can be applied to the finished sums
+    return b_sum * tl.rsqrt(b_square / K + tl.full([], eps, tl.float32))
+
+
+@triton.jit
+def _finish(
+    blocks, r, p_up, p_y, o_m, o_n, M, eps,
+    N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr, ROW_TILES: tl.constexpr,
+):  # fmt: skip
+    """Store the result of tile `r` of rows: the product, or the gated product if there is a second weight."""
+    b_y = normed(blocks[r], blocks[len(blocks) - ROW_TILES + r], eps, K, NORM_FIRST)
+    if p_up is not None:
+        b_y = b_y * tl.sigmoid(b_y) * normed(blocks[ROW_TILES + r], blocks[2 * ROW_TILES + r], eps, K, NORM_FIRST)
+    p_tile = p_y + o_m[None, :] * N + o_n[:, None]
+    tl.store(p_tile, cast(b_y, p_y.dtype.element_ty), mask=(o_m < M)[None, :] & (o_n < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["M"])
 def _norm_linear_kernel(
-    p_x, p_norm, p_w, p_up, p_y,
+    p_x, p_norm, p_w, p_up, p_y, p_parts, p_arrived,
     M, stride_x, eps,
-    N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr, COUNT: tl.constexpr, SHARES: tl.constexpr,
+    ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # tiles of the same weights are neighbours in launch order: all but the first find the weights in the L2 cache
-    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, m_n = o_m < M, o_n < N
-    b_acc, b_up = norm_product(
-        p_x, p_norm, p_w, p_up, o_m, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    if p_up is not None:
-        b_acc = b_acc * tl.sigmoid(b_acc) * b_up
-    p_tile = p_y + o_m[None, :] * N + o_n[:, None]
-    tl.store(p_tile, cast(b_acc, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
+    o_m = tl.program_id(0).to(tl.int64) * (ROW_TILES * BLOCK_M) + tl.arange(0, BLOCK_M)
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    if SHARES == 0:
+        o_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        blocks = norm_product(
+            p_x, p_norm, p_w, p_up, o_m, o_n, M, o_n < N, stride_x, eps, 0, K,
+            K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        for r in tl.static_range(ROW_TILES):
+            _finish(blocks, r, p_up, p_y, o_m + r * BLOCK_M, o_n, M, eps, N, K, NORM_FIRST, ROW_TILES)
+    else:
+        start, stop = share_of_block(TILES * STEPS)
+        for i_n in range(start // STEPS, tl.cdiv(stop, STEPS)):
+            first, end = tl.maximum(start - i_n * STEPS, 0), tl.minimum(stop - i_n * STEPS, STEPS)
+            o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
+            blocks = norm_product(
+                p_x, p_norm, p_w, p_up, o_m, o_n, M, o_n < N, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
+                K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            blocks, is_complete = add_parts(
+                blocks, p_parts, p_arrived, i_n, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N
+            )
+            if is_complete:
+                for r in tl.static_range(ROW_TILES):
+                    _finish(blocks, r, p_up, p_y, o_m + r * BLOCK_M, o_n, M, eps, N, K, NORM_FIRST, ROW_TILES)
 
 
-def norm_constants(configs: LaunchConfigs, x: Tensor, weight: Tensor, max_rows: int, phase: str) -> dict[str, Any]:
-    """Return the constants of a launch with RMSNorm before the product: N, K, NORM_FIRST, and those of `configs`."""
+def norm_constants(
+    configs: LaunchConfigs, weight: Tensor, max_rows: int, phase: str, products: int = 1
+) -> dict[str, Any]:
+    """Return the constants of a launch with RMSNorm before one or two products of the shape of `weight`.
+
+    These are N, K, NORM_FIRST, COUNT (the blocks of :func:`norm_product`), and the constants of `configs`.
+    """
     N, K = weight.shape
-    constants = configs(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
-    return constants | {"NORM_FIRST": x.dtype == torch.float16}  # x * norm, not yet scaled, may exceed fp16's 65,504
+    constants = configs(N=N, K=K, dtype=weight.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
+    constants["COUNT"] = (products + 1) * constants["ROW_TILES"]
+    return constants | {"NORM_FIRST": weight.dtype == torch.float16}  # x * norm, not yet scaled, may exceed 65,504
 
 
 def _launch_norm(
     configs: LaunchConfigs, out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, w_up: Tensor | None, eps: float,
-    max_rows: int, phase: str,
+    max_rows: int, phase: str, scratch: Scratch | None,
 ) -> None:  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
-    constants = norm_constants(configs, x, weight, max_rows, phase)
+    constants = norm_constants(configs, weight, max_rows, phase, 1 if w_up is None else 2)
+    shares = norm_shares(constants, max_rows, triton.cdiv(N, constants["BLOCK_N"]))
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
-    grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
-    _norm_linear_kernel[grid](x, norm, weight, w_up, out, M, stride_x, eps, **constants)
+    grid = shares.grid(constants, M, triton.cdiv(N, constants["BLOCK_N"]))
+    parts, arrived = shares.scratch(scratch, x)
+    _norm_linear_kernel[grid](x, norm, weight, w_up, out, parts, arrived, M, stride_x, eps, **constants)
+
+
+def norm_shares(constants: Mapping[str, Any], max_rows: int, tiles: int) -> Shares:
+    """Return how a launch with the constants of :func:`norm_constants` divides `tiles` tiles of weights."""
+    return Shares.of(constants, max_rows, tiles, constants["COUNT"])
+
+
+def norm_linear_shares(weight: Tensor, max_rows: int, phase: str = "decode") -> Shares:
+    """Return how :func:`launch_norm_linear` divides the product with `weight`."""
+    constants = norm_constants(NORM_LINEAR, weight, max_rows, phase)
+    return norm_shares(constants, max_rows, triton.cdiv(len(weight), constants["BLOCK_N"]))
+
+
+def norm_swiglu_shares(w1: Tensor, max_rows: int, phase: str = "decode") -> Shares:
+    """Return how :func:`launch_norm_swiglu` divides the products with weights of the shape of `w1`."""
+    constants = norm_constants(NORM_SWIGLU, w1, max_rows, phase, 2)
+    return norm_shares(constants, max_rows, triton.cdiv(len(w1), constants["BLOCK_N"]))
 
 
 def launch_norm_linear(
-    out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode"
-) -> None:
-    """Run :func:`norm_linear` into `out`, contiguous [M, N], without checking the arguments."""
-    _launch_norm(NORM_LINEAR, out, x, norm, weight, None, eps, max_rows, phase)
+    out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode",
+    scratch: Scratch | None = None,
+) -> None:  # fmt: skip
+    """Run :func:`norm_linear` into `out`, contiguous [M, N], without checking the arguments.
+
+    With `scratch` None, the launcher allocates memory for parts of tiles where it is needed.
+    """
+    _launch_norm(NORM_LINEAR, out, x, norm, weight, None, eps, max_rows, phase, scratch)
 
 
 @operator(launch_norm_linear)
@@ -226,10 +329,14 @@ def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: i
 
 
 def launch_norm_swiglu(
-    out: Tensor, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
-) -> None:
-    """Run :func:`norm_swiglu` into `out`, contiguous [M, N], without checking the arguments."""
-    _launch_norm(NORM_SWIGLU, out, x, norm, w1, w3, eps, max_rows, phase)
+    out: Tensor, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode",
+    scratch: Scratch | None = None,
+) -> None:  # fmt: skip
+    """Run :func:`norm_swiglu` into `out`, contiguous [M, N], without checking the arguments.
+
+    `scratch` is memory for :func:`norm_swiglu_shares`. With None, the launcher allocates it where it is needed.
+    """
+    _launch_norm(NORM_SWIGLU, out, x, norm, w1, w3, eps, max_rows, phase, scratch)
 
 
 @operator(launch_norm_swiglu)

@@ -19,19 +19,42 @@ three weights. The tiles are those of ``norm_linear.py``: the weight's rows are 
 at an even row and has an even number of rows, so both numbers of a pair are in the same tile.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import cast
-from .launch_config import FP_FUSION
+from .launch_config import FP_FUSION, LaunchConfigs
 from .linear import expect_rows
-from .norm_linear import NORM_LINEAR, norm_constants, norm_product
+from .norm_linear import NORM_LINEAR, norm_constants, norm_product, norm_shares, normed
 from .operator import expect, operator
 from .paged_attention import expect_cache, expect_heads, page_strides
+from .shares import Scratch, Shares, add_parts, share_of_block
 
 __all__ = ["norm_qkv", "norm_qkv_append", "rope_append"]
+
+
+# As NORM_LINEAR in norm_linear.py, for one row of each request.
+NORM_QKV_APPEND = LaunchConfigs(
+    "norm_qkv_append",
+    """
+    arch         dtype  rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
+    interpreter  *      *    | 16       32       64       4          1
+    gfx*         fp32   *    | 16       32       64       4          2
+    gfx*         *      16   | 16       64       128      4          2
+    gfx*         *      *    | 64       64       64       4          2
+    sm_*         fp32   *    | 16       32       32       4          6
+    sm_*         *      8    | 8        64       128      8          6
+    sm_*         *      16   | 16       64       128      8          5
+    sm_12?       *      32   | 32       32       64       8          8
+    sm_*         *      32   | 32       64       64       4          8
+    sm_*         *      *    | 64       64       64       8          4
+    """,
+)
 
 
 @triton.jit
@@ -80,44 +103,88 @@ def rotate(b_v, b_cos, b_sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(tl.permute(b_pairs, (0, 2, 1)), [ROWS, COLUMNS])
 
 
+@triton.jit
+def _finish(
+    blocks, which, p_y, o_m, o_n, M, n, eps,
+    N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
+    ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store the tiles of one weight's results in their columns of q | k | v."""
+    o_y = tl.where(which == 0, 0, N + (which - 1) * N_KV) + o_n
+    for r in tl.static_range(ROW_TILES):
+        o_r = o_m + r * BLOCK_M
+        b_y = normed(blocks[r], blocks[ROW_TILES + r], eps, K, NORM_FIRST)
+        p_tile = p_y + o_r[None, :] * (N + 2 * N_KV) + o_y[:, None]
+        tl.store(p_tile, cast(b_y, p_y.dtype.element_ty), mask=(o_r < M)[None, :] & (o_n < n)[:, None])
+
+
 @triton.jit(do_not_specialize=["M", "q_rows"])
 def _norm_qkv_kernel(
-    p_x, p_norm, p_q, p_k, p_v, p_y,
+    p_x, p_norm, p_q, p_k, p_v, p_y, p_parts, p_arrived,
     M, q_rows, stride_x, eps,
-    N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr, COUNT: tl.constexpr,
+    SHARES: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, i_n, N, N_KV, BLOCK_N)
-    M = tl.where(which == 0, q_rows, M)
-    if i_m * BLOCK_M >= M:
-        return
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, m_n = o_m < M, o_n < n
-    b_acc, _ = norm_product(
-        p_x, p_norm, p_w, None, o_m, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    o_y = tl.where(which == 0, 0, N + (which - 1) * N_KV) + o_n
-    p_tile = p_y + o_m[None, :] * (N + 2 * N_KV) + o_y[:, None]
-    tl.store(p_tile, cast(b_acc, p_y.dtype.element_ty), mask=m_m[None, :] & m_n[:, None])
+    i_m = tl.program_id(0).to(tl.int64)
+    o_m = i_m * (ROW_TILES * BLOCK_M) + tl.arange(0, BLOCK_M)
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N + 2 * ((N_KV + BLOCK_N - 1) // BLOCK_N)
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    if SHARES == 0:
+        which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, tl.program_id(1).to(tl.int64), N, N_KV, BLOCK_N)
+        M = tl.where(which == 0, q_rows, M)
+        if i_m * (ROW_TILES * BLOCK_M) >= M:
+            return
+        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        blocks = norm_product(
+            p_x, p_norm, p_w, None, o_m, o_n, M, o_n < n, stride_x, eps, 0, K,
+            K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        _finish(blocks, which, p_y, o_m, o_n, M, n, eps, N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M)
+    else:
+        start, stop = share_of_block(TILES * STEPS)
+        for i_tile in range(start // STEPS, tl.cdiv(stop, STEPS)):
+            first, end = tl.maximum(start - i_tile * STEPS, 0), tl.minimum(stop - i_tile * STEPS, STEPS)
+            which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, i_tile, N, N_KV, BLOCK_N)
+            rows = tl.where(which == 0, q_rows, M)
+            o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
+            blocks = norm_product(
+                p_x, p_norm, p_w, None, o_m, o_n, rows, o_n < n, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
+                K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            blocks, is_complete = add_parts(
+                blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N
+            )
+            if is_complete:
+                _finish(blocks, which, p_y, o_m, o_n, rows, n, eps, N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M)
+
+
+def norm_qkv_shares(wq: Tensor, wk: Tensor, max_rows: int, phase: str = "decode") -> Shares:
+    """Return how :func:`launch_norm_qkv` divides the products with `wq`, `wk` and a third weight like `wk`."""
+    constants = norm_constants(NORM_LINEAR, wq, max_rows, phase)
+    return norm_shares(constants, max_rows, _tiles(constants, wq, wk))
+
+
+def _tiles(constants: Mapping[str, Any], wq: Tensor, wk: Tensor) -> int:
+    return int(triton.cdiv(len(wq), constants["BLOCK_N"]) + 2 * triton.cdiv(len(wk), constants["BLOCK_N"]))
 
 
 def launch_norm_qkv(
     out: Tensor, x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float, q_rows: int, max_rows: int,
-    phase: str = "decode",
+    phase: str = "decode", scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
     """Run :func:`norm_qkv` into `out`, contiguous [M, Nq + 2 Nkv], without checking the arguments.
 
-    In the rows from `q_rows` on, the queries in `out` are left unchanged.
+    In the rows from `q_rows` on, the queries in `out` are left unchanged. `scratch` is memory for
+    :func:`norm_qkv_shares`. With None, the launcher allocates it where it is needed.
     """
-    (M, K), N_KV = x.shape, len(wk)
-    constants = norm_constants(NORM_LINEAR, x, wq, max_rows, phase) | {"N_KV": N_KV}
+    M, K = x.shape
+    constants = norm_constants(NORM_LINEAR, wq, max_rows, phase) | {"N_KV": len(wk)}
+    shares = norm_qkv_shares(wq, wk, max_rows, phase)
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
-    tiles = triton.cdiv(len(wq), constants["BLOCK_N"]) + 2 * triton.cdiv(N_KV, constants["BLOCK_N"])
-    grid = (triton.cdiv(M, constants["BLOCK_M"]), tiles)
-    _norm_qkv_kernel[grid](x, norm, wq, wk, wv, out, M, q_rows, stride_x, eps, **constants)
+    grid = shares.grid(constants, M, _tiles(constants, wq, wk))
+    parts, arrived = shares.scratch(scratch, x)
+    _norm_qkv_kernel[grid](x, norm, wq, wk, wv, out, parts, arrived, M, q_rows, stride_x, eps, **constants)
 
 
 @operator(launch_norm_qkv)
@@ -185,9 +252,11 @@ def _norm_qkv_append_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < M, o_n < n
-    b_acc, _ = norm_product(
-        p_x, p_norm, p_w, None, o_m, o_n, m_m, m_n, stride_x, eps, K, NORM_FIRST, BLOCK_M, BLOCK_N, BLOCK_K
-    )
+    b_acc, b_square = norm_product(
+        p_x, p_norm, p_w, None, o_m, o_n, M, m_n, stride_x, eps, 0, K,
+        K, NORM_FIRST, 1, BLOCK_M, BLOCK_N, BLOCK_K,  # type: ignore[arg-type]
+    )  # fmt: skip
+    b_acc = normed(b_acc, b_square, eps, K, NORM_FIRST)
     b_position = tl.load(p_lengths + o_m, mask=m_m, other=0) - 1  # [M]; -1 where a row has no request
     m_m &= b_position >= 0
     if which < 2:
@@ -214,11 +283,11 @@ def launch_norm_qkv_append(
 ) -> None:  # fmt: skip
     """Run :func:`norm_qkv_append`, which writes to `q` and `kv_cache`, without checking the arguments."""
     (M, K), N_KV = x.shape, len(wk)
-    constants = norm_constants(NORM_LINEAR, x, wq, max_rows, "decode")
-    constants |= {"N_KV": N_KV, "D": kv_cache.shape[4], "PAGE": kv_cache.shape[3]}
+    constants = NORM_QKV_APPEND(N=len(wq), K=K, dtype=x.dtype, rows=max_rows)
+    constants |= {"N": len(wq), "N_KV": N_KV, "K": K, "NORM_FIRST": x.dtype == torch.float16}
+    constants |= {"D": kv_cache.shape[4], "PAGE": kv_cache.shape[3]}
     stride_x = x.stride(0) if M > 1 else K
-    tiles = triton.cdiv(len(wq), constants["BLOCK_N"]) + 2 * triton.cdiv(N_KV, constants["BLOCK_N"])
-    grid = (triton.cdiv(M, constants["BLOCK_M"]), tiles)
+    grid = (triton.cdiv(M, constants["BLOCK_M"]), _tiles(constants, wq, wk))
     _norm_qkv_append_kernel[grid](
         x, norm, wq, wk, wv, rope, block_table, lengths, q, kv_cache,
         M, stride_x, block_table.stride(0), eps=eps, **page_strides(kv_cache), **constants,

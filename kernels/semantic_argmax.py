@@ -5,13 +5,13 @@ h is [B, dim], and weight is [N, dim]; only the weight's first n_codes rows are 
     logits = h @ weight[:n_codes].T                                [B, n_codes], fp32, in registers
     key    = order << 32 | 2^31 - 1 - index                        [B, n_codes], int64, in registers
              where order is an int32 that is larger for a larger logit
-    best   = max of key over a tile of BLOCK_N codes               [B, tiles], int64, by the first kernel
-    code   = the index in the max of best over tiles               [B], int64, by the second kernel
+    best   = max of key over a tile of BLOCK_N codes               [B, tiles], int64, in memory
+    code   = the index in the max of best over tiles               [B], int64, by the block that finishes last
 
 The largest key belongs to the largest logit, and among equal logits to the lowest index. A logit that is NaN or
 infinite has the key NOT_FINITE_KEY, which is larger than the keys of all numbers, and the code is then NOT_FINITE. The
-first kernel stores 8 bytes per request and tile: 1 KB per request for 8,194 codes in tiles of 64, instead of 32 KB of
-logits. As in ``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
+blocks store 8 bytes per request and tile: 1 KB per request for 8,194 codes in tiles of 64, instead of 32 KB of logits.
+As in ``linear.py``, which gives the reason, the weight's rows are the first axis of a tile.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import END_AUDIO, NOT_FINITE, dot
-from .launch_config import FP_FUSION, LaunchConfigs
+from .launch_config import LaunchConfigs
 from .operator import expect, expect_batch, operator
 
 __all__ = ["semantic_argmax", "semantic_argmax_scratch"]
@@ -50,11 +50,11 @@ SEMANTIC_ARGMAX = LaunchConfigs(
 
 
 @triton.jit(do_not_specialize=["B"])
-def _semantic_argmax_tiles_kernel(
-    p_h, p_w, p_best,
+def _semantic_argmax_kernel(
+    p_h, p_w, p_best, p_arrived, p_codes,
     B, stride_h,
     N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_b = i_b * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -78,33 +78,48 @@ def _semantic_argmax_tiles_kernel(
     b_key = tl.where(tl.abs(b_acc) < float("inf"), b_key, NOT_FINITE_KEY)  # NaN is not less than inf either
     b_key = tl.where((m_n & (o_n >= END_AUDIO))[:, None], b_key, MASKED_KEY)
     tl.store(p_best + o_b * TILES + i_n, tl.max(b_key, 0), mask=m_b)
-
-
-@triton.jit
-def _semantic_argmax_final_kernel(p_best, p_codes, TILES: tl.constexpr, PAD_TILES: tl.constexpr):
-    i_b = tl.program_id(0).to(tl.int64)
-    o_t = tl.arange(0, PAD_TILES)
-    b_best = tl.load(p_best + i_b * TILES + o_t, mask=o_t < TILES, other=MASKED_KEY)
-    best = tl.max(b_best, 0)
-    index = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    tl.store(p_codes + i_b, tl.where(best == NOT_FINITE_KEY, NOT_FINITE, index))
+    tl.debug_barrier()  # the stores of all threads must come before the atomic add, which one thread does
+    arrived = tl.atomic_add(p_arrived + i_b, 1, sem="acq_rel", scope="gpu")
+    if arrived == TILES - 1:
+        tl.debug_barrier()
+        b_best = tl.full([BLOCK_B], MASKED_KEY, tl.int64)
+        for t in range(0, TILES, BLOCK_T):
+            o_t = t + tl.arange(0, BLOCK_T)
+            m_t = m_b[:, None] & (o_t < TILES)[None, :]
+            # .cg bypasses the L1 cache, which may hold values from before the stores of other multiprocessors
+            p_tile = p_best + o_b[:, None] * TILES + o_t[None, :]
+            b_best = tl.maximum(b_best, tl.max(tl.load(p_tile, mask=m_t, other=MASKED_KEY, cache_modifier=".cg"), 1))
+        b_index = 0x7FFFFFFF - (b_best & 0x7FFFFFFF)
+        tl.store(p_codes + o_b, tl.where(b_best == NOT_FINITE_KEY, NOT_FINITE, b_index), mask=m_b)
+        tl.store(p_arrived + i_b, 0)  # the next launch counts from zero
 
 
 def _constants(weight: Tensor, n_codes: int, max_batch: int) -> dict[str, Any]:
     # N is n_codes because the rows of the weight from n_codes on are padding, which is not read
     constants = SEMANTIC_ARGMAX(N=n_codes, K=weight.shape[1], dtype=weight.dtype, rows=max_batch)
     tiles = triton.cdiv(n_codes, constants["BLOCK_N"])
-    return constants | {"N": n_codes, "K": weight.shape[1], "TILES": tiles}
+    return constants | {"N": n_codes, "K": weight.shape[1], "TILES": tiles, "BLOCK_T": 32}
 
 
-def semantic_argmax_scratch(weight: Tensor, n_codes: int, max_batch: int) -> Tensor:
-    """Allocate the memory that :func:`launch_semantic_argmax` needs between its kernels: int64 [max_batch, tiles]."""
-    tiles = _constants(weight, n_codes, max_batch)["TILES"]
-    return weight.new_empty((max_batch, tiles), dtype=torch.int64)
+def semantic_argmax_scratch(weight: Tensor, n_codes: int, max_batch: int) -> tuple[Tensor, Tensor]:
+    """Allocate the memory that :func:`launch_semantic_argmax` needs.
+
+    Returns:
+        int64 [max_batch, tiles], the best key of each tile. int32, the tiles that are finished, for each block of
+        requests; zero before and after every launch.
+    """
+    constants = _constants(weight, n_codes, max_batch)
+    best = weight.new_empty((max_batch, constants["TILES"]), dtype=torch.int64)
+    return best, weight.new_zeros(triton.cdiv(max_batch, constants["BLOCK_B"]), dtype=torch.int32)
 
 
 def launch_semantic_argmax(
-    out: Tensor, h: Tensor, weight: Tensor, n_codes: int, max_batch: int, scratch: Tensor | None = None
+    out: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    n_codes: int,
+    max_batch: int,
+    scratch: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Run :func:`semantic_argmax` into `out`, without checking the arguments.
 
@@ -118,14 +133,11 @@ def launch_semantic_argmax(
             allowed inside a frame.
     """
     (B, K), constants = h.shape, _constants(weight, n_codes, max_batch)
-    scratch = semantic_argmax_scratch(weight, n_codes, max_batch) if scratch is None else scratch
+    best, arrived = semantic_argmax_scratch(weight, n_codes, max_batch) if scratch is None else scratch
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_h = h.stride(0) if B > 1 else K
     grid = (triton.cdiv(B, constants["BLOCK_B"]), constants["TILES"])
-    _semantic_argmax_tiles_kernel[grid](h, weight, scratch, B, stride_h, **constants)
-    tiles = constants["TILES"]
-    of_all = {"TILES": tiles, "PAD_TILES": triton.next_power_of_2(tiles), "enable_fp_fusion": FP_FUSION}
-    _semantic_argmax_final_kernel[(B,)](scratch, out, **of_all)
+    _semantic_argmax_kernel[grid](h, weight, best, arrived, out, B, stride_h, **constants)
 
 
 @operator(launch_semantic_argmax)

@@ -41,7 +41,7 @@ TOKEN_ATTENTION = LaunchConfigs(
     """
     arch         rows | BLOCK_B  num_warps
     interpreter  *    | 2        4
-    *            *    | 1        4
+    *            *    | 1        16
     """,
 )
 

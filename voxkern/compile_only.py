@@ -17,7 +17,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+# architecture -> multiprocessors of a GPU with it: A100, RTX A6000, L40S, H100, B200, RTX PRO 6000, MI300X, MI355X
+ARCHITECTURES = {
+    "sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304, "gfx950": 256,
+}  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -83,7 +86,7 @@ class CompileOnlyDriver:
 
     def get_current_device(self) -> int:
         """Return a device number that differs between architectures, because Triton's cache has one part per number."""
-        return ARCHITECTURES.index(self.arch)
+        return list(ARCHITECTURES).index(self.arch)
 
     def get_current_stream(self, device: int) -> int:
         """Return 0, because a launch that does not run needs no stream."""
@@ -94,8 +97,11 @@ class CompileOnlyDriver:
         return torch.device("meta")
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return a limit of 1 GiB, which no kernel reaches; the ledger reports kernels that exceed the real limit."""
-        return {"max_shared_mem": 1 << 30}
+        """Return the number of multiprocessors, and a limit of shared memory of 1 GiB, which no kernel reaches.
+
+        The ledger reports kernels that exceed the real limit.
+        """
+        return {"max_shared_mem": 1 << 30, "multiprocessor_count": ARCHITECTURES[self.arch]}
 
     def load_binary(self, name: str, code: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
         """Load nothing; return (module, function, registers, spills, limit of threads per block) as Triton expects."""

@@ -137,16 +137,14 @@ def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: in
         codes = torch.empty(B, dtype=torch.int64)
         backbone = Backbone(as_backbone(config), audio).bfloat16()
     of_output = {"out": codes, "h": state, "weight": output, "n_codes": levels, "max_batch": B}
-    first, last = work_of("semantic_argmax", of_output)
     each = [
         Work(operator="depth input", times=1, rows=B, moved=6 * B * dim),  # two rows are read, one is written
         *backbone_step(backbone, B, (K + 1) / 2),
-        first,
-        last,
+        work_of("semantic_argmax", of_output),
     ]
     none: dict[str, None] = dict.fromkeys(("bias", "gate", "residual"))
     once = work_of("linear", {"out": state, "x": x, "weight": projection, "max_rows": B, **none})
-    return once + [replace(one, times=K * one.times) for one in each]
+    return [once, *(replace(one, times=K * one.times) for one in each)]
 
 
 def as_backbone(config: AcousticTransformerConfig) -> BackboneConfig:

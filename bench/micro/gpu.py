@@ -180,7 +180,7 @@ def work_at(row: ResultRow, arch: str) -> list[Work]:
     device = "cpu" if "attention" in entry.name else "meta"  # attention's bytes depend on the lengths
     with target_arch(arch):
         args = entry.args(case, TensorMaker(DTYPES[row.dtype], device))
-        return work_of(entry.name, with_result(entry, args))
+        return [work_of(entry.name, with_result(entry, args))]
 
 
 def table(rows: Sequence[ResultRow], gpu: GPU | None) -> list[str]:

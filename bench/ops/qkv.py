@@ -166,7 +166,10 @@ ENTRIES = [
             Case("odd", {"M": 19, **ODD_QKV, "query_thirds": 3, "max_rows": 19}),
             Case("odd-some-queries", {"M": 70, **ODD_QKV, "query_thirds": 1, "max_rows": 100}),
             Case("b1", {"M": 6, **QKV, "query_thirds": 3, "max_rows": 6}, public=True),
-            Case("b32", {"M": 192, **QKV, "query_thirds": 3, "max_rows": 192}, public=True, dtypes=("bf16",)),
+            *(
+                Case(f"b{B}", {"M": 6 * B, **QKV, "query_thirds": 3, "max_rows": 6 * B}, public=True, dtypes=("bf16",))
+                for B in (2, 4, 8, 10, 16, 32)
+            ),
             Case(
                 "prefill",
                 {"M": 230, **QKV, "query_thirds": 3, "max_rows": 230, "prefill": 1},
@@ -196,7 +199,7 @@ ENTRIES = [
                 {"M": 21, "N": 144, "K": 129, "HKV": 3, "D": 24, "PAGE": 64, "length": 650, "max_rows": 64},
             ),
             Case("b1", {"M": 1, **BACKBONE, "max_rows": 1}, public=True),
-            Case("b32", {"M": 32, **BACKBONE, "max_rows": 32}, public=True, dtypes=("bf16",)),
+            *(Case(f"b{B}", {"M": B, **BACKBONE, "max_rows": B}, public=True, dtypes=("bf16",)) for B in (16, 32, 64)),
         ),
         read_once=("wq", "wk", "wv"),
         regular_grid=False,

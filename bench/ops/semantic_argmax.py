@@ -45,6 +45,7 @@ ENTRIES = [
         stage=lambda c: c.get("BLOCK_N", 0) * c.get("BLOCK_K", 0),
         read_once=(),  # the weight's padding is never read: tests/test_flow_head_kernels.py counts the other rows
         weight_names=("weight",),
+        ordered_by=("p_arrived",),
         partly={"weight": lambda args: args["n_codes"] * int(args["weight"].shape[1])},
         multiply_adds=lambda args: args["h"].numel() * args["n_codes"],
     ),

@@ -174,14 +174,13 @@ def counted(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
         if name == "paged_attention":  # cache_traffic counts its bytes
             calls[name].append(Cost(1, 0))
             return
-        launches = 2 if name == "semantic_argmax" else 1
         dram = least = 0
         if count_bytes:
             if (form := _form(name, args)) not in known:
                 known[form] = sum(_dram(one, *some) for one, some in parts(name, launch, args))
             dram = known[form]
             least = fewest(entry, named).total
-        calls[name].append(Cost(launches, entry.multiply_adds(named), dram, least))
+        calls[name].append(Cost(1, entry.multiply_adds(named), dram, least))
 
     with intercepted(record):
         yield

@@ -78,7 +78,7 @@ class GPU:
 
 
 # Bytes/s from L2 for each multiprocessor: an H200 with 132 reaches 9.7e12, an L40 with 142 reaches 5.2e12. These two
-# and the A100's 5.4e12 are from the folder gpu-l2-cache of github.com/te42kyfo/gpu-benches, at 20 to 30 MB. The H100 SXM
+# and the A100's 5.4e12 are from the folder gpu-l2-cache of github.com/te42kyfo/gpu-benches, at 20 to 30 MB. The H100
 # has the chip of the H200. No measurement was found for an L4, an RTX 5090 and a B200.
 L2_HOPPER, L2_ADA = 9.7e12 / 132, 5.2e12 / 142
 GPUS = {
@@ -155,8 +155,10 @@ def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
     blocks, row_tiles = kernel.blocks, kernel.grid[0]  # all kernels have tiles of rows, or requests, along x
     flops = 2 * one.padded_multiply_adds / blocks
     alone = (one.weights * row_tiles + one.cache + one.moved) / blocks / in_flight(one) * assume.latency
+    alone += (kernel.pieces[0] - 1) * assume.latency  # the pipeline fills again for each tile
     # what all blocks take together, in proportion to their number
-    shared = max(one.dram / (gpu.bandwidth * assume.streaming), l2_bytes(one) / gpu.l2_bandwidth) / blocks
+    dram = one.dram + parts_bytes(one)  # parts are written to memory, but read while they are still in L2
+    shared = max(dram / (gpu.bandwidth * assume.streaming), l2_bytes(one) / gpu.l2_bandwidth) / blocks
     wave_size = row.resident * gpu.multiprocessors
     waves = [wave_size] * (blocks // wave_size) + [blocks % wave_size]
     return sum(max(alone, n * shared, math.ceil(n / gpu.multiprocessors) * flops / flop_rate) for n in waves if n)
@@ -165,12 +167,22 @@ def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
 def l2_bytes(one: Work) -> int:
     """Return the bytes that a launch reads and writes through L2.
 
-    Each tile of rows reads the weights, and each tile of columns reads its activations.
+    Each tile of rows reads the weights, and each tile of columns its activations. Parts of tiles that blocks share are
+    written and read.
     """
-    assert one.kernel is not None
-    row_tiles, column_tiles, _ = one.kernel.grid
-    again = one.columns_read * (column_tiles - 1) if one.multiply_adds else 0
-    return one.weights * row_tiles + one.cache + one.moved + again
+    kernel = one.kernel
+    assert kernel is not None
+    again = one.columns_read * (kernel.column_tiles - 1) if one.multiply_adds else 0
+    return one.weights * kernel.grid[0] + one.cache + one.moved + again + 2 * parts_bytes(one)
+
+
+def parts_bytes(one: Work) -> int:
+    """Return the bytes of the parts of tiles that blocks share: fp32 numbers, each written once."""
+    kernel = one.kernel
+    assert kernel is not None
+    products = 2 if one.operator == "norm_swiglu" else 1
+    tile = products * kernel.constant("ROW_TILES") * kernel.constant("BLOCK_M") * kernel.constant("BLOCK_N")
+    return 4 * tile * kernel.pieces[1]
 
 
 def in_flight(one: Work) -> float:
@@ -193,7 +205,7 @@ def _binary(kernel: KernelLaunch, arch: str) -> LedgerRow | None:
 
 def _tiles(constants: Iterable[str]) -> list[str]:
     """Return the names that are those of tiles, not of the model's sizes."""
-    return sorted(name for name in constants if name.startswith("BLOCK_") or name == "SPLIT")
+    return sorted(name for name in constants if name.startswith("BLOCK_") or name in ("SPLIT", "SHARES", "ROW_TILES"))
 
 
 @functools.cache
@@ -224,7 +236,7 @@ def rows() -> list[ResultRow]:
             for metric, (value, unit) in counts.items():
                 found.append(_row("frame", metric, value, unit, "counted", B, steps))
             for name, gpu in GPUS.items():
-                parts = frame(B, evaluations, arch=gpu.arch)
+                parts = _frame(B, evaluations, gpu)
                 whole = _whole(parts)
                 timed = {"floor": floor(whole, gpu), "bound": bound(whole, gpu), "time": predict(whole, gpu)}
                 timed |= {f"time of the {part}": predict(work, gpu) for part, work in parts.items()}
@@ -250,7 +262,7 @@ def compare_with_measured(measured: Iterable[ResultRow]) -> list[tuple[ResultRow
     for row in newest(row for row in measured if _is_a_frame(row)):
         gpu = next(gpu for gpu in GPUS.values() if gpu.device == row.device)
         B, evaluations = int(row.shape.removeprefix("frame-b")), int(row.steps.partition(":")[2])
-        whole = _whole(frame(B, evaluations, arch=gpu.arch))
+        whole = _whole(_frame(B, evaluations, gpu))
         found.append((row, 1e3 * floor(whole, gpu), 1e3 * predict(whole, gpu)))
     return found
 
@@ -287,11 +299,15 @@ def _print_solver(steps: str, evaluations: int) -> None:
     print(f"{'GB':24s}" + "".join(f"{dram_bytes(w) / 1e9:10.2f}" for w in work.values()))
     print(f"{'multiply-adds, G':24s}" + "".join(f"{total_multiply_adds(w) / 1e9:10.1f}" for w in work.values()))
     for name, gpu in GPUS.items():
-        work = {B: _whole(frame(B, evaluations, arch=gpu.arch)) for B in BATCHES}
+        work = {B: _whole(_frame(B, evaluations, gpu)) for B in BATCHES}
         print(f"{name + ': floor, ms':24s}" + "".join(f"{1e3 * floor(w, gpu):10.2f}" for w in work.values()))
         print(f"{'  bound, ms':24s}" + "".join(f"{1e3 * bound(w, gpu):10.2f}" for w in work.values()))
         for label, assume in (("predicted, ms", USUAL), ("optimistic", OPTIMISTIC), ("pessimistic", PESSIMISTIC)):
             print(f"{'  ' + label:24s}" + "".join(f"{1e3 * predict(w, gpu, assume):10.2f}" for w in work.values()))
+
+
+def _frame(B: int, evaluations: int, gpu: GPU) -> dict[str, list[Work]]:
+    return frame(B, evaluations, arch=gpu.arch, multiprocessors=gpu.multiprocessors)
 
 
 def _whole(parts: Mapping[str, Sequence[Work]]) -> list[Work]:

@@ -77,6 +77,28 @@ class KernelLaunch:
         """Number of blocks."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
+    @property
+    def column_tiles(self) -> int:
+        """Number of tiles along the weights' rows."""
+        if not self.constant("SHARES", 0):
+            return self.grid[1]
+        tile, n_kv = self.constant("BLOCK_N"), self.constant("N_KV", 0)
+        return -(-self.constant("N") // tile) + 2 * -(-n_kv // tile)
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """The most tiles that one block works on, and the number of parts of tiles that all blocks store."""
+        if not self.constant("SHARES", 0):
+            return 1, 0
+        blocks, steps = self.grid[1], -(-self.constant("K") // self.constant("BLOCK_K"))
+        total, most, parts = self.column_tiles * steps, 0, 0
+        for i in range(blocks):
+            first, end = total * i // blocks, total * (i + 1) // blocks
+            tiles = range(first // steps, -(-end // steps))
+            most = max(most, len(tiles))
+            parts += sum(first > tile * steps or end < (tile + 1) * steps for tile in tiles)
+        return most, self.grid[0] * parts
+
     def constant(self, name: str, missing: int = 1) -> int:
         """Return the constant `name`, or `missing` if the kernel has no such constant."""
         return dict(self.constants).get(name, missing)
@@ -88,7 +110,7 @@ class Work:
 
     Attributes:
         operator: the operator's name; ``codec NAME`` in the codec.
-        kernel: the kernel with its blocks and tiles, or None for work that voxkern has no kernel for.
+        kernel: the kernel with its blocks and tiles, or None for work that is not one launch of a kernel.
         times: number of launches.
         rows: rows of activations, or requests.
         weights: bytes of weights that one launch reads.
@@ -148,11 +170,17 @@ Record = Callable[..., None]  # takes the part of the frame, the operator's name
 @contextmanager
 def intercepted(record: Record) -> Iterator[None]:
     """Within the ``with`` block, call `record` instead of each launcher that a file in MODULES calls."""
+
+    def call(part: str, operator: str, launch: Callable[..., None], *args: Any, **named: Any) -> None:
+        bound = inspect.signature(launch).bind(*args, **named)
+        bound.apply_defaults()
+        record(part, operator, launch, *bound.args)
+
     with ExitStack() as stack:
         for module, part in MODULES.items():
             for name in [name for name in vars(module) if name.startswith("launch_")]:
                 operator = name.removeprefix("launch_")
-                replaced = functools.partial(record, part, operator, getattr(module, name))
+                replaced = functools.partial(call, part, operator, getattr(module, name))
                 stack.enter_context(mock.patch.object(module, name, replaced))
         yield
 
@@ -178,8 +206,8 @@ def kernels_of(launch: Callable[[], None]) -> list[KernelLaunch]:
     return found
 
 
-def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> list[Work]:
-    """Return the launches of one call of an operator.
+def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> Work:
+    """Return the launch of one call of an operator.
 
     Args:
         operator: the operator's name.
@@ -188,25 +216,23 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> list[Work
     """
     entry, name = entry_of(operator), f"codec {operator}" if part == "codec" else operator
     kernels = kernels_of(functools.partial(entry.op.launch, **args))
+    kernel = kernels[0] if len(kernels) == 1 else None
     first = next(name for name, arg in args.items() if isinstance(arg, Tensor) and name != "out")
     row_argument = ROWS.get(operator, "x" if "x" in args else first)
     traffic = fewest(entry, args)
     columns_read = [args[name] for name in READ_BY_COLUMNS.get(operator, ("x",)) if name in args]
-    work = Work(
-        operator=name, kernel=kernels[0], times=1, rows=len(args[row_argument]),
+    return Work(
+        operator=name, kernel=kernel, times=1, rows=len(args[row_argument]),
         weights=traffic.weights, cache=traffic.cache, moved=traffic.moved,
         columns_read=sum(tensor.numel() * tensor.element_size() for tensor in columns_read),
         multiply_adds=entry.multiply_adds(args),
-        padded_multiply_adds=entry.multiply_adds(_with_whole_tiles(args, row_argument, kernels[0])),
+        padded_multiply_adds=entry.multiply_adds(_with_whole_tiles(args, row_argument, kernel) if kernel else args),
     )  # fmt: skip
-    # later launches of a call, such as the second of semantic_argmax, combine a few numbers of each row
-    later = [replace(work, kernel=kernel, weights=0, moved=8 * work.rows, columns_read=0) for kernel in kernels[1:]]
-    return [work, *(replace(one, multiply_adds=0, padded_multiply_adds=0) for one in later)]
 
 
 def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: KernelLaunch) -> dict[str, Any]:
     """Return the arguments with the rows and `q_rows` rounded up to whole tiles of rows."""
-    tile = kernel.constant("BLOCK_M", kernel.constant("BLOCK_B"))
+    tile = kernel.constant("BLOCK_M", kernel.constant("BLOCK_B")) * kernel.constant("ROW_TILES")
 
     def rounded(n: int) -> int:
         return -(-n // tile) * tile
@@ -216,7 +242,9 @@ def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: Kernel
     return padded | ({"q_rows": rounded(args["q_rows"])} if "q_rows" in args else {})
 
 
-def recorded(run: Callable[[], object], context: float = 0, arch: str = "sm_90") -> dict[str, list[Work]]:
+def recorded(
+    run: Callable[[], object], context: float = 0, arch: str = "sm_90", multiprocessors: int = 132
+) -> dict[str, list[Work]]:
     """Return a dict from each part of the frame to its launches in a call on fused modules.
 
     Equal launches are one Work with `times`.
@@ -224,19 +252,20 @@ def recorded(run: Callable[[], object], context: float = 0, arch: str = "sm_90")
     Args:
         run: the call. A first call, which may make tables, is not recorded.
         context: tokens of each request that attention reads.
-        arch: the architecture of the launch configs.
+        arch: the GPU's architecture, which determines the launch configs.
+        multiprocessors: the GPU's number of multiprocessors, which determines the grids of launches with shares.
     """
     found: dict[str, Counter[Work]] = {}
 
     def record(part: str, operator: str, launch: Callable[..., None], *args: Any) -> None:
         named = dict(inspect.signature(launch).bind(*args).arguments)
         if operator == "paged_attention":
-            works = [_with_context(one, context) for one in work_of(operator, _with_one_token(named), part)]
+            one = _with_context(work_of(operator, _with_one_token(named), part), context)
         else:
-            works = work_of(operator, named, part)
-        found.setdefault(part, Counter()).update(works)
+            one = work_of(operator, named, part)
+        found.setdefault(part, Counter())[one] += 1
 
-    with torch.inference_mode(), target_arch(arch), intercepted(record):
+    with torch.inference_mode(), target_arch(arch, multiprocessors), intercepted(record):
         run()
         found.clear()
         run()
@@ -272,13 +301,15 @@ def backbone_step(backbone: Backbone, B: int, context: float) -> list[Work]:
     return recorded(decode_step(backbone, B), context)["backbone"]
 
 
-def codec_chunk(codec: AudioTokenizer, B: int, frames: int, arch: str = "sm_90") -> list[Work]:
+def codec_chunk(
+    codec: AudioTokenizer, B: int, frames: int, arch: str = "sm_90", multiprocessors: int = 132
+) -> list[Work]:
     """Return one frame's share of the launches that decode a chunk of `frames` frames of `B` requests."""
     stream = fused_codec.FusedCodec(codec)(B)
     device = stream.state.past_frames.device
     codes = torch.empty(B, 1 + codec.config.acoustic_dim, frames, dtype=torch.int64, device=device)
     new_frames = torch.empty(B, dtype=torch.int64, device=device)
-    work = recorded(lambda: stream.chunk(codes, new_frames), arch=arch)["codec"]
+    work = recorded(lambda: stream.chunk(codes, new_frames), 0, arch, multiprocessors)["codec"]
     return [replace(one, times=one.times / frames) for one in work]
 
 
@@ -296,7 +327,9 @@ def public_model() -> VoxtralTTS:
 
 
 @functools.cache
-def frame(B: int, steps: int, context: int = CONTEXT, arch: str = "sm_90") -> dict[str, list[Work]]:
+def frame(
+    B: int, steps: int, context: int = CONTEXT, arch: str = "sm_90", multiprocessors: int = 132
+) -> dict[str, list[Work]]:
     """Return a dict from each part of the public model's frame to its launches.
 
     The parts are the backbone, the flow head, the bookkeeping and the codec.
@@ -305,13 +338,14 @@ def frame(B: int, steps: int, context: int = CONTEXT, arch: str = "sm_90") -> di
         B: number of requests, and max_batch.
         steps: number of evaluations of the velocity.
         context: number of tokens of each request before the frame.
-        arch: the architecture of the launch configs.
+        arch: the GPU's architecture, which determines the launch configs.
+        multiprocessors: the GPU's number of multiprocessors, which determines the grids of launches with shares.
     """
     model = public_model()
     voxkern.accelerate(model, B)
     with torch.device("meta"):
         kv_cache = KVCache(model.config.backbone, 2, torch.bfloat16, torch.device("meta"))
         batch = fused_runner.DecodeBatch(model, B, kv_cache, PAGE_SIZE, steps, "euler")
-        parts = recorded(lambda: batch.launch(B), context, arch)
+        parts = recorded(lambda: batch.launch(B), context, arch, multiprocessors)
         voxkern.restore(model)
-        return parts | {"codec": codec_chunk(model.audio_tokenizer, B, CHUNK, arch)}
+        return parts | {"codec": codec_chunk(model.audio_tokenizer, B, CHUNK, arch, multiprocessors)}

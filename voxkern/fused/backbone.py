@@ -7,13 +7,13 @@ matrix units need. The launch configs depend on the phase, decode or prefill, bu
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..kernels.linear import launch_linear
-from ..kernels.norm_linear import launch_norm_swiglu
+from ..kernels.linear import launch_linear, linear_shares
+from ..kernels.norm_linear import launch_norm_swiglu, norm_swiglu_shares
 from ..kernels.operator import on_device
 from ..kernels.paged_attention import (
     PAGE_SIZES,
@@ -23,6 +23,7 @@ from ..kernels.paged_attention import (
 )
 from ..kernels.qkv import launch_norm_qkv, launch_norm_qkv_append, launch_rope_append
 from ..kernels.rms_norm import launch_rms_norm
+from ..kernels.shares import Scratch, Shares, new_scratch
 from ..reference.attention import PagedCache, TransformerBlock, rope_table
 from ..reference.backbone import Backbone
 from ..reference.moe import MoEBlock
@@ -48,6 +49,7 @@ class BackboneBuffers:
         hidden: [B, dim], the result, after the final norm.
         scratch: scratch memory of the attention, see
             :func:`voxkern.kernels.paged_attention.paged_attention_scratch`.
+        shares: memory for parts of tiles that blocks share.
     """
 
     stream: Tensor
@@ -56,6 +58,7 @@ class BackboneBuffers:
     gated: Tensor
     hidden: Tensor
     scratch: tuple[Tensor, Tensor]
+    shares: Scratch
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,10 @@ class FusedBackbone:
                     rope, block_table, lengths, b.q, layer_kv, self._eps, self.max_batch,
                 )  # fmt: skip
                 launch_paged_attention(b.attended, b.q, layer_kv, block_table, lengths, 0, self.max_seq_len, b.scratch)
-                launch_linear(b.stream, b.attended, attention.wo.weight, None, None, stream, self.max_batch)
+                w_out, rows = attention.wo.weight, self.max_batch
+                launch_linear(b.stream, b.attended, w_out, None, None, stream, rows, scratch=b.shares)
                 stream = b.stream
-                self._feed_forward(layer, stream, b.gated, self.max_batch, "decode")
+                self._feed_forward(layer, stream, b.gated, rows, "decode", b.shares)
             out = b.hidden if out is None else out
             launch_rms_norm(out, stream, self.module.norm.weight, self._eps)
         return out
@@ -231,19 +235,22 @@ class FusedBackbone:
                 )
                 launch_linear(out, attended, attention.wo.weight, None, None, stream, *many)
                 stream = out
-                self._feed_forward(layer, stream, gated, *many)
+                self._feed_forward(layer, stream, gated, *many, None)
         return stream
 
-    def _feed_forward(self, layer: TransformerBlock | MoEBlock, stream: Tensor, gated: Tensor, *prepared: Any) -> None:
-        """Compute ``stream += feed_forward(RMSNorm(stream))``; `prepared` is the launches' max_rows and phase."""
+    def _feed_forward(
+        self, layer: TransformerBlock | MoEBlock, stream: Tensor, gated: Tensor, max_rows: int, phase: str,
+        shares: Scratch | None,
+    ) -> None:  # fmt: skip
+        """Compute ``stream += feed_forward(RMSNorm(stream))``. In decode, `shares` is scratch memory."""
         if isinstance(layer, MoEBlock):
-            mixture = self._fused_moe(layer, *prepared)
+            mixture = self._fused_moe(layer, max_rows, phase)
             for start in range(0, len(stream), mixture.max_rows):
                 mixture.run(stream[start : start + mixture.max_rows])
             return
         feed, norm = layer.feed_forward, layer.ffn_norm.weight
-        launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, *prepared)
-        launch_linear(stream, gated, feed.w2.weight, None, None, stream, *prepared)
+        launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, max_rows, phase, shares)
+        launch_linear(stream, gated, feed.w2.weight, None, None, stream, max_rows, phase, shares)
 
     def _fused_moe(self, layer: MoEBlock, max_rows: int, phase: str) -> FusedMoE:
         """Return the fused mixture of a layer with experts; all layers share one scratch memory per phase."""
@@ -279,13 +286,24 @@ class FusedBackbone:
                 gated=u.new_zeros(self.max_batch, config.hidden_dim),
                 hidden=torch.zeros_like(stream),
                 scratch=paged_attention_scratch(q, kv[0], self.max_seq_len),
+                shares=new_scratch(q, self._shares()),
             )
         B, b = len(u), self._whole
         if B not in self._buffers:
             partial, arrived = b.scratch
             views = (b.stream[:B], b.q[:B], b.attended[:B], b.gated[:B], b.hidden[:B])
-            self._buffers[B] = BackboneBuffers(*views, scratch=(partial[:B], arrived[:B]))
+            self._buffers[B] = BackboneBuffers(*views, scratch=(partial[:B], arrived[:B]), shares=b.shares)
         return self._buffers[B]
+
+    def _shares(self) -> list[Shares]:
+        """Return how the launches of a decode step divide their tiles."""
+        found = []
+        for layer in self._blocks:
+            found.append(linear_shares(layer.attention.wo.weight, self.max_batch))
+            if not isinstance(layer, MoEBlock):
+                found.append(norm_swiglu_shares(layer.feed_forward.w1.weight, self.max_batch))
+                found.append(linear_shares(layer.feed_forward.w2.weight, self.max_batch))
+        return found
 
     def rope(self, device: torch.device) -> Tensor:
         """Return the table of RoPE's cosines and sines, fp32 [positions, 2, D / 2].

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels.flow import launch_flow_finish, launch_flow_step
 from ..kernels.operator import expect, on_device
 from ..kernels.semantic_argmax import launch_semantic_argmax, semantic_argmax_scratch
+from ..kernels.shares import Scratch, Shares, new_scratch
 from ..reference.config import N_SPECIAL_CODES
 from ..reference.flow_head import FlowHead
 from ..reference.noise import quantile_table
@@ -29,17 +30,19 @@ class HeadBuffers:
         x: fp32 [B, K], the flow's state.
         v_last: fp32 [B, K], the velocity of the previous step.
         semantic: int64 [B], the semantic codes.
-        argmax_scratch: int64 [max_batch, tiles], scratch memory of the semantic argmax.
+        argmax_scratch: scratch memory of the semantic argmax.
         codes: int64 [B, 1 + K], the result.
         next_embedding: [B, E], the sum of the codes' embeddings.
+        scratch: memory for parts of tiles that blocks share, the same for all numbers of requests.
     """
 
     x: Tensor
     v_last: Tensor
     semantic: Tensor
-    argmax_scratch: Tensor
+    argmax_scratch: tuple[Tensor, Tensor]
     codes: Tensor
     next_embedding: Tensor
+    scratch: Scratch
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class FusedHead:
             raise ValueError(f"max_batch must be in 1..{MAX_BATCH}, got {max_batch}")
         self.module, self.embeddings, self.max_batch = module, embeddings, max_batch
         self._buffers: dict[tuple[int, torch.dtype, torch.device], HeadBuffers] = {}
+        self._scratch: dict[tuple[torch.dtype, torch.device], Scratch] = {}
         self._step_tables: dict[tuple[str, int], StepTables] = {}
         self._quantiles: Tensor | None = None
 
@@ -180,7 +184,9 @@ class FusedHead:
 
             K = self.module.audio.n_acoustic_codebook
             with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
-                common = {
+                if (dtype, device) not in self._scratch:
+                    self._scratch[dtype, device] = new_scratch(zeros(0), self._shares())
+                common: dict[str, Any] = {
                     "x": zeros(B, K, dtype=torch.float32),
                     "v_last": zeros(B, K, dtype=torch.float32),
                     "semantic": zeros(B, dtype=torch.int64),
@@ -189,6 +195,7 @@ class FusedHead:
                     ),
                     "codes": zeros(B, 1 + K, dtype=torch.int64),
                     "next_embedding": zeros(B, 0 if self.embeddings is None else self.embeddings.embedding_dim),
+                    "scratch": self._scratch[dtype, device],
                 }
                 self._buffers[B, dtype, device] = self._make_buffers(B, common, zeros)
         return self._buffers[B, dtype, device]
@@ -228,8 +235,12 @@ class FusedHead:
                 made = tuple(old.copy_(new) if _same_form(old, new) else new for old, new in pairs)
         return StepTables(weights, key, lengths, step_ratios(solver, times), made)
 
-    def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> HeadBuffers:
-        """Return the memory for a frame of B requests: the `common` tensors, and the network's own, made by `zeros`."""
+    def _make_buffers(self, B: int, common: dict[str, Any], zeros: Callable[..., Tensor]) -> HeadBuffers:
+        """Return the memory for a frame of B requests: the `common` fields, and the network's own, made by `zeros`."""
+        raise NotImplementedError
+
+    def _shares(self) -> list[Shares]:
+        """Return how the network's launches divide their tiles."""
         raise NotImplementedError
 
     def _step_table_weights(self) -> list[Tensor]:

@@ -12,13 +12,14 @@ in a table.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..kernels.adaln import launch_adaln_linear_silu, launch_adaln_modulation
 from ..kernels.flow import launch_flow_start
-from ..kernels.linear import launch_linear
+from ..kernels.linear import launch_linear, linear_shares
+from ..kernels.shares import Shares
 from ..reference.mlp_head import FlowMatchingAudioMLP, ResidualBlock
 from ..reference.solver import MAX_STEPS
 from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
@@ -44,7 +45,7 @@ class FusedMLPHead(FusedHead):
 
     module: FlowMatchingAudioMLP
 
-    def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> MLPHeadBuffers:
+    def _make_buffers(self, B: int, common: dict[str, Any], zeros: Callable[..., Tensor]) -> MLPHeadBuffers:
         config = self.module.config
         return MLPHeadBuffers(
             **common,
@@ -52,6 +53,11 @@ class FusedMLPHead(FusedHead):
             gated=zeros(2 * B, config.hidden_dim),
             states=zeros(B, config.dim),
         )
+
+    def _shares(self) -> list[Shares]:
+        down = cast(nn.Linear, self._blocks[0].mlp[2])
+        weights = (self.module.cond_embed.weight, down.weight)
+        return [linear_shares(weight, 2 * self.max_batch) for weight in weights]
 
     def _step_table_weights(self) -> list[Tensor]:
         return [*self.module.time_embed.parameters(), self.module.cond_embed.bias, *self._weights, *self._biases]
@@ -106,7 +112,8 @@ class FusedMLPHead(FusedHead):
         assert isinstance(b, MLPHeadBuffers)
         module, B = self.module, len(h)
         projected, modulations = tables.network
-        launch_linear(b.states, h, module.cond_embed.weight, module.cond_embed.bias, None, None, 2 * self.max_batch)
+        projection, rows = module.cond_embed, 2 * self.max_batch
+        launch_linear(b.states, h, projection.weight, projection.bias, None, None, rows, scratch=b.scratch)
         self._modulate(projected, b.states, modulations[:, 1 : 1 + B])
         linear, w_in, b_in = module.final_layer.linear, module.input_proj.weight, module.input_proj.bias
         launch_flow_start(*noise_source, self._quantiles_on(h.device), w_in, b_in, None, b.x, b.stream, self.max_batch)
@@ -123,4 +130,5 @@ class FusedMLPHead(FusedHead):
             mine = modulation[:, 3 * i * dim : 3 * (i + 1) * dim]
             up, down = cast(nn.Linear, block.mlp[0]), cast(nn.Linear, block.mlp[2])
             launch_adaln_linear_silu(b.gated, b.stream, mine, up.weight, up.bias, self._eps, max_rows)
-            launch_linear(b.stream, b.gated, down.weight, down.bias, mine[:, 2 * dim :], b.stream, max_rows)
+            gate = mine[:, 2 * dim :]
+            launch_linear(b.stream, b.gated, down.weight, down.bias, gate, b.stream, max_rows, scratch=b.scratch)

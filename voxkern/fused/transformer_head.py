@@ -14,15 +14,16 @@ than the reference head:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.flow import launch_flow_start
-from ..kernels.linear import launch_linear
-from ..kernels.norm_linear import launch_norm_swiglu
-from ..kernels.qkv import launch_norm_qkv
+from ..kernels.linear import launch_linear, linear_shares
+from ..kernels.norm_linear import launch_norm_swiglu, norm_swiglu_shares
+from ..kernels.qkv import launch_norm_qkv, norm_qkv_shares
+from ..kernels.shares import Shares
 from ..kernels.token_attention import launch_token_attention, launch_token_attention_linear
 from ..reference.attention import TransformerBlock
 from ..reference.transformer_head import FlowMatchingAudioTransformer
@@ -64,7 +65,7 @@ class FusedTransformerHead(FusedHead):
 
     module: FlowMatchingAudioTransformer
 
-    def _make_buffers(self, B: int, common: dict[str, Tensor], zeros: Callable[..., Tensor]) -> TransformerHeadBuffers:
+    def _make_buffers(self, B: int, common: dict[str, Any], zeros: Callable[..., Tensor]) -> TransformerHeadBuffers:
         config = self.module.config
         width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
         return TransformerHeadBuffers(
@@ -78,6 +79,16 @@ class FusedTransformerHead(FusedHead):
             gated=zeros(6 * B, config.hidden_dim),
         )
 
+    def _shares(self) -> list[Shares]:
+        attention, feed = self._blocks[0].attention, self._blocks[0].feed_forward
+        shares = [linear_shares(self.module.llm_projection.weight, self.max_batch)]
+        for rows in (self.max_batch, self._max_rows):
+            shares += [norm_qkv_shares(attention.wq.weight, attention.wk.weight, rows)]
+        for rows in (2 * self.max_batch, self._max_rows):
+            shares += [norm_swiglu_shares(feed.w1.weight, rows)]
+            shares += [linear_shares(weight, rows) for weight in (attention.wo.weight, feed.w2.weight)]
+        return shares
+
     def _step_table_weights(self) -> list[Tensor]:
         attention, norm = self._blocks[0].attention, self._blocks[0].attention_norm.weight
         return [self.module.time_projection.weight, norm, attention.wq.weight, attention.wk.weight, attention.wv.weight]
@@ -87,7 +98,10 @@ class FusedTransformerHead(FusedHead):
         _, norm, wq, wk, wv = self._step_table_weights()
         steps = len(projected)
         qkv = projected.new_empty(steps, len(wq) + len(wk) + len(wv))
-        launch_norm_qkv(qkv, projected, norm, wq, wk, wv, self._eps, steps, self._max_rows)
+        for first in range(0, steps, self._max_rows):
+            rows = projected[first : first + self._max_rows]
+            out = qkv[first : first + self._max_rows]
+            launch_norm_qkv(out, rows, norm, wq, wk, wv, self._eps, len(rows), self._max_rows)
         return projected, qkv
 
     @property
@@ -119,16 +133,17 @@ class FusedTransformerHead(FusedHead):
         """Compute the h tokens and their q | k | v, the noise, and the first x and t tokens, in three launches."""
         module, B = self.module, len(h)
         hidden = b.tokens[4 * B : 5 * B]
-        launch_linear(hidden, h, module.llm_projection.weight, None, None, None, self._max_rows)
-        self._qkv(b.h_qkv[:B], hidden, self._blocks[0], B)
+        projection = module.llm_projection.weight
+        launch_linear(hidden, h, projection, None, None, None, self._prepared(b, B), scratch=b.scratch)
+        self._qkv(b, b.h_qkv[:B], hidden, self._blocks[0], B)
         w_in, quantiles = module.input_projection.weight, self._quantiles_on(h.device)
         launch_flow_start(*noise_source, quantiles, w_in, None, t_token, b.x, b.tokens, self.max_batch)
 
-    def _qkv(self, out: Tensor, x: Tensor, layer: TransformerBlock, q_rows: int) -> None:
+    def _qkv(self, b: TransformerHeadBuffers, out: Tensor, x: Tensor, layer: TransformerBlock, q_rows: int) -> None:
         attention = layer.attention
         launch_norm_qkv(
             out, x, layer.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight,
-            self._eps, q_rows, self._max_rows,
+            self._eps, q_rows, self._prepared(b, len(x)), scratch=b.scratch,
         )  # fmt: skip
 
     def _run_layers(self, b: TransformerHeadBuffers, t_qkv: Tensor | None) -> None:
@@ -142,16 +157,22 @@ class FusedTransformerHead(FusedHead):
         for i, layer in enumerate(layers):
             rows = 2 * B if i == len(layers) - 1 else 6 * B  # the last layer needs only the queries of the x tokens
             if i == 0 and t_qkv is not None:
-                self._qkv(b.x_qkv, b.tokens[:B], layer, B)
+                self._qkv(b, b.x_qkv, b.tokens[:B], layer, B)
                 self._attend(b, b.tokens[:rows], b.x_qkv, t_qkv, b.h_qkv, layer)
             else:
-                self._qkv(b.qkv, b.stream, layer, rows)
+                self._qkv(b, b.qkv, b.stream, layer, rows)
                 x_qkv, t_qkv, h_qkv = b.qkv[: 2 * B], b.qkv[2 * B : 4 * B], b.qkv[4 * B :]
                 self._attend(b, b.stream[:rows], x_qkv, t_qkv, h_qkv, layer)
             feed, stream, gated = layer.feed_forward, b.stream[:rows], b.gated[:rows]
-            norm = layer.ffn_norm.weight
-            launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, self._max_rows)
-            launch_linear(stream, gated, feed.w2.weight, None, None, stream, self._max_rows)
+            norm, prepared = layer.ffn_norm.weight, self._prepared(b, rows)
+            launch_norm_swiglu(
+                gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, prepared, scratch=b.scratch
+            )
+            launch_linear(stream, gated, feed.w2.weight, None, None, stream, prepared, scratch=b.scratch)
+
+    def _prepared(self, b: TransformerHeadBuffers, rows: int) -> int:
+        """Return the most rows of a launch that has `rows` rows for the requests of `b`."""
+        return rows // len(b.x) * self.max_batch
 
     def _attend(
         self,
@@ -170,4 +191,5 @@ class FusedTransformerHead(FusedHead):
             return
         attended = b.attended[:rows]
         launch_token_attention(attended, x_qkv, t_qkv, h_qkv, *heads, rows // len(h_qkv), self.max_batch)
-        launch_linear(b.stream[:rows], attended, wo, None, None, residual, self._max_rows)
+        prepared = self._prepared(b, rows)
+        launch_linear(b.stream[:rows], attended, wo, None, None, residual, prepared, scratch=b.scratch)

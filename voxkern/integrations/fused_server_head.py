@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..fused.flow_head import NoiseSource
 from ..fused.transformer_head import FusedTransformerHead, TransformerHeadBuffers
-from ..kernels.linear import launch_linear
-from ..kernels.norm_linear import launch_norm_linear
+from ..kernels.linear import launch_linear, linear_shares
+from ..kernels.norm_linear import launch_norm_linear, norm_linear_shares
 from ..kernels.operator import on_device
+from ..kernels.shares import Shares
 from ..reference.config import END_AUDIO
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 
@@ -155,12 +156,17 @@ class FusedServerHead(FusedTransformerHead):
         b = self.buffers((R + 1) // 2, hidden.dtype, hidden.device)
         assert isinstance(b, TransformerHeadBuffers)
         x_tokens, t_tokens, h_tokens = (part[:R] for part in b.stream.chunk(3))
-        launch_linear(x_tokens, x.contiguous(), module.input_projection.weight, None, None, None, self._max_rows)
+        w_in, scratch = module.input_projection.weight, b.scratch
+        launch_linear(x_tokens, x.contiguous(), w_in, None, None, None, self._max_rows, scratch=scratch)
         t_tokens.copy_(time)
         h_tokens.copy_(hidden)
         self._run_layers(b, None)
         w_out = module.acoustic_codebook_output.weight
-        launch_norm_linear(out, b.stream[:R], module.norm.weight, w_out, self._eps, self._max_rows)
+        launch_norm_linear(out, b.stream[:R], module.norm.weight, w_out, self._eps, self._max_rows, scratch=scratch)
+
+    def _shares(self) -> list[Shares]:
+        w_in, w_out = self.module.input_projection.weight, self.module.acoustic_codebook_output.weight
+        return [*super()._shares(), linear_shares(w_in, self._max_rows), norm_linear_shares(w_out, self._max_rows)]
 
     def _draw(self, h: Tensor) -> Tensor:
         """Draw noise [B, K] on the device on which the server draws it.

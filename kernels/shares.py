@@ -1,0 +1,182 @@
+"""Divide the tiles of a product evenly among blocks, also where there are too few tiles for all multiprocessors.
+
+Usually a block computes one tile of the result. With shares, the steps along K of all tiles are numbered one after the
+other, and each of G blocks computes an equal share of them. 3 tiles of 4 steps for 5 blocks a to e::
+
+    tile      0  0  0  0  1  1  1  1  2  2  2  2
+    block     a  a  b  b  c  c  c  d  d  e  e  e      block i has the steps  12 i / 5  to  12 (i + 1) / 5
+
+A tile that several blocks share is the sum of their parts. Each of these blocks stores its part, and then adds its
+steps to the tile's counter. The block that completes the counter adds up the parts in the order of K, whichever block
+that is. So the result does not depend on the order in which blocks run. It depends on G, that is, on the GPU.
+
+This is the "stream-K" of Osama et al., arXiv 2301.03598.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import with_block
+from .launch_config import multiprocessors
+
+__all__ = ["Scratch", "Shares", "new_scratch"]
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that launches with shares need, and may use one after the other.
+
+    Attributes:
+        parts: fp32 [n], the parts of tiles that blocks share.
+        arrived: int32 [m], the steps of each tile that are stored in `parts`. Zero before and after every launch.
+    """
+
+    parts: Tensor
+    arrived: Tensor
+
+
+@triton.jit
+def share_of_block(TOTAL: tl.constexpr):
+    """Return the first of TOTAL steps that this block computes, and the step after its last."""
+    i_block, n_blocks = tl.program_id(1), tl.num_programs(1)
+    return TOTAL * i_block // n_blocks, TOTAL * (i_block + 1) // n_blocks
+
+
+@triton.jit
+def _part(p_parts, i_block, is_first, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Return where a block keeps its part of a tile. A block shares at most two tiles, the last one from its step 0."""
+    i_row_tile, n_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    return p_parts + ((i_row_tile * n_blocks + i_block) * 2 + tl.where(is_first, 1, 0)) * (COUNT * SIZE)
+
+
+@triton.jit
+def _offsets(b_v):
+    """Return the offsets of the elements of a block with two dimensions, row by row."""
+    ROWS: tl.constexpr = b_v.shape[0]
+    COLUMNS: tl.constexpr = b_v.shape[1]
+    return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def add_parts(
+    blocks, p_parts, p_arrived, i_tile, first, end,
+    TILES: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Complete a tile, if this block has all its steps or is the last block to add its part.
+
+    Args:
+        blocks: COUNT fp32 blocks with two dimensions, summed over the steps `first` to `end` of the tile.
+        p_parts: memory for the parts, see :class:`Scratch`.
+        p_arrived: counters of the tiles' steps.
+        i_tile: the tile.
+        first: the first step of this block's part, 0..STEPS - 1.
+        end: the step after the part's last.
+        TILES: number of tiles.
+        STEPS: number of steps of a tile.
+        COUNT: number of blocks.
+        SIZE: the most elements of one of the blocks.
+
+    Returns:
+        The blocks, summed over all steps, and whether they are complete. Otherwise the blocks are undefined.
+    """
+    i_block, n_blocks = tl.program_id(1), tl.num_programs(1)
+    is_whole = end - first == STEPS
+    p_counter = p_arrived + tl.program_id(0) * TILES + i_tile
+    arrived = end - first
+    if not is_whole:
+        p_part = _part(p_parts, i_block, first == 0, COUNT, SIZE)
+        for i in tl.static_range(COUNT):
+            tl.store(p_part + i * SIZE + _offsets(blocks[i]), blocks[i])
+        tl.debug_barrier()  # the stores of all threads must come before the atomic add, which one thread does
+        arrived += tl.atomic_add(p_counter, end - first, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+    start = i_tile * STEPS
+    is_last = (arrived == STEPS) & (end - first < STEPS)
+    # the blocks that have the tile's first step and its last; for a whole tile, no part is read
+    i_first = ((start + 1) * n_blocks - 1) // (TILES * STEPS)
+    i_end = tl.where(is_last, ((start + STEPS) * n_blocks - 1) // (TILES * STEPS) + 1, i_first)
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = with_block(sums, tl.where(is_whole, blocks[i], 0.0))
+    for j in range(i_first, i_end):
+        p_part = _part(p_parts, j, TILES * STEPS * j // n_blocks <= start, COUNT, SIZE)
+        added = ()
+        for i in tl.static_range(COUNT):
+            # .cg bypasses the L1 cache, which may hold values from before the stores of other multiprocessors
+            added = with_block(added, sums[i] + tl.load(p_part + i * SIZE + _offsets(blocks[i]), cache_modifier=".cg"))
+        sums = added
+    if is_last:
+        tl.store(p_counter, 0)  # the next launch counts from zero
+    return sums, is_whole | is_last
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a launch divides the tiles of its product.
+
+    Attributes:
+        blocks: blocks for each tile of rows, or 0 if each block computes one tile.
+        row_tiles: tiles of the rows that the launch is prepared for.
+        floats: numbers of scratch memory for parts.
+        counters: counters of tiles.
+    """
+
+    blocks: int
+    row_tiles: int
+    floats: int
+    counters: int
+
+    @classmethod
+    def of(cls, constants: Mapping[str, int], max_rows: int, tiles: int, count: int) -> "Shares":
+        """Return the division of a launch.
+
+        Args:
+            constants: the launch config. Its SHARES are blocks per multiprocessor, or 0 for one tile in each block.
+            max_rows: the rows that the launch is prepared for.
+            tiles: tiles of the weight's rows.
+            count: blocks of numbers that make up a part of a tile.
+        """
+        if not constants["SHARES"]:
+            return cls(0, 0, 0, 0)
+        row_tiles = triton.cdiv(max_rows, constants["BLOCK_M"] * constants["ROW_TILES"])
+        blocks = max(constants["SHARES"] * multiprocessors() // row_tiles, 1)
+        size = count * constants["BLOCK_M"] * constants["BLOCK_N"]
+        return cls(blocks, row_tiles, row_tiles * blocks * 2 * size, row_tiles * tiles)
+
+    def grid(self, constants: Mapping[str, int], rows: int, tiles: int) -> tuple[int, int]:
+        """Return the grid of a launch with `rows` rows of activations.
+
+        Raises:
+            ValueError: there are more rows than the launch is prepared for.
+        """
+        row_tiles = triton.cdiv(rows, constants["BLOCK_M"] * constants["ROW_TILES"])
+        if self.blocks and row_tiles > self.row_tiles:
+            raise ValueError(f"a launch has {rows} rows, but is prepared for {self.row_tiles} tiles of rows")
+        return row_tiles, self.blocks or tiles
+
+    def scratch(self, given: Scratch | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the memory for parts and for counters: `given`, or new memory on the device of `like` if that is None.
+
+        Raises:
+            ValueError: `given` is too small.
+        """
+        if not self.blocks:
+            return None, None
+        scratch = new_scratch(like, [self]) if given is None else given
+        if scratch.parts.numel() < self.floats or scratch.arrived.numel() < self.counters:
+            raise ValueError(
+                f"scratch has {scratch.parts.numel()} numbers and {scratch.arrived.numel()} counters "
+                f"but must have {self.floats} and {self.counters}"
+            )
+        return scratch.parts, scratch.arrived
+
+
+def new_scratch(like: Tensor, launches: Sequence[Shares]) -> Scratch:
+    """Allocate memory that is enough for each of `launches`, on the device of `like`."""
+    floats, counters = max(one.floats for one in launches), max(one.counters for one in launches)
+    return Scratch(like.new_empty(floats, dtype=torch.float32), like.new_zeros(counters, dtype=torch.int32))

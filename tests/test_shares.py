@@ -1,0 +1,129 @@
+"""Tests of launches that divide the tiles of a product evenly among blocks."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import GuardedMemory, assert_bands, guarded
+from torch import Tensor
+
+from bench.ops.registry import TensorMaker
+from voxkern.kernels import launch_config
+from voxkern.kernels.launch_config import override, target_arch
+from voxkern.kernels.linear import launch_linear, linear, linear_shares
+from voxkern.kernels.norm_linear import launch_norm_swiglu, norm_swiglu_shares
+from voxkern.kernels.qkv import launch_norm_qkv, norm_qkv_shares
+from voxkern.kernels.shares import Scratch, Shares, new_scratch
+
+TABLES = ("linear", "norm_linear", "norm_swiglu")
+M, N, K = 37, 75, 150  # with tiles of 16 rows, 32 weights and 32 columns: 1 tile of 3 x 16 rows, 3 tiles, 5 steps each
+
+
+@contextmanager
+def divided(blocks: int, row_tiles: int = 3) -> Iterator[None]:
+    """Divide each tile of `row_tiles` x 16 rows among so many blocks."""
+    with ExitStack() as stack:
+        stack.enter_context(target_arch("interpreter", blocks))
+        for table in TABLES:
+            values = {"SHARES": 1, "ROW_TILES": row_tiles, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
+            stack.enter_context(override(table, **values | ({"SPLIT": 1} if table == "linear" else {})))
+        yield
+
+
+def run(blocks: int, rows: int = M, row_tiles: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the results of the three operators with shares, for the first `rows` of M rows."""
+    make = TensorMaker(torch.bfloat16)
+    x, w, up, norm = make(M, K)[:rows], make(N, K, std=K**-0.5), make(N, K, std=K**-0.5), make(K, mean=1.0, std=0.1)
+    wk, residual = make(40, K, std=K**-0.5), make(M, N)[:rows]
+    with divided(blocks, row_tiles):
+        shares = [linear_shares(w, M), norm_swiglu_shares(w, M), norm_qkv_shares(w, wk, M)]
+        made = new_scratch(x, shares)
+        scratch = Scratch(guarded(made.parts), guarded(made.arrived))
+        y, gated, qkv = (guarded(x.new_empty(rows, n)) for n in (N, N, N + 80))
+        with GuardedMemory():
+            for _ in range(2):  # the second launch finds the counters as the first one left them
+                launch_linear(y, x, w, None, None, residual, M, scratch=scratch)
+                launch_norm_swiglu(gated, x, norm, w, up, 1e-5, M, scratch=scratch)
+                launch_norm_qkv(qkv, x, norm, w, wk, wk, 1e-5, rows, M, scratch=scratch)
+    for tensor in (scratch.parts, scratch.arrived, y, gated, qkv):
+        assert_bands(tensor)
+    assert scratch.arrived.eq(0).all()
+    return y, gated, qkv
+
+
+def expected() -> tuple[Tensor, Tensor, Tensor]:
+    make = TensorMaker(torch.bfloat16)
+    x, w, up, norm, wk, residual = (
+        part.double()
+        for part in (
+            make(M, K), make(N, K, std=K**-0.5), make(N, K, std=K**-0.5), make(K, mean=1.0, std=0.1),
+            make(40, K, std=K**-0.5), make(M, N),
+        )
+    )  # fmt: skip
+    n = x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt() * norm
+    gated = F.silu(n @ w.T) * (n @ up.T)
+    return residual + x @ w.T, gated, torch.cat((n @ w.T, n @ wk.T, n @ wk.T), 1)
+
+
+@pytest.mark.interpreter("the number of blocks is set, and the interpreter's tiles")
+@pytest.mark.parametrize(
+    ("blocks", "row_tiles"),
+    [
+        (1, 3),  # one block computes all tiles
+        (2, 3),  # a block ends within a tile
+        (3, 3),  # whole tiles
+        (4, 3),
+        (7, 3),  # most tiles are shared by three blocks or more
+        (15, 3),  # one step each
+        (40, 3),  # more blocks than steps
+        (7, 1),  # three tiles of rows, each divided among two blocks
+        (24, 1),  # each divided among eight blocks
+    ],
+)  # fmt: skip
+def test_any_number_of_blocks_gives_the_right_result(blocks: int, row_tiles: int) -> None:
+    for found, right in zip(run(blocks, row_tiles=row_tiles), expected(), strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.interpreter("the number of blocks is set, and the interpreter's tiles")
+@pytest.mark.parametrize("row_tiles", [1, 3])
+def test_a_rows_bits_do_not_depend_on_the_number_of_rows(row_tiles: int) -> None:
+    for few, many in zip(run(7, 17, row_tiles), run(7, M, row_tiles), strict=True):
+        assert torch.equal(few, many[:17])
+
+
+@pytest.mark.interpreter("the number of blocks is set")
+def test_sizes_by_hand() -> None:
+    """100 rows are 3 tiles of 48 rows. Each is divided among a third of the 50 blocks of 25 multiprocessors."""
+    constants = {"SHARES": 2, "ROW_TILES": 3, "BLOCK_M": 16, "BLOCK_N": 32}
+    with target_arch("sm_90", 25):
+        shares = Shares.of(constants, 100, 7, 5)
+    assert shares == Shares(blocks=16, row_tiles=3, floats=3 * 16 * 2 * 5 * 16 * 32, counters=21)
+    assert shares.grid(constants, 49, 7) == (2, 16)
+    with pytest.raises(ValueError, match="has 145 rows, but is prepared for 3 tiles"):
+        shares.grid(constants, 145, 7)
+    none = Shares.of(constants | {"SHARES": 0}, 100, 7, 5)
+    assert none.grid(constants, 145, 7) == (4, 7)
+    assert none.scratch(None, torch.empty(1)) == (None, None)
+
+
+@pytest.mark.interpreter("the number of blocks is set, and the interpreter's tiles")
+@pytest.mark.parametrize("small", ["parts", "arrived"])
+def test_scratch_that_is_too_small_is_refused(small: str) -> None:
+    x, w = torch.ones(M, K).bfloat16(), torch.ones(N, K).bfloat16()
+    with divided(7):
+        scratch = new_scratch(x, [linear_shares(w, M)])
+        sizes: dict[str, Any] = {"parts": scratch.parts, "arrived": scratch.arrived}
+        sizes[small] = sizes[small][1:]
+        with pytest.raises(ValueError, match=r"scratch has .* but must have"):
+            launch_linear(x.new_empty(M, N), x, w, None, None, None, M, scratch=Scratch(**sizes))
+
+
+def test_the_result_depends_on_the_gpu_and_not_on_max_rows_of_one_size(device: torch.device) -> None:
+    """Two calls of the public operator give the same bits: nothing is left over from the first."""
+    x, w = (tensor.to(device) for tensor in (torch.randn(70, 150).bfloat16(), torch.randn(75, 150).bfloat16()))
+    assert launch_config.multiprocessors() >= 1
+    assert torch.equal(linear(x, w, None, None, None, 100), linear(x, w, None, None, None, 100))
