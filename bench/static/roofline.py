@@ -123,6 +123,11 @@ USUAL = Assumptions()
 OPTIMISTIC, PESSIMISTIC = Assumptions(0.5e-6, 0.95, 0.7, 1e-6), Assumptions(1e-6, 0.8, 0.3, 3e-6)
 
 
+def frame_on(gpu: GPU, B: int, evaluations: int) -> dict[str, list[Work]]:
+    """Return the launches of each part of a frame, with the launch configs of `gpu`."""
+    return frame(B, evaluations, arch=gpu.arch, multiprocessors=gpu.multiprocessors)
+
+
 def floor(work: Sequence[Work], gpu: GPU) -> float:
     """Return the fewest seconds that the launches can take.
 
@@ -147,10 +152,14 @@ def _evenly(one: Work, gpu: GPU, assume: Assumptions) -> float:
 
 
 def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
+    row = one.kernel and _binary(one.kernel, gpu.arch)
+    return running(one, gpu, assume, row.resident) if row else _evenly(one, gpu, assume)
+
+
+def running(one: Work, gpu: GPU, assume: Assumptions, resident: int) -> float:
+    """Return the seconds from a launch's first latency to its end, if a multiprocessor holds `resident` blocks."""
     kernel = one.kernel
-    row = kernel and _binary(kernel, gpu.arch)
-    if kernel is None or row is None:
-        return _evenly(one, gpu, assume)
+    assert kernel is not None
     flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor, 1/s
     blocks, row_tiles = kernel.blocks, kernel.grid[0]  # all kernels have tiles of rows, or requests, along x
     flops = 2 * one.padded_multiply_adds / blocks
@@ -159,7 +168,7 @@ def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
     # what all blocks take together, in proportion to their number
     dram = one.dram + parts_bytes(one)  # parts are written to memory, but read while they are still in L2
     shared = max(dram / (gpu.bandwidth * assume.streaming), l2_bytes(one) / gpu.l2_bandwidth) / blocks
-    wave_size = row.resident * gpu.multiprocessors
+    wave_size = resident * gpu.multiprocessors
     waves = [wave_size] * (blocks // wave_size) + [blocks % wave_size]
     return sum(max(alone, n * shared, math.ceil(n / gpu.multiprocessors) * flops / flop_rate) for n in waves if n)
 
@@ -236,7 +245,7 @@ def rows() -> list[ResultRow]:
             for metric, (value, unit) in counts.items():
                 found.append(_row("frame", metric, value, unit, "counted", B, steps))
             for name, gpu in GPUS.items():
-                parts = _frame(B, evaluations, gpu)
+                parts = frame_on(gpu, B, evaluations)
                 whole = _whole(parts)
                 timed = {"floor": floor(whole, gpu), "bound": bound(whole, gpu), "time": predict(whole, gpu)}
                 timed |= {f"time of the {part}": predict(work, gpu) for part, work in parts.items()}
@@ -262,7 +271,7 @@ def compare_with_measured(measured: Iterable[ResultRow]) -> list[tuple[ResultRow
     for row in newest(row for row in measured if _is_a_frame(row)):
         gpu = next(gpu for gpu in GPUS.values() if gpu.device == row.device)
         B, evaluations = int(row.shape.removeprefix("frame-b")), int(row.steps.partition(":")[2])
-        whole = _whole(_frame(B, evaluations, gpu))
+        whole = _whole(frame_on(gpu, B, evaluations))
         found.append((row, 1e3 * floor(whole, gpu), 1e3 * predict(whole, gpu)))
     return found
 
@@ -299,15 +308,11 @@ def _print_solver(steps: str, evaluations: int) -> None:
     print(f"{'GB':24s}" + "".join(f"{dram_bytes(w) / 1e9:10.2f}" for w in work.values()))
     print(f"{'multiply-adds, G':24s}" + "".join(f"{total_multiply_adds(w) / 1e9:10.1f}" for w in work.values()))
     for name, gpu in GPUS.items():
-        work = {B: _whole(_frame(B, evaluations, gpu)) for B in BATCHES}
+        work = {B: _whole(frame_on(gpu, B, evaluations)) for B in BATCHES}
         print(f"{name + ': floor, ms':24s}" + "".join(f"{1e3 * floor(w, gpu):10.2f}" for w in work.values()))
         print(f"{'  bound, ms':24s}" + "".join(f"{1e3 * bound(w, gpu):10.2f}" for w in work.values()))
         for label, assume in (("predicted, ms", USUAL), ("optimistic", OPTIMISTIC), ("pessimistic", PESSIMISTIC)):
             print(f"{'  ' + label:24s}" + "".join(f"{1e3 * predict(w, gpu, assume):10.2f}" for w in work.values()))
-
-
-def _frame(B: int, evaluations: int, gpu: GPU) -> dict[str, list[Work]]:
-    return frame(B, evaluations, arch=gpu.arch, multiprocessors=gpu.multiprocessors)
 
 
 def _whole(parts: Mapping[str, Sequence[Work]]) -> list[Work]:

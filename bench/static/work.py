@@ -90,18 +90,24 @@ class KernelLaunch:
         """The most tiles that one block works on, and the number of parts of tiles that all blocks store."""
         if not self.constant("SHARES", 0):
             return 1, 0
-        blocks, steps = self.grid[1], -(-self.constant("K") // self.constant("BLOCK_K"))
-        total, most, parts = self.column_tiles * steps, 0, 0
-        for i in range(blocks):
-            first, end = total * i // blocks, total * (i + 1) // blocks
-            tiles = range(first // steps, -(-end // steps))
-            most = max(most, len(tiles))
-            parts += sum(first > tile * steps or end < (tile + 1) * steps for tile in tiles)
+        most, parts = _pieces(self.grid[1], self.column_tiles, -(-self.constant("K") // self.constant("BLOCK_K")))
         return most, self.grid[0] * parts
 
     def constant(self, name: str, missing: int = 1) -> int:
         """Return the constant `name`, or `missing` if the kernel has no such constant."""
         return dict(self.constants).get(name, missing)
+
+
+@functools.cache
+def _pieces(blocks: int, tiles: int, steps: int) -> tuple[int, int]:
+    """Return :attr:`KernelLaunch.pieces` for one tile of rows, `tiles` tiles of columns, and `steps` steps of each."""
+    total, most, parts = tiles * steps, 0, 0
+    for i in range(blocks):
+        first, end = total * i // blocks, total * (i + 1) // blocks
+        mine = range(first // steps, -(-end // steps))
+        most = max(most, len(mine))
+        parts += sum(first > tile * steps or end < (tile + 1) * steps for tile in mine)
+    return most, parts
 
 
 @dataclass(frozen=True, kw_only=True)
