@@ -146,16 +146,17 @@ def _norm_qkv_kernel(
             first, end = tl.maximum(start - i_tile * STEPS, 0), tl.minimum(stop - i_tile * STEPS, STEPS)
             which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, i_tile, N, N_KV, BLOCK_N)
             rows = tl.where(which == 0, q_rows, M)
-            o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
-            blocks = norm_product(
-                p_x, p_norm, p_w, None, o_m, o_n, rows, o_n < n, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
-                K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            blocks, is_complete = add_parts(
-                blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N
-            )
-            if is_complete:
-                _finish(blocks, which, p_y, o_m, o_n, rows, n, eps, N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M)
+            if i_m * (ROW_TILES * BLOCK_M) < rows:
+                o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
+                blocks = norm_product(
+                    p_x, p_norm, p_w, None, o_m, o_n, rows, o_n < n, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
+                    K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                blocks, is_complete = add_parts(
+                    blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N
+                )
+                if is_complete:
+                    _finish(blocks, which, p_y, o_m, o_n, rows, n, eps, N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M)
 
 
 def norm_qkv_shares(wq: Tensor, wk: Tensor, max_rows: int, phase: str = "decode") -> Shares:

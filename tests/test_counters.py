@@ -1,5 +1,6 @@
 """Tests of bench/static/counters.py on launches small enough to count every block; test_ledger.py tests the ledger."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,12 @@ def _mixed_kernel(p_x, p_count, p_y, BLOCK: tl.constexpr):
 
 class Sizes:
     M, N, K, max_rows = 70, 250, 150, 100
+
+
+@pytest.fixture(autouse=True)
+def a_tile_for_each_block() -> Iterator[None]:
+    with launch_config.override("norm_linear", SHARES=0, ROW_TILES=1):
+        yield
 
 
 def inputs(dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:

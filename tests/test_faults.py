@@ -18,9 +18,10 @@ from bench.static import frame as costs
 from bench.static.counters import launches_only
 from voxkern.kernels.norm_linear import launch_norm_linear
 
-DOT = "b_acc = dot(b_w, tl.trans(b_a), b_acc)"
-LOAD = "b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)"
-STORE = "mask=m_m[None, :] & m_n[:, None])"
+DOT = "dot(b_w, b_a, products[r])"
+LOAD = "b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_w, other=0.0)"
+MASK = "m_w = m_n[:, None] & m_k[None, :]"
+STORE = "mask=(o_m < M)[None, :] & (o_n < N)[:, None])"
 JIT = '@triton.jit(do_not_specialize=["M"])\ndef _norm_linear_kernel'
 WAIT = "if arrived == n_spans - 1:"
 NORM_LINEAR = entry_of("norm_linear")
@@ -42,10 +43,10 @@ def line_of(planted: Entry, text: str) -> str:
     ("dtype", "edit"),
     [
         pytest.param("bf16", (DOT, f"{DOT}.to(tl.bfloat16).to(tl.float32)"), id="summed in bf16"),
-        pytest.param("fp32", (LOAD, LOAD.replace(" & m_k[None, :]", "")), id="no mask on the weight's last columns"),
-        pytest.param("fp32", (STORE, "mask=m_m[None, :])"), id="no mask on the output's last columns"),
-        pytest.param("fp32", (STORE, "mask=m_n[:, None])"), id="no mask on the output's last rows"),
-        pytest.param("fp32", (STORE, "mask=m_m[None, :] & (o_n < N - 1)[:, None])"), id="a column never written"),
+        pytest.param("fp32", (MASK, "m_w = m_n[:, None]"), id="no mask on the weight's last columns"),
+        pytest.param("fp32", (STORE, "mask=(o_m < M)[None, :])"), id="no mask on the output's last columns"),
+        pytest.param("fp32", (STORE, "mask=(o_n < N)[:, None])"), id="no mask on the output's last rows"),
+        pytest.param("fp32", (STORE, "mask=(o_m < M)[None, :] & (o_n < N - 1)[:, None])"), id="a column never written"),
     ],
 )
 def test_a_wrong_result_is_caught(dtype: str, edit: Edit) -> None:
@@ -82,7 +83,7 @@ def test_a_block_per_query_head_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_forgotten_mask_without_a_wrong_result_is_caught() -> None:
-    strays = plant(NORM_LINEAR, (LOAD, LOAD.replace("m_n[:, None] & ", "")))
+    strays = plant(NORM_LINEAR, (MASK, "m_w = m_k[None, :]"))
     assert_accurate(strays, ODD, "fp32")  # values read past the weight's last rows are never stored
     line = line_of(strays, "b_w = tl.load(p_w + o_n")
     first = (
@@ -94,8 +95,8 @@ def test_a_forgotten_mask_without_a_wrong_result_is_caught() -> None:
 
 def test_overlapping_tiles_are_caught() -> None:
     """The planted kernel gives the right result: both blocks write the same value to the column that they share."""
-    grid = 'triton.cdiv(N, constants["BLOCK_N"])'
-    overlapping = plant(NORM_LINEAR, ("o_n = i_n * BLOCK_N", "o_n = i_n * (BLOCK_N - 1)"), (grid, f"{grid} + 1"))
+    tiles, grid = "tl.program_id(1).to(tl.int64) * ", 'shares.grid(constants, M, triton.cdiv(N, constants["BLOCK_N"])'
+    overlapping = plant(NORM_LINEAR, (f"{tiles}BLOCK_N", f"{tiles}(BLOCK_N - 1)"), (grid, f"{grid} + 1"))
     assert_accurate(overlapping, ODD, "fp32")
     line = line_of(overlapping, "tl.store(p_tile")
     first, second = r"block \(0, 0, 0\) writes p_y\[31\]", r"block \(0, 1, 0\) writes it"  # BLOCK_N is 32
@@ -164,8 +165,8 @@ def complaints() -> dict[str, list[str]]:
         "nothing": ("sm_89", "bf16", []),
         "shared": ("sm_89", "bf16", [("128      8          6", "128      8          7")]),
         "binaries": ("sm_89", "bf16", [(JIT, "@triton.jit\ndef _norm_linear_kernel")]),
-        "TF32 on sm_80": ("sm_80", "fp32", [(DOT, "b_acc = tl.dot(b_w, tl.trans(b_a), b_acc)")]),
-        "TF32 on sm_90": ("sm_90", "fp32", [(DOT, "b_acc = tl.dot(b_w, tl.trans(b_a), b_acc)")]),
+        "TF32 on sm_80": ("sm_80", "fp32", [(DOT, "tl.dot(b_w, b_a, products[r])")]),
+        "TF32 on sm_90": ("sm_90", "fp32", [(DOT, "tl.dot(b_w, b_a, products[r])")]),
     }
     queries = [
         {"operator": "norm_linear", "case": "q-b1", "arch": arch, "dtype": dtype, "edits": edits}

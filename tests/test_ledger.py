@@ -16,7 +16,8 @@ from bench.static.machines import MACHINES
 from voxkern.compile_only import Binary
 
 ROW = ledger.LedgerRow(
-    operator="norm_linear", case="q-b1", dtype="bf16", arch="sm_89", launch="0:_norm_linear_kernel", binaries=1,
+    operator="norm_linear", case="q-b1", dtype="bf16", arch="sm_89", launch="0:_norm_linear_kernel",
+    constants="K=3072 N=4096", binaries=1,
     grid="1x64x1", warps=4, stages=4, registers=113, spill=0, shared=101_376, limit=101_376, resident=1,
     in_flight=22_153, loads="LDGSTS.128", matrix="HMMA.16816.F32.BF16", code=7168,
     digest="0123456789abcdef", source="fedcba9876543211",

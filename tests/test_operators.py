@@ -176,7 +176,7 @@ def test_gradients_are_refused(entry: Entry, case: Case, device: torch.device) -
     [
         pytest.param(
             entry, case, id=f"{entry.name}-{case.name}",
-            marks=pytest.mark.slow if case.name.endswith(("b2", "b4", "prefill")) else (),
+            marks=() if case.name.endswith("b1") or not case.public else pytest.mark.slow,
         )
         for entry, case in PUBLIC + ODD
         if entry.regular_grid == case.public

@@ -97,5 +97,6 @@ ENTRIES = [
             Case("mar-b32", {"M": 64, **BLOCK, "gates": 2, "max_rows": 64}, public=True, dtypes=("bf16",)),
         ),
         stage=split_stage,
+        ordered_by=("p_arrived",),
     ),
 ]

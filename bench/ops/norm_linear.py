@@ -58,6 +58,7 @@ ENTRIES = [
         op=norm_linear,
         reference=norm_linear_reference,
         inputs=norm_linear_inputs,
+        ordered_by=("p_arrived",),
         cases=(
             Case("odd", {"M": 19, "N": 75, "K": 150, "max_rows": 19}),
             Case("odd-many", {"M": 70, "N": 97, "K": 129, "max_rows": 100}),
@@ -71,6 +72,7 @@ ENTRIES = [
         op=norm_swiglu,
         reference=norm_swiglu_reference,
         inputs=norm_swiglu_inputs,
+        ordered_by=("p_arrived",),
         cases=(
             Case("odd", {"M": 19, "N": 75, "K": 150, "max_rows": 19}),
             Case("odd-many", {"M": 70, "N": 97, "K": 129, "max_rows": 100}),

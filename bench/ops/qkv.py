@@ -180,6 +180,7 @@ ENTRIES = [
             Case("last-b32", {"M": 192, **QKV, "query_thirds": 1, "max_rows": 192}, public=True, dtypes=("bf16",)),
         ),
         read_once=("wq", "wk", "wv"),
+        ordered_by=("p_arrived",),
         regular_grid=False,
         # queries of the first q_rows rows only
         partly={"out": lambda args: _queries(args, 1) + len(args["x"]) * 2 * len(args["wk"])},

@@ -39,6 +39,7 @@ ENTRIES = [
             Case("odd", {"B": 19, "rows": 160, "K": 150, "N": 139, "max_batch": 20}),
             Case("odd-wide", {"B": 33, "rows": 75, "K": 200, "N": 75, "max_batch": 40}),
             Case("frame-b1", {"B": 1, "rows": 8320, "K": 3072, "N": 8194, "max_batch": 1}, public=True),
+            Case("frame-b16", {"B": 16, "rows": 8320, "K": 3072, "N": 8194, "max_batch": 16}, True, ("bf16",)),
             Case("frame-b32", {"B": 32, "rows": 8320, "K": 3072, "N": 8194, "max_batch": 32}, public=True),
         ),
         rows="B",

@@ -141,14 +141,16 @@ def counting(whole: bool = False, indirect: Sequence[Tensor] = ()) -> Iterator[l
 
     Args:
         whole: run all blocks of a launch. If False, only the first, second and last block along each axis run, and
-            results are NOT computed. No launch may then depend on the results of an earlier launch.
+            results are NOT computed. No launch may then depend on the results of an earlier launch. All blocks of a
+            launch with shares (voxkern/kernels/shares.py) run in any case.
         indirect: tensors that a kernel accesses through an argument with a table of addresses. Each of these tensors is
             counted like an argument, and ``CountedLaunch.of`` returns its traffic.
     """
     launches: list[CountedLaunch] = []
 
     def start(launch: Launch) -> _Counter:
-        counter = _Counter(launch, list(np.ndindex(launch.grid)) if whole else _corners(launch.grid))
+        every = whole or launch.constants.get("SHARES")  # blocks that divide tiles evenly do not form a regular grid
+        counter = _Counter(launch, list(np.ndindex(launch.grid)) if every else _corners(launch.grid))
         launches.append(counter.counted)
         return counter
 

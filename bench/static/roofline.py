@@ -26,6 +26,7 @@ The prediction does not include
 
 import argparse
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -199,7 +200,7 @@ def in_flight(one: Work) -> float:
     kernel = one.kernel
     assert kernel is not None
     stage = 2 * entry_of(one.operator.removeprefix("codec ")).stage(dict(kernel.constants))  # bytes in bf16
-    return max((kernel.stages - 1) * stage, 16 * 32 * kernel.warps)
+    return max(((kernel.stages or 1) - 1) * stage, 16 * 32 * kernel.warps)
 
 
 def _binary(kernel: KernelLaunch, arch: str) -> LedgerRow | None:
@@ -223,9 +224,9 @@ def _ledger() -> dict[tuple[object, ...], LedgerRow]:
     for row in read_ledger(LEDGER.read_text())[1]:
         if row.dtype == "bf16":
             constants = dict(one.split("=") for one in row.constants.split())
-            for names in (sorted(constants), _tiles(constants)):
-                kernel = row.launch.partition(":")[2], row.arch, row.warps, row.stages
-                found.setdefault((*kernel, *((name, constants[name]) for name in names)), row)
+            kernel = row.launch.partition(":")[2], row.arch, row.warps
+            for names, stages in itertools.product((sorted(constants), _tiles(constants)), (row.stages, None)):
+                found.setdefault((*kernel, stages, *((name, constants[name]) for name in names)), row)
     return found
 
 

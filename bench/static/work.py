@@ -63,14 +63,14 @@ class KernelLaunch:
         grid: blocks along x, y and z.
         constants: (name, value) of the kernel's sizes and tiles, in the order of their names.
         warps: warps of a block.
-        stages: stages of the software pipeline.
+        stages: stages of the software pipeline, or None if the launch does not say.
     """
 
     kernel: str
     grid: tuple[int, int, int]
     constants: tuple[tuple[str, int], ...]
     warps: int
-    stages: int
+    stages: int | None
 
     @property
     def blocks(self) -> int:
@@ -200,9 +200,7 @@ def kernels_of(launch: Callable[[], None]) -> list[KernelLaunch]:
             x, y, z = (*grid, 1, 1)[:3]
             constants = tuple(sorted((name, value) for name, value in named.items() if name.isupper()))
             found.append(
-                KernelLaunch(
-                    kernel.__name__, (x, y, z), constants, named.get("num_warps", 4), named.get("num_stages", 3)
-                )
+                KernelLaunch(kernel.__name__, (x, y, z), constants, named.get("num_warps", 4), named.get("num_stages"))
             )
 
         return run
