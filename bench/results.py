@@ -67,9 +67,12 @@ class ResultRow:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The columns that identify the figure. Rows with equal keys are values of one figure from different times."""
+        """The columns that identify the figure. Rows with equal keys are values of one figure from different times.
+
+        The device counts for measured figures only.
+        """
         what = (self.bench, self.subject, self.provider, self.shape, self.dtype, self.steps, self.metric, self.how)
-        return (*what, self.device)
+        return (*what, self.device if self.how == "measured" else "")
 
 
 def provenance(device: str = "cpu") -> dict[str, str]:
@@ -112,7 +115,10 @@ def store(rows: Iterable[ResultRow], file: Path = FILE) -> None:
         text = file.read_text() if file.exists() else ",".join(names)
         if (found := next(csv.reader(text.splitlines()))) != names:
             raise ValueError(f"{file} has the columns {found}, but must have {names}")
-        table = {(row.key, row.versions): row for row in (*read(text), *rows)}
+        table: dict[tuple[tuple[str, ...], str], ResultRow] = {}
+        for row in (*read(text), *rows):
+            known = table.get((row.key, row.versions), row)
+            table[row.key, row.versions] = row if row.date >= known.date else known
         lines = io.StringIO()
         writer = csv.DictWriter(lines, names, lineterminator="\n")
         writer.writeheader()

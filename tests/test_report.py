@@ -11,7 +11,8 @@ pytest.importorskip("matplotlib", reason="the report's plots need matplotlib: pi
 
 from bench import results
 from bench.report import page, plots, report
-from bench.report.tables import Figures, ReportTable, tables
+from bench.report.figures import Figures, ReportTable
+from bench.report.tables import tables
 from bench.results import ResultRow
 from bench.static import ledger
 

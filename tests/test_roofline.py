@@ -255,7 +255,7 @@ def test_the_ledger_has_a_binary_of_every_launch_but_the_codecs() -> None:
         for B in BATCHES:
             for one in whole(B, gpu=name):
                 assert one.kernel is not None
-                found = roofline._binary(one.kernel, gpu.arch)
+                found = roofline.binary(one.kernel, gpu.arch)
                 assert found is not None or one.operator.startswith("codec"), (one, gpu.arch)
 
 

@@ -4,7 +4,8 @@ import base64
 import html as escape
 from collections.abc import Mapping
 
-from bench.report.tables import Figures, ReportTable, on_cpu
+from bench.report.figures import Figures, ReportTable
+from bench.report.tables import on_cpu
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -31,7 +32,11 @@ of a stated model. Times that are measured are plain PyTorch's, on the CPU named
 """
 RUN = "<p>Times on GPUs that are marked as measured come from: {}. All others are <b>predictions</b>.</p>"
 SECTIONS = (
-    ("Where a frame's time should go", ("roofline", "batches", "work", "launches", "frame", "cache"), "frame"),
+    (
+        "Where a frame's time should go",
+        ("roofline", "batches", "bounds", "filling", "work", "launches", "frame", "cache"),
+        "frame",
+    ),
     ("Why a flow head: against a depth transformer", ("claim",), "claim"),
     ("Beside the public server", ("server",), None),
     ("Errors, in the model's own currency", ("errors", "distortion", "recognition"), "steps"),

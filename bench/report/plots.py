@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.report.tables import Figures
+from bench.report.figures import Figures
 from bench.static.ledger import LedgerRow
 from bench.static.roofline import GPUS, SECONDS, compare_with_measured
 

@@ -20,7 +20,8 @@ import voxkern
 from bench import results
 from bench.__main__ import TOOLS
 from bench.report import page, plots
-from bench.report.tables import Figures, ReportTable, tables
+from bench.report.figures import Figures, ReportTable
+from bench.report.tables import tables
 from bench.results import ResultRow
 from bench.static import ledger
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, PLOTS = ROOT / "bench" / "report.html", ROOT / "bench" / "plots"
 MARKED_FILES = (ROOT / "README.md", ROOT / "docs" / "figures.md")  # have generated tables between markers
 # two of these run at once, because none measures time
-COUNTED = ("recognition", "distortion", "frame", "errors", "server_cost", "roofline")
+COUNTED = ("recognition", "distortion", "frame", "errors", "server_cost", "roofline", "filling")
 TIMED = ("depth", "host", "engine", "run")  # one runs at a time, because another would slow it down
 PARTS = (*COUNTED, *TIMED)  # modules of bench/; each except `run` has a function `rows()`
 SAID = "seven three one"  # text that the demo voice speaks, for the README's picture

@@ -1,85 +1,14 @@
 """The tables of the report, the README and docs/figures.md, made from the committed rows and the ledger only."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from bench.results import ResultRow, newest
+from bench.report.figures import Figures, ReportTable
+from bench.report.predicted import PREDICTED, batches, bounds, filling, roofline, work
+from bench.results import ResultRow
 from bench.static.ledger import LedgerRow
-from bench.static.roofline import SOLVERS
 
-PREDICTED = "PREDICTED by the model of bench/static/roofline.py, not measured."
-SHAPES = ("frame-b1", "frame-b8", "frame-b32")  # columns of the roofline table
 LEVELS = ("1 level", "2 levels", "more")  # distances of acoustic codes, as the metrics name them
-
-
-@dataclass(frozen=True)
-class ReportTable:
-    """A table and the command that makes its figures again.
-
-    Attributes:
-        title: title of the table.
-        note: the conditions under which the figures hold.
-        command: command that makes the rows.
-        head: titles of the columns.
-        lines: the cells of each line.
-    """
-
-    title: str
-    note: str
-    command: str
-    head: Sequence[str]
-    lines: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """Return the table in Markdown."""
-        lines = [self.head, ["---"] * len(self.head), *self.lines]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-class Figures:
-    """Finds rows by the values of their columns. Of several rows of one figure, the newest counts.
-
-    The argument `rows` is ordered from the oldest row to the newest. In the methods, ``wanted`` is column -> value, and
-    a row fits if it has all these values.
-    """
-
-    def __init__(self, rows: Iterable[ResultRow]) -> None:
-        self.rows = list(rows)
-
-    def all(self, **wanted: str) -> list[ResultRow]:
-        """Return the newest row that fits, of every figure. A figure on several devices counts as one."""
-        found: dict[tuple[str, ...], ResultRow] = {}
-        for row in self.rows:
-            if fits(row, wanted):
-                found[row.key[:-1]] = row  # without the device
-        return list(found.values())
-
-    def by(self, *names: str, **wanted: str) -> list[ResultRow]:
-        """Return the newest row for each combination of values in the columns `names`, among the rows that fit."""
-        return list({tuple(getattr(row, n) for n in names): row for row in self.rows if fits(row, wanted)}.values())
-
-    def on_each_device(self, **wanted: str) -> list[ResultRow]:
-        """Return the newest row that fits, of every figure on each device."""
-        return newest(row for row in self.rows if fits(row, wanted))
-
-    def one(self, **wanted: str) -> ResultRow | None:
-        """Return the newest row that fits, or None."""
-        return next((row for row in reversed(self.rows) if fits(row, wanted)), None)
-
-    def value(self, form: str, scale: float = 1.0, **wanted: str) -> str:
-        """Return the value of the newest row that fits, times `scale`, as a cell in the format `form`, or a dash."""
-        row = self.one(**wanted)
-        return "-" if row is None else format(row.value * scale, form)
-
-    def values(self, name: str, **wanted: str) -> list[str]:
-        """Return the distinct values of the column `name` in the rows that fit, in the rows' order."""
-        return list(dict.fromkeys(getattr(row, name) for row in self.all(**wanted)))
-
-
-def fits(row: ResultRow, wanted: Mapping[str, str]) -> bool:
-    """Return whether a row has all values in `wanted`, which is column -> value."""
-    return all(getattr(row, name) == value for name, value in wanted.items())
 
 
 def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTable]:
@@ -87,6 +16,7 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
     made = {
         "frame": frame(figures), "launches": launches(figures), "cache": cache(figures), "server": server(figures),
         "claim": claim(figures), "roofline": roofline(figures), "batches": batches(figures), "work": work(figures),
+        "bounds": bounds(figures), "filling": filling(figures),
         "errors": errors(figures), "distortion": distortion(figures), "recognition": recognition(figures),
         "engine": engine(figures), "host": host(figures), "micro": micro(figures), "gpu": gpu(figures),
         "resources": resources(ledger),
@@ -194,61 +124,6 @@ def claim(figures: Figures) -> ReportTable:
     )
     title = "The architecture's claim: a few flow steps, or 36 codes in a row"
     return ReportTable(title, note, "python -m bench depth", head, lines)
-
-
-def roofline(figures: Figures) -> ReportTable:
-    """Make the table of a frame's floor and predicted time on each GPU, at a few batch sizes."""
-    columns = [(shape, steps) for shape in SHAPES for steps in SOLVERS]
-    lines = [
-        [name, *(_floor_and_time(figures, name, *column) for column in columns)]
-        for name in figures.values("subject", bench="roofline", metric="floor")
-    ]
-    head = ("GPU", *(f"{_batch(shape)}, {steps.replace(':', ' ')}" for shape, steps in columns))
-    note = (
-        "Floor / predicted milliseconds of a whole frame (80 ms of sound) with 7 evaluations of Euler's method and 4 "
-        f"of ab2, bf16. The floor is bytes or products at the data sheet's rates. {PREDICTED}"
-    )
-    return ReportTable("Time of a frame by GPU", note, "python -m bench roofline", head, lines)
-
-
-def batches(figures: Figures) -> ReportTable:
-    """Make the table of a frame's floor and predicted time on each GPU, at every batch size."""
-    shapes = figures.values("shape", bench="roofline", metric="floor")
-    lines = [
-        [name, steps.replace(":", " "), *(_floor_and_time(figures, name, shape, steps) for shape in shapes)]
-        for name in figures.values("subject", bench="roofline", metric="floor")
-        for steps in SOLVERS
-    ]
-    head = ("GPU", "solver", *map(_batch, shapes))
-    note = f"Floor / predicted milliseconds of a whole frame, bf16. {PREDICTED}"
-    return ReportTable("Time of a frame by GPU, every batch", note, "python -m bench roofline", head, lines)
-
-
-def work(figures: Figures) -> ReportTable:
-    """Make the table of a whole frame's launches, bytes and multiply-adds."""
-    wanted = {"bench": "roofline", "subject": "frame"}
-    lines = [
-        [
-            shape.removeprefix("frame-b"), steps.replace(":", " "),
-            figures.value(".0f", **wanted, shape=shape, steps=steps, metric="launches"),
-            figures.value(".2f", 1e-9, **wanted, shape=shape, steps=steps, metric="bytes"),
-            figures.value(".1f", 1e-9, **wanted, shape=shape, steps=steps, metric="multiply-adds"),
-        ]
-        for shape in figures.values("shape", **wanted, metric="launches")
-        for steps in SOLVERS
-    ]  # fmt: skip
-    head = ("batch", "solver", "launches", "GB from DRAM", "multiply-adds, G")
-    note = "Backbone with 400 tokens behind it, flow head and codec; by arithmetic that tests hold to the count."
-    return ReportTable("A whole frame: launches, bytes, operations", note, "python -m bench roofline", head, lines)
-
-
-def _batch(shape: str) -> str:
-    return f"batch {shape.removeprefix('frame-b')}"
-
-
-def _floor_and_time(figures: Figures, gpu: str, shape: str, steps: str) -> str:
-    wanted = {"bench": "roofline", "subject": gpu, "shape": shape, "steps": steps}
-    return " / ".join(figures.value(".2f", **wanted, metric=metric) for metric in ("floor", "time"))
 
 
 def errors(figures: Figures) -> ReportTable:

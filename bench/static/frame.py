@@ -221,7 +221,7 @@ def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list
         x, norm, wq, wk, wv, *_, q, _, eps, max_rows = args
         out, q_rows = q, len(x)
     elif name == "norm_qkv":
-        out, x, norm, wq, wk, wv, eps, q_rows, max_rows = args
+        out, x, norm, wq, wk, wv, eps, q_rows, max_rows, *_ = args
     else:
         return [(name, (launch, *args))]
     for weight, rows in ((wq, q_rows), (wk, len(x)), (wv, len(x))):

@@ -153,7 +153,7 @@ def _evenly(one: Work, gpu: GPU, assume: Assumptions) -> float:
 
 
 def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
-    row = one.kernel and _binary(one.kernel, gpu.arch)
+    row = one.kernel and binary(one.kernel, gpu.arch)
     return running(one, gpu, assume, row.resident) if row else _evenly(one, gpu, assume)
 
 
@@ -203,7 +203,7 @@ def in_flight(one: Work) -> float:
     return max(((kernel.stages or 1) - 1) * stage, 16 * 32 * kernel.warps)
 
 
-def _binary(kernel: KernelLaunch, arch: str) -> LedgerRow | None:
+def binary(kernel: KernelLaunch, arch: str) -> LedgerRow | None:
     """Return the ledger's row with the kernel's sizes and tiles, or one with the same tiles, or None."""
     wanted = {name: str(value) for name, value in kernel.constants}
     for names in (sorted(wanted), _tiles(wanted)):

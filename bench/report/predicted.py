@@ -1,0 +1,100 @@
+"""The tables of a frame's predicted times."""
+
+from bench.report.figures import Figures, ReportTable
+from bench.static import filling as filled
+from bench.static.roofline import SOLVERS
+
+PREDICTED = "PREDICTED by the model of bench/static/roofline.py, not measured."
+SHAPES = ("frame-b1", "frame-b8", "frame-b32")  # columns of the roofline table
+
+
+def roofline(figures: Figures) -> ReportTable:
+    """Make the table of a frame's floor and predicted time on each GPU, at a few batch sizes."""
+    columns = [(shape, steps) for shape in SHAPES for steps in SOLVERS]
+    lines = [
+        [name, *(_floor_and_time(figures, name, *column) for column in columns)]
+        for name in figures.values("subject", bench="roofline", metric="floor")
+    ]
+    head = ("GPU", *(f"{_batch(shape)}, {steps.replace(':', ' ')}" for shape, steps in columns))
+    note = (
+        "Floor / predicted milliseconds of a whole frame (80 ms of sound) with 7 evaluations of Euler's method and 4 "
+        f"of ab2, bf16. The floor is bytes or products at the data sheet's rates. {PREDICTED}"
+    )
+    return ReportTable("Time of a frame by GPU", note, "python -m bench roofline", head, lines)
+
+
+def batches(figures: Figures) -> ReportTable:
+    """Make the table of a frame's floor and predicted time on each GPU, at every batch size."""
+    shapes = figures.values("shape", bench="roofline", metric="floor")
+    lines = [
+        [name, steps.replace(":", " "), *(_floor_and_time(figures, name, shape, steps) for shape in shapes)]
+        for name in figures.values("subject", bench="roofline", metric="floor")
+        for steps in SOLVERS
+    ]
+    head = ("GPU", "solver", *map(_batch, shapes))
+    note = f"Floor / predicted milliseconds of a whole frame, bf16. {PREDICTED}"
+    return ReportTable("Time of a frame by GPU, every batch", note, "python -m bench roofline", head, lines)
+
+
+def bounds(figures: Figures) -> ReportTable:
+    """Make the table of a frame's predicted time over its bound and over its floor."""
+    lines = []
+    for name in figures.values("subject", bench="roofline", metric="bound"):
+        line = [name]
+        for shape in SHAPES:
+            wanted = {"bench": "roofline", "subject": name, "shape": shape, "steps": "euler:7"}
+            time, *least = (figures.one(**wanted, metric=metric) for metric in ("time", "bound", "floor"))
+            over = [f"{time.value / one.value:.2f}" for one in least if time and one]
+            line.append(f"{over[0]} ({over[1]})" if len(over) == 2 else "-")
+        if name in filled.NAMES:
+            lines.append(line)
+    note = f"Predicted time of a frame over the bound, and in brackets over the floor; 7 evaluations, bf16. {PREDICTED}"
+    title = "Predicted time of a frame over its bound"
+    return ReportTable(title, note, "python -m bench roofline", ("GPU", *map(_batch, SHAPES)), lines)
+
+
+def filling(figures: Figures) -> ReportTable:
+    """Make the table of how well each launch with many weights fills each GPU."""
+    lines = []
+    for gpu in figures.values("subject", bench="filling"):
+        for metric in figures.values("metric", bench="filling", subject=gpu):
+            launch, _, last = metric.rpartition(": ")
+            if last == "launches":
+                cells = [
+                    figures.value(form, bench="filling", subject=gpu, metric=f"{launch}: {name}")
+                    for name, (_, form) in filled.METRICS.items()
+                ]
+                lines.append([gpu, launch, *cells])
+    head = (
+        "GPU", "launch", "launches", "blocks", "multiprocessors", "in flight on each, B", "DRAM, us", "L2, us",
+        "products, us", "over the bound",
+    )  # fmt: skip
+    note = f"Launches with 8 MB of weights or more in a frame of 32 requests; public shapes, 7 evaluations. {PREDICTED}"
+    return ReportTable("Launches and GPUs", note, filled.COMMAND, head, lines)
+
+
+def work(figures: Figures) -> ReportTable:
+    """Make the table of a whole frame's launches, bytes and multiply-adds."""
+    wanted = {"bench": "roofline", "subject": "frame"}
+    lines = [
+        [
+            shape.removeprefix("frame-b"), steps.replace(":", " "),
+            figures.value(".0f", **wanted, shape=shape, steps=steps, metric="launches"),
+            figures.value(".2f", 1e-9, **wanted, shape=shape, steps=steps, metric="bytes"),
+            figures.value(".1f", 1e-9, **wanted, shape=shape, steps=steps, metric="multiply-adds"),
+        ]
+        for shape in figures.values("shape", **wanted, metric="launches")
+        for steps in SOLVERS
+    ]  # fmt: skip
+    head = ("batch", "solver", "launches", "GB from DRAM", "multiply-adds, G")
+    note = "Backbone with 400 tokens behind it, flow head and codec; by arithmetic that tests hold to the count."
+    return ReportTable("A whole frame: launches, bytes, operations", note, "python -m bench roofline", head, lines)
+
+
+def _batch(shape: str) -> str:
+    return f"batch {shape.removeprefix('frame-b')}"
+
+
+def _floor_and_time(figures: Figures, gpu: str, shape: str, steps: str) -> str:
+    wanted = {"bench": "roofline", "subject": gpu, "shape": shape, "steps": steps}
+    return " / ".join(figures.value(".2f", **wanted, metric=metric) for metric in ("floor", "time"))
