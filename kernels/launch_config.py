@@ -45,12 +45,12 @@ def architecture() -> str:
 def multiprocessors() -> int:
     """Return the number of multiprocessors that launches are divided among: those of the current device.
 
-    Within :func:`target_arch`, the result is the number given there. In Triton's interpreter it is 5.
+    Within :func:`target_arch`, the result is the number given there. In Triton's interpreter it is 16.
     """
     if _targets:
         return _targets[-1][1]
     if INTERPRETED:
-        return 5
+        return 16
     driver: Any = triton.runtime.driver.active
     return _multiprocessors_of(driver, driver.get_current_device())
 

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plant import case_of, entry_of
 
+from bench.ops.registry import TensorMaker
 from bench.results import ResultRow
 from bench.static import roofline
-from bench.static.counters import counting
+from bench.static.counters import Traffic, counting
 from bench.static.frame import LAYERS, backbone_cost, cache_traffic, frame_cost, public_backbone, public_head
 from bench.static.roofline import (
     BATCHES,
@@ -19,9 +21,12 @@ from bench.static.roofline import (
     compare_with_measured,
     floor,
     frame_on,
+    l2_bytes,
+    parts_bytes,
     predict,
 )
 from bench.static.search import frame_times
+from bench.static.traffic import with_result
 from bench.static.work import (
     CONTEXT,
     Work,
@@ -32,6 +37,7 @@ from bench.static.work import (
     public,
     total_multiply_adds,
     weight_bytes,
+    work_of,
 )
 from voxkern.fused.codec import FusedCodec
 from voxkern.random_checkpoint import tiny_params
@@ -198,6 +204,24 @@ def test_rows_that_pad_a_tile_take_their_time() -> None:
     a_tile = 2 * 32 * 2 * 3072 * 64
     assert predict([some], slow) == pytest.approx(2.2e-6 + 2 * a_tile / (0.5e12 / 132), rel=1e-6)
     assert bound([some], slow) == pytest.approx(2.2e-6 + 2 * 24 * 2 * 3072 * 9216 / 0.5e12, rel=1e-6)
+
+
+@pytest.mark.parametrize(("operator", "case"), [("linear", "odd-residual"), ("norm_swiglu", "odd-many")])
+def test_bytes_through_l2_are_the_counted_ones(operator: str, case: str) -> None:
+    """The interpreter counts each access of a launch with shares; the model has the same sum."""
+    entry = entry_of(operator)
+    args = entry.args(case_of(entry, case), TensorMaker(torch.bfloat16))
+    with counting() as launches:
+        entry.op.run(**args)
+    traffic = launches[0].traffic()
+    parts, norm = traffic["p_parts"], traffic.get("p_norm", Traffic(0, 0))
+    one = work_of(operator, with_result(entry, args))
+    assert one.kernel is not None
+    assert one.kernel.pieces[1] > 0
+    squares = 0 if operator == "linear" else one.kernel.pieces[1] * one.kernel.constant("ROW_TILES") * 16 * 4
+    assert parts.dram == parts.again == parts_bytes(one) + squares
+    counted = sum(one.dram + one.again for name, one in traffic.items() if name != "p_arrived")
+    assert counted == l2_bytes(one) + 2 * squares + norm.again
 
 
 # The predicted time of a frame over its bound, at most, at batch 1, 8 and 32.

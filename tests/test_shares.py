@@ -1,17 +1,20 @@
 """Tests of launches that divide the tiles of a product evenly among blocks."""
 
+import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import GuardedMemory, assert_bands, guarded
+from checks import GuardedMemory, assert_accurate, assert_bands, assert_no_races, guarded
+from plant import case_of, entry_of
 from torch import Tensor
 
-from bench.ops.registry import TensorMaker
-from voxkern.kernels import launch_config
+from bench.ops.registry import ROOT, TensorMaker
 from voxkern.kernels.launch_config import override, target_arch
 from voxkern.kernels.linear import launch_linear, linear, linear_shares
 from voxkern.kernels.norm_linear import launch_norm_swiglu, norm_swiglu_shares
@@ -122,8 +125,43 @@ def test_scratch_that_is_too_small_is_refused(small: str) -> None:
             launch_linear(x.new_empty(M, N), x, w, None, None, None, M, scratch=Scratch(**sizes))
 
 
-def test_the_result_depends_on_the_gpu_and_not_on_max_rows_of_one_size(device: torch.device) -> None:
-    """Two calls of the public operator give the same bits: nothing is left over from the first."""
+def test_nothing_is_left_over_from_an_earlier_call(device: torch.device) -> None:
     x, w = (tensor.to(device) for tensor in (torch.randn(70, 150).bfloat16(), torch.randn(75, 150).bfloat16()))
-    assert launch_config.multiprocessors() >= 1
     assert torch.equal(linear(x, w, None, None, None, 100), linear(x, w, None, None, None, 100))
+
+
+def check_linear() -> None:
+    entry = entry_of("linear")
+    assert_no_races(entry, case_of(entry, "odd-residual"))
+    assert_accurate(entry, case_of(entry, "odd-residual"), "fp32")
+
+
+@pytest.mark.interpreter("accesses of each block are recorded")
+def test_the_kernel_as_it_is_passes_the_checks() -> None:
+    check_linear()
+
+
+@pytest.mark.interpreter("accesses of each block are recorded")
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(("(arrived == STEPS) &", "(arrived == end - first) &"), id="the first block does not wait"),
+        pytest.param(('sem="acq_rel"', 'sem="relaxed"'), id="the atomic orders nothing"),
+        pytest.param(("tl.debug_barrier()  # the stores", "pass  # the stores"), id="no barrier before the atomic"),
+        pytest.param(("* 2 + tl.where(is_first, 1, 0)", "* 1"), id="one place for both of a block's parts"),
+    ],
+)
+def test_a_planted_fault_is_caught(edit: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (ROOT / "kernels" / "shares.py").read_text()
+    assert source.count(edit[0]) == 1
+    file = tmp_path / "planted_shares.py"
+    file.write_text(source.replace(*edit))
+    spec = importlib.util.spec_from_file_location("voxkern.kernels.planted_shares", file)
+    assert spec is not None
+    assert spec.loader is not None
+    planted = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, planted)
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(importlib.import_module("voxkern.kernels.linear"), "add_parts", planted.add_parts)
+    with pytest.raises((RuntimeError, AssertionError)):
+        check_linear()
