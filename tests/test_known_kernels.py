@@ -3,6 +3,7 @@
 Kernels are compiled in a process of their own, because the interpreter is on in this one.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from bench.static import known_kernels
 
-FILE = Path(__file__)
+ROOT = Path(__file__).resolve().parents[1]
 KERNEL = """
 import triton
 import triton.language as tl
@@ -26,57 +27,52 @@ def kernel(p_x, N: tl.constexpr):
     o = tl.arange(0, N)
     tl.store(p_x + o, double(tl.load(p_x + o)))
 """
+# Launches each file's kernel for N = 64 and 128. Kernels of the first file are known to the other files, except for the
+# second one in the second file.
 SCRIPT = """
-import sys, torch
+import importlib, json, sys, torch
+import voxkern.kernels
 from unittest import mock
 from types import SimpleNamespace
 from bench.static import known_kernels
 from voxkern.compile_only import compiling_for
-from voxkern.kernels.changed import kernel
 
-known = {key: SimpleNamespace(shared=1234, warps=4, stages=3) for key in sys.argv[2].split(",")}
-with mock.patch.object(known_kernels, "SAMPLE", int(sys.argv[1])), known_kernels.skipping(known):
-    with compiling_for("sm_90") as launches:
-        for N in (64, 128):
-            kernel[(N, 2)](torch.empty(N, device="meta"), N=N)
-for launch in launches:
-    print(known_kernels.key(launch.binary.hash), len(launch.binary.files) > 0, launch.binary.shared, *launch.grid)
+voxkern.kernels.__path__.append(sys.argv[1])
+found = []
+for i, sample in enumerate((1 << 80, 1 << 80, 1 << 80, 1)):
+    kernel = importlib.import_module(f"voxkern.kernels.file{i}").kernel
+    keys = [one[0] for one in found[0][: 1 if i == 1 else 2]] if i else []
+    known = {key: SimpleNamespace(shared=1234, warps=4, stages=3) for key in keys}
+    with mock.patch.object(known_kernels, "SAMPLE", sample), known_kernels.skipping(known):
+        with compiling_for("sm_90") as launches:
+            for N in (64, 128):
+                kernel[(N, 2)](torch.empty(N, device="meta"), N=N)
+    found.append([])
+    for launch in launches:
+        binary = launch.binary
+        found[i].append([known_kernels.key(binary.hash), len(binary.files) > 0, binary.shared, *launch.grid])
+print(json.dumps(found))
 """
 
 
-def launches(folder: Path, kernel: str, known: str = "", sample: int = 1 << 80) -> list[tuple[str, str, str, str]]:
-    """Launch `kernel` for N = 64 and 128; return each launch's key, whether it was compiled, shared memory and grid.
-
-    Args:
-        folder: a folder for the kernel's file and for Triton's cache.
-        kernel: the source of the kernel's module, which is imported as ``voxkern.kernels.changed``.
-        known: the keys of known kernels, with commas between.
-        sample: one known kernel in so many is compiled.
-    """
-    (folder / "changed.py").write_text(kernel)
-    start = "import voxkern.kernels; voxkern.kernels.__path__.append(" + repr(str(folder)) + ")\n"
-    env = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    command = [sys.executable, "-c", start + SCRIPT, str(sample), known]
-    done = subprocess.run(command, cwd=FILE.parents[1], env=env, capture_output=True, text=True, check=True)
-    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
-    return [(key, compiled, shared, grid) for key, compiled, shared, grid in lines]
-
-
 def test_a_known_kernel_is_not_compiled_until_it_changes(tmp_path: Path) -> None:
-    (first, second) = launches(tmp_path, KERNEL)
-    assert first[1:] == ("True", "0", "64 2 1")
-    assert second[1:] == ("True", "0", "128 2 1")
-    assert len({first[0], second[0]}) == 2
-    known = launches(tmp_path, "# a comment\n\n" + KERNEL, known=first[0])
-    assert known == [(first[0], "False", "1234", "64 2 1"), second]  # neither the comment nor the line counts
-    changed = launches(tmp_path, KERNEL.replace("2.0", "3.0"), known=f"{first[0]},{second[0]}")
-    assert [compiled for _, compiled, _, _ in changed] == ["True", "True"]  # also where a function it calls changed
-    sampled = launches(tmp_path, KERNEL, known=f"{first[0]},{second[0]}", sample=1)
-    assert sampled == [first, second]
+    sources = (KERNEL, "# a comment\n\n" + KERNEL, KERNEL.replace("2.0", "3.0"), KERNEL)
+    for i, source in enumerate(sources):
+        (tmp_path / f"file{i}.py").write_text(source)
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    new, moved, changed, sampled = json.loads(done.stdout)
+    (first, *one), (second, *other) = new
+    assert one == [True, 0, 64, 2, 1]
+    assert other == [True, 0, 128, 2, 1]
+    assert first != second
+    assert moved == [[first, False, 1234, 64, 2, 1], new[1]]  # neither the comment nor the line counts
+    assert [compiled for _, compiled, *_ in changed] == [True, True]  # a function that the kernel calls has changed
+    assert not {key for key, *_ in changed} & {first, second}
+    assert sampled == new
 
 
 @pytest.mark.parametrize(("key", "sampled"), [("0" * 16, True), ("f" * 15 + "0", True), ("0" * 15 + "1", False)])
