@@ -36,7 +36,7 @@ LINEAR = LaunchConfigs(
     arch         dtype  phase    rows N    | SPLIT  SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      prefill  *    *    | 1      0       1          16       32       64       4          1
     interpreter  *      *        32   *    | 2      0       1          16       32       32       4          1
-    interpreter  *      *        64   *    | 2      0       3          16       32       32       4          1
+    interpreter  *      *        64   *    | 1      0       1          16       32       64       4          1
     interpreter  *      *        *    *    | 1      1       3          16       32       64       4          1
     gfx*         fp32   *        *    *    | 1      0       1          16       32       64       4          2
     gfx*         *      prefill  *    *    | 1      0       1          64       128      64       8          2

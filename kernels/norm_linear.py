@@ -44,7 +44,7 @@ NORM_LINEAR = LaunchConfigs(
     arch         dtype  phase    rows | SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      prefill  *    | 0       1          16       32       64       4          1
     interpreter  *      *        32   | 0       1          16       32       64       4          1
-    interpreter  *      *        64   | 0       3          16       32       64       4          1
+    interpreter  *      *        64   | 0       1          16       32       64       4          1
     interpreter  *      *        *    | 1       3          16       32       64       4          1
     gfx*         fp32   *        *    | 0       1          16       32       64       4          2
     gfx*         *      prefill  *    | 0       1          64       128      64       8          2
@@ -74,7 +74,7 @@ NORM_SWIGLU = LaunchConfigs(
     arch         dtype  phase    rows | SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      prefill  *    | 0       1          16       32       64       4          1
     interpreter  *      *        32   | 0       1          16       32       64       4          1
-    interpreter  *      *        64   | 0       3          16       32       64       4          1
+    interpreter  *      *        64   | 0       1          16       32       64       4          1
     interpreter  *      *        *    | 1       3          16       32       64       4          1
     gfx*         fp32   *        *    | 0       1          16       32       32       4          2
     gfx*         *      prefill  *    | 0       1          64       64       64       8          2

@@ -45,7 +45,7 @@ from voxkern.reference import Config
 from voxkern.reference.codec import AudioTokenizer
 
 # requests -> DRAM bytes of flow head and backbone, as ``python -m bench frame`` prints them
-COUNTED = {1: (5.009e9, 6.056e9), 32: (5.353e9, 6.137e9)}
+COUNTED = {1: (5.009e9, 6.056e9), 32: (5.887e9, 6.137e9)}
 HEADS = {1: 95, 32: 116}  # requests -> launches of the flow head
 
 
@@ -57,6 +57,11 @@ def one_launch(operator: str, B: int, rows: int, gpu: str = "H100 SXM") -> Work:
     """Return a launch of the flow head with the most weights among those of an operator with so many rows."""
     found = [one for one in frame_on(GPUS[gpu], B, 7)["flow head"] if (one.operator, one.rows) == (operator, rows)]
     return replace(max(found, key=lambda one: one.weights), times=1)
+
+
+def dram_and_parts(work: list[Work]) -> int:
+    """Return the fewest bytes of the launches, and the parts of tiles that their blocks share."""
+    return dram_bytes(work) + round(sum(one.times * parts_bytes(one) for one in work))
 
 
 def without_attention(work: list[Work]) -> list[Work]:
@@ -78,7 +83,7 @@ def test_launches_and_products_are_the_counted_ones(B: int) -> None:
 @pytest.mark.parametrize("B", COUNTED)
 def test_bytes_are_those_that_were_counted(B: int) -> None:
     parts = frame(B, 7)
-    assert dram_bytes(parts["flow head"]) == pytest.approx(COUNTED[B][0], rel=0.01)
+    assert dram_and_parts(parts["flow head"]) == pytest.approx(COUNTED[B][0], rel=0.01)
     assert dram_bytes(without_attention(parts["backbone"])) == pytest.approx(COUNTED[B][1], rel=0.01)
 
 
@@ -87,7 +92,7 @@ def test_bytes_are_those_that_were_counted(B: int) -> None:
 def test_bytes_are_the_counted_ones(B: int) -> None:
     head, embeddings = public_head()
     parts = frame(B, 7)
-    assert dram_bytes(parts["flow head"]) == pytest.approx(frame_cost(head, B, embeddings).dram, rel=0.01)
+    assert dram_and_parts(parts["flow head"]) == pytest.approx(frame_cost(head, B, embeddings).dram, rel=0.01)
     counted = backbone_cost(public_backbone(), B).dram
     assert dram_bytes(without_attention(parts["backbone"])) == pytest.approx(counted, rel=0.01)
 

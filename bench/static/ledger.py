@@ -300,7 +300,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write bench/ledger.csv, or compare with it; print the complaints, and return 1 if there is one, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench ledger", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with bench/ledger.csv instead of writing it")
-    parser.add_argument("--all", action="store_true", help="compile also the kernels whose source is in the ledger")
+    parser.add_argument("--all", action="store_true", help="compile also kernels that the ledger has")
     options, start = parser.parse_args(arguments), time.perf_counter()
     if options.check:
         found = check(compile_all=options.all)
