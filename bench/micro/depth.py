@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.results import ResultRow
-from bench.static.roofline import GPUS, predict
-from bench.static.work import Work, backbone_step, dram_bytes, frame, launches, public, weight_bytes, work_of
+from bench.static.roofline import GPU, GPUS, frame_on, predict
+from bench.static.work import Work, backbone_step, dram_bytes, launches, public, weight_bytes, work_of
+from voxkern.kernels.launch_config import target_arch
 from voxkern.random_checkpoint import public_params, random_tensor
 from voxkern.reference import Config
 from voxkern.reference.attention import Attend, TransformerBlock, attention, rope_table, rotate
@@ -128,8 +129,10 @@ class DepthTransformer(nn.Module):
         return attend
 
 
-def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: int) -> list[Work]:
-    """Return the depth transformer's launches in a frame of `B` requests: with three layers, 19 for each code and 1."""
+def depth_work(
+    config: AcousticTransformerConfig, audio: AudioModelConfig, B: int, gpu: GPU = GPUS["H100 SXM"]
+) -> list[Work]:
+    """Return the depth transformer's launches in a frame of `B` requests: with three layers, 18 for each code and 1."""
     K, levels, dim = audio.n_acoustic_codebook, audio.acoustic_codebook_size, config.dim
     with torch.device("meta"):
         x, state = torch.empty(B, config.input_dim, dtype=torch.bfloat16), torch.empty(B, dim, dtype=torch.bfloat16)
@@ -137,13 +140,15 @@ def depth_work(config: AcousticTransformerConfig, audio: AudioModelConfig, B: in
         codes = torch.empty(B, dtype=torch.int64)
         backbone = Backbone(as_backbone(config), audio).bfloat16()
     of_output = {"out": codes, "h": state, "weight": output, "n_codes": levels, "max_batch": B}
+    none: dict[str, None] = dict.fromkeys(("bias", "gate", "residual"))
+    with target_arch(gpu.arch, gpu.multiprocessors):
+        last = work_of("semantic_argmax", of_output)
+        once = work_of("linear", {"out": state, "x": x, "weight": projection, "max_rows": B, **none})
     each = [
         Work(operator="depth input", times=1, rows=B, moved=6 * B * dim),  # two rows are read, one is written
-        *backbone_step(backbone, B, (K + 1) / 2),
-        work_of("semantic_argmax", of_output),
+        *backbone_step(backbone, B, (K + 1) / 2, gpu.arch, gpu.multiprocessors),
+        last,
     ]
-    none: dict[str, None] = dict.fromkeys(("bias", "gate", "residual"))
-    once = work_of("linear", {"out": state, "x": x, "weight": projection, "max_rows": B, **none})
     return [once, *(replace(one, times=K * one.times) for one in each)]
 
 
@@ -153,17 +158,17 @@ def as_backbone(config: AcousticTransformerConfig) -> BackboneConfig:
     return Config.from_params(public_params() | sizes | {"vocab_size": 64}).backbone
 
 
-def flow_work(B: int, steps: int) -> list[Work]:
+def flow_work(B: int, steps: int, gpu: GPU = GPUS["H100 SXM"]) -> list[Work]:
     """Return a frame's launches of the public flow head for `B` requests, without those of the semantic code."""
-    return [one for one in frame(B, steps)["flow head"] if one.operator != "semantic_argmax"]
+    return [one for one in frame_on(gpu, B, steps)["flow head"] if one.operator != "semantic_argmax"]
 
 
-def candidates(B: int = 1) -> dict[tuple[str, str], list[Work]]:
-    """Return (name, steps) -> a frame's launches for `B` requests, at the public shapes."""
+def candidates(B: int = 1, gpu: GPU = GPUS["H100 SXM"]) -> dict[tuple[str, str], list[Work]]:
+    """Return (name, steps) -> a frame's launches for `B` requests on `gpu`, at the public shapes."""
     config, audio = public().acoustic_transformer, public().audio
     assert isinstance(config, AcousticTransformerConfig)
-    found = {(DEPTH, f"codes:{audio.n_acoustic_codebook}"): depth_work(config, audio, B)}
-    return found | {("flow head", f"euler:{steps}"): flow_work(B, steps) for steps in STEPS}
+    found = {(DEPTH, f"codes:{audio.n_acoustic_codebook}"): depth_work(config, audio, B, gpu)}
+    return found | {("flow head", f"euler:{steps}"): flow_work(B, steps, gpu) for steps in STEPS}
 
 
 def reduced() -> AcousticTransformerConfig:
@@ -223,7 +228,8 @@ def arithmetic_rows() -> list[ResultRow]:
         counts["launches"] = (round(launches(work)), "1")
         for metric, (value, unit) in counts.items():
             found.append(_row(subject, steps, metric, value, unit, "counted"))
-        for name, gpu in GPUS.items():
+    for name, gpu in GPUS.items():
+        for (subject, steps), work in candidates(1, gpu).items():
             found.append(_row(subject, steps, f"time on {name}", 1e3 * predict(work, gpu), "ms", "predicted"))
     return found
 
@@ -260,10 +266,11 @@ def main(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser(prog="python -m bench depth", description=__doc__).parse_args(arguments)
     print("One request, public shapes, bf16. Bytes and launches are counted; times on GPUs are PREDICTED, ms.")
     print(f"{'':30s}GB of weights  launches" + "".join(f"{name:>12s}" for name in GPUS))
+    on_each = [(gpu, candidates(1, gpu)) for gpu in GPUS.values()]
     for (subject, steps), work in candidates().items():
         print(
             f"{subject + ' ' + steps:30s}{weight_bytes(work) / 1e9:13.2f}{launches(work):10.0f}"
-            + "".join(f"{1e3 * predict(work, gpu):12.2f}" for gpu in GPUS.values())
+            + "".join(f"{1e3 * predict(found[subject, steps], gpu):12.2f}" for gpu, found in on_each)
         )
     for width in ROUNDS:
         print(f"\nMeasured on this machine, plain PyTorch, {torch.get_num_threads()} threads, {ROUNDS[width]} rounds")

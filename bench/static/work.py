@@ -300,9 +300,11 @@ def decode_step(backbone: Backbone, B: int) -> Callable[[], object]:
     return lambda: fused.decode(u, kv, table, lengths)
 
 
-def backbone_step(backbone: Backbone, B: int, context: float) -> list[Work]:
+def backbone_step(
+    backbone: Backbone, B: int, context: float, arch: str = "sm_90", multiprocessors: int = 132
+) -> list[Work]:
     """Return the launches of one token of `B` requests through a backbone on the meta device."""
-    return recorded(decode_step(backbone, B), context)["backbone"]
+    return recorded(decode_step(backbone, B), context, arch, multiprocessors)["backbone"]
 
 
 def codec_chunk(
