@@ -22,6 +22,7 @@ __all__ = [
     "qkv",
     "rms_norm",
     "semantic_argmax",
+    "shares",
     "solver",
     "token_attention",
 ]
