@@ -197,10 +197,11 @@ def launch_linear(
     (M, K), N = x.shape, len(weight)
     R, stride_gate = (0, 0) if gate is None else (len(gate) - 1, gate.stride(0))
     constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
-    shares = linear_shares(weight, max_rows, phase)
+    tiles = triton.cdiv(N, constants["BLOCK_N"])
+    shares = Shares.of(constants, max_rows, tiles, constants["ROW_TILES"])
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
-    grid = shares.grid(constants, M, triton.cdiv(N, constants["BLOCK_N"]))
+    grid = shares.grid(constants, M, tiles)
     parts, arrived = shares.scratch(scratch, x)
     _linear_kernel[grid](x, weight, bias, gate, residual, out, parts, arrived, M, R, stride_x, stride_gate, **constants)
 

@@ -180,10 +180,11 @@ def launch_norm_qkv(
     """
     M, K = x.shape
     constants = norm_constants(NORM_LINEAR, wq, max_rows, phase) | {"N_KV": len(wk)}
-    shares = norm_qkv_shares(wq, wk, max_rows, phase)
+    tiles = _tiles(constants, wq, wk)
+    shares = norm_shares(constants, max_rows, tiles)
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
-    grid = shares.grid(constants, M, _tiles(constants, wq, wk))
+    grid = shares.grid(constants, M, tiles)
     parts, arrived = shares.scratch(scratch, x)
     _norm_qkv_kernel[grid](x, norm, wq, wk, wv, out, parts, arrived, M, q_rows, stride_x, eps, **constants)
 

@@ -63,9 +63,7 @@ def _tiled(one: Work, kernel: KernelLaunch, gpu: GPU, tiles: dict[str, int], war
     shared_by = max(tiles["SHARES"] * gpu.multiprocessors // row_tiles, 1)
     made = KernelLaunch(kernel.kernel, (row_tiles, shared_by, 1), constants, warps, stages)
     if not tiles["SHARES"]:
-        n_kv = kernel.constant("N_KV", 0)
-        columns = -(-kernel.constant("N") // tiles["BLOCK_N"]) + 2 * -(-n_kv // tiles["BLOCK_N"])
-        made = replace(made, grid=(row_tiles, columns, 1))
+        made = replace(made, grid=(row_tiles, made.weight_tiles, 1))
     padded = one.multiply_adds * row_tiles * height // one.rows
     return replace(one, kernel=made, padded_multiply_adds=padded)
 

@@ -80,8 +80,11 @@ class KernelLaunch:
     @property
     def column_tiles(self) -> int:
         """Number of tiles along the weights' rows."""
-        if not self.constant("SHARES", 0):
-            return self.grid[1]
+        return self.weight_tiles if self.constant("SHARES", 0) else self.grid[1]
+
+    @property
+    def weight_tiles(self) -> int:
+        """Number of tiles of N rows of weights, and of N_KV rows of the keys' and of the values' weights."""
         tile, n_kv = self.constant("BLOCK_N"), self.constant("N_KV", 0)
         return -(-self.constant("N") // tile) + 2 * -(-n_kv // tile)
 
