@@ -47,7 +47,7 @@ FLOW_START = LaunchConfigs(
 # A block runs alone on a multiprocessor, which can load some 64 bytes per cycle. The block reaches this rate only with
 # enough bytes in flight. In the public model, a tile of four whole rows of w_out has 24 KB in bf16, and 32 KB with the
 # columns padded to a power of two. Four stages keep three such tiles in shared memory. These fit into 101,376
-# bytes, the limit of a block on sm_86, sm_89 and sm_120. Other GPUs have more shared memory, and so more stages.
+# bytes, the limit of a block on sm_86, sm_89 and sm_120. sm_80, sm_90 and sm_100 have more, and so more stages.
 FLOW_STEP = LaunchConfigs(
     "flow_step",
     """

@@ -29,7 +29,8 @@ __all__ = ["linear"]
 # SPLIT is the number of partial sums along K, see split_product. SHARES is the number of blocks per multiprocessor that
 # divide all tiles evenly, see shares.py; 0 is one block for each tile. For more than 16 rows and N = 1536, as in an MLP
 # head, tiles with 64 rows of weights would make only 24 blocks, so a tile has 32 rows of weights.
-# The flow head has 6 rows for each request. So its tiles have 3 times a power of two rows, without padding.
+# ROW_TILES is the number of blocks of BLOCK_M rows in a tile. The flow head has 6 rows for each request. With
+# ROW_TILES = 3, its 48, 96 or 192 rows for 8, 16 or 32 requests fill tiles without padding.
 LINEAR = LaunchConfigs(
     "linear",
     """

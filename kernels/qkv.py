@@ -38,7 +38,7 @@ from .shares import Scratch, Shares, add_parts, share_of_block
 __all__ = ["norm_qkv", "norm_qkv_append", "rope_append"]
 
 
-# As NORM_LINEAR in norm_linear.py, for one row of each request.
+# Like NORM_LINEAR in norm_linear.py, but without SHARES and ROW_TILES: there is one row for each request.
 NORM_QKV_APPEND = LaunchConfigs(
     "norm_qkv_append",
     """

@@ -8,7 +8,7 @@ other, and each of G blocks computes an equal share of them. 3 tiles of 4 steps 
 
 A tile that several blocks share is the sum of their parts. Each of these blocks stores its part, and then adds its
 steps to the tile's counter. The block that completes the counter adds up the parts in the order of K, whichever block
-that is. So the result does not depend on the order in which blocks run. It depends on G, that is, on the GPU.
+that is. So the result does not depend on the order in which blocks run. It depends on G.
 
 This is the "stream-K" of Osama et al., arXiv 2301.03598.
 """

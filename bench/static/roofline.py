@@ -64,7 +64,7 @@ class GPU:
         flops: dense bf16 operations with fp32 sums, 1/s. Some data sheets print twice that number, with sparsity.
         multiprocessors: number of SMs, or of AMD's compute units.
         l2: bytes of the L2 cache, or of AMD's last-level cache.
-        l2_bandwidth: bytes/s that reads from L2 were measured to reach, or AMD's last-level cache.
+        l2_bandwidth: bytes/s from L2, measured or scaled from another GPU; for AMD, the data sheet's last-level cache.
         arch: the GPU's architecture in the ledger, such as ``sm_90``.
         device: the GPU's name in torch.
     """

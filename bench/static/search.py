@@ -23,7 +23,7 @@ OTHER_REGISTERS = 48
 
 
 def best(one: Work, gpu: GPU) -> float:
-    """Return the shortest predicted time of a product, in seconds, of the tiles that fit a multiprocessor."""
+    """Return the shortest predicted seconds of a product, over all tiles that fit, without its start and first latency."""
     return min((running(tiled, gpu, USUAL, resident) for tiled, resident in _tilings(one, gpu)), default=float("inf"))
 
 

@@ -23,7 +23,7 @@ def new_engine(model: VoxtralTTS, max_batch: int, cache_tokens: int | None, grap
         model: the model.
         max_batch: the most requests that run side by side.
         cache_tokens: tokens of the KV cache. None takes space for 2560 tokens of each request, and one page for its
-            voice. If a request may have at most fewer tokens than 2560, the cache has space for those.
+            voice. If the limit of the model or the kernels is below 2560 tokens, it takes that limit instead.
         graphs: whether an accelerated model's launches are replayed as CUDA graphs, if it is on a GPU.
 
     Raises:
