@@ -23,7 +23,7 @@ OTHER_REGISTERS = 48
 
 
 def best(one: Work, gpu: GPU) -> float:
-    """Return the shortest predicted seconds of a product, over all tiles that fit, without its start and first latency."""
+    """Return the shortest predicted seconds of a product over all tiles that fit, from its first byte to its end."""
     return min((running(tiled, gpu, USUAL, resident) for tiled, resident in _tilings(one, gpu)), default=float("inf"))
 
 
