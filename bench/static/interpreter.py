@@ -1,8 +1,8 @@
-"""Make Triton's interpreter two to three times as fast, without changing its results.
+"""Make Triton's interpreter six times as fast, without changing its results.
 
 The interpreter spends nearly all its time in Python, on objects that describe types and shapes. The patches fit Triton
-3.9.0; another version's interpreter is left as it is. One request of the tiny model on kernels (2
-texts, 2 frames, 2 evaluations) took 17.8 s of processor time without the patches, and takes 7.2 s with them.
+3.9.0; another version's interpreter is left as it is. One request of the tiny model on kernels (2 frames, 2
+evaluations) takes 15.2 s of processor time without the patches, and 2.5 s with them.
 """
 
 import dataclasses
@@ -22,8 +22,11 @@ def speed_up() -> None:
     if triton.__version__ != VERSION or interpreter._patch_lang.__module__ == __name__:
         return
     _patch_language_once_per_launch()
+    _keep_replacements()
     _keep_types_and_shapes()
     _return_early()
+    _let_numpy_broadcast()
+    interpreter.InterpreterBuilder.create_expand_dims = _expand_dims
     builder = interpreter.interpreter_builder
     if not builder.options.debug:  # without debug, overflow is computed, but its assertion never runs
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -37,20 +40,55 @@ def _patch_language_once_per_launch() -> None:
     """
     patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched = set[tuple[bool, bool]]()  # pairs patched in this launch: whether a function's module has tl, and tl.core
+    pairs: dict[int, tuple[dict[str, Any], tuple[bool, bool]]] = {}  # id of a module's globals -> those, and the pair
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         patched.clear()
         run(self, *args, **kwargs)
 
     def patch_once(function: Any) -> Any:
-        modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
-        seen = (tl in modules, tl.core in modules)
+        names = function.__globals__
+        if id(names) not in pairs:
+            modules = [value for value in names.values() if value is tl or value is tl.core]
+            pairs[id(names)] = names, (tl in modules, tl.core in modules)
+        _, seen = pairs[id(names)]
         if seen in patched:
             return interpreter._LangPatchScope()
         patched.add(seen)
         return patch(function)
 
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch, patch_once
+
+
+def _keep_replacements() -> None:
+    """Make the replacement of each function of ``triton.language`` once.
+
+    Triton makes all replacements again at each launch. Each of them calls a wrapper that refuses callers outside of a
+    kernel; here, it calls the wrapped function.
+    """
+    checked = core.builtin(len).__code__
+    replacements: dict[Any, list[tuple[str, Any]]] = {}
+    originals: dict[Any, list[tuple[Any, str, Any]]] = {}
+
+    def replacement(member: Any) -> Any:
+        function = member.__wrapped__ if getattr(member, "__code__", None) is checked else member
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **kwargs)
+
+        return call
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        if package not in replacements:
+            members = interpreter.inspect.getmembers(package, core.is_builtin)
+            originals[package] = [(package, name, value) for name, value in members]
+            replacements[package] = [(name, replacement(value)) for name, value in members]
+        scope._changes += originals[package]
+        for name, value in replacements[package]:
+            setattr(package, name, value)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 def _keep_types_and_shapes() -> None:
@@ -106,3 +144,64 @@ def _return_early() -> None:
         return value if kind in plain else unwrap(value)
 
     TritonSemantic.broadcast_impl_value, core._unwrap_if_constexpr = broadcast_unless_same, unwrap_constexpr
+
+
+def _let_numpy_broadcast() -> None:
+    """Give the operands of an elementwise operation one shape in their types only, and make each constant once.
+
+    NumPy broadcasts the values itself. Triton makes both operands' full arrays first, also of a constant.
+    """
+    operands, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+    constants: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # by operation: its constants; None stands for a tensor
+    common_shapes: dict[tuple[int, int], tuple[Any, Any, Any]] = {}  # by ids of two shapes: these, and the common one
+    types: dict[tuple[str, int], tuple[Any, Any]] = {}  # by element type and id of a shape: this shape, and the type
+
+    def kind(value: Any) -> Any:
+        if type(value) is core.tensor:
+            return value.dtype.name
+        return type(value), value.hex() if type(value) is float else value  # hex tells -0.0 from 0.0
+
+    def scalar(value: Any) -> Any:
+        return core.tensor(value.handle, value.dtype) if type(value) is core.tensor else value
+
+    def with_shape(value: Any, shape: Any) -> Any:
+        if shape is None or (value.type.is_block() and value.type.shape is shape):
+            return value
+        key = value.dtype.name, id(shape)
+        if key not in types:
+            types[key] = shape, core.block_type(value.dtype, shape)
+        return core.tensor(value.handle, types[key][1])
+
+    def shape_of(value: Any) -> Any:
+        return value.type.shape if type(value) is core.tensor and value.type.is_block() else None
+
+    def common_shape(self: Any, lhs: Any, rhs: Any) -> Any:
+        a, b = shape_of(lhs), shape_of(rhs)
+        if a is b or b is None:
+            return a
+        if a is None:
+            return b
+        key = id(a), id(b)
+        if key not in common_shapes:
+            common_shapes[key] = a, b, broadcast(self, lhs, rhs)[0].type.shape
+        return common_shapes[key][2]
+
+    def operands_of_one_shape(self: Any, lhs: Any, rhs: Any, *rules: bool, **named: bool) -> tuple[Any, Any]:
+        shape, key = common_shape(self, lhs, rhs), (kind(lhs), kind(rhs), rules, *named.items())
+        if key in constants:
+            a, b = constants[key]
+            lhs, rhs = lhs if a is None else a, rhs if b is None else b
+        else:
+            a, b = scalar(lhs), scalar(rhs)  # for scalars, Triton's function applies the rules for types alone
+            c, d = operands(self, a, b, *rules, **named)
+            if (a is lhs or a is c) and (b is rhs or b is d):  # no tensor was cast
+                constants[key] = c if a is lhs else None, d if b is rhs else None
+            lhs, rhs = c, d
+        return with_shape(lhs, shape), with_shape(rhs, shape)
+
+    TritonSemantic.binary_op_type_checking_impl = operands_of_one_shape
+
+
+def _expand_dims(_builder: Any, value: Any, axis: int) -> Any:
+    """Insert an axis by indexing: NumPy's own function checks the axis once more, which Triton has done."""
+    return interpreter.TensorHandle(value.data[(slice(None),) * axis + (None,)], value.dtype.scalar)
