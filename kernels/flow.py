@@ -48,12 +48,15 @@ FLOW_START = LaunchConfigs(
 # enough bytes in flight. In the public model, a tile of four whole rows of w_out has 24 KB in bf16, and 32 KB with the
 # columns padded to a power of two. Four stages keep three such tiles in shared memory. These fit into 101,376
 # bytes, the limit of a block on sm_86, sm_89 and sm_120. sm_80, sm_90 and sm_100 have more, and so more stages.
+# On AMD GPUs, the next tile of w_out waits in registers. 16 rows are 96 KB in bf16; in fp16, they spill.
 FLOW_STEP = LaunchConfigs(
     "flow_step",
     """
     arch         dtype N    | BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *     *    | 64       4        4          1
-    gfx*         *     *    | 128      4        8          2
+    gfx*         fp32  *    | 128      4        8          2
+    gfx*         fp16  *    | 128      8        8          2
+    gfx*         *     *    | 128      16       16         2
     sm_*         fp32  4096 | 64       2        16         4
     sm_80        *     4096 | 128      4        16         6
     sm_90        *     4096 | 128      4        16         8

@@ -31,6 +31,9 @@ __all__ = ["linear"]
 # head, tiles with 64 rows of weights would make only 24 blocks, so a tile has 32 rows of weights.
 # ROW_TILES is the number of blocks of BLOCK_M rows in a tile. The flow head has 6 rows for each request. With
 # ROW_TILES = 3, its 48, 96 or 192 rows for 8, 16 or 32 requests fill tiles without padding.
+# On AMD GPUs, a kernel with two stages keeps the next tile in registers while it multiplies the tile in shared memory.
+# The 304 compute units of an MI300X need 11 KB in flight each, so a stage has 16 to 32 KB of weights, and SHARES gives
+# every unit a block. gfx950 has 160 KB of shared memory instead of 64, into which it copies asynchronously.
 LINEAR = LaunchConfigs(
     "linear",
     """
@@ -41,8 +44,18 @@ LINEAR = LaunchConfigs(
     interpreter  *      *        *    *    | 1      1       3          16       32       64       4          1
     gfx*         fp32   *        *    *    | 1      0       1          16       32       64       4          2
     gfx*         *      prefill  *    *    | 1      0       1          64       128      64       8          2
-    gfx*         *      *        16   *    | 4      0       1          16       16       64       4          2
-    gfx*         *      *        *    *    | 1      0       1          64       64       64       4          2
+    gfx*         *      *        32   1536 | 4      0       1          16       16       128      4          2
+    gfx*         *      *        *    1536 | 1      0       1          64       64       64       4          2
+    gfx950       *      *        16   *    | 1      1       1          16       16       256      4          4
+    gfx950       *      *        32   *    | 1      1       1          32       32       128      8          4
+    gfx950       *      *        64   *    | 1      1       1          64       64       64       8          4
+    gfx950       *      *        96   *    | 1      1       3          16       128      128      4          2
+    gfx*         *      *        16   *    | 1      1       1          16       32       256      4          2
+    gfx*         *      *        32   *    | 1      1       1          32       32       256      4          2
+    gfx*         *      *        48   *    | 1      1       3          16       32       256      4          2
+    gfx*         *      *        64   *    | 1      1       1          32       64       256      4          2
+    gfx*         *      *        96   *    | 1      1       3          16       64       256      4          2
+    gfx*         *      *        *    *    | 1      1       1          64       128      128      8          2
     sm_*         fp32   *        *    *    | 1      0       1          16       32       32       4          6
     sm_*         *      prefill  *    *    | 1      0       1          128      128      64       8          3
     sm_*         *      *        8    *    | 4      0       1          8        16       64       4          8

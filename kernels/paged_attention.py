@@ -48,7 +48,7 @@ PAGED_ATTENTION = LaunchConfigs(
     arch         dtype | MIN_GROUP  BLOCK_N  num_warps  num_stages
     interpreter  *     | 8          16       4          1
     gfx*         fp32  | 16         16       4          1
-    gfx*         *     | 16         64       4          1
+    gfx*         *     | 16         64       4          3
     sm_*         fp32  | 8          16       4          3
     sm_*         *     | 8          64       4          3
     """,

@@ -45,8 +45,10 @@ NORM_QKV_APPEND = LaunchConfigs(
     arch         dtype  rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      *    | 16       32       64       4          1
     gfx*         fp32   *    | 16       32       64       4          2
-    gfx*         *      16   | 16       64       128      4          2
-    gfx*         *      *    | 64       64       64       4          2
+    gfx950       *      16   | 16       32       256      8          3
+    gfx950       *      32   | 32       32       256      8          3
+    gfx*         *      32   | 16       32       256      8          2
+    gfx*         *      *    | 32       64       256      8          2
     sm_*         fp32   *    | 16       32       32       4          6
     sm_*         *      8    | 8        64       128      8          6
     sm_*         *      16   | 16       64       128      8          5

@@ -39,8 +39,8 @@ SEMANTIC_ARGMAX = LaunchConfigs(
     arch         dtype  rows | BLOCK_B  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      *    | 16       32       64       4          1
     gfx*         fp32   *    | 16       32       64       4          2
-    gfx*         *      16   | 16       64       128      4          2
-    gfx*         *      *    | 32       64       64       4          2
+    gfx*         *      16   | 16       32       256      8          2
+    gfx*         *      *    | 32       32       256      8          2
     sm_*         fp32   *    | 16       32       32       4          6
     sm_*         *      8    | 8        64       128      8          6
     sm_*         *      16   | 16       64       128      8          5

@@ -49,13 +49,13 @@ TOKEN_ATTENTION = LaunchConfigs(
 # weights per head. Each block repeats the attention, which takes 0.3 MFLOP for the 6 activation rows of one request.
 # With BLOCK_M = 8, a stage holds 26 KB: the weights, and tiles of q, k and v. With num_stages = n, n - 1 stages lie in
 # shared memory. GPUs with 101,376 bytes of shared memory per block (sm_?6, sm_?9, sm_12?) therefore have fewer stages.
-# On sm_120, four warps spill 8 bytes.
+# On sm_120, four warps spill 8 bytes. On AMD GPUs, 192 blocks with 16 rows of wo have 16 KB of weights in flight each.
 TOKEN_ATTENTION_LINEAR = LaunchConfigs(
     "token_attention_linear",
     """
     arch         rows | BLOCK_M  BLOCK_N  num_warps  num_stages
     interpreter  *    | 16       32       4          1
-    gfx*         *    | 16       32       4          2
+    gfx*         *    | 16       16       4          5
     sm_?6        8    | 8        32       4          4
     sm_?9        8    | 8        32       4          4
     sm_12?       8    | 8        32       8          4

@@ -47,6 +47,19 @@ def test_amd_multiplies_fp32_as_fp32_on_its_matrix_units() -> None:
     assert row.faults() == []
 
 
+def test_amd_counts_both_kinds_of_vector_registers_once() -> None:
+    listing = """
+    .agpr_count:     105
+    .private_segment_fixed_size: 0
+    .sgpr_spill_count: 0
+    .vgpr_count:     233
+    .vgpr_spill_count: 0
+    ; codeLenInByte = 7168
+"""
+    code = machine_code._of_amd(listing)
+    assert (code.registers, code.spill, code.size) == (233, 0, 7168)
+
+
 def test_a_change_of_machine_code_is_named() -> None:
     other = dataclasses.replace(ROW, case="q-b32")
     assert ledger.changes([ROW, other], [ROW, other]) == []

@@ -1,8 +1,11 @@
 """How well each launch of a frame fills a GPU, by the model of bench/static/roofline.py.
 
-``python -m bench filling`` prints a line for each GPU and launch with many weights, for 32 requests at the public
-shapes: its blocks, the multiprocessors that work at once, the bytes in flight on each of them, the times of its bytes
-from memory, its bytes through L2 and its multiply-adds, and its predicted time over its bound.
+``python -m bench filling`` prints a line for each GPU and each launch with many weights, for 32 requests at the public
+shapes. A line has
+
+- the launch's blocks, the multiprocessors that work at once, and the bytes in flight on each of them,
+- the times that its bytes from memory, its bytes through L2 and its multiply-adds take, each alone,
+- its predicted time over its bound.
 """
 
 import argparse
@@ -12,7 +15,7 @@ from bench.results import ResultRow
 from bench.static.roofline import GPU, GPUS, USUAL, binary, bound, frame_on, in_flight, l2_bytes, parts_bytes, predict
 from bench.static.work import Work
 
-NAMES = ("H100 SXM", "H200", "B200", "A100 80GB", "RTX 4090", "RTX 5090")
+NAMES = ("H100 SXM", "H200", "B200", "A100 80GB", "RTX 4090", "RTX 5090", "MI300X", "MI355X")
 BATCH, EVALUATIONS = 32, 7
 LEAST_WEIGHTS = 8 << 20  # bytes of weights of the launches in the table
 COMMAND = "python -m bench filling"
@@ -42,7 +45,7 @@ def figures(one: Work, gpu: GPU) -> dict[str, float]:
         "launches": one.times,
         "blocks": kernel.blocks,
         "multiprocessors": busy,
-        "in flight": in_flight(one) * at_once,
+        "in flight": in_flight(one, gpu.arch) * at_once,
         "DRAM": 1e6 * (one.dram + parts_bytes(one)) / (gpu.bandwidth * USUAL.streaming),
         "L2": 1e6 * l2_bytes(one) / gpu.l2_bandwidth,
         "products": 1e6 * 2 * one.padded_multiply_adds / (gpu.flops * USUAL.dense),

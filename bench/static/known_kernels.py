@@ -25,7 +25,7 @@ SAMPLE = 16  # one kernel in so many is compiled although its key is known
 
 
 class Known(Protocol):
-    """What is stored of a kernel that was compiled before."""
+    """What the ledger stores of a kernel that was compiled before."""
 
     @property
     def shared(self) -> int:

@@ -69,9 +69,9 @@ def _of_amd(listing: str) -> MachineCode:
     number = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", listing, re.MULTILINE)}
     length = re.search(r"codeLenInByte = (\d+)", listing)
     assert length is not None
+    # vgpr_count is the sum of both kinds of vector registers; agpr_count is the share of one kind
     spill = number["private_segment_fixed_size"] + 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
-    registers = number["vgpr_count"] + number.get("agpr_count", 0)
-    return MachineCode(registers, spill, int(length[1]), "-", _instructions(listing))
+    return MachineCode(number["vgpr_count"], spill, int(length[1]), "-", _instructions(listing))
 
 
 def _instructions(listing: str) -> Instructions:

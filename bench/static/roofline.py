@@ -37,6 +37,7 @@ from bench.results import read as read_results
 from bench.static.ledger import FILE as LEDGER
 from bench.static.ledger import LedgerRow
 from bench.static.ledger import read as read_ledger
+from bench.static.machines import MACHINES
 from bench.static.work import (
     CHUNK,
     CONTEXT,
@@ -100,6 +101,9 @@ GPUS = {
     "B200": GPU(8.0e12, 2250e12, 148, 126 << 20, L2_HOPPER * 148, "sm_100", "NVIDIA B200"),
     # AMD Instinct MI300X data sheet: 5.3 TB/s, 1,307.4 TFLOPS, 304 CUs, 256 MB of last-level cache at 17.2 TB/s
     "MI300X": GPU(5.3e12, 1307.4e12, 304, 256 << 20, 17.2e12, "gfx942", "AMD Instinct MI300X"),
+    # AMD Instinct MI355X data sheet: 8 TB/s, 2,516.6 TFLOPS bf16, 256 CUs, 256 MB of last-level cache. No bandwidth of
+    # that cache was found; it is taken to be the MI300X's.
+    "MI355X": GPU(8.0e12, 2516.6e12, 256, 256 << 20, 17.2e12, "gfx950", "AMD Instinct MI355X"),
 }
 
 
@@ -164,7 +168,7 @@ def running(one: Work, gpu: GPU, assume: Assumptions, resident: int) -> float:
     flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor, 1/s
     blocks, row_tiles = kernel.blocks, kernel.grid[0]  # all kernels have tiles of rows, or requests, along x
     flops = 2 * one.padded_multiply_adds / blocks
-    alone = (one.weights * row_tiles + one.cache + one.moved) / blocks / in_flight(one) * assume.latency
+    alone = (one.weights * row_tiles + one.cache + one.moved) / blocks / in_flight(one, gpu.arch) * assume.latency
     alone += (kernel.pieces[0] - 1) * assume.latency  # the pipeline fills again for each tile
     # what all blocks take together, in proportion to their number
     dram = one.dram + parts_bytes(one)  # parts are written to memory, but read while they are still in L2
@@ -195,12 +199,19 @@ def parts_bytes(one: Work) -> int:
     return 4 * tile * kernel.pieces[1]
 
 
-def in_flight(one: Work) -> float:
-    """Return the bytes that one block has in flight: those of the weights' stages, but at least 16 for each thread."""
+def in_flight(one: Work, arch: str) -> float:
+    """Return the bytes that one block has in flight: its stages of weights, but at least 16 for each thread.
+
+    A kernel with n stages loads n - 1 ahead of the product, as far as shared memory holds them. With one stage, it
+    loads a stage, waits, and multiplies.
+    """
     kernel = one.kernel
     assert kernel is not None
     stage = 2 * entry_of(one.operator.removeprefix("codec ")).stage(dict(kernel.constants))  # bytes in bf16
-    return max(((kernel.stages or 1) - 1) * stage, 16 * 32 * kernel.warps)
+    row, ahead = binary(kernel, arch), max((kernel.stages or 1) - 1, 1) * stage
+    if row and row.stages > 1:
+        ahead = min(ahead, max(row.shared, stage))
+    return max(ahead, 16 * MACHINES[arch].warp_size * kernel.warps)
 
 
 def binary(kernel: KernelLaunch, arch: str) -> LedgerRow | None:
