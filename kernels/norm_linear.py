@@ -34,8 +34,7 @@ __all__ = ["norm_linear", "norm_swiglu"]
 # `norm` in pieces of 2 bytes, one element per thread. Asynchronous copies move at least 4 bytes, so this load is not
 # pipelined, and every step waits for it.
 # On sm_120, norm_linear spills registers with BLOCK_M = 64 on four warps, and with BLOCK_M = 32 and BLOCK_K = 128.
-# kernels/qkv.py uses this table too. There, BLOCK_M = 32 with BLOCK_N = 64 spills on sm_120: norm_qkv_append spills
-# on four warps, and norm_qkv on eight.
+# norm_qkv uses this table too. On sm_120, it spills with BLOCK_M = 32 and BLOCK_N = 64 on eight warps.
 # On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
 # tiles spill.
 NORM_LINEAR = LaunchConfigs(
@@ -158,8 +157,8 @@ def norm_product(
         BLOCK_K: columns per step.
 
     Returns:
-        3 * ROW_TILES fp32 blocks, or 2 * ROW_TILES if `p_up` is None: [BLOCK_N, BLOCK_M] of `p_w` for each tile of
-        rows, then the same of `p_up`, then [1, BLOCK_M], the sums of x^2 (zeros with NORM_FIRST).
+        ROW_TILES fp32 arrays [BLOCK_N, BLOCK_M] for `p_w`, then as many for `p_up` if it is not None. Then ROW_TILES
+        arrays [1, BLOCK_M] with the sums of x^2, which are zeros with NORM_FIRST.
     """
     o_k = tl.arange(0, BLOCK_K)
     eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
@@ -347,7 +346,7 @@ def launch_norm_swiglu(
 ) -> None:  # fmt: skip
     """Run :func:`norm_swiglu` into `out`, contiguous [M, N], without checking the arguments.
 
-    `scratch` is memory for :func:`norm_swiglu_shares`. With None, the launcher allocates it where it is needed.
+    `scratch` is allocated for :func:`norm_swiglu_shares`. With None, the launcher allocates what it needs.
     """
     _launch_norm(NORM_SWIGLU, out, x, norm, w1, w3, eps, max_rows, phase, scratch)
 

@@ -49,14 +49,17 @@ def share_of_block(TOTAL: tl.constexpr):
 
 @triton.jit
 def _part(p_parts, i_block, is_first, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """Return where a block keeps its part of a tile. A block shares at most two tiles, the last one from its step 0."""
+    """Return where block `i_block` stores its part of a tile.
+
+    A block has parts of at most two tiles: the last steps of one tile, and the first steps of another (`is_first`).
+    """
     i_row_tile, n_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(1)
     return p_parts + ((i_row_tile * n_blocks + i_block) * 2 + tl.where(is_first, 1, 0)) * (COUNT * SIZE)
 
 
 @triton.jit
 def _offsets(b_v):
-    """Return the offsets of the elements of a block with two dimensions, row by row."""
+    """Return the offsets of the elements of an array with two dimensions, row by row."""
     ROWS: tl.constexpr = b_v.shape[0]
     COLUMNS: tl.constexpr = b_v.shape[1]
     return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -70,7 +73,7 @@ def add_parts(
     """Complete a tile, if this block has all its steps or is the last block to add its part.
 
     Args:
-        blocks: COUNT fp32 blocks with two dimensions, summed over the steps `first` to `end` of the tile.
+        blocks: COUNT fp32 arrays with two dimensions, this block's sums over the steps `first` to `end` of the tile.
         p_parts: memory for the parts, see :class:`Scratch`.
         p_arrived: counters of the tiles' steps.
         i_tile: the tile.
@@ -78,11 +81,11 @@ def add_parts(
         end: the step after the part's last.
         TILES: number of tiles.
         STEPS: number of steps of a tile.
-        COUNT: number of blocks.
-        SIZE: the most elements of one of the blocks.
+        COUNT: number of arrays.
+        SIZE: the most elements of one array.
 
     Returns:
-        The blocks, summed over all steps, and whether they are complete. Otherwise the blocks are undefined.
+        The arrays, summed over all steps, and whether they are complete. Otherwise the arrays are undefined.
     """
     i_block, n_blocks = tl.program_id(1), tl.num_programs(1)
     is_whole = end - first == STEPS
@@ -117,13 +120,13 @@ def add_parts(
 
 @dataclass(frozen=True)
 class Shares:
-    """How a launch divides the tiles of its product.
+    """Says how a launch divides the tiles of its product.
 
     Attributes:
         blocks: blocks for each tile of rows, or 0 if each block computes one tile.
         row_tiles: tiles of the rows that the launch is prepared for.
-        floats: numbers of scratch memory for parts.
-        counters: counters of tiles.
+        floats: the fp32 numbers that the parts need in scratch memory.
+        counters: the counters that the tiles need.
     """
 
     blocks: int
@@ -139,7 +142,7 @@ class Shares:
             constants: the launch config. Its SHARES are blocks per multiprocessor, or 0 for one tile in each block.
             max_rows: the rows that the launch is prepared for.
             tiles: tiles of the weight's rows.
-            count: blocks of numbers that make up a part of a tile.
+            count: arrays that make up a part of a tile.
         """
         if not constants["SHARES"]:
             return cls(0, 0, 0, 0)

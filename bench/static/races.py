@@ -10,8 +10,8 @@ it: the argument of the atomic must be in ``Entry.ordered_by``. These rules of C
 - A relaxed atomic, and an atomic with the scope of one block, order nothing.
 
 The interpreter runs blocks one after another, so one run shows only one order of the atomics. In that order, a block
-may run last by chance, and not because an atomic orders it. So each operator runs in several orders of its blocks,
-among them one and its reverse: of each two blocks, each is first once. Three rules are checked:
+may run last by chance, and not because an atomic orders it. So each operator runs in several orders of its blocks. Two
+of them are reverse, so of every two blocks, each runs first once. Three rules are checked:
 
 1. In each run, every two accesses that conflict are ordered by declared atomics.
 2. Two conflicting accesses have the same order in all runs. Otherwise no result of an atomic decides their order.
@@ -74,7 +74,10 @@ class Touch:
     clock: np.ndarray
 
     def conflicts(self, other: "Touch") -> bool:
-        """Return whether accesses of one address need an order: of two blocks, not both reads or declared atomics."""
+        """Return whether two accesses of one address need an order.
+
+        They need one if two blocks make them, and not both are reads, and not both are declared atomics.
+        """
         atomic = self.declared and other.declared
         return self.rank != other.rank and not atomic and not self.kind == other.kind == READS
 
