@@ -214,6 +214,7 @@ def in_flight(one: Work, arch: str) -> float:
     return max(ahead, 16 * MACHINES[arch].warp_size * kernel.warps)
 
 
+@functools.cache
 def binary(kernel: KernelLaunch, arch: str) -> LedgerRow | None:
     """Return the ledger's row with the kernel's sizes and tiles, or one with the same tiles, or None."""
     wanted = {name: str(value) for name, value in kernel.constants}

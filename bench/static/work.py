@@ -173,6 +173,7 @@ def entry_of(operator: str) -> Entry:
     return next(entry for entry in entries() if entry.name == operator)
 
 
+signature = functools.cache(inspect.signature)  # a frame has hundreds of launches by some twenty launchers
 Record = Callable[..., None]  # takes the part of the frame, the operator's name, its launcher, and the arguments
 
 
@@ -181,7 +182,7 @@ def intercepted(record: Record) -> Iterator[None]:
     """Within the ``with`` block, call `record` instead of each launcher that a file in MODULES calls."""
 
     def call(part: str, operator: str, launch: Callable[..., None], *args: Any, **named: Any) -> None:
-        bound = inspect.signature(launch).bind(*args, **named)
+        bound = signature(launch).bind(*args, **named)
         bound.apply_defaults()
         record(part, operator, launch, *bound.args)
 
@@ -265,17 +266,18 @@ def recorded(
     found: dict[str, Counter[Work]] = {}
 
     def record(part: str, operator: str, launch: Callable[..., None], *args: Any) -> None:
-        named = dict(inspect.signature(launch).bind(*args).arguments)
+        named = dict(signature(launch).bind(*args).arguments)
         if operator == "paged_attention":
             one = _with_context(work_of(operator, _with_one_token(named), part), context)
         else:
             one = work_of(operator, named, part)
         found.setdefault(part, Counter())[one] += 1
 
-    with torch.inference_mode(), target_arch(arch, multiprocessors), intercepted(record):
-        run()
-        found.clear()
-        run()
+    with torch.inference_mode(), target_arch(arch, multiprocessors):
+        with intercepted(lambda *_: None):
+            run()
+        with intercepted(record):
+            run()
     return {part: [replace(one, times=n) for one, n in works.items()] for part, works in found.items()}
 
 
