@@ -48,7 +48,8 @@ FLOW_START = LaunchConfigs(
 # enough bytes in flight. In the public model, a tile of four whole rows of w_out has 24 KB in bf16, and 32 KB with the
 # columns padded to a power of two. Four stages keep three such tiles in shared memory. These fit into 101,376
 # bytes, the limit of a block on sm_86, sm_89 and sm_120. sm_80, sm_90 and sm_100 have more, and so more stages.
-# On AMD GPUs, the next tile of w_out waits in registers. 16 rows are 96 KB in bf16; in fp16, they spill.
+# On AMD GPUs, the next tile of w_out is held in registers. A tile of 16 rows loads 96 KB in bf16. In fp16, a kernel
+# with 16 rows spills registers, so a tile has 8 rows.
 FLOW_STEP = LaunchConfigs(
     "flow_step",
     """

@@ -206,7 +206,7 @@ def launch_linear(
 ) -> None:  # fmt: skip
     """Run :func:`linear` into `out`, contiguous [M, N], without checking the arguments.
 
-    `scratch` is allocated for :func:`linear_shares`. With None, the launcher allocates what it needs.
+    `scratch` is at least as large as :func:`linear_shares` requires. If it is None, the launcher allocates it.
     """
     (M, K), N = x.shape, len(weight)
     R, stride_gate = (0, 0) if gate is None else (len(gate) - 1, gate.stride(0))

@@ -34,7 +34,7 @@ __all__ = ["norm_linear", "norm_swiglu"]
 # `norm` in pieces of 2 bytes, one element per thread. Asynchronous copies move at least 4 bytes, so this load is not
 # pipelined, and every step waits for it.
 # On sm_120, norm_linear spills registers with BLOCK_M = 64 on four warps, and with BLOCK_M = 32 and BLOCK_K = 128.
-# norm_qkv uses this table too. On sm_120, it spills with BLOCK_M = 32 and BLOCK_N = 64 on eight warps.
+# norm_qkv uses this table too. On sm_120, norm_qkv spills with BLOCK_M = 32 and BLOCK_N = 64 on eight warps.
 # On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
 # tiles spill.
 NORM_LINEAR = LaunchConfigs(
@@ -346,7 +346,7 @@ def launch_norm_swiglu(
 ) -> None:  # fmt: skip
     """Run :func:`norm_swiglu` into `out`, contiguous [M, N], without checking the arguments.
 
-    `scratch` is allocated for :func:`norm_swiglu_shares`. With None, the launcher allocates what it needs.
+    `scratch` is at least as large as :func:`norm_swiglu_shares` requires. If it is None, the launcher allocates it.
     """
     _launch_norm(NORM_SWIGLU, out, x, norm, w1, w3, eps, max_rows, phase, scratch)
 

@@ -38,8 +38,8 @@ from .shares import Scratch, Shares, add_parts, share_of_block
 __all__ = ["norm_qkv", "norm_qkv_append", "rope_append"]
 
 
-# Like NORM_LINEAR in norm_linear.py, but without SHARES and ROW_TILES: there is one row for each request. On sm_120,
-# BLOCK_M = 32 with BLOCK_N = 64 spills on four warps.
+# These configs follow NORM_LINEAR, without SHARES and ROW_TILES, because a launch has only one row for each request. On
+# sm_120, the kernel spills with BLOCK_M = 32 and BLOCK_N = 64 on four warps.
 NORM_QKV_APPEND = LaunchConfigs(
     "norm_qkv_append",
     """
@@ -178,8 +178,8 @@ def launch_norm_qkv(
 ) -> None:  # fmt: skip
     """Run :func:`norm_qkv` into `out`, contiguous [M, Nq + 2 Nkv], without checking the arguments.
 
-    In the rows from `q_rows` on, the queries in `out` are left unchanged. `scratch` is allocated
-    for :func:`norm_qkv_shares`. With None, the launcher allocates what it needs.
+    In the rows from `q_rows` on, the queries in `out` are left unchanged. `scratch` is at least
+    as large as :func:`norm_qkv_shares` requires. If it is None, the launcher allocates the memory.
     """
     M, K = x.shape
     constants = norm_constants(NORM_LINEAR, wq, max_rows, phase) | {"N_KV": len(wk)}

@@ -120,13 +120,13 @@ def add_parts(
 
 @dataclass(frozen=True)
 class Shares:
-    """Says how a launch divides the tiles of its product.
+    """Holds how a launch divides the tiles of its product among blocks.
 
     Attributes:
         blocks: blocks for each tile of rows, or 0 if each block computes one tile.
         row_tiles: tiles of the rows that the launch is prepared for.
-        floats: the fp32 numbers that the parts need in scratch memory.
-        counters: the counters that the tiles need.
+        floats: number of fp32 elements that the parts take in scratch memory.
+        counters: number of int32 counters, one for each tile.
     """
 
     blocks: int

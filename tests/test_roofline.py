@@ -62,7 +62,7 @@ def one_launch(operator: str, B: int, rows: int, gpu: str = "H100 SXM") -> Work:
 
 
 def dram_and_parts(work: list[Work]) -> int:
-    """Return the fewest bytes of the launches, and the parts of tiles that their blocks share."""
+    """Return the launches' fewest bytes from memory plus the bytes of the parts of tiles that blocks share."""
     return dram_bytes(work) + round(sum(one.times * parts_bytes(one) for one in work))
 
 
@@ -162,7 +162,7 @@ def test_a_launch_that_latency_limits_by_hand() -> None:
 
 
 def test_attention_on_amd_has_one_step_in_flight() -> None:
-    """Two of its three stages would be 64 KiB of keys and values, but 34,816 bytes of shared memory hold one.
+    """Two of the kernel's three stages would hold 64 KiB, but its 34,816 bytes of shared memory hold one stage.
 
     A span of 256 tokens has four steps of 64 tokens, each with 32 KiB for one key head.
     """

@@ -3,9 +3,10 @@
 ``python -m bench filling`` prints a line for each GPU and each launch with many weights, for 32 requests at the public
 shapes. A line has
 
-- the launch's blocks, the multiprocessors that work at once, and the bytes in flight on each of them,
-- the times that its bytes from memory, its bytes through L2 and its multiply-adds take, each alone,
-- its predicted time over its bound.
+- how often the launch runs in a frame,
+- its blocks, the multiprocessors that are busy, and the bytes in flight on each of them,
+- three times: of its bytes from memory, of its bytes through L2, and of its multiply-adds,
+- its predicted time divided by its bound.
 """
 
 import argparse

@@ -63,8 +63,8 @@ def _patch_language_once_per_launch() -> None:
 def _keep_replacements() -> None:
     """Make the replacement of each function of ``triton.language`` once.
 
-    Triton makes all replacements again at each launch. Each of them calls a wrapper that refuses callers outside of a
-    kernel; here, it calls the wrapped function.
+    Triton makes all replacements again at each launch. Triton's replacements call a wrapper that raises an error
+    outside of a kernel. These replacements call the wrapped function directly.
     """
     checked = core.builtin(len).__code__
     replacements: dict[Any, list[tuple[str, Any]]] = {}
@@ -147,12 +147,12 @@ def _return_early() -> None:
 
 
 def _let_numpy_broadcast() -> None:
-    """Give the operands of an elementwise operation one shape in their types only, and make each constant once.
+    """Broadcast the types of an elementwise operation's operands, but not their values; make each constant once.
 
-    NumPy broadcasts the values itself. Triton makes both operands' full arrays first, also of a constant.
+    NumPy broadcasts the values itself. Triton first makes a full array of each operand, even of a constant.
     """
     operands, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
-    constants: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # by operation: its constants; None stands for a tensor
+    constants: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # by kinds of operands and rules: constants
     common_shapes: dict[tuple[int, int], tuple[Any, Any, Any]] = {}  # by ids of two shapes: these, and the common one
     types: dict[tuple[str, int], tuple[Any, Any]] = {}  # by element type and id of a shape: this shape, and the type
 
@@ -203,5 +203,5 @@ def _let_numpy_broadcast() -> None:
 
 
 def _expand_dims(_builder: Any, value: Any, axis: int) -> Any:
-    """Insert an axis by indexing: NumPy's own function checks the axis once more, which Triton has done."""
+    """Insert an axis by indexing, because ``np.expand_dims`` would check the axis again."""
     return interpreter.TensorHandle(value.data[(slice(None),) * axis + (None,)], value.dtype.scalar)

@@ -10,8 +10,9 @@ it: the argument of the atomic must be in ``Entry.ordered_by``. These rules of C
 - A relaxed atomic, and an atomic with the scope of one block, order nothing.
 
 The interpreter runs blocks one after another, so one run shows only one order of the atomics. In that order, a block
-may run last by chance, and not because an atomic orders it. So each operator runs in several orders of its blocks. Two
-of them are reverse, so of every two blocks, each runs first once. Three rules are checked:
+may run last by chance, and not because an atomic orders it. So each operator runs in several orders of its blocks. One
+of these orders is the reverse of another, so each block of every pair runs first in at least one run. Three rules are
+checked:
 
 1. In each run, every two accesses that conflict are ordered by declared atomics.
 2. Two conflicting accesses have the same order in all runs. Otherwise no result of an atomic decides their order.
@@ -76,7 +77,7 @@ class Touch:
     def conflicts(self, other: "Touch") -> bool:
         """Return whether two accesses of one address need an order.
 
-        They need one if two blocks make them, and not both are reads, and not both are declared atomics.
+        Accesses of different blocks need an order, unless both are reads or both are declared atomics.
         """
         atomic = self.declared and other.declared
         return self.rank != other.rank and not atomic and not self.kind == other.kind == READS

@@ -65,7 +65,8 @@ class GPU:
         flops: dense bf16 operations with fp32 sums, 1/s. Some data sheets print twice that number, with sparsity.
         multiprocessors: number of SMs, or of AMD's compute units.
         l2: bytes of the L2 cache, or of AMD's last-level cache.
-        l2_bandwidth: bytes/s from L2, measured or scaled from another GPU; for AMD, the data sheet's last-level cache.
+        l2_bandwidth: bytes/s from L2, measured or scaled from another GPU. For AMD GPUs, bytes/s from the last-level
+            cache by the MI300X's data sheet.
         arch: the GPU's architecture in the ledger, such as ``sm_90``.
         device: the GPU's name in torch.
     """
@@ -200,10 +201,10 @@ def parts_bytes(one: Work) -> int:
 
 
 def in_flight(one: Work, arch: str) -> float:
-    """Return the bytes that one block has in flight: its stages of weights, but at least 16 for each thread.
+    """Return the bytes that one block has in flight: those of its stages, at least 16 for each thread.
 
-    A kernel with n stages loads n - 1 ahead of the product, as far as shared memory holds them. With one stage, it
-    loads a stage, waits, and multiplies.
+    A kernel with n stages has n - 1 stages in flight, or fewer if shared memory holds fewer. A kernel with one stage
+    has that stage in flight.
     """
     kernel = one.kernel
     assert kernel is not None
