@@ -93,7 +93,7 @@ class LaunchConfigs:
             K: columns of the weight.
             dtype: dtype of the weight: fp32, bf16 or fp16.
             rows: the most rows that the model is prepared for.
-            phase: ``decode`` or ``prefill``.
+            phase: ``decode``, ``prefill`` or ``codec``.
 
         Raises:
             ValueError: no row of the table matches.

@@ -34,16 +34,22 @@ __all__ = ["linear"]
 # On AMD GPUs, a kernel with two stages keeps the next tile in registers while it multiplies the tile in shared memory.
 # The 304 compute units of an MI300X need 11 KB in flight each, so a stage has 16 to 32 KB of weights, and SHARES gives
 # every unit a block. gfx950 has 160 KB of shared memory instead of 64, into which it copies asynchronously.
+# The codec's launches may have more rows than they are prepared for, so their tiles are not divided into shares.
 LINEAR = LaunchConfigs(
     "linear",
     """
     arch         dtype  phase    rows N    | SPLIT  SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      prefill  *    *    | 1      0       1          16       32       64       4          1
+    interpreter  *      codec    *    *    | 2      0       1          16       32       32       4          1
     interpreter  *      *        32   *    | 2      0       1          16       32       32       4          1
     interpreter  *      *        64   *    | 1      0       1          16       32       64       4          1
     interpreter  *      *        *    *    | 1      1       3          16       32       64       4          1
     gfx*         fp32   *        *    *    | 1      0       1          16       32       64       4          2
     gfx*         *      prefill  *    *    | 1      0       1          64       128      64       8          2
+    gfx950       *      codec    64   *    | 1      0       1          16       32       256      4          5
+    gfx950       *      codec    *    *    | 1      0       1          32       64       128      4          5
+    gfx*         *      codec    128  *    | 1      0       1          16       16       128      8          2
+    gfx*         *      codec    *    *    | 1      0       1          16       64       256      8          2
     gfx*         *      *        32   1536 | 4      0       1          16       16       128      4          2
     gfx*         *      *        *    1536 | 1      0       1          64       64       64       4          2
     gfx950       *      *        16   *    | 1      1       1          16       16       256      4          4
@@ -58,6 +64,9 @@ LINEAR = LaunchConfigs(
     gfx*         *      *        *    *    | 1      1       1          64       128      128      8          2
     sm_*         fp32   *        *    *    | 1      0       1          16       32       32       4          6
     sm_*         *      prefill  *    *    | 1      0       1          128      128      64       8          3
+    sm_*         *      codec    64   *    | 4      0       1          16       32       64       4          4
+    sm_*         *      codec    128  *    | 1      0       1          32       32       128      4          5
+    sm_*         *      codec    *    *    | 1      0       1          32       64       64       4          6
     sm_*         *      *        8    *    | 4      0       1          8        16       64       4          8
     sm_10?       *      *        16   *    | 1      1       1          16       128      64       8          6
     sm_*         *      *        16   *    | 4      0       1          16       16       64       4          6
@@ -241,8 +250,8 @@ def linear(
         residual: [M, N], contiguous, or None for 0.
         max_rows: the most rows that the layer is prepared for, 1..512 in decode. The launch config depends on this
             number, so a row's result depends neither on M nor on the other rows.
-        phase: "decode", or "prefill", which takes tiles for many rows whatever `max_rows` is. In fp32 on a GPU,
-            both take the same tiles.
+        phase: "decode", or "prefill", which takes tiles for many rows whatever `max_rows` is, or "codec", whose tiles
+            suit the codec's small weights. In fp32 on a GPU, all take the same tiles.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
@@ -267,14 +276,14 @@ def expect_rows(M: int, max_rows: int, phase: str) -> None:
 
     Args:
         M: rows of x, 1..max_rows.
-        max_rows: 1..512 in decode, 1 or more in prefill.
-        phase: "decode" or "prefill".
+        max_rows: 1..512 in decode, else 1 or more.
+        phase: "decode", "prefill" or "codec".
 
     Raises:
         ValueError: a number is out of range, or the phase is unknown.
     """
-    if phase not in ("decode", "prefill"):
-        raise ValueError(f"phase is {phase!r} but must be 'decode' or 'prefill'")
+    if phase not in ("decode", "prefill", "codec"):
+        raise ValueError(f"phase is {phase!r} but must be 'decode', 'prefill' or 'codec'")
     if max_rows < 1 or (phase == "decode" and max_rows > 512):
         raise ValueError(
             f"max_rows is {max_rows} but must " + ("lie in 1..512 in decode" if max_rows > 512 else "be 1 or more")

@@ -42,11 +42,16 @@ NORM_LINEAR = LaunchConfigs(
     """
     arch         dtype  phase    rows | SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      prefill  *    | 0       1          16       32       64       4          1
+    interpreter  *      codec    *    | 0       1          16       32       64       4          1
     interpreter  *      *        32   | 0       1          16       32       64       4          1
     interpreter  *      *        64   | 0       1          16       32       64       4          1
     interpreter  *      *        *    | 1       3          16       32       64       4          1
     gfx*         fp32   *        *    | 0       1          16       32       64       4          2
     gfx*         *      prefill  *    | 0       1          64       128      64       8          2
+    gfx950       *      codec    64   | 0       1          32       64       128      8          6
+    gfx950       *      codec    *    | 0       1          64       64       64       8          6
+    gfx*         *      codec    64   | 0       1          16       32       256      8          2
+    gfx*         *      codec    *    | 0       1          32       64       256      8          2
     gfx950       *      *        32   | 0       1          32       32       256      8          3
     gfx950       *      *        48   | 0       3          16       32       256      8          3
     gfx950       *      *        64   | 0       1          64       64       128      8          4
@@ -59,6 +64,8 @@ NORM_LINEAR = LaunchConfigs(
     gfx*         *      *        *    | 1       1          64       128      128      8          2
     sm_*         fp32   *        *    | 0       1          16       32       32       4          6
     sm_*         *      prefill  *    | 0       1          128      128      64       8          3
+    sm_*         *      codec    64   | 0       1          32       64       64       4          6
+    sm_*         *      codec    *    | 0       1          64       64       64       4          4
     sm_*         *      *        8    | 0       1          8        64       128      8          6
     sm_*         *      *        16   | 0       1          16       64       128      8          5
     sm_12?       *      *        32   | 0       1          32       32       64       8          8
@@ -80,11 +87,16 @@ NORM_SWIGLU = LaunchConfigs(
     """
     arch         dtype  phase    rows | SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      prefill  *    | 0       1          16       32       64       4          1
+    interpreter  *      codec    *    | 0       1          16       32       64       4          1
     interpreter  *      *        32   | 0       1          16       32       64       4          1
     interpreter  *      *        64   | 0       1          16       32       64       4          1
     interpreter  *      *        *    | 1       3          16       32       64       4          1
     gfx*         fp32   *        *    | 0       1          16       32       32       4          2
     gfx*         *      prefill  *    | 0       1          64       64       64       8          2
+    gfx950       *      codec    *    | 0       1          64       64       64       4          4
+    gfx*         *      codec    32   | 0       1          16       32       128      4          2
+    gfx*         *      codec    64   | 0       1          32       32       128      4          2
+    gfx*         *      codec    *    | 0       1          64       64       128      8          2
     gfx950       *      *        32   | 0       1          16       64       64       4          4
     gfx950       *      *        64   | 0       1          64       64       64       8          4
     gfx950       *      *        *    | 0       1          64       128      64       8          4
@@ -94,6 +106,9 @@ NORM_SWIGLU = LaunchConfigs(
     gfx*         *      *        *    | 1       1          64       64       128      8          2
     sm_*         fp32   *        *    | 0       1          16       32       32       4          4
     sm_*         *      prefill  *    | 0       1          64       128      64       8          3
+    sm_*         *      codec    32   | 0       1          32       64       64       4          4
+    sm_*         *      codec    128  | 0       1          64       32       64       4          4
+    sm_*         *      codec    *    | 0       1          64       64       64       4          3
     sm_*         *      *        8    | 0       1          8        32       128      8          5
     sm_*         *      *        16   | 0       1          16       32       128      8          4
     sm_*         *      *        32   | 0       1          32       64       64       4          4
@@ -324,8 +339,7 @@ def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: i
         eps: added to the mean square.
         max_rows: the most rows that the layer is prepared for, 1..512 in decode. The launch config depends on this
             number, so a row's result depends neither on M nor on the other rows.
-        phase: "decode", or "prefill", which takes tiles for many rows whatever `max_rows` is. In fp32 on a GPU,
-            both take the same tiles.
+        phase: "decode", "prefill" or "codec", see :func:`voxkern.kernels.linear.linear`.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
@@ -366,7 +380,7 @@ def norm_swiglu(
         w3: [N, K], the weight of the up projection, which the gate multiplies.
         eps: added to the mean square.
         max_rows: the most rows that the layer is prepared for.
-        phase: "decode" or "prefill".
+        phase: "decode", "prefill" or "codec".
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.

@@ -215,7 +215,7 @@ def norm_qkv(
         eps: added to the mean square.
         q_rows: the number of rows, from the first, that need queries. The queries of the other rows are zero.
         max_rows: the most rows that the layer is prepared for.
-        phase: "decode" or "prefill".
+        phase: "decode", "prefill" or "codec".
 
     Returns:
         [M, Nq + 2 Nkv] in x's dtype: the queries, keys and values of each row.

@@ -47,14 +47,14 @@ def test_fp32_is_the_reference(codec: AudioTokenizer, device: torch.device, size
     codes = _codes(sum(sizes), device=device)
     with torch.inference_mode():
         whole = codec.decode(codes)
-    torch.testing.assert_close(_in_chunks(FusedCodec(codec), codes, sizes), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(_in_chunks(FusedCodec(codec, 2), codes, sizes), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_bits_do_not_depend_on_chunks_or_neighbours(
     codec: AudioTokenizer, device: torch.device, dtype: torch.dtype
 ) -> None:
-    fused = FusedCodec(copy.deepcopy(codec).to(dtype))
+    fused = FusedCodec(copy.deepcopy(codec).to(dtype), 2)
     codes = _codes(4, B=2, device=device)  # up to 32 rows a request, in tiles of 16
     together = _in_chunks(fused, codes, [4])
     assert torch.equal(_in_chunks(fused, codes, [1, 3]), together)
@@ -66,7 +66,7 @@ def test_bf16_is_as_near_as_the_reference(codec: AudioTokenizer, device: torch.d
     with torch.inference_mode():
         exact = copy.deepcopy(half).double().decode(codes)
         plain = half.decode(codes)
-    mine = _in_chunks(FusedCodec(half), codes, [8])
+    mine = _in_chunks(FusedCodec(half, 2), codes, [8])
     assert mine.dtype == torch.float32
     assert (mine - exact).square().mean() < 1.2 * (plain - exact).square().mean()
 
@@ -77,7 +77,7 @@ def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer, devic
     The codes after a request's own frames, and the old request's state, do not change the sound.
     """
     codes = _codes(4, B=2, device=device)
-    stream, plain = FusedCodec(codec)(2), CodecStream(codec, 2)
+    stream, plain = FusedCodec(codec, 2)(2), CodecStream(codec, 2)
     for memory in stream.state.conv_state + stream.state.kv_window:
         memory.fill_(torch.nan)
     for lengths in ([2, 0], [1, 2]):
@@ -96,7 +96,7 @@ def test_requests_of_different_lengths_and_new_ones(codec: AudioTokenizer, devic
 @pytest.mark.interpreter("launches are recorded")
 def test_a_chunk_is_launches_and_nothing_else(codec: AudioTokenizer) -> None:
     """A chunk of any length takes 7 launches and 5 per layer, less than a tenth of the reference's operators."""
-    stream, codes = FusedCodec(codec)(), _codes(25)
+    stream, codes = FusedCodec(codec, 2)(), _codes(25)
     n_layers = sum(len(block.layers) for block in codec.decoder_blocks if hasattr(block, "layers"))
     stream.decode(codes[..., :1])
     addresses = [t.data_ptr() for t in stream.state.conv_state + stream.state.kv_window]
@@ -115,7 +115,7 @@ def test_a_chunk_is_launches_and_nothing_else(codec: AudioTokenizer) -> None:
 
 def test_a_new_stream_uses_changed_weights(codec: AudioTokenizer, device: torch.device) -> None:
     mine, codes = copy.deepcopy(codec), _codes(2, device=device)
-    fused = FusedCodec(mine)
+    fused = FusedCodec(mine, 2)
     before = _in_chunks(fused, codes, [2])
     folded = mine.folded_weights()
     assert mine.folded_weights() is folded  # the weights are folded once
@@ -140,7 +140,7 @@ def test_behind_generate(tiny_folder: Path, device: torch.device) -> None:
 
 
 def test_what_cannot_run_says_so(codec: AudioTokenizer, tiny_params: dict) -> None:
-    stream = FusedCodec(codec)(2)
+    stream = FusedCodec(codec, 2)(2)
     with pytest.raises(ValueError, match="codes must have 2 requests, as the stream has, got 1"):
         stream.decode(_codes(3))
     with pytest.raises(ValueError, match=r"codes have 26 frames but must have 1\.\.25"):
@@ -148,8 +148,8 @@ def test_what_cannot_run_says_so(codec: AudioTokenizer, tiny_params: dict) -> No
     with pytest.raises(ValueError, match="codes must be"):
         stream.decode(torch.zeros(2, 36, 1, dtype=torch.long))
     with pytest.raises(ValueError, match=r"batch must lie in 1\.\.64, got 65"):
-        FusedCodec(codec)(65)
+        FusedCodec(codec, 2)(65)
     params = copy.deepcopy(tiny_params)
     params["multimodal"]["audio_tokenizer_args"]["attn_sliding_window_size"] = 32
     with pytest.raises(ValueError, match=r"windows are \[4, 8, 16, 32\], kernels need 1\.\.16"):
-        FusedCodec(AudioTokenizer(Config.from_params(params).codec))
+        FusedCodec(AudioTokenizer(Config.from_params(params).codec), 2)

@@ -62,7 +62,7 @@ def test_gates_of_zero_leave_the_stream_alone(device: torch.device) -> None:
         ({"residual": torch.ones(19, 74)}, ValueError, r"residual is \[19, 74\] but must be"),
         ({"weight": torch.ones(75, 149)}, ValueError, r"weight is \[75, 149\] but must be \[N, 150\]"),
         ({"bias": torch.ones(74)}, ValueError, r"bias is \[74\] but must be \[75\]"),
-        ({"phase": "train"}, ValueError, "phase is 'train' but must be 'decode' or 'prefill'"),
+        ({"phase": "train"}, ValueError, "phase is 'train' but must be 'decode', 'prefill' or 'codec'"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(

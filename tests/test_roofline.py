@@ -107,7 +107,7 @@ def test_keys_and_values_are_the_counted_ones() -> None:
 
 def test_the_codec_is_the_fused_modules_launches_and_its_modules_weights() -> None:
     tiny = AudioTokenizer(Config.from_params(tiny_params()).codec).bfloat16()
-    stream = FusedCodec(tiny)(1)
+    stream = FusedCodec(tiny, 1)(1)
     codes = torch.zeros(1, 37, 1, dtype=torch.int64)
     with torch.inference_mode(), counting() as seen:
         stream.chunk(codes, torch.ones(1, dtype=torch.int64))

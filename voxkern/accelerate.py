@@ -68,7 +68,7 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
             module.forward, module.solve = fused, fused.solve  # type: ignore[method-assign]
             replaced.append(name or type(module).__name__)
         if isinstance(module, AudioTokenizer):
-            module.stream = FusedCodec(module)  # type: ignore[method-assign, assignment]
+            module.stream = FusedCodec(module, max_batch)  # type: ignore[method-assign, assignment]
             replaced.append(f"{name}.stream".lstrip("."))
     if not replaced:
         reasons = "".join(f"; {name} is not supported: {why}" for name, why in left.items())

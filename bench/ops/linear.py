@@ -14,8 +14,8 @@ from voxkern.kernels.linear import linear
 
 
 def phase_of(s: Any) -> str:
-    """Return the phase of a case: "prefill" if its sizes have a `prefill` other than 0, else "decode"."""
-    return "prefill" if getattr(s, "prefill", 0) else "decode"
+    """Return the phase of a case: "prefill" or "codec" if its sizes have a number of that name, else "decode"."""
+    return next((phase for phase in ("prefill", "codec") if hasattr(s, phase)), "decode")
 
 
 def own_rows(modulation: Tensor, M: int) -> Tensor:
@@ -65,8 +65,7 @@ def split_stage(c: Any) -> int:
 
 PLAIN = {"bias": 0, "gates": 0, "residual": 0}
 DOWN = {"N": 3072, "K": 9216, **PLAIN, "residual": 1}
-# one frame has up to 8 rows; the fused codec's linear layers have max_rows = 32
-CODEC = {"M": 8, "N": 1024, "bias": 0, "gates": 1, "residual": 1, "max_rows": 32}
+CODEC = {"N": 1024, "bias": 0, "gates": 1, "residual": 1, "codec": 1}  # a frame of a request has up to 8 rows
 BLOCK = {"N": 1536, "K": 1536, "bias": 1, "residual": 1}
 
 ENTRIES = [
@@ -91,8 +90,11 @@ ENTRIES = [
             Case("down-b32", {"M": 192, **DOWN, "max_rows": 192}, public=True, dtypes=("bf16",)),
             Case("prefill", {"M": 230, **DOWN, "max_rows": 230, "prefill": 1}, public=True, dtypes=("bf16",)),
             Case("llm-b1", {"M": 1, "N": 3072, "K": 3072, **PLAIN, "max_rows": 6}, public=True, dtypes=("bf16",)),
-            Case("codec-wo-b1", {**CODEC, "K": 1024}, public=True, dtypes=("bf16",)),
-            Case("codec-down-b1", {**CODEC, "K": 4096}, public=True, dtypes=("bf16",)),
+            Case("odd-codec", {**CODEC, "M": 150, "N": 75, "K": 150, "max_rows": 150}, dtypes=("bf16",)),
+            Case("codec-wo-b1", {**CODEC, "M": 8, "K": 1024, "max_rows": 8}, public=True, dtypes=("bf16",)),
+            Case("codec-down-b1", {**CODEC, "M": 8, "K": 4096, "max_rows": 8}, public=True, dtypes=("bf16",)),
+            Case("codec-down-b16", {**CODEC, "M": 128, "K": 4096, "max_rows": 128}, public=True, dtypes=("bf16",)),
+            Case("codec-down-b32", {**CODEC, "M": 256, "K": 4096, "max_rows": 256}, public=True, dtypes=("bf16",)),
             Case("mar-b1", {"M": 2, **BLOCK, "gates": 2, "max_rows": 2}, public=True),
             Case("mar-b32", {"M": 64, **BLOCK, "gates": 2, "max_rows": 64}, public=True, dtypes=("bf16",)),
         ),

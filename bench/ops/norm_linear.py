@@ -52,6 +52,7 @@ def norm_swiglu_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 
 UP = {"N": 9216, "K": 3072}
+CODEC = {"N": 4096, "K": 1024, "codec": 1}
 
 ENTRIES = [
     Entry(
@@ -85,7 +86,10 @@ ENTRIES = [
             Case("b32", {"M": 192, **UP, "max_rows": 192}, public=True, dtypes=("bf16",)),
             Case("odd-prefill", {"M": 150, "N": 75, "K": 150, "max_rows": 150, "prefill": 1}, dtypes=("bf16",)),
             Case("prefill", {"M": 230, **UP, "max_rows": 230, "prefill": 1}, public=True, dtypes=("bf16",)),
-            Case("codec-b1", {"M": 8, "N": 4096, "K": 1024, "max_rows": 32}, public=True, dtypes=("bf16",)),
+            Case("odd-codec", {**CODEC, "M": 150, "N": 75, "K": 150, "max_rows": 150}, dtypes=("bf16",)),
+            Case("codec-b1", {**CODEC, "M": 8, "max_rows": 8}, public=True, dtypes=("bf16",)),
+            Case("codec-b8", {**CODEC, "M": 64, "max_rows": 64}, public=True, dtypes=("bf16",)),
+            Case("codec-b32", {**CODEC, "M": 256, "max_rows": 256}, public=True, dtypes=("bf16",)),
         ),
         stage=lambda c: 2 * c["BLOCK_N"] * c["BLOCK_K"],
         read_once=("w1", "w3"),

@@ -139,7 +139,7 @@ def rope_append_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 QKV = {"N": 4096, "N_KV": 1024, "K": 3072}
 ODD_QKV = {"N": 75, "N_KV": 40, "K": 150}
-CODEC = {"N": 1024, "N_KV": 1024, "K": 1024}  # one frame has up to 8 rows; the codec's max_rows is 32
+CODEC = {"N": 1024, "N_KV": 1024, "K": 1024, "query_thirds": 3, "codec": 1}
 BACKBONE = {"N": 4096, "K": 3072, "HKV": 8, "D": 128, "PAGE": 64, "length": 400}
 HEADS = {"H": 32, "HKV": 8, "D": 128, "PAGE": 64}
 
@@ -176,7 +176,8 @@ ENTRIES = [
                 public=True,
                 dtypes=("bf16",),
             ),
-            Case("codec-b1", {"M": 8, **CODEC, "query_thirds": 3, "max_rows": 32}, public=True, dtypes=("bf16",)),
+            Case("codec-b1", {"M": 8, **CODEC, "max_rows": 8}, public=True, dtypes=("bf16",)),
+            Case("codec-b32", {"M": 256, **CODEC, "max_rows": 256}, public=True, dtypes=("bf16",)),
             Case("last-b32", {"M": 192, **QKV, "query_thirds": 1, "max_rows": 192}, public=True, dtypes=("bf16",)),
         ),
         read_once=("wq", "wk", "wv"),

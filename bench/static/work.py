@@ -316,7 +316,7 @@ def codec_chunk(
     codec: AudioTokenizer, B: int, frames: int, arch: str = "sm_90", multiprocessors: int = 132
 ) -> list[Work]:
     """Return one frame's share of the launches that decode a chunk of `frames` frames of `B` requests."""
-    stream = fused_codec.FusedCodec(codec)(B)
+    stream = fused_codec.FusedCodec(codec, B)(B)
     device = stream.state.past_frames.device
     codes = torch.empty(B, 1 + codec.config.acoustic_dim, frames, dtype=torch.int64, device=device)
     new_frames = torch.empty(B, dtype=torch.int64, device=device)

@@ -2,8 +2,9 @@
 
 A transformer layer takes five launches. A chunk only launches kernels, in memory that is allocated once.
 
-The audio has the same bits for chunks of any size. The launch configs therefore do not depend on the chunk, and the
-attention's tiles begin at fixed positions of a request, not of the chunk.
+The audio has the same bits for chunks of any size and for streams of any number of requests. The launch configs
+therefore depend on `max_batch`, not on the chunk, and the attention's tiles begin at fixed positions of a request, not
+of the chunk.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from ..reference.layers import upcast
 NAME = "the accelerated codec"
 MAX_BATCH = 64
 MAX_CHUNK_FRAMES = 25  # the most frames of a chunk: 2 s, as long as the chunks of servers
-CONFIG_ROWS = 32  # max_rows of the linear kernels; a request has 1 to 200 rows in a chunk, usually few
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,20 @@ class FusedCodec:
     Attributes:
         module: the codec. Every chunk reads the weights that the module holds at that time, except the weights of the
             convolutions. A stream keeps the convolution weights of its start, with the weight norm folded in.
+        max_batch: the number of requests that the launch configs are chosen for.
     """
 
-    def __init__(self, module: AudioTokenizer) -> None:
+    def __init__(self, module: AudioTokenizer, max_batch: int) -> None:
         """Prepare for a codec.
+
+        Args:
+            module: the codec.
+            max_batch: the number of requests that the launch configs are chosen for, 1..64. A stream may have more.
 
         Raises:
             ValueError: the codec has an attention window or a convolution that the kernels do not support.
         """
-        self.module = module
+        self.module, self.max_batch = module, max_batch
         rows = module.config.samples_per_frame // module.config.pretransform_patch_size
         windows = [block.window for block in module.decoder_blocks if isinstance(block, CodecTransformer)]
         if not all(1 <= window <= MAX_WINDOW for window in windows):
@@ -103,7 +108,7 @@ class FusedCodec:
 
     def __call__(self, batch: int = 1) -> "FusedCodecStream":
         """Start a stream of `batch` requests, 1..64."""
-        return FusedCodecStream(self.module, batch, self.module.folded_weights().weights)
+        return FusedCodecStream(self.module, batch, self.max_batch, self.module.folded_weights().weights)
 
 
 class FusedCodecStream:
@@ -116,12 +121,13 @@ class FusedCodecStream:
 
     max_chunk_frames = MAX_CHUNK_FRAMES
 
-    def __init__(self, module: AudioTokenizer, batch: int, weights: list[Tensor]) -> None:
+    def __init__(self, module: AudioTokenizer, batch: int, max_batch: int, weights: list[Tensor]) -> None:
         """Start a stream.
 
         Args:
             module: the codec.
             batch: number of requests, 1..64.
+            max_batch: see :class:`FusedCodec`.
             weights: the convolutions' weights, see :meth:`AudioTokenizer.folded_weights`.
 
         Raises:
@@ -129,7 +135,7 @@ class FusedCodecStream:
         """
         if not 1 <= batch <= MAX_BATCH:
             raise ValueError(f"batch must lie in 1..{MAX_BATCH}, got {batch}")
-        self.codec, self.batch, self._weights = module, batch, weights
+        self.codec, self.batch, self._max_batch, self._weights = module, batch, max_batch, weights
         self.state, self._buffers = _new_state(module, batch), _new_buffers(module, batch)
 
     def restart(self, rows: Tensor) -> None:
@@ -191,22 +197,23 @@ class FusedCodecStream:
     ) -> None:
         """Run all layers of one transformer on `x` in place, five launches per layer; `x` has `rate` rows per frame."""
         b, config, M = self._buffers, self.codec.config, len(x)
+        prepared = self._max_batch * rate, "codec"
         qkv, attended, gated = b.qkv[:M], b.attended[:M], b.gated[:M]
         for layer in cast(list[CodecBlock], list(transformer.layers)):
             attention, feed = layer.attention, layer.feed_forward
             launch_norm_qkv(
                 qkv, x, layer.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight,
-                config.norm_eps, M, CONFIG_ROWS,
+                config.norm_eps, M, *prepared,
             )  # fmt: skip
             launch_codec_attention(
                 attended, qkv, attention.q_norm.weight, attention.k_norm.weight, next(kv_window), *state, rate,
                 config.qk_norm_eps, config.n_heads,
             )  # fmt: skip
-            launch_linear(x, attended, attention.wo.weight, None, layer.attention_scale[None], x, CONFIG_ROWS)
+            launch_linear(x, attended, attention.wo.weight, None, layer.attention_scale[None], x, *prepared)
             launch_norm_swiglu(
-                gated, x, layer.ffn_norm.weight, feed.w1.weight, feed.w3.weight, config.norm_eps, CONFIG_ROWS
+                gated, x, layer.ffn_norm.weight, feed.w1.weight, feed.w3.weight, config.norm_eps, *prepared
             )
-            launch_linear(x, gated, feed.w2.weight, None, layer.ffn_scale[None], x, CONFIG_ROWS)
+            launch_linear(x, gated, feed.w2.weight, None, layer.ffn_scale[None], x, *prepared)
 
 
 def _new_state(codec: AudioTokenizer, batch: int) -> FusedCodecState:
