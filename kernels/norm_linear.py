@@ -64,8 +64,12 @@ NORM_LINEAR = LaunchConfigs(
     gfx*         *      *        *    | 1       1          64       128      128      8          2
     sm_*         fp32   *        *    | 0       1          16       32       32       4          6
     sm_*         *      prefill  *    | 0       1          128      128      64       8          3
-    sm_*         *      codec    64   | 0       1          32       64       64       4          6
-    sm_*         *      codec    *    | 0       1          64       64       64       4          4
+    sm_*         *      codec    32   | 0       1          32       32       128      8          5
+    sm_*         *      codec    64   | 0       1          32       64       128      8          5
+    sm_*         *      codec    128  | 0       1          64       64       64       8          5
+    sm_90        *      codec    *    | 0       1          64       128      64       8          5
+    sm_10?       *      codec    *    | 0       1          64       128      64       8          5
+    sm_*         *      codec    *    | 0       1          64       64       64       8          5
     sm_*         *      *        8    | 0       1          8        64       128      8          6
     sm_*         *      *        16   | 0       1          16       64       128      8          5
     sm_12?       *      *        32   | 0       1          32       32       64       8          8
@@ -81,7 +85,8 @@ NORM_LINEAR = LaunchConfigs(
 )
 
 # Each step loads two tiles of weights, one of w1 and one of w3, and a block has two accumulators. The tiles are
-# therefore smaller, or the stages fewer, than in NORM_LINEAR.
+# therefore smaller, or the stages fewer, than in NORM_LINEAR. With 64 rows of each weight in a tile, the N = 9216 of
+# the public flow head makes 144 tiles. A B200 has 148 multiprocessors, so these tiles are not divided into shares.
 NORM_SWIGLU = LaunchConfigs(
     "norm_swiglu",
     """
@@ -106,19 +111,24 @@ NORM_SWIGLU = LaunchConfigs(
     gfx*         *      *        *    | 1       1          64       64       128      8          2
     sm_*         fp32   *        *    | 0       1          16       32       32       4          4
     sm_*         *      prefill  *    | 0       1          64       128      64       8          3
-    sm_*         *      codec    32   | 0       1          32       64       64       4          4
+    sm_*         *      codec    32   | 0       1          32       32       64       4          6
+    sm_*         *      codec    64   | 0       1          64       32       128      8          3
+    sm_90        *      codec    128  | 0       1          64       64       64       4          3
+    sm_90        *      codec    *    | 0       1          128      64       64       8          3
+    sm_10?       *      codec    128  | 0       1          64       128      64       8          4
+    sm_10?       *      codec    *    | 0       1          128      64       64       8          3
     sm_*         *      codec    128  | 0       1          64       32       64       4          4
     sm_*         *      codec    *    | 0       1          64       64       64       4          3
     sm_*         *      *        8    | 0       1          8        32       128      8          5
     sm_*         *      *        16   | 0       1          16       32       128      8          4
     sm_*         *      *        32   | 0       1          32       64       64       4          4
-    sm_10?       *      *        48   | 1       3          16       64       64       4          4
+    sm_10?       *      *        48   | 0       3          16       64       64       4          4
     sm_*         *      *        48   | 0       3          16       32       64       4          4
-    sm_10?       *      *        64   | 1       1          64       64       64       8          4
+    sm_10?       *      *        64   | 0       1          64       64       64       8          4
     sm_*         *      *        64   | 0       1          64       32       64       4          4
     sm_90        *      *        *    | 1       3          32       64       64       8          5
-    sm_10?       *      *        96   | 1       3          32       64       64       8          5
-    sm_10?       *      *        *    | 1       3          64       64       32       8          5
+    sm_10?       *      *        96   | 0       3          32       64       64       8          4
+    sm_10?       *      *        *    | 0       3          64       64       32       8          5
     sm_12?       *      *        *    | 2       1          64       64       32       8          4
     sm_*         *      *        *    | 2       1          64       64       64       8          4
     """,

@@ -93,6 +93,7 @@ ENTRIES = [
             Case("odd-codec", {**CODEC, "M": 150, "N": 75, "K": 150, "max_rows": 150}, dtypes=("bf16",)),
             Case("codec-wo-b1", {**CODEC, "M": 8, "K": 1024, "max_rows": 8}, public=True, dtypes=("bf16",)),
             Case("codec-down-b1", {**CODEC, "M": 8, "K": 4096, "max_rows": 8}, public=True, dtypes=("bf16",)),
+            Case("codec-down-b8", {**CODEC, "M": 64, "K": 4096, "max_rows": 64}, public=True, dtypes=("bf16",)),
             Case("codec-down-b16", {**CODEC, "M": 128, "K": 4096, "max_rows": 128}, public=True, dtypes=("bf16",)),
             Case("codec-down-b32", {**CODEC, "M": 256, "K": 4096, "max_rows": 256}, public=True, dtypes=("bf16",)),
             Case("mar-b1", {"M": 2, **BLOCK, "gates": 2, "max_rows": 2}, public=True),

@@ -89,6 +89,7 @@ ENTRIES = [
             Case("odd-codec", {**CODEC, "M": 150, "N": 75, "K": 150, "max_rows": 150}, dtypes=("bf16",)),
             Case("codec-b1", {**CODEC, "M": 8, "max_rows": 8}, public=True, dtypes=("bf16",)),
             Case("codec-b8", {**CODEC, "M": 64, "max_rows": 64}, public=True, dtypes=("bf16",)),
+            Case("codec-b16", {**CODEC, "M": 128, "max_rows": 128}, public=True, dtypes=("bf16",)),
             Case("codec-b32", {**CODEC, "M": 256, "max_rows": 256}, public=True, dtypes=("bf16",)),
         ),
         stage=lambda c: 2 * c["BLOCK_N"] * c["BLOCK_K"],

@@ -176,8 +176,10 @@ ENTRIES = [
                 public=True,
                 dtypes=("bf16",),
             ),
-            Case("codec-b1", {"M": 8, **CODEC, "max_rows": 8}, public=True, dtypes=("bf16",)),
-            Case("codec-b32", {"M": 256, **CODEC, "max_rows": 256}, public=True, dtypes=("bf16",)),
+            *(
+                Case(f"codec-b{B}", {"M": 8 * B, **CODEC, "max_rows": 8 * B}, public=True, dtypes=("bf16",))
+                for B in (1, 8, 16, 32)
+            ),
             Case("last-b32", {"M": 192, **QKV, "query_thirds": 1, "max_rows": 192}, public=True, dtypes=("bf16",)),
         ),
         read_once=("wq", "wk", "wv"),
