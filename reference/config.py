@@ -237,6 +237,7 @@ class Config:
         audio: sizes of the codebooks, and ids of the audio tokens.
         codec: sizes of the codec.
         voices: names of the preset voices, in the checkpoint's order.
+        quantization: the format of 8-bit weights, "int8" or "fp8", or None if no weights are quantised.
     """
 
     backbone: BackboneConfig
@@ -244,6 +245,7 @@ class Config:
     audio: AudioModelConfig
     codec: CodecConfig
     voices: tuple[str, ...] = ()
+    quantization: str | None = None
 
     @property
     def frame_rate(self) -> float:
@@ -270,7 +272,7 @@ class Config:
         moe = _read_moe(reader, backbone.get("hidden_dim"))
         acoustic, audio = reader.read(head, ACOUSTIC), reader.read(AudioModelConfig, AUDIO)
         codec, voices = reader.read(CodecConfig, CODEC), reader.names(CODEC, "voice")
-        reader.check_quantization()
+        quantization = reader.quantization()
         reader.check_other_keys()
         reader.raise_problems()
         config = cls(
@@ -279,6 +281,7 @@ class Config:
             audio=AudioModelConfig(**audio),
             codec=CodecConfig(**codec),
             voices=voices,
+            quantization=quantization,
         )
         problems = _contradictions(config) or _disagreements(config, reader)
         if problems:

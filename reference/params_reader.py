@@ -6,7 +6,7 @@ import typing
 from collections import defaultdict
 from typing import Any
 
-from .params_schema import DEFAULT_RANGES, MAX_STAGE_VALUE, MAX_STAGES, OTHER_KEYS, RANGES, TOP
+from .params_schema import DEFAULT_RANGES, FORMATS_ON_DISK, MAX_STAGE_VALUE, MAX_STAGES, OTHER_KEYS, RANGES, TOP
 
 NUMBERS = re.compile(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*")
 
@@ -120,15 +120,21 @@ class ParamsReader:
         if value is not None and not (_is_kind(value, type(only)) and value == only):
             self.wrong.append(f"{_path(section, key)} = {shown(value)} is not supported (only {only!r})")
 
-    def check_quantization(self) -> None:
-        """Record a problem if the weights are quantised.
+    def quantization(self) -> str | None:
+        """Return the name of the weights' 8-bit format, or None if the weights are not quantised.
 
-        They are not if the value is null, "NO_SCALES" or an object that has only these values.
+        They are not if the value is null, "NO_SCALES" or an object that has only these values. Activations stay in 16
+        bits, so the scheme of their scales has no effect. Any other value is recorded as a problem.
         """
         value = self.get(TOP, "quantization")
-        parts = list(value.values()) if isinstance(value, dict) else [value]
-        if any(part not in (None, "NO_SCALES") for part in parts):
-            self.wrong.append(f"quantization = {shown(value)} is not supported (only null and 'NO_SCALES')")
+        parts = value if isinstance(value, dict) else {"": value}
+        given = {key: part for key, part in parts.items() if part not in (None, "NO_SCALES")}
+        weights, activations = given.pop("qformat_weight", None), given.pop("qscheme_act", None)
+        format_ = FORMATS_ON_DISK.get(weights) if isinstance(weights, str) else None
+        if given or (weights is not None and not format_) or activations not in (None, "TENSOR" if format_ else None):
+            formats = " or ".join(FORMATS_ON_DISK)
+            self.wrong.append(f"quantization = {shown(value)} is not supported (only a qformat_weight of {formats})")
+        return format_
 
     def check_other_keys(self) -> None:
         """Check the keys in the open sections that were not read; an unknown one is recorded as a problem.

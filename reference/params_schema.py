@@ -93,6 +93,9 @@ OTHER_KEYS = {
     MOE: OtherKeys(only={"renorm_strategy": "WEIGHTS", "use_load_balancing_bias": False}),
 }
 
+# the value of quantization.qformat_weight -> the format's name in quantized.py
+FORMATS_ON_DISK = {"int8": "int8", "fp8_e4m3": "fp8"}
+
 MAX_SIZE = 2**20  # with this limit and those below, each tensor has fewer than 2^63 bytes: no size overflows
 MAX_COUNT = 1024
 MAX_HEADS = 4096

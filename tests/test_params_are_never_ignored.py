@@ -109,8 +109,11 @@ def refused(path: str, value: Any, named: str, mlp: bool = False) -> None:
         ("yarn", {"factor": 36, "original_max_position_embeddings": 8192, "beta": 32, "alpha": 1}, "yarn = {"),
         ("yarn", {}, "yarn = {} is not supported"),
         ("llama_4_scaling", {"original_max_position_embeddings": 8192, "beta": 0.1}, "llama_4_scaling = {"),
-        ("quantization", {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}, "quantization = {"),
-        ("quantization", {"qformat_weight": "fp8_e4m3", "qscheme_act": "NO_SCALES"}, "quantization = {"),
+        ("quantization", {"qformat_weight": "int4"}, "quantization = {'qformat_weight': 'int4'} is not supported"),
+        ("quantization", {"qformat_weight": []}, "quantization = {'qformat_weight': []} is not supported"),
+        ("quantization", {"qformat_weight": "int8", "qscheme_act": "ROW"}, "quantization = {"),
+        ("quantization", {"qformat_weight": "int8", "foo": 1}, "quantization = {"),
+        ("quantization", {"qscheme_act": "TENSOR"}, "quantization = {"),
         ("quantization", {"quant_method": "compressed-tensors"}, "quantization = {"),
         ("quantization", "fp8", "quantization = 'fp8' is not supported"),
         ("quantization", [], "quantization = [] is not supported"),
@@ -165,6 +168,15 @@ def test_all_unknown_keys_are_in_one_error() -> None:
 def test_no_quantization_is_harmless(quantization: Any) -> None:
     params = params_with({"quantization": quantization})
     assert Config.from_params(params) == Config.from_params(params_with({}))
+
+
+@pytest.mark.parametrize("activations", [None, "NO_SCALES", "TENSOR"])
+@pytest.mark.parametrize(("on_disk", "format_"), [("int8", "int8"), ("fp8_e4m3", "fp8")])
+def test_the_format_of_8_bit_weights(on_disk: str, format_: str, activations: str | None) -> None:
+    params = params_with({"quantization": {"qformat_weight": on_disk, "qscheme_act": activations}})
+    plain = Config.from_params(params_with({}))
+    assert Config.from_params(params) == dataclasses.replace(plain, quantization=format_)
+    assert plain.quantization is None
 
 
 @pytest.mark.parametrize("prefix", SECTIONS)

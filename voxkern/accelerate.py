@@ -10,6 +10,7 @@ from .reference.backbone import Backbone
 from .reference.codec import AudioTokenizer
 from .reference.flow_head import FlowHead
 from .reference.mlp_head import FlowMatchingAudioMLP
+from .reference.quantized import QuantizedLinear
 from .reference.transformer_head import FlowMatchingAudioTransformer
 from .validation import require_triton, to_int
 
@@ -37,8 +38,8 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
         ``["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]``.
 
     Raises:
-        ValueError: the model has no part that voxkern has kernels for, `max_batch` is not in 1..64, or the kernels
-            cannot run a codec of these sizes.
+        ValueError: the model has no part that voxkern has kernels for, `max_batch` is not in 1..64, the model has 8-bit
+            weights, or the kernels cannot run a codec of these sizes.
         TypeError: `max_batch` is not an integer.
         ModuleNotFoundError: Triton is not installed.
         RuntimeError: a server's head is on a device on which kernels cannot run.
@@ -52,6 +53,11 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
 
     max_batch = to_int("max_batch", max_batch, 1, MAX_BATCH)
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    if in_8_bits := [name for name, module in modules.items() if isinstance(module, QuantizedLinear)]:
+        raise ValueError(
+            f"{in_8_bits[0]} has 8-bit weights, which the kernels do not take yet ({len(in_8_bits)} such layers): use "
+            "the reference modules, backend='torch'"
+        )
     embeddings = modules.get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
     replaced, left = accelerate_servers(model, max_batch)
     table = embeddings if isinstance(embeddings, nn.Embedding) else None

@@ -10,7 +10,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .output_file import replacing
+from .quantized_files import linears_in_8_bits, row_scales, without_activation_scales
 from .reference import Config, VoxtralTTS
+from .reference.params_schema import FORMATS_ON_DISK
+from .reference.quantized import FORMATS, format_of, quantizable, quantize_weight, replace_linears
 from .voice import check_rows
 from .weight_files import (
     WEIGHTS,
@@ -85,37 +88,64 @@ def read_params(folder: Path) -> dict[str, Any]:
     return read_json(folder / PARAMS)
 
 
-def read_checkpoint(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Checkpoint:
+def read_checkpoint(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
+    on_tensor: Callable[[int], None] | None = None,
+) -> Checkpoint:
     """Read a checkpoint folder into memory.
 
     On the CPU, tensors that keep their dtype stay memory-mapped. Other tensors are converted one at a time, the largest
-    first, so that the peak memory is little more than the model's.
+    first, so that the peak memory is little more than the model's. 8-bit weights and their scales keep their dtypes.
 
     Args:
         folder: a folder with the files listed at the top of this module.
         dtype: dtype of the model; None takes the dtype of most values in the checkpoint, or float32 if that dtype is
             float64. All tensors are converted to it, because the kernels and the KV cache have one dtype.
         device: device of the model.
+        quantize: "int8" or "fp8" quantises the large weights of a checkpoint in 16 or 32 bits, see
+            :mod:`voxkern.reference.quantized`.
+        on_tensor: is called with the number of elements of each tensor that was read.
 
     Raises:
+        ValueError: `quantize` is unknown, or the checkpoint's weights have 8 bits already.
         CheckpointError: a file is missing or wrong; the message names the file, and the tensor if one is wrong.
         ConfigError: ``params.json`` describes a model that voxkern cannot run.
     """
     config = Config.from_params(read_params(folder))
-    table = tensor_table(folder)
+    to_format = None if quantize is None else format_of(quantize)
+    if to_format and config.quantization:
+        raise ValueError(f"quantize is {quantize!r}, but the weights of {folder} are in {config.quantization} already")
+    table = without_activation_scales(tensor_table(folder))
     with torch.device("meta"):
         model = VoxtralTTS(config, encoder=any(name.startswith(ENCODER) for name in table))
-    _check_names(folder, table, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+        linears = quantizable(model)
+        stored = linears_in_8_bits(folder, table, linears, config.quantization)
+        scales = {f"{name}.qscale_weight": linear.out_features for name, linear in stored.items()}
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        _check_names(folder, table, shapes | {name: table[name].shape for name in scales})
+        if format_ := to_format or FORMATS.get(config.quantization or ""):
+            replace_linears(model, linears if to_format else stored, format_)
     if dtype is None:
         dtype = usual_dtype(table.values())
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in read_tensors(table):
-        state[name] = tensor.to(device=device, dtype=dtype)
+        info, layer, n = table[name], name.removesuffix(".weight"), tensor.numel()
+        if name in scales:
+            state[name] = row_scales(name, info, tensor, scales[name]).to(device)
+        elif to_format and layer in linears:
+            _check_finite(name, info, tensor)
+            state[name], state[f"{layer}.qscale_weight"] = quantize_weight(tensor.to(device), to_format)
+        else:
+            # a mapped tensor would keep the pages of all tensors around it, which are not needed after quantising
+            kept = info.dtype if layer in stored else dtype
+            state[name] = tensor.to(device=device, dtype=kept, copy=to_format is not None)
         del tensor  # the file's pages stay mapped as long as the tensor exists
-        # checked after the conversion, because a large value of another dtype is infinite in fp16
-        if not is_finite(state[name]):
-            wrong = f"has a value that is NaN, infinite or too large for {str(dtype).removeprefix('torch.')}"
-            raise CheckpointError(f"{table[name].file}: {name} {wrong}")
+        _check_finite(name, info, state[name])  # a large value of another dtype is infinite in fp16
+        if on_tensor is not None:
+            on_tensor(n)
     model.load_state_dict(state, strict=True, assign=True)
     model.mm_audio_embeddings.audio_codebook_embeddings.offsets = (
         model.mm_audio_embeddings.audio_codebook_embeddings.offsets.to(device)
@@ -178,6 +208,28 @@ def write_checkpoint(
         _write_tensors(folder / VOICES / f"{name}.safetensors", {"embedding": voice})
 
 
+def quantize_checkpoint(
+    source: Path, target: Path, quantize: str, on_tensor: Callable[[int], None] | None = None
+) -> None:
+    """Read a checkpoint in 16 or 32 bits, and write it with 8-bit weights.
+
+    Args:
+        source: the checkpoint folder to read.
+        target: the folder to write, see :func:`write_checkpoint`.
+        quantize: "int8" or "fp8".
+        on_tensor: is called with the number of elements of each tensor that was read.
+
+    Raises:
+        ValueError: `quantize` is unknown, or the checkpoint's weights have 8 bits already.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    checkpoint = read_checkpoint(source, quantize=quantize, on_tensor=on_tensor)
+    on_disk = next(name for name, format_ in FORMATS_ON_DISK.items() if format_ == quantize)
+    params = read_params(source) | {"quantization": {"qformat_weight": on_disk, "qscheme_act": "NO_SCALES"}}
+    tokenizer = (source / TOKENIZER).read_text(encoding="utf-8")
+    write_checkpoint(target, params, checkpoint.model.state_dict(), tokenizer, checkpoint.voices)
+
+
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with replacing(path) as new:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new)
@@ -187,6 +239,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _voice_files(folder: Path) -> list[Path]:
     files = sorted((folder / VOICES).glob("*"))
     return [path for path in files if path.suffix in (".pt", ".safetensors") and not path.name.startswith(".")]
+
+
+def _check_finite(name: str, info: TensorInfo, tensor: Tensor) -> None:
+    if not is_finite(tensor):
+        wrong = f"has a value that is NaN, infinite or too large for {str(tensor.dtype).removeprefix('torch.')}"
+        raise CheckpointError(f"{info.file}: {name} {wrong}")
 
 
 def _check_names(folder: Path, found: dict[str, TensorInfo], expected: dict[str, tuple[int, ...]]) -> None:

@@ -22,17 +22,18 @@ from soundfile import LibsndfileError, SoundFile
 
 from . import __version__
 from .audio import Audio, least_sound, sound_format, to_int16
-from .checkpoint import find_folder, read_params, read_voices
+from .checkpoint import find_folder, quantize_checkpoint, read_params, read_voices
 from .engine.kv_cache import cache_bytes
 from .generation_params import CFG_ALPHA
 from .output_file import check_target, replacing
 from .random_checkpoint import TINY_MOE, make_checkpoint, public_params
 from .reference import Config
 from .reference.config import BackboneConfig
+from .reference.quantized import format_of
 from .tts import DEMO, load
 from .validation import has_triton, to_int
 from .voice import default_first
-from .weight_files import tensor_table
+from .weight_files import tensor_table, usual_dtype
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(), Console(stderr=True)
@@ -158,7 +159,7 @@ def info(
         voices = read_voices(folder, config.backbone.dim)
     weights = sum(t.numel * t.dtype.itemsize for t in tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
-    dtype = next(iter(tensors.values())).dtype
+    dtype = usual_dtype(tensors.values())
     n_tokens = int(seconds * config.frame_rate) + max((len(v) for v in voices.values()), default=0)
     cache = batch * cache_bytes(config.backbone, n_tokens, dtype)
     table = Table(show_header=False, box=None)
@@ -219,6 +220,25 @@ def make(
             raise ValueError(f"{folder}: is not empty; --force replaces the checkpoint in it, and deletes its voices")
         overrides = {"moe": TINY_MOE} if moe else None
         make_checkpoint(folder, full, seed, encoder=encoder, overrides=overrides, velocity_mlp=velocity_mlp)
+    err.print(f"{folder}: {_size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}", highlight=False)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, with weights in 16 or 32 bits.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it must be missing or empty.")],
+    format_: Annotated[str, typer.Option("--format", help="int8 or fp8 (e4m3), with a scale for each row.")] = "int8",
+) -> None:
+    """Write a checkpoint with its large weights in 8 bits: half the size, and half the memory in use."""
+    with _plain_errors():
+        format_of(format_)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder}: is not an empty folder")
+        found = find_folder(source)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with _started_later(Progress(*columns, console=err)) as progress:
+            task = progress.add_task("weights", total=sum(t.numel for t in tensor_table(found).values()))
+            quantize_checkpoint(found, folder, format_, lambda n: _advance(progress, task, n))
     err.print(f"{folder}: {_size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}", highlight=False)
 
 

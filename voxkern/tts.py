@@ -43,6 +43,7 @@ def load(
     max_batch: int = 1,
     cache_tokens: int | None = None,
     graphs: bool = True,
+    quantize: str | None = None,
 ) -> "TTS":
     """Load a checkpoint, and return a model that generates speech from text.
 
@@ -69,6 +70,8 @@ def load(
             1, 2, 4, .. and `max_batch` requests. They are captured when the first request with this pair starts. False
             launches the kernels one by one, which gives the same bits but is slower. `graphs` has no effect without
             kernels or on a CPU.
+        quantize: "int8" or "fp8" keeps the large weights in 8 bits, which halves the memory. The kernels do not take
+            such weights yet, so `backend` must be "torch" where "auto" would take the kernels.
 
     Raises:
         ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the
@@ -82,7 +85,7 @@ def load(
     target = resolve_device(device)
     settings = (max_batch, use_kernels(backend, target), cache_tokens, graphs)
     folder = DEMO if source is None else find_folder(source)
-    return TTS(read_checkpoint(folder, resolve_dtype(dtype), target), *settings)
+    return TTS(read_checkpoint(folder, resolve_dtype(dtype), target, quantize), *settings)
 
 
 class TTS:

@@ -15,6 +15,8 @@ from torch import Tensor
 WEIGHTS = "consolidated.safetensors"
 INDEX = "*.safetensors.index.json"  # holds {"weight_map": {tensor: file}}, the index of Hugging Face's sharded files
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+EIGHT_BITS = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
+DTYPES = FLOATS | EIGHT_BITS
 
 
 class CheckpointError(ValueError):
@@ -41,8 +43,8 @@ def tensor_table(folder: Path) -> dict[str, TensorInfo]:
     If the folder has no ``consolidated.safetensors``, the files of its index are read.
 
     Raises:
-        CheckpointError: a file is missing or truncated, a tensor is not floating-point, or the index and its files do
-            not have the same tensors.
+        CheckpointError: a file is missing or truncated, a tensor has none of DTYPES, or the index and its files do not
+            have the same tensors.
     """
     weights = folder / WEIGHTS
     indices = [path for path in sorted(folder.glob(INDEX)) if not path.name.startswith(".")]
@@ -63,10 +65,14 @@ def tensor_table(folder: Path) -> dict[str, TensorInfo]:
 
 
 def usual_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
-    """Return the dtype of most values of a checkpoint; float32 in the place of float64, which the kernels lack."""
+    """Return the dtype of most values of a checkpoint that have more than 8 bits.
+
+    It is float32 in the place of float64, which the kernels lack.
+    """
     n_values: Counter[torch.dtype] = Counter()
     for info in tensors:
-        n_values[info.dtype] += info.numel
+        if info.dtype not in EIGHT_BITS.values():
+            n_values[info.dtype] += info.numel
     usual = n_values.most_common(1)[0][0]
     return torch.float32 if usual == torch.float64 else usual
 
@@ -100,6 +106,8 @@ def is_finite(x: Tensor) -> bool:
     """
     if x.numel() == 0:
         return True
+    if x.dtype == torch.float8_e4m3fn:  # it has no infinity, and NaN has all bits but the sign set
+        return not bool((x.view(torch.uint8) & 0x7F == 0x7F).any())
     low, high = torch.aminmax(x)
     return bool(low.isfinite() & high.isfinite())
 
@@ -137,9 +145,9 @@ def _table_of_file(path: Path) -> dict[str, TensorInfo]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 part = file.get_slice(name)
-                dtype = FLOATS.get(part.get_dtype())
+                dtype = DTYPES.get(part.get_dtype())
                 if dtype is None:
-                    raise CheckpointError(f"{path}: {name} is {part.get_dtype()}, must be one of {', '.join(FLOATS)}")
+                    raise CheckpointError(f"{path}: {name} is {part.get_dtype()}, must be one of {', '.join(DTYPES)}")
                 table[name] = TensorInfo(path, tuple(part.get_shape()), dtype)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None

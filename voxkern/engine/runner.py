@@ -203,7 +203,8 @@ def backbone_weights_version(model: VoxtralTTS) -> Hashable:
 
     Writes through ``.data``, or to weights that were made in inference mode, are not detected.
     """
-    weights = (*model.layers.parameters(), *model.mm_audio_embeddings.parameters())
+    layers, embeddings = model.layers, model.mm_audio_embeddings
+    weights = (*layers.parameters(), *layers.buffers(), *embeddings.parameters())  # 8-bit weights are buffers
     return tuple((id(w), w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype) for w in weights)
 
 
