@@ -163,7 +163,11 @@ def complaints() -> dict[str, list[str]]:
     """
     plants: dict[str, tuple[str, str, list[Edit]]] = {
         "nothing": ("sm_89", "bf16", []),
-        "shared": ("sm_89", "bf16", [("128      8          6", "128      8          7")]),
+        "shared": (
+            "sm_89",
+            "bf16",
+            [("8        64       128      8          6", "8        64       128      8          7")],
+        ),
         "binaries": ("sm_89", "bf16", [(JIT, "@triton.jit\ndef _norm_linear_kernel")]),
         "TF32 on sm_80": ("sm_80", "fp32", [(DOT, "tl.dot(b_w, b_a, products[r])")]),
         "TF32 on sm_90": ("sm_90", "fp32", [(DOT, "tl.dot(b_w, b_a, products[r])")]),

@@ -296,7 +296,7 @@ def test_speaks_as_the_torch_backend_does(folder: Path, device: torch.device) ->
     ("max_rows", "phase", "stream", "error", "message"),
     [
         (513, "decode", None, ValueError, r"max_rows is 513 but must lie in 1..512"),
-        (4, "train", None, ValueError, r"phase is 'train' but must be 'decode' or 'prefill'"),
+        (4, "train", None, ValueError, r"phase is 'train' but must be 'decode', 'prefill' or 'codec'"),
         (4, "decode", tokens(5), ValueError, r"x has 5 rows but must have 1..4"),
         (4, "decode", torch.ones(2, DIM + 1), ValueError, r"stream is \[2, 73\] but must be \[M, 72\]"),
         (

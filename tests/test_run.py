@@ -197,7 +197,7 @@ def test_only_the_selected_trials_are_timed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(run, "modules", lambda device: [])
     chosen = [("linear", "down-b1", dtype) for dtype in ("bf16", "fp16", "fp32")]
     with launch_config.target_arch("sm_90"):
-        others = [("linear", case, "bf16") for case in ("down-b16", "codec-down-b1")]
+        others = [("linear", case, "bf16") for case in ("down-b16", "codec-down-b1", "codec-down-b16")]
         assert list(trials(Selection(("linear",), shape="down-b1"))) == [*chosen, *others]
         assert list(trials(Selection(("linear",), quick=True))) == [chosen[0], chosen[2]]
         assert list(trials(Selection(("linear",), shape="down-b1", dtypes=("fp16",)))) == [chosen[1]]
