@@ -8,7 +8,7 @@ other, and each of G blocks computes an equal share of them. 3 tiles of 4 steps 
 
 A tile that several blocks share is the sum of their parts. Each of these blocks stores its part, and then adds its
 steps to the tile's counter. The block that completes the counter adds up the parts in the order of K, whichever block
-that is. So the result does not depend on the order in which blocks run. It depends on G.
+that is. So the result does not depend on the order in which blocks run. The result depends on G.
 
 This is the "stream-K" of Osama et al., arXiv 2301.03598.
 """
@@ -51,7 +51,7 @@ def share_of_block(TOTAL: tl.constexpr):
 def _part(p_parts, i_block, is_first, COUNT: tl.constexpr, SIZE: tl.constexpr):
     """Return where block `i_block` stores its part of a tile.
 
-    A block has parts of at most two tiles: the last steps of one tile, and the first steps of another (`is_first`).
+    A block stores at most two parts: one that begins with its tile's first step (`is_first`), and one that does not.
     """
     i_row_tile, n_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(1)
     return p_parts + ((i_row_tile * n_blocks + i_block) * 2 + tl.where(is_first, 1, 0)) * (COUNT * SIZE)
@@ -85,7 +85,7 @@ def add_parts(
         SIZE: the most elements of one array.
 
     Returns:
-        The arrays, summed over all steps, and whether they are complete. Otherwise the arrays are undefined.
+        The arrays and a bool. If it is true, the arrays are the sums over all steps; if false, they have no meaning.
     """
     i_block, n_blocks = tl.program_id(1), tl.num_programs(1)
     is_whole = end - first == STEPS

@@ -123,17 +123,22 @@ class ParamsReader:
     def quantization(self) -> str | None:
         """Return the name of the weights' 8-bit format, or None if the weights are not quantised.
 
-        They are not if the value is null, "NO_SCALES" or an object that has only these values. Activations stay in 16
-        bits, so the scheme of their scales has no effect. Any other value is recorded as a problem.
+        The weights are not quantised if the value is null, "NO_SCALES", or an object that has only these values. Beside
+        a format, the qscheme_act "TENSOR" is accepted and has no effect, because activations are not quantised. Every
+        other value is recorded as a problem.
         """
         value = self.get(TOP, "quantization")
         parts = value if isinstance(value, dict) else {"": value}
         given = {key: part for key, part in parts.items() if part not in (None, "NO_SCALES")}
         weights, activations = given.pop("qformat_weight", None), given.pop("qscheme_act", None)
         format_ = FORMATS_ON_DISK.get(weights) if isinstance(weights, str) else None
-        if given or (weights is not None and not format_) or activations not in (None, "TENSOR" if format_ else None):
+        schemes = (None, "TENSOR") if format_ else (None,)
+        if given or (weights is not None and not format_) or activations not in schemes:
             formats = " or ".join(FORMATS_ON_DISK)
-            self.wrong.append(f"quantization = {shown(value)} is not supported (only a qformat_weight of {formats})")
+            self.wrong.append(
+                f"quantization = {shown(value)} is not supported (only null, 'NO_SCALES', or a qformat_weight of "
+                f"{formats} with a qscheme_act of null, 'NO_SCALES' or 'TENSOR')"
+            )
         return format_
 
     def check_other_keys(self) -> None:

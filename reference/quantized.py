@@ -5,11 +5,12 @@
     int8   weight = q * scale,  q = round(weight / scale) in -127..127,   scale = max |row| / 127
     fp8    weight = q * scale,  q = weight / scale as e4m3 (at most 448), scale = max |row| / 448
 
-    y = (x @ q.T) * scale     x has 16 or more bits; the sums of a row are scaled once
+    y = (x @ q.T) * scale     x is not quantised; each sum is scaled once
 
-At small batches a frame's time is that of reading the weights, and these are half as many bytes. Quantised are the
-linear layers of the backbone and of the transformer head (attention, feed-forward, experts), and the semantic head. The
-rest stays as it is: norms, embeddings, routers, projections, the MLP as a velocity network, and the codec.
+8-bit weights need half the bytes of 16-bit weights. These modules widen each block of a weight before its product, so
+they save memory, not time. Quantised weights: the linear layers of the backbone and of the transformer head (attention,
+feed-forward, experts), and the semantic head. All others are unchanged: norms, embeddings, routers, projections, the
+MLP as a velocity network, and the codec.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = 512  # rows of the weight that are widened at a time, so the whole weight is never held in 16 bits
+from .layers import upcast
+
+ROWS = 512  # rows that are widened at a time, so that the whole weight is never widened
 SEMANTIC_HEAD = "acoustic_transformer.semantic_codebook_output"
 SMALLEST_SCALE = 2.0**-126  # the smallest normal fp32 number, also the scale of a row of zeros
 
@@ -32,15 +35,13 @@ class Format:
     Attributes:
         dtype: dtype of the 8-bit numbers.
         largest: the largest 8-bit number.
-        shrink: a power of two; all 8-bit numbers times `shrink` are at most 1, and exact in fp16.
     """
 
     dtype: torch.dtype
     largest: float
-    shrink: float
 
 
-FORMATS = {"int8": Format(torch.int8, 127.0, 2.0**-7), "fp8": Format(torch.float8_e4m3fn, 448.0, 2.0**-9)}
+FORMATS = {"int8": Format(torch.int8, 127.0), "fp8": Format(torch.float8_e4m3fn, 448.0)}
 
 
 def format_of(name: str) -> Format:
@@ -58,7 +59,7 @@ def quantize_weight(weight: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
     """Quantise a weight by rows: each row is divided by its scale and rounded to nearest, ties to even.
 
     Args:
-        weight: [N, K], floating-point and finite.
+        weight: [N, K], floating-point, with values that are finite in fp32.
         format_: the format.
 
     Returns:
@@ -97,21 +98,13 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the product with a block of rows of the weight at a time, [..., K] -> [..., N].
 
-        The products of int8 numbers would exceed fp16, so in fp16 the numbers are multiplied by the format's `shrink`.
+        For fp16, the product is computed in fp32, because a sum of 8-bit numbers that are not scaled may exceed 65,504.
         """
-        shrink = self.format.shrink if x.dtype == torch.float16 else 1.0
         y = x.new_empty(*x.shape[:-1], self.out_features)
+        wide = upcast(x) if x.dtype == torch.float16 else x
         for rows in _blocks(self.out_features):
-            block = self.weight[rows].to(x.dtype)
-            scale = self.qscale_weight[rows]
-            if shrink != 1.0:
-                block, scale = block.mul_(shrink), scale / shrink
-            y[..., rows] = F.linear(x, block) * scale
+            y[..., rows] = F.linear(wide, self.weight[rows].to(wide.dtype)) * self.qscale_weight[rows]
         return y
-
-    def dequantized(self) -> Tensor:
-        """Return the weight that the layer stands for, fp32 [N, K]."""
-        return self.weight.float() * self.qscale_weight[:, None]
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's ``repr``."""
@@ -144,4 +137,4 @@ def replace_linears(model: nn.Module, linears: Mapping[str, nn.Linear], format_:
 
 
 def _blocks(n: int) -> Iterator[slice]:
-    return (slice(first, min(first + ROWS, n)) for first in range(0, n, ROWS))
+    return (slice(first, first + ROWS) for first in range(0, n, ROWS))

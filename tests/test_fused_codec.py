@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import voxkern
 from bench.static.counters import launches_only
 from voxkern.checkpoint import read_checkpoint
 from voxkern.fused.codec import FusedCodec, FusedCodecStream
+from voxkern.kernels.launch_config import LaunchConfigs
 from voxkern.reference import Config
 from voxkern.reference.codec import AudioTokenizer
 from voxkern.reference.codec_stream import CodecStream
+
+KERNELS = ("linear", "norm_linear", "norm_swiglu")  # norm_qkv takes the launch configs of norm_linear
 
 
 def _codes(T: int, B: int = 1, seed: int = 0, device: torch.device = CPU) -> torch.Tensor:
@@ -111,6 +115,25 @@ def test_a_chunk_is_launches_and_nothing_else(codec: AudioTokenizer) -> None:
     with OperatorRecorder() as operators:
         plain.decode(codes[..., :1])
     assert operators.n_kernels > 10 * len(launches)
+
+
+@pytest.mark.interpreter("launches are recorded")
+def test_launch_configs_are_those_of_max_batch(codec: AudioTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage's products are prepared for its rows in a frame of `max_batch` requests, whatever the stream has."""
+    prepared = set()
+    choose = LaunchConfigs.__call__
+
+    def record(self: LaunchConfigs, **asked: Any) -> dict[str, Any]:
+        prepared.update({(self.kernel, asked["rows"])} if asked.get("phase") == "codec" else ())
+        return choose(self, **asked)
+
+    monkeypatch.setattr(LaunchConfigs, "__call__", record)
+    for batch, T in ((1, 1), (3, 2)):
+        stream, codes, lengths = FusedCodec(codec, 5)(batch), _codes(T, B=batch), torch.full((batch,), T)
+        prepared.clear()
+        with torch.inference_mode(), launches_only(whole=False):
+            stream.chunk(codes, lengths)
+        assert prepared == {(kernel, 5 * rate) for kernel in KERNELS for rate in (1, 2, 4, 8)}
 
 
 def test_a_new_stream_uses_changed_weights(codec: AudioTokenizer, device: torch.device) -> None:

@@ -11,7 +11,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,15 @@ def read_checkpoint(
     """Read a checkpoint folder into memory.
 
     On the CPU, tensors that keep their dtype stay memory-mapped. Other tensors are converted one at a time, the largest
-    first, so that the peak memory is little more than the model's. 8-bit weights and their scales keep their dtypes.
+    first, so that the peak memory is little more than the model's. With `quantize`, all tensors are copied. 8-bit
+    weights and their scales keep their dtypes.
 
     Args:
         folder: a folder with the files listed at the top of this module.
         dtype: dtype of the model; None takes the dtype of most values in the checkpoint, or float32 if that dtype is
             float64. All tensors are converted to it, because the kernels and the KV cache have one dtype.
         device: device of the model.
-        quantize: "int8" or "fp8" quantises the large weights of a checkpoint in 16 or 32 bits, see
+        quantize: "int8" or "fp8" quantises the large weights of a checkpoint that has no 8-bit weights, see
             :mod:`voxkern.reference.quantized`.
         on_tensor: is called with the number of elements of each tensor that was read.
 
@@ -115,19 +116,23 @@ def read_checkpoint(
         ConfigError: ``params.json`` describes a model that voxkern cannot run.
     """
     config = Config.from_params(read_params(folder))
-    to_format = None if quantize is None else format_of(quantize)
-    if to_format and config.quantization:
-        raise ValueError(f"quantize is {quantize!r}, but the weights of {folder} are in {config.quantization} already")
-    table = without_activation_scales(tensor_table(folder))
+    on_disk = config.quantization
+    if quantize is not None:
+        format_of(quantize)  # refuses an unknown name
+        if on_disk:
+            raise ValueError(f"quantize is {quantize!r}, but the weights of {folder} are in {on_disk} already")
+        config = replace(config, quantization=quantize)
+    table = without_activation_scales(tensor_table(folder)) if on_disk else tensor_table(folder)
     with torch.device("meta"):
         model = VoxtralTTS(config, encoder=any(name.startswith(ENCODER) for name in table))
         linears = quantizable(model)
-        stored = linears_in_8_bits(folder, table, linears, config.quantization)
+        stored = linears_in_8_bits(folder, table, linears, on_disk)
         scales = {f"{name}.qscale_weight": linear.out_features for name, linear in stored.items()}
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         _check_names(folder, table, shapes | {name: table[name].shape for name in scales})
-        if format_ := to_format or FORMATS.get(config.quantization or ""):
-            replace_linears(model, linears if to_format else stored, format_)
+        to_quantize = linears if quantize else {}
+        if config.quantization:
+            replace_linears(model, stored | to_quantize, FORMATS[config.quantization])
     if dtype is None:
         dtype = usual_dtype(table.values())
     state: dict[str, Tensor] = {}
@@ -135,15 +140,17 @@ def read_checkpoint(
         info, layer, n = table[name], name.removesuffix(".weight"), tensor.numel()
         if name in scales:
             state[name] = row_scales(name, info, tensor, scales[name]).to(device)
-        elif to_format and layer in linears:
-            _check_finite(name, info, tensor)
-            state[name], state[f"{layer}.qscale_weight"] = quantize_weight(tensor.to(device), to_format)
+        elif quantize and layer in to_quantize:
+            wide = tensor.to(device=device, dtype=torch.float32)
+            _check_finite(name, info, wide)
+            state[name], state[f"{layer}.qscale_weight"] = quantize_weight(wide, FORMATS[quantize])
+            del wide
         else:
-            # a mapped tensor would keep the pages of all tensors around it, which are not needed after quantising
+            # With `quantize`, tensors are copied: a mapped tensor would keep the 16-bit weights around it in memory.
             kept = info.dtype if layer in stored else dtype
-            state[name] = tensor.to(device=device, dtype=kept, copy=to_format is not None)
+            state[name] = tensor.to(device=device, dtype=kept, copy=quantize is not None)
+            _check_finite(name, info, state[name])  # a large value of another dtype is infinite in fp16
         del tensor  # the file's pages stay mapped as long as the tensor exists
-        _check_finite(name, info, state[name])  # a large value of another dtype is infinite in fp16
         if on_tensor is not None:
             on_tensor(n)
     model.load_state_dict(state, strict=True, assign=True)
@@ -211,7 +218,9 @@ def write_checkpoint(
 def quantize_checkpoint(
     source: Path, target: Path, quantize: str, on_tensor: Callable[[int], None] | None = None
 ) -> None:
-    """Read a checkpoint in 16 or 32 bits, and write it with 8-bit weights.
+    """Read a checkpoint that has no 8-bit weights, and write it with 8-bit weights.
+
+    All other tensors, and the voices, are written in the dtype of most values.
 
     Args:
         source: the checkpoint folder to read.
@@ -223,10 +232,14 @@ def quantize_checkpoint(
         ValueError: `quantize` is unknown, or the checkpoint's weights have 8 bits already.
         CheckpointError: the checkpoint cannot be read.
     """
+    format_of(quantize)
+    names = {format_: name for name, format_ in FORMATS_ON_DISK.items()}
+    params = read_params(source) | {"quantization": {"qformat_weight": names[quantize], "qscheme_act": "NO_SCALES"}}
+    try:
+        tokenizer = (source / TOKENIZER).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{source / TOKENIZER}: {error}") from error
     checkpoint = read_checkpoint(source, quantize=quantize, on_tensor=on_tensor)
-    on_disk = next(name for name, format_ in FORMATS_ON_DISK.items() if format_ == quantize)
-    params = read_params(source) | {"quantization": {"qformat_weight": on_disk, "qscheme_act": "NO_SCALES"}}
-    tokenizer = (source / TOKENIZER).read_text(encoding="utf-8")
     write_checkpoint(target, params, checkpoint.model.state_dict(), tokenizer, checkpoint.voices)
 
 

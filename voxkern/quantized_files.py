@@ -1,7 +1,8 @@
-"""What a checkpoint in 8 bits has beside its weights: their scales, and values that voxkern does not use.
+"""Check the tensors of 8-bit checkpoints, which have Mistral's form, and read the scales.
 
-Mistral's form: ``X.weight`` in 8 bits; ``X.qscale_weight``, one scale for the tensor or one for each row; and scales of
-activations, ``X.qscale_act`` and ``*_fake_quantizer.*``. Activations stay in 16 bits, so voxkern does not use these.
+``X.weight`` has 8 bits, and ``X.qscale_weight`` has one scale for the tensor or one for each row. ``X.qscale_act`` and
+``*_fake_quantizer.qscale_act`` are scales of activations. voxkern does not use them, because activations are not
+quantised.
 """
 
 import logging
@@ -18,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def without_activation_scales(table: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors that voxkern uses; a log line tells how many others there are."""
-    used = {name: i for name, i in table.items() if not name.endswith(".qscale_act") and "_fake_quantizer." not in name}
+    """Return the tensors without the scales of activations, and log the number of these scales."""
+    used = {name: info for name, info in table.items() if not name.endswith(".qscale_act")}
     if len(used) < len(table):
-        log.info("%d scales of activations are not used: activations stay in 16 bits", len(table) - len(used))
+        log.warning("%d scales of activations are not used: activations are not quantised", len(table) - len(used))
     return used
 
 
@@ -48,8 +49,8 @@ def linears_in_8_bits(
         if layer not in linears or not name.endswith(".weight"):
             raise CheckpointError(f"{info.file}: {name} is {dtype}, but voxkern has no 8-bit form of this tensor")
         if format_ is None or FORMATS[format_].dtype != info.dtype:
-            says = "no quantization" if format_ is None else f"the quantization {format_}"
-            raise CheckpointError(f"{info.file}: {name} is {dtype}, but params.json has {says}")
+            quantization = "no quantization" if format_ is None else f"the quantization {format_}"
+            raise CheckpointError(f"{info.file}: {name} is {dtype}, but params.json has {quantization}")
         if f"{layer}.qscale_weight" not in table:
             raise CheckpointError(f"{info.file}: {name} is {dtype}, but {layer}.qscale_weight is missing")
         found[layer] = linears[layer]
@@ -65,7 +66,8 @@ def row_scales(name: str, info: TensorInfo, scale: Tensor, n_rows: int) -> Tenso
         CheckpointError: the shape is wrong, or a scale is zero, negative or not finite.
     """
     if tuple(scale.shape) not in ((), (1,), (n_rows,), (n_rows, 1)):
-        raise CheckpointError(f"{info.file}: {name} is {list(scale.shape)} but must have 1 or {n_rows} scales")
+        allowed = f"[], [1], [{n_rows}] or [{n_rows}, 1]"
+        raise CheckpointError(f"{info.file}: {name} is {list(scale.shape)} but must be {allowed}")
     scale = scale.to(torch.float32).reshape(-1)
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise CheckpointError(f"{info.file}: {name} has a scale that is zero, negative or not finite")

@@ -39,13 +39,15 @@ def warm_up(
         The number of binaries that are ready.
 
     Raises:
-        ValueError: `arch` is unknown, or `max_batch` is not in 1..64.
+        ValueError: `arch` is unknown, `max_batch` is not in 1..64, or the weights have 8 bits.
         TypeError: `max_batch` is not an integer.
         ModuleNotFoundError: Triton is not installed.
         RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET=1).
     """
     require_triton()
     max_batch = to_int("max_batch", max_batch, 1, None)
+    if config.quantization:
+        raise ValueError(f"the weights are in {config.quantization}, and the kernels do not take 8-bit weights yet")
     from triton import knobs
 
     from .compile_only import compiling_for

@@ -195,7 +195,9 @@ def _form(name: str, args: tuple[Any, ...]) -> object:
 
 
 def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
-    """Split a launch on an irregular grid into launches on regular grids with the same bytes, but none with shares.
+    """Split a launch on an irregular grid into launches on regular grids with the same bytes.
+
+    A launch with shares is not split.
 
     The launch that computes q, k and v becomes three launches. The launch that computes the modulations becomes one
     launch for each layer. tests/test_frame.py checks that the bytes are the same.

@@ -2,9 +2,9 @@
 
 A transformer layer takes five launches. A chunk only launches kernels, in memory that is allocated once.
 
-The audio has the same bits for chunks of any size and for streams of any number of requests. The launch configs
-therefore depend on `max_batch`, not on the chunk, and the attention's tiles begin at fixed positions of a request, not
-of the chunk.
+The audio of a `FusedCodec` has the same bits for chunks of any size and for streams of any number of requests. The
+launch configs depend only on `max_batch`, which is fixed. The attention's tiles begin at fixed positions of a request,
+not of the chunk.
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ class FusedCodec:
 
         Args:
             module: the codec.
-            max_batch: the number of requests that the launch configs are chosen for, 1..64. A stream may have more.
+            max_batch: the number of requests that the launch configs are chosen for. A stream may have more.
 
         Raises:
             ValueError: the codec has an attention window or a convolution that the kernels do not support.
