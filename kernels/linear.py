@@ -256,8 +256,8 @@ def linear(
         residual: [M, N], contiguous, or None for 0.
         max_rows: the most rows that the layer is prepared for, 1..512 in decode. The launch config depends on this
             number, so a row's result depends neither on M nor on the other rows.
-        phase: "decode", or "prefill", which takes tiles for many rows whatever `max_rows` is, or "codec", whose tiles
-            suit the codec's small weights. In fp32 on a GPU, all take the same tiles.
+        phase: "decode", "prefill" or "codec". "prefill" takes tiles for many rows whatever `max_rows` is, and "codec"
+            takes tiles for the codec's small weights. In fp32 on a GPU, all three take the same tiles.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.

@@ -130,7 +130,7 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def replace_linears(model: nn.Module, linears: Mapping[str, nn.Linear], format_: Format) -> None:
-    """Replace `linears`, some of those of :func:`quantizable`, by layers whose 8-bit weights are to be loaded."""
+    """Replace `linears`, some of those of :func:`quantizable`, by layers with 8-bit weights that are not yet loaded."""
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, QuantizedLinear(linear.in_features, linear.out_features, format_))

@@ -289,7 +289,7 @@ def test_more_work_or_a_lesser_gpu_takes_no_less() -> None:
 
 
 def test_the_ledger_has_a_binary_of_every_launch_but_the_last() -> None:
-    """Every launch has a row in the ledger, except the convolution to fp32 sound, whose rows there have fp32 weights.
+    """Every launch has a row in the ledger, except the convolution to sound. The ledger has that one in fp32 only.
 
     The model assumes that a launch without a row reaches the bound, so a wrong name would go unnoticed.
     """
