@@ -75,6 +75,14 @@ def quantize_weight(weight: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def widened(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 8-bit numbers in `dtype`; on a CPU e4m3 goes through a table, because PyTorch's conversion is slow."""
+    if q.dtype == torch.int8 or q.device.type != "cpu":
+        return q.to(dtype)
+    numbers = torch.arange(256, dtype=torch.uint8).view(q.dtype).to(dtype)
+    return numbers.index_select(0, q.view(torch.uint8).flatten().int()).view(q.shape)
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer without bias that holds its weight in 8 bits.
 
@@ -103,7 +111,7 @@ class QuantizedLinear(nn.Module):
         y = x.new_empty(*x.shape[:-1], self.out_features)
         wide = upcast(x) if x.dtype == torch.float16 else x
         for rows in _blocks(self.out_features):
-            y[..., rows] = F.linear(wide, self.weight[rows].to(wide.dtype)) * self.qscale_weight[rows]
+            y[..., rows] = F.linear(wide, widened(self.weight[rows], wide.dtype)) * self.qscale_weight[rows]
         return y
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ from voxkern.cli import app
 from voxkern.engine.runner import backbone_weights_version
 from voxkern.random_checkpoint import TINY_MOE, make_checkpoint, public_params
 from voxkern.reference import Config, VoxtralTTS
-from voxkern.reference.quantized import FORMATS, QuantizedLinear, quantizable, quantize_weight, replace_linears
+from voxkern.reference.quantized import FORMATS, QuantizedLinear, quantizable, quantize_weight, replace_linears, widened
 from voxkern.warmup import warm_up
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -62,6 +62,13 @@ def test_ties_go_to_the_even_number() -> None:
     assert quantize_weight(weight, FORMATS["int8"])[0].tolist() == [[127, 0, 2, 2, 0, -2, 126]]
     weight = torch.tensor([[448.0, 17.0, 19.0, -17.0, 2.0**-10, 3 * 2.0**-10]])
     assert quantize_weight(weight, FORMATS["fp8"])[0].float().tolist() == [[448, 16, 20, -16, 0, 2.0**-8]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_every_8_bit_number_is_widened_exactly(format_: str, dtype: torch.dtype) -> None:
+    q = torch.arange(256, dtype=torch.uint8).view(FORMATS[format_].dtype).view(32, 8).T  # not contiguous
+    torch.testing.assert_close(widened(q, dtype), q.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("format_", FORMATS)
