@@ -59,7 +59,7 @@ def quantize_weight(weight: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
     """Quantise a weight by rows: each row is divided by its scale and rounded to nearest, ties to even.
 
     Args:
-        weight: [N, K], floating-point, with values that are finite in fp32.
+        weight: [N, K], floating-point. A row with a value that is not finite in fp32 gets a scale that is not finite.
         format_: the format.
 
     Returns:

@@ -246,6 +246,16 @@ def test_weights_beyond_fp32_are_an_error(tiny_folder: Path, tmp_path: Path) -> 
         read_checkpoint(folder, quantize="int8")
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_row_that_is_not_finite_has_such_a_scale(format_: str, value: float) -> None:
+    weight = _weight()
+    weight[7, 5] = value
+    finite = quantize_weight(weight, FORMATS[format_])[1].isfinite()
+    assert not finite[7]
+    assert finite.sum() == N - 1
+
+
 def test_a_missing_tokenizer_is_named_before_the_work(tiny_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
     (folder / "tekken.json").unlink()

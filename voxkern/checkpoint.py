@@ -141,10 +141,9 @@ def read_checkpoint(
         if name in scales:
             state[name] = row_scales(name, info, tensor, scales[name]).to(device)
         elif quantize and layer in to_quantize:
-            wide = tensor.to(device=device, dtype=torch.float32)
-            _check_finite(name, info, wide)
-            state[name], state[f"{layer}.qscale_weight"] = quantize_weight(wide, FORMATS[quantize])
-            del wide
+            state[name], scale = quantize_weight(tensor.to(device), FORMATS[quantize])
+            _check_finite(name, info, scale)  # a row with a value that is not finite in fp32 has such a scale
+            state[f"{layer}.qscale_weight"] = scale
         else:
             # With `quantize`, tensors are copied: a mapped tensor would keep the 16-bit weights around it in memory.
             kept = info.dtype if layer in stored else dtype
