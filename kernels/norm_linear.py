@@ -85,8 +85,8 @@ NORM_LINEAR = LaunchConfigs(
 )
 
 # Each step loads two tiles of weights, one of w1 and one of w3, and a block has two accumulators. The tiles are
-# therefore smaller, or the stages fewer, than in NORM_LINEAR. With 64 rows of each weight in a tile, the N = 9216 of
-# the public flow head makes 144 tiles. A B200 has 148 multiprocessors, so these tiles are not divided into shares.
+# therefore smaller, or the stages fewer, than in NORM_LINEAR. The public flow head has N = 9216, which makes 144 tiles
+# with 64 rows of each weight. A B200 has 148 multiprocessors, so SHARES is 0 on sm_10?.
 NORM_SWIGLU = LaunchConfigs(
     "norm_swiglu",
     """

@@ -123,9 +123,9 @@ class ParamsReader:
     def quantization(self) -> str | None:
         """Return the name of the weights' 8-bit format, or None if the weights are not quantised.
 
-        The weights are not quantised if the value is null, "NO_SCALES", or an object that has only these values. Beside
-        a format, the qscheme_act "TENSOR" is accepted and has no effect, because activations are not quantised. Every
-        other value is recorded as a problem.
+        The weights are not quantised if the value is null or "NO_SCALES", or an object with only these values. With a
+        format, `qscheme_act` may be "TENSOR", which has no effect, because activations are not quantised. Every other
+        value is recorded as a problem.
         """
         value = self.get(TOP, "quantization")
         parts = value if isinstance(value, dict) else {"": value}

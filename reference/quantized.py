@@ -104,7 +104,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("qscale_weight", torch.ones(out_features, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the product with a block of rows of the weight at a time, [..., K] -> [..., N].
+        """Multiply x [..., K] by the weight, ROWS of its rows at a time, and return [..., N].
 
         For fp16, the product is computed in fp32, because a sum of 8-bit numbers that are not scaled may exceed 65,504.
         """
@@ -138,7 +138,7 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def replace_linears(model: nn.Module, linears: Mapping[str, nn.Linear], format_: Format) -> None:
-    """Replace `linears`, some of those of :func:`quantizable`, by layers with 8-bit weights that are not yet loaded."""
+    """Replace `linears`, a part of the result of :func:`quantizable`, by layers with 8-bit weights, not yet loaded."""
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, QuantizedLinear(linear.in_features, linear.out_features, format_))

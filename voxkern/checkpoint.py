@@ -145,7 +145,7 @@ def read_checkpoint(
             _check_finite(name, info, scale)  # a row with a value that is not finite in fp32 has such a scale
             state[f"{layer}.qscale_weight"] = scale
         else:
-            # With `quantize`, tensors are copied: a mapped tensor would keep the 16-bit weights around it in memory.
+            # With `quantize`, tensors are copied, because a mapped one keeps the 16-bit weights around it mapped too.
             kept = info.dtype if layer in stored else dtype
             state[name] = tensor.to(device=device, dtype=kept, copy=quantize is not None)
             _check_finite(name, info, state[name])  # a large value of another dtype is infinite in fp16

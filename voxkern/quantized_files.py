@@ -60,7 +60,7 @@ def linears_in_8_bits(
 
 
 def row_scales(name: str, info: TensorInfo, scale: Tensor, n_rows: int) -> Tensor:
-    """Return the scales of a weight's rows, fp32 [n_rows], of a tensor with one scale or one for each row.
+    """Convert a stored tensor, with one scale or one for each row, to the scales of all rows, fp32 [n_rows].
 
     Raises:
         CheckpointError: the shape is wrong, or a scale is zero, negative or not finite.

@@ -72,7 +72,7 @@ def load(
             launches the kernels one by one, which gives the same bits but is slower. `graphs` has no effect without
             kernels or on a CPU.
         quantize: "int8" or "fp8" keeps the large weights in 8 bits: 4.6 GB instead of 8.0 GB for the public model. The
-            kernels do not take such weights yet, so `backend` must be "torch" where "auto" would take the kernels.
+            kernels do not take such weights yet, so a GPU needs `backend="torch"`.
 
     Raises:
         ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the
@@ -89,7 +89,7 @@ def load(
         format_of(quantize)  # a wrong name must fail before the download
         if settings[1]:
             raise ValueError(
-                f"quantize is {quantize!r}, but the kernels do not take 8-bit weights yet: backend='torch'"
+                f"quantize is {quantize!r}, but the kernels do not take 8-bit weights yet; use backend='torch'"
             )
     folder = DEMO if source is None else find_folder(source)
     return TTS(read_checkpoint(folder, resolve_dtype(dtype), target, quantize), *settings)

@@ -67,7 +67,7 @@ def tensor_table(folder: Path) -> dict[str, TensorInfo]:
 def usual_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
     """Return the dtype of most values of a checkpoint that have more than 8 bits.
 
-    It is float32 in the place of float64, which the kernels lack.
+    If that dtype is float64, return float32, because the kernels have no float64.
 
     Raises:
         CheckpointError: no tensor has more than 8 bits.

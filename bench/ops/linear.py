@@ -14,7 +14,7 @@ from voxkern.kernels.linear import linear
 
 
 def phase_of(s: Any) -> str:
-    """Return the phase of a case: "prefill" or "codec" if its sizes have a number of that name, else "decode"."""
+    """Return the phase of a case: "prefill" or "codec" if that is a key of its sizes, else "decode"."""
     return next((phase for phase in ("prefill", "codec") if hasattr(s, phase)), "decode")
 
 

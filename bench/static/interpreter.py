@@ -147,12 +147,12 @@ def _return_early() -> None:
 
 
 def _let_numpy_broadcast() -> None:
-    """Broadcast the types of an elementwise operation's operands, but not their values; make each constant once.
+    """Broadcast only the types of an elementwise operation's operands, and cache its constants.
 
     NumPy broadcasts the values itself. Triton first makes a full array of each operand, even of a constant.
     """
     operands, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
-    constants: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # by kinds of operands and rules: constants
+    constants: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # maps kinds of operands and rules to constants
     common_shapes: dict[tuple[int, int], tuple[Any, Any, Any]] = {}  # by ids of two shapes: these, and the common one
     types: dict[tuple[str, int], tuple[Any, Any]] = {}  # by element type and id of a shape: this shape, and the type
 

@@ -2,9 +2,9 @@
 
 A transformer layer takes five launches. A chunk only launches kernels, in memory that is allocated once.
 
-The audio of a `FusedCodec` has the same bits for chunks of any size and for streams of any number of requests. The
-launch configs depend only on `max_batch`, which is fixed. The attention's tiles begin at fixed positions of a request,
-not of the chunk.
+The audio of a `FusedCodec` has the same bits for chunks of any size and for streams of any number of requests. Neither
+number changes the launch configs, which are chosen for `max_batch`. The attention's tiles begin at fixed positions of a
+request, not of the chunk.
 """
 
 from dataclasses import dataclass
