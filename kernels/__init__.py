@@ -20,6 +20,7 @@ __all__ = [
     "operator",
     "paged_attention",
     "qkv",
+    "quantized",
     "rms_norm",
     "semantic_argmax",
     "shares",

@@ -18,6 +18,7 @@ __all__ = ["LaunchConfigs", "override", "target_arch"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES_IN_8_BITS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 # A fused multiply-add outside the matrix product rounds once, where the reference and the interpreter round twice. With
 # fusion on, a kernel would not compute what the tests have checked in the interpreter. Triton 3.10 turns fusion off by
@@ -64,9 +65,9 @@ class LaunchConfigs:
     """Chooses the launch config of one kernel from a text table: the first row that matches.
 
     The columns left of the bar ``|`` are conditions, and ``*`` matches anything. `arch`, `dtype` and `phase` are
-    patterns, such as ``sm_*``, ``fp32`` and ``prefill``. `rows` (the rows that the model is prepared for), `N` and `K`
-    are inclusive upper bounds. The columns right of the bar are the kernel's constants, and Triton's options
-    ``num_warps`` and ``num_stages``.
+    patterns, such as ``sm_*``, ``fp32`` and ``prefill``. `dtype` is ``int8`` or ``fp8`` for weights in 8 bits, unless
+    the activations are fp32. `rows` (the rows that the model is prepared for), `N` and `K` are inclusive upper bounds.
+    The columns right of the bar are the kernel's constants, and Triton's options ``num_warps`` and ``num_stages``.
     """
 
     def __init__(self, kernel: str, text: str) -> None:
@@ -85,20 +86,24 @@ class LaunchConfigs:
         self.lines = [dict(zip(head, line, strict=True)) for line in lines]
         self.conditions, self.names = head[:bar], head[bar + 1 :]
 
-    def __call__(self, *, N: int, K: int, dtype: torch.dtype, rows: int, phase: str = "decode") -> dict[str, Any]:
+    def __call__(
+        self, *, N: int, K: int, dtype: torch.dtype, rows: int, phase: str = "decode", weight: torch.dtype | None = None
+    ) -> dict[str, Any]:
         """Return the columns right of the bar in the first matching row, and ``enable_fp_fusion``.
 
         Args:
             N: rows of the weight.
             K: columns of the weight.
-            dtype: dtype of the weight: fp32, bf16 or fp16.
+            dtype: dtype of the activations: fp32, bf16 or fp16.
             rows: the most rows that the model is prepared for.
             phase: ``decode``, ``prefill`` or ``codec``.
+            weight: dtype of the weight; None is that of the activations.
 
         Raises:
             ValueError: no row of the table matches.
         """
-        chosen = dict(self._choose(N, K, DTYPES[dtype], architecture(), rows, phase))
+        name = DTYPES_IN_8_BITS.get(weight or dtype, DTYPES[dtype]) if dtype != torch.float32 else "fp32"
+        chosen = dict(self._choose(N, K, name, architecture(), rows, phase))
         for values in _overrides.get(self.kernel, ()):
             chosen.update(values)
         return chosen

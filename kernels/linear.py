@@ -15,6 +15,7 @@ side, but as few as 8 columns on its right side. The six rows of one request in 
 8, not to 16 or 64. A prefill has many rows, so a prefill's tiles are large enough to keep the matrix units busy.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from .common import cast, dot, with_block
 from .launch_config import LaunchConfigs
 from .operator import expect, operator
+from .quantized import expect_weight, scaled, stored, widen
 from .shares import Scratch, Shares, add_parts, share_of_block
 
 __all__ = ["linear"]
@@ -34,6 +36,8 @@ __all__ = ["linear"]
 # On AMD GPUs, a kernel with two stages keeps the next tile in registers while it multiplies the tile in shared memory.
 # The 304 compute units of an MI300X need 11 KB in flight each, so a stage has 16 to 32 KB of weights, and SHARES gives
 # every unit a block. gfx950 has 160 KB of shared memory instead of 64, into which it copies asynchronously.
+# Warps that share rows of 8-bit weights would each widen them. So a small tile has a warp for 16 rows, and a large tile
+# has many rows of x.
 # A codec launch may have more rows than `max_rows`, because a chunk may have many frames. So its SHARES is 0.
 LINEAR = LaunchConfigs(
     "linear",
@@ -49,9 +53,15 @@ LINEAR = LaunchConfigs(
     gfx950       *      codec    64   *    | 1      0       1          16       32       256      4          5
     gfx950       *      codec    *    *    | 1      0       1          32       64       128      4          5
     gfx*         *      codec    *    *    | 4      0       1          16       32       128      8          2
+    gfx942       *8     *        16   *    | 1      1       1          16       32       512      4          2
+    gfx942       *8     *        32   *    | 1      1       1          32       32       256      4          2
+    gfx942       *8     *        48   *    | 1      1       3          16       32       256      4          2
+    gfx942       *8     *        64   *    | 1      1       1          64       64       128      4          2
     gfx*         *      *        32   1536 | 4      0       1          16       16       128      4          2
     gfx*         *      *        *    1536 | 1      0       1          64       64       64       4          2
     gfx950       *      *        16   *    | 1      1       1          16       16       256      4          4
+    gfx950       *8     *        32   *    | 1      1       1          32       32       128      8          3
+    gfx950       *8     *        64   *    | 1      1       1          64       64       64       8          3
     gfx950       *      *        32   *    | 1      1       1          32       32       128      8          4
     gfx950       *      *        64   *    | 1      1       1          64       64       64       8          4
     gfx950       *      *        96   *    | 1      1       3          16       128      128      4          2
@@ -73,6 +83,20 @@ LINEAR = LaunchConfigs(
     sm_10?       *      codec    *    *    | 1      0       1          64       64       128      8          5
     sm_*         *      codec    128  *    | 1      0       1          32       32       128      4          5
     sm_*         *      codec    *    *    | 1      0       1          32       64       64       4          6
+    sm_*         *8     *        8    *    | 4      0       1          8        16       128      4          4
+    sm_12?       *8     *        16   *    | 1      0       1          16       32       128      2          4
+    sm_10?       *8     *        16   *    | 1      1       1          16       128      64       8          6
+    sm_*         *8     *        16   *    | 4      0       1          16       16       64       4          6
+    sm_12?       *8     *        32   *    | 1      1       1          32       64       64       4          8
+    sm_10?       *8     *        32   *    | 1      1       1          32       128      64       8          5
+    sm_*         *8     *        32   *    | 1      1       1          32       64       128      4          4
+    sm_90        *8     *        48   *    | 1      1       3          16       64       128      4          4
+    sm_10?       *8     *        48   *    | 1      1       3          16       128      64       8          5
+    sm_*         *8     *        48   *    | 1      1       3          16       64       64       4          6
+    sm_10?       *8     *        64   *    | 1      1       1          64       128      64       8          5
+    sm_*         *8     *        64   *    | 1      1       1          64       64       64       4          6
+    sm_8?        *8     *        96   *    | 1      1       3          32       128      64       8          3
+    sm_12?       *8     *        96   *    | 1      1       3          32       128      64       8          3
     sm_*         *      *        8    *    | 4      0       1          8        16       64       4          8
     sm_10?       *      *        16   *    | 1      1       1          16       128      64       8          6
     sm_*         *      *        16   *    | 4      0       1          16       16       64       4          6
@@ -108,7 +132,8 @@ def product(
         blocks = with_block(blocks, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
     for k in range(first, end, BLOCK_K):
         m_k = (k + o_k < K)[None, :]
-        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k, other=0.0)
+        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k, other=0)
+        b_w = widen(b_w, p_x.dtype.element_ty)
         added = ()
         for r in tl.static_range(ROW_TILES):
             o_r = o_m + r * BLOCK_M
@@ -137,8 +162,9 @@ def split_product(
     for k in range(0, K, SPLIT * BLOCK_K):
         m_k = (k + o_k < K)[:, None, :]
         b_w = tl.load(
-            p_w + o_n[None, :, None] * K + (k + o_k)[:, None, :], mask=m_n[None, :, None] & m_k, other=0.0
+            p_w + o_n[None, :, None] * K + (k + o_k)[:, None, :], mask=m_n[None, :, None] & m_k, other=0
         )  # [SPLIT, N, K]
+        b_w = widen(b_w, p_x.dtype.element_ty)
         added = ()
         for r in tl.static_range(ROW_TILES):
             o_r = o_m + r * BLOCK_M
@@ -154,11 +180,12 @@ def split_product(
 
 @triton.jit
 def _finish(
-    b_y, p_bias, p_gate, p_residual, p_y, o_m, o_n, M, R, stride_gate,
+    b_y, p_scale, p_bias, p_gate, p_residual, p_y, o_m, o_n, M, R, stride_gate,
     N: tl.constexpr,
 ):  # fmt: skip
-    """Store ``residual + gate * (b_y + bias)`` for a block [N, M] of products."""
+    """Store ``residual + gate * (b_y * scale + bias)`` for a block [N, M] of products."""
     m_n = o_n < N
+    b_y = scaled(b_y, p_scale, o_n, m_n)
     m_y = (o_m < M)[None, :] & m_n[:, None]  # [N, M]
     o_y = o_m[None, :] * N + o_n[:, None]
     if p_bias is not None:
@@ -173,7 +200,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["M", "R"])
 def _linear_kernel(
-    p_x, p_w, p_bias, p_gate, p_residual, p_y, p_parts, p_arrived,
+    p_x, p_w, p_scale, p_bias, p_gate, p_residual, p_y, p_parts, p_arrived,
     M, R, stride_x, stride_gate,
     N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -190,7 +217,7 @@ def _linear_kernel(
                 p_x, p_w, o_m, o_n, M, o_n < N, stride_x, K, SPLIT, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K
             )
         for r in tl.static_range(ROW_TILES):
-            _finish(blocks[r], p_bias, p_gate, p_residual, p_y, o_m + r * BLOCK_M, o_n, M, R, stride_gate, N)
+            _finish(blocks[r], p_scale, p_bias, p_gate, p_residual, p_y, o_m + r * BLOCK_M, o_n, M, R, stride_gate, N)
     else:
         start, stop = share_of_block(TILES * STEPS)
         for i_n in range(start // STEPS, tl.cdiv(stop, STEPS)):
@@ -205,19 +232,22 @@ def _linear_kernel(
             )
             if is_complete:
                 for r in tl.static_range(ROW_TILES):
-                    _finish(blocks[r], p_bias, p_gate, p_residual, p_y, o_m + r * BLOCK_M, o_n, M, R, stride_gate, N)
+                    _finish(
+                        blocks[r], p_scale, p_bias, p_gate, p_residual, p_y, o_m + r * BLOCK_M, o_n,
+                        M, R, stride_gate, N,
+                    )  # fmt: skip
 
 
-def linear_shares(weight: Tensor, max_rows: int, phase: str = "decode") -> Shares:
-    """Return how :func:`launch_linear` divides the product with `weight`."""
+def linear_shares(weight: Tensor, dtype: torch.dtype, max_rows: int, phase: str = "decode") -> Shares:
+    """Return how :func:`launch_linear` divides the product of `weight` and activations of `dtype`."""
     N, K = weight.shape
-    constants = LINEAR(N=N, K=K, dtype=weight.dtype, rows=max_rows, phase=phase)
+    constants = LINEAR(N=N, K=K, dtype=dtype, rows=max_rows, phase=phase, weight=weight.dtype)
     return Shares.of(constants, max_rows, triton.cdiv(N, constants["BLOCK_N"]), constants["ROW_TILES"])
 
 
 def launch_linear(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, residual: Tensor | None,
-    max_rows: int, phase: str = "decode", scratch: Scratch | None = None,
+    max_rows: int, phase: str = "decode", scale: Tensor | None = None, scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
     """Run :func:`linear` into `out`, contiguous [M, N], without checking the arguments.
 
@@ -225,14 +255,17 @@ def launch_linear(
     """
     (M, K), N = x.shape, len(weight)
     R, stride_gate = (0, 0) if gate is None else (len(gate) - 1, gate.stride(0))
-    constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
+    constants = LINEAR(N=N, K=K, dtype=x.dtype, rows=max_rows, phase=phase, weight=weight.dtype) | {"N": N, "K": K}
     tiles = triton.cdiv(N, constants["BLOCK_N"])
     shares = Shares.of(constants, max_rows, tiles, constants["ROW_TILES"])
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
     grid = shares.grid(constants, M, tiles)
     parts, arrived = shares.scratch(scratch, x)
-    _linear_kernel[grid](x, weight, bias, gate, residual, out, parts, arrived, M, R, stride_x, stride_gate, **constants)
+    _linear_kernel[grid](
+        x, stored(weight), scale, bias, gate, residual, out, parts, arrived,
+        M, R, stride_x, stride_gate, **constants,
+    )  # fmt: skip
 
 
 @operator(launch_linear)
@@ -244,12 +277,13 @@ def linear(
     residual: Tensor | None,
     max_rows: int,
     phase: str = "decode",
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Compute ``residual + gate * (x @ weight.T + bias)``: a gated product, added to the residual stream.
 
     Args:
         x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
-        weight: [N, K], as a checkpoint stores it.
+        weight: [N, K], as a checkpoint stores it, in x's dtype or in 8 bits (int8 or e4m3).
         bias: [N], or None for 0.
         gate: [1 + R, N or more], with R in 0..M, or None for 1; only its last dimension must be contiguous. Row 1 + i
             belongs to row i of x, and row 0 to the rows of x from R on. A layer scale is a gate with one row.
@@ -258,6 +292,8 @@ def linear(
             number, so a row's result depends neither on M nor on the other rows.
         phase: "decode", "prefill" or "codec". "prefill" takes tiles for many rows whatever `max_rows` is, and "codec"
             takes tiles for the codec's small weights. In fp32 on a GPU, all three take the same tiles.
+        scale: fp32 [N], the scale of each row of a weight in 8 bits, else None. The products are scaled before the bias
+            is added.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
@@ -266,7 +302,7 @@ def linear(
         ValueError: M is not in 1..max_rows, max_rows is out of range, or the phase is unknown.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
-    N, _ = expect("weight", weight, ("N", K), like=x)
+    N, _ = expect_weight("weight", weight, ("N", K), scale, like=x)
     if bias is not None:
         expect("bias", bias, (N,), like=x)
     if gate is not None:

@@ -23,6 +23,7 @@ from .common import cast, dot, with_block
 from .launch_config import LaunchConfigs
 from .linear import expect_rows
 from .operator import expect, operator
+from .quantized import expect_same_format, expect_weight, scaled, stored, widen
 from .shares import Scratch, Shares, add_parts, share_of_block
 
 __all__ = ["norm_linear", "norm_swiglu"]
@@ -35,6 +36,7 @@ __all__ = ["norm_linear", "norm_swiglu"]
 # pipelined, and every step waits for it.
 # On sm_120, norm_linear spills registers with BLOCK_M = 64 on four warps, and with BLOCK_M = 32 and BLOCK_K = 128.
 # norm_qkv uses this table too. On sm_120, norm_qkv spills with BLOCK_M = 32 and BLOCK_N = 64 on eight warps.
+# 8-bit weights have tiles of their own, for the reason given in linear.py. fp8 spills registers with some of int8's.
 # On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
 # tiles spill.
 NORM_LINEAR = LaunchConfigs(
@@ -52,9 +54,11 @@ NORM_LINEAR = LaunchConfigs(
     gfx950       *      codec    *    | 0       1          64       64       64       8          6
     gfx*         *      codec    64   | 0       1          16       32       256      8          2
     gfx*         *      codec    *    | 0       1          32       64       256      8          2
+    gfx942       *8     *        16   | 1       1          16       32       512      4          2
     gfx950       *      *        32   | 0       1          32       32       256      8          3
     gfx950       *      *        48   | 0       3          16       32       256      8          3
     gfx950       *      *        64   | 0       1          64       64       128      8          4
+    gfx950       fp8    *        *    | 0       1          64       64       128      8          4
     gfx950       *      *        *    | 1       1          64       128      128      8          3
     gfx*         *      *        16   | 1       1          16       32       256      8          2
     gfx*         *      *        32   | 0       1          16       32       256      8          2
@@ -70,6 +74,20 @@ NORM_LINEAR = LaunchConfigs(
     sm_90        *      codec    *    | 0       1          64       128      64       8          5
     sm_10?       *      codec    *    | 0       1          64       128      64       8          5
     sm_*         *      codec    *    | 0       1          64       64       64       8          5
+    sm_10?       fp8    *        8    | 0       1          8        32       128      2          6
+    sm_90        fp8    *        8    | 0       1          8        32       128      2          8
+    sm_*         *8     *        8    | 0       1          8        32       256      2          4
+    sm_*         *8     *        16   | 0       1          16       32       256      2          4
+    sm_90        *8     *        32   | 1       1          32       64       64       4          6
+    sm_12?       *8     *        32   | 1       1          32       64       64       4          4
+    sm_*         *8     *        32   | 0       1          32       64       64       4          8
+    sm_*         *8     *        48   | 1       3          16       64       64       4          6
+    sm_*         *8     *        64   | 1       1          64       64       64       8          5
+    sm_8?        *8     *        96   | 1       3          32       128      64       8          3
+    sm_12?       *8     *        96   | 1       3          32       128      64       8          3
+    sm_10?       *8     *        96   | 1       3          32       128      64       8          5
+    sm_8?        *8     *        *    | 1       3          32       64       32       4          4
+    sm_10?       *8     *        *    | 1       3          64       128      32       8          4
     sm_*         *      *        8    | 0       1          8        64       128      8          6
     sm_*         *      *        16   | 0       1          16       64       128      8          5
     sm_12?       *      *        32   | 0       1          32       32       64       8          8
@@ -102,6 +120,11 @@ NORM_SWIGLU = LaunchConfigs(
     gfx*         *      codec    32   | 0       1          16       32       128      4          2
     gfx*         *      codec    64   | 0       1          32       32       128      4          2
     gfx*         *      codec    *    | 0       1          64       64       128      8          2
+    gfx942       *8     *        32   | 0       1          16       32       256      4          2
+    gfx942       *8     *        64   | 0       1          32       32       128      4          2
+    gfx942       fp8    *        *    | 0       1          64       64       64       8          2
+    gfx942       *8     *        96   | 0       1          64       64       128      8          2
+    gfx942       *8     *        *    | 1       1          64       64       64       8          2
     gfx950       *      *        32   | 0       1          16       64       64       4          4
     gfx950       *      *        64   | 0       1          64       64       64       8          4
     gfx950       *      *        *    | 0       1          64       128      64       8          4
@@ -119,6 +142,19 @@ NORM_SWIGLU = LaunchConfigs(
     sm_10?       *      codec    *    | 0       1          128      64       64       8          3
     sm_*         *      codec    128  | 0       1          64       32       64       4          4
     sm_*         *      codec    *    | 0       1          64       64       64       4          3
+    sm_90        fp8    *        8    | 0       1          8        32       64       4          6
+    sm_90        fp8    *        16   | 0       1          16       32       64       4          6
+    sm_*         *8     *        8    | 0       1          8        32       128      2          4
+    sm_*         *8     *        16   | 0       1          16       32       128      2          4
+    sm_8?        *8     *        32   | 1       1          32       32       128      2          4
+    sm_12?       *8     *        32   | 1       1          32       32       128      2          4
+    sm_*         *8     *        32   | 0       1          32       32       128      2          4
+    sm_10?       *8     *        64   | 0       1          64       64       64       4          6
+    sm_*         *8     *        48   | 1       3          16       64       64       4          4
+    sm_*         *8     *        64   | 1       1          64       64       64       4          4
+    sm_*         *8     *        96   | 1       3          32       128      64       8          3
+    sm_90        *8     *        *    | 1       1          64       128      64       8          4
+    sm_10?       *8     *        *    | 1       1          64       128      64       8          4
     sm_*         *      *        8    | 0       1          8        32       128      8          5
     sm_*         *      *        16   | 0       1          16       32       128      8          4
     sm_*         *      *        32   | 0       1          32       64       64       4          4
@@ -199,10 +235,12 @@ def norm_product(
     for k in range(first, end, BLOCK_K):
         m_k = k + o_k < K
         m_w = m_n[:, None] & m_k[None, :]
-        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_w, other=0.0)
+        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_w, other=0)
+        b_w = widen(b_w, p_x.dtype.element_ty)
         b_norm = tl.load(p_norm + k + o_k, mask=m_k, other=0.0).to(tl.float32)  # [K]
         if p_up is not None:
-            b_up = tl.load(p_up + o_n[:, None] * K + (k + o_k)[None, :], mask=m_w, other=0.0)
+            b_up = tl.load(p_up + o_n[:, None] * K + (k + o_k)[None, :], mask=m_w, other=0)
+            b_up = widen(b_up, p_x.dtype.element_ty)
         new_products, new_ups, new_squares = (), (), ()
         for r in tl.static_range(ROW_TILES):
             o_r = o_m + r * BLOCK_M
@@ -236,20 +274,22 @@ def normed(b_sum, b_square, eps, K: tl.constexpr, NORM_FIRST: tl.constexpr):
 
 @triton.jit
 def _finish(
-    blocks, r, p_up, p_y, o_m, o_n, M, eps,
+    blocks, r, p_up, p_scale, p_scale_up, p_y, o_m, o_n, M, eps,
     N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr, ROW_TILES: tl.constexpr,
 ):  # fmt: skip
     """Store the result of tile `r` of rows: the product, or the gated product if there is a second weight."""
     b_y = normed(blocks[r], blocks[len(blocks) - ROW_TILES + r], eps, K, NORM_FIRST)
+    b_y = scaled(b_y, p_scale, o_n, o_n < N)
     if p_up is not None:
-        b_y = b_y * tl.sigmoid(b_y) * normed(blocks[ROW_TILES + r], blocks[2 * ROW_TILES + r], eps, K, NORM_FIRST)
+        b_up = normed(blocks[ROW_TILES + r], blocks[2 * ROW_TILES + r], eps, K, NORM_FIRST)
+        b_y = b_y * tl.sigmoid(b_y) * scaled(b_up, p_scale_up, o_n, o_n < N)
     p_tile = p_y + o_m[None, :] * N + o_n[:, None]
     tl.store(p_tile, cast(b_y, p_y.dtype.element_ty), mask=(o_m < M)[None, :] & (o_n < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["M"])
 def _norm_linear_kernel(
-    p_x, p_norm, p_w, p_up, p_y, p_parts, p_arrived,
+    p_x, p_norm, p_w, p_up, p_scale, p_scale_up, p_y, p_parts, p_arrived,
     M, stride_x, eps,
     N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr, COUNT: tl.constexpr, SHARES: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -265,7 +305,9 @@ def _norm_linear_kernel(
             K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         for r in tl.static_range(ROW_TILES):
-            _finish(blocks, r, p_up, p_y, o_m + r * BLOCK_M, o_n, M, eps, N, K, NORM_FIRST, ROW_TILES)
+            _finish(
+                blocks, r, p_up, p_scale, p_scale_up, p_y, o_m + r * BLOCK_M, o_n, M, eps, N, K, NORM_FIRST, ROW_TILES
+            )
     else:
         start, stop = share_of_block(TILES * STEPS)
         for i_n in range(start // STEPS, tl.cdiv(stop, STEPS)):
@@ -280,34 +322,40 @@ def _norm_linear_kernel(
             )
             if is_complete:
                 for r in tl.static_range(ROW_TILES):
-                    _finish(blocks, r, p_up, p_y, o_m + r * BLOCK_M, o_n, M, eps, N, K, NORM_FIRST, ROW_TILES)
+                    _finish(
+                        blocks, r, p_up, p_scale, p_scale_up, p_y, o_m + r * BLOCK_M, o_n, M, eps,
+                        N, K, NORM_FIRST, ROW_TILES,
+                    )  # fmt: skip
 
 
 def norm_constants(
-    configs: LaunchConfigs, weight: Tensor, max_rows: int, phase: str, products: int = 1
+    configs: LaunchConfigs, weight: Tensor, dtype: torch.dtype, max_rows: int, phase: str, products: int = 1
 ) -> dict[str, Any]:
-    """Return the constants of a launch with RMSNorm before one or two products of the shape of `weight`.
+    """Return the constants of a launch with RMSNorm of `dtype` before one or two products of the shape of `weight`.
 
     These are N, K, NORM_FIRST, COUNT (the blocks of :func:`norm_product`), and the constants of `configs`.
     """
     N, K = weight.shape
-    constants = configs(N=N, K=K, dtype=weight.dtype, rows=max_rows, phase=phase) | {"N": N, "K": K}
+    constants = configs(N=N, K=K, dtype=dtype, rows=max_rows, phase=phase, weight=weight.dtype) | {"N": N, "K": K}
     constants["COUNT"] = (products + 1) * constants["ROW_TILES"]
-    return constants | {"NORM_FIRST": weight.dtype == torch.float16}  # x * norm, not yet scaled, may exceed 65,504
+    return constants | {"NORM_FIRST": dtype == torch.float16}  # x * norm, not yet scaled, may exceed 65,504
 
 
 def _launch_norm(
     configs: LaunchConfigs, out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, w_up: Tensor | None, eps: float,
-    max_rows: int, phase: str, scratch: Scratch | None,
+    max_rows: int, phase: str, scale: Tensor | None, scale_up: Tensor | None, scratch: Scratch | None,
 ) -> None:  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
-    constants = norm_constants(configs, weight, max_rows, phase, 1 if w_up is None else 2)
+    constants = norm_constants(configs, weight, x.dtype, max_rows, phase, 1 if w_up is None else 2)
     shares = norm_shares(constants, max_rows, triton.cdiv(N, constants["BLOCK_N"]))
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
     grid = shares.grid(constants, M, triton.cdiv(N, constants["BLOCK_N"]))
     parts, arrived = shares.scratch(scratch, x)
-    _norm_linear_kernel[grid](x, norm, weight, w_up, out, parts, arrived, M, stride_x, eps, **constants)
+    up = None if w_up is None else stored(w_up)
+    _norm_linear_kernel[grid](
+        x, norm, stored(weight), up, scale, scale_up, out, parts, arrived, M, stride_x, eps, **constants
+    )
 
 
 def norm_shares(constants: Mapping[str, Any], max_rows: int, tiles: int) -> Shares:
@@ -315,41 +363,50 @@ def norm_shares(constants: Mapping[str, Any], max_rows: int, tiles: int) -> Shar
     return Shares.of(constants, max_rows, tiles, constants["COUNT"])
 
 
-def norm_linear_shares(weight: Tensor, max_rows: int, phase: str = "decode") -> Shares:
-    """Return how :func:`launch_norm_linear` divides the product with `weight`."""
-    constants = norm_constants(NORM_LINEAR, weight, max_rows, phase)
+def norm_linear_shares(weight: Tensor, dtype: torch.dtype, max_rows: int, phase: str = "decode") -> Shares:
+    """Return how :func:`launch_norm_linear` divides the product of `weight` and activations of `dtype`."""
+    constants = norm_constants(NORM_LINEAR, weight, dtype, max_rows, phase)
     return norm_shares(constants, max_rows, triton.cdiv(len(weight), constants["BLOCK_N"]))
 
 
-def norm_swiglu_shares(w1: Tensor, max_rows: int, phase: str = "decode") -> Shares:
-    """Return how :func:`launch_norm_swiglu` divides the products with weights of the shape of `w1`."""
-    constants = norm_constants(NORM_SWIGLU, w1, max_rows, phase, 2)
+def norm_swiglu_shares(w1: Tensor, dtype: torch.dtype, max_rows: int, phase: str = "decode") -> Shares:
+    """Return how :func:`launch_norm_swiglu` divides the products of weights like `w1` and activations of `dtype`."""
+    constants = norm_constants(NORM_SWIGLU, w1, dtype, max_rows, phase, 2)
     return norm_shares(constants, max_rows, triton.cdiv(len(w1), constants["BLOCK_N"]))
 
 
 def launch_norm_linear(
     out: Tensor, x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode",
-    scratch: Scratch | None = None,
+    scale: Tensor | None = None, scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
     """Run :func:`norm_linear` into `out`, contiguous [M, N], without checking the arguments.
 
     With `scratch` None, the launcher allocates memory for parts of tiles where it is needed.
     """
-    _launch_norm(NORM_LINEAR, out, x, norm, weight, None, eps, max_rows, phase, scratch)
+    _launch_norm(NORM_LINEAR, out, x, norm, weight, None, eps, max_rows, phase, scale, None, scratch)
 
 
 @operator(launch_norm_linear)
-def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: int, phase: str = "decode") -> Tensor:
+def norm_linear(
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    eps: float,
+    max_rows: int,
+    phase: str = "decode",
+    scale: Tensor | None = None,
+) -> Tensor:
     """Compute ``RMSNorm(x) @ weight.T``, where RMSNorm is ``x / sqrt(mean(x^2) + eps) * norm`` of each row.
 
     Args:
         x: [M, K] fp32, bf16 or fp16; only its last dimension must be contiguous.
         norm: [K], the weight of RMSNorm.
-        weight: [N, K], as a checkpoint stores it.
+        weight: [N, K], as a checkpoint stores it, in x's dtype or in 8 bits (int8 or e4m3).
         eps: added to the mean square.
         max_rows: the most rows that the layer is prepared for, 1..512 in decode. The launch config depends on this
             number, so a row's result depends neither on M nor on the other rows.
         phase: "decode", "prefill" or "codec", see :func:`voxkern.kernels.linear.linear`.
+        scale: fp32 [N], the scale of each row of a weight in 8 bits, else None.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
@@ -359,25 +416,33 @@ def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float, max_rows: i
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
-    N, _ = expect("weight", weight, ("N", K), like=x)
+    N, _ = expect_weight("weight", weight, ("N", K), scale, like=x)
     expect_rows(M, max_rows, phase)
     return x.new_empty(M, N)
 
 
 def launch_norm_swiglu(
     out: Tensor, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode",
-    scratch: Scratch | None = None,
+    scale1: Tensor | None = None, scale3: Tensor | None = None, scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
     """Run :func:`norm_swiglu` into `out`, contiguous [M, N], without checking the arguments.
 
     `scratch` is at least as large as :func:`norm_swiglu_shares` requires. If it is None, the launcher allocates it.
     """
-    _launch_norm(NORM_SWIGLU, out, x, norm, w1, w3, eps, max_rows, phase, scratch)
+    _launch_norm(NORM_SWIGLU, out, x, norm, w1, w3, eps, max_rows, phase, scale1, scale3, scratch)
 
 
 @operator(launch_norm_swiglu)
 def norm_swiglu(
-    x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, eps: float, max_rows: int, phase: str = "decode"
+    x: Tensor,
+    norm: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    eps: float,
+    max_rows: int,
+    phase: str = "decode",
+    scale1: Tensor | None = None,
+    scale3: Tensor | None = None,
 ) -> Tensor:
     """Compute ``silu(n @ w1.T) * (n @ w3.T)`` with ``n = RMSNorm(x)``.
 
@@ -386,18 +451,21 @@ def norm_swiglu(
     Args:
         x: [M, K], see :func:`norm_linear`, also for `norm`, `eps`, `max_rows`, `phase` and errors.
         norm: [K].
-        w1: [N, K], the weight of the gate.
-        w3: [N, K], the weight of the up projection, which the gate multiplies.
+        w1: [N, K], the weight of the gate, in x's dtype or in 8 bits (int8 or e4m3).
+        w3: [N, K], the weight of the up projection, which the gate multiplies, in the dtype of `w1`.
         eps: added to the mean square.
         max_rows: the most rows that the layer is prepared for.
         phase: "decode", "prefill" or "codec".
+        scale1: fp32 [N], the scale of each row of `w1` in 8 bits, else None.
+        scale3: fp32 [N], the scale of each row of `w3` in 8 bits, else None.
 
     Returns:
         [M, N] in x's dtype, summed in fp32 and rounded once.
     """
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
-    N, _ = expect("w1", w1, ("N", K), like=x)
-    expect("w3", w3, (N, K), like=x)
+    N, _ = expect_weight("w1", w1, ("N", K), scale1, like=x)
+    expect_weight("w3", w3, (N, K), scale3, like=x)
+    expect_same_format(w1=w1, w3=w3)
     expect_rows(M, max_rows, phase)
     return x.new_empty(M, N)

@@ -33,6 +33,7 @@ from .linear import expect_rows
 from .norm_linear import NORM_LINEAR, norm_constants, norm_product, norm_shares, normed
 from .operator import expect, operator
 from .paged_attention import expect_cache, expect_heads, page_strides
+from .quantized import expect_same_format, expect_weight, scaled, stored
 from .shares import Scratch, Shares, add_parts, share_of_block
 
 __all__ = ["norm_qkv", "norm_qkv_append", "rope_append"]
@@ -51,6 +52,12 @@ NORM_QKV_APPEND = LaunchConfigs(
     gfx*         *      32   | 16       32       256      8          2
     gfx*         *      *    | 32       64       256      8          2
     sm_*         fp32   *    | 16       32       32       4          6
+    sm_90        fp8    8    | 8        32       128      2          6
+    sm_*         *8     8    | 8        32       256      2          4
+    sm_12?       *8     16   | 16       32       128      2          4
+    sm_*         *8     16   | 16       32       256      2          4
+    sm_*         *8     32   | 32       64       64       4          8
+    sm_*         *8     *    | 64       64       64       4          4
     sm_*         *      8    | 8        64       128      8          6
     sm_*         *      16   | 16       64       128      8          5
     sm_12?       *      32   | 32       32       64       8          8
@@ -87,6 +94,15 @@ def weight_of_tile(p_q, p_k, p_v, i_n, N: tl.constexpr, N_KV: tl.constexpr, BLOC
 
 
 @triton.jit
+def scaled_by_tile(b_y, p_scale_q, p_scale_k, p_scale_v, which, o_n, m_n):
+    """Multiply sums [N, M] by the scales of the weight `which`, see :func:`weight_of_tile`, if there are any."""
+    if p_scale_q is not None:
+        p_scale = tl.where(which == 0, p_scale_q, tl.where(which == 1, p_scale_k, p_scale_v))
+        b_y = scaled(b_y, p_scale, o_n, m_n)
+    return b_y
+
+
+@triton.jit
 def rotate(b_v, b_cos, b_sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rotate the interleaved pairs along the first axis (RoFormer, arXiv 2104.09864).
 
@@ -108,7 +124,7 @@ def rotate(b_v, b_cos, b_sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _finish(
-    blocks, which, p_y, o_m, o_n, M, n, eps,
+    blocks, which, p_scale_q, p_scale_k, p_scale_v, p_y, o_m, o_n, M, n, eps,
     N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -117,13 +133,14 @@ def _finish(
     for r in tl.static_range(ROW_TILES):
         o_r = o_m + r * BLOCK_M
         b_y = normed(blocks[r], blocks[ROW_TILES + r], eps, K, NORM_FIRST)
+        b_y = scaled_by_tile(b_y, p_scale_q, p_scale_k, p_scale_v, which, o_n, o_n < n)
         p_tile = p_y + o_r[None, :] * (N + 2 * N_KV) + o_y[:, None]
         tl.store(p_tile, cast(b_y, p_y.dtype.element_ty), mask=(o_r < M)[None, :] & (o_n < n)[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "q_rows"])
 def _norm_qkv_kernel(
-    p_x, p_norm, p_q, p_k, p_v, p_y, p_parts, p_arrived,
+    p_x, p_norm, p_q, p_k, p_v, p_scale_q, p_scale_k, p_scale_v, p_y, p_parts, p_arrived,
     M, q_rows, stride_x, eps,
     N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr, COUNT: tl.constexpr,
     SHARES: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -142,7 +159,10 @@ def _norm_qkv_kernel(
             p_x, p_norm, p_w, None, o_m, o_n, M, o_n < n, stride_x, eps, 0, K,
             K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        _finish(blocks, which, p_y, o_m, o_n, M, n, eps, N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M)
+        _finish(
+            blocks, which, p_scale_q, p_scale_k, p_scale_v, p_y, o_m, o_n, M, n, eps,
+            N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M,
+        )  # fmt: skip
     else:
         start, stop = share_of_block(TILES * STEPS)
         for i_tile in range(start // STEPS, tl.cdiv(stop, STEPS)):
@@ -159,12 +179,15 @@ def _norm_qkv_kernel(
                     blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N
                 )
                 if is_complete:
-                    _finish(blocks, which, p_y, o_m, o_n, rows, n, eps, N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M)
+                    _finish(
+                        blocks, which, p_scale_q, p_scale_k, p_scale_v, p_y, o_m, o_n, rows, n, eps,
+                        N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M,
+                    )  # fmt: skip
 
 
-def norm_qkv_shares(wq: Tensor, wk: Tensor, max_rows: int, phase: str = "decode") -> Shares:
-    """Return how :func:`launch_norm_qkv` divides the products with `wq`, `wk` and a third weight like `wk`."""
-    constants = norm_constants(NORM_LINEAR, wq, max_rows, phase)
+def norm_qkv_shares(wq: Tensor, wk: Tensor, dtype: torch.dtype, max_rows: int, phase: str = "decode") -> Shares:
+    """Return how :func:`launch_norm_qkv` divides the products of `wq`, `wk`, a third weight and rows of `dtype`."""
+    constants = norm_constants(NORM_LINEAR, wq, dtype, max_rows, phase)
     return norm_shares(constants, max_rows, _tiles(constants, wq, wk))
 
 
@@ -174,7 +197,8 @@ def _tiles(constants: Mapping[str, Any], wq: Tensor, wk: Tensor) -> int:
 
 def launch_norm_qkv(
     out: Tensor, x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float, q_rows: int, max_rows: int,
-    phase: str = "decode", scratch: Scratch | None = None,
+    phase: str = "decode", scale_q: Tensor | None = None, scale_k: Tensor | None = None, scale_v: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
     """Run :func:`norm_qkv` into `out`, contiguous [M, Nq + 2 Nkv], without checking the arguments.
 
@@ -182,14 +206,17 @@ def launch_norm_qkv(
     as large as :func:`norm_qkv_shares` requires. If it is None, the launcher allocates the memory.
     """
     M, K = x.shape
-    constants = norm_constants(NORM_LINEAR, wq, max_rows, phase) | {"N_KV": len(wk)}
+    constants = norm_constants(NORM_LINEAR, wq, x.dtype, max_rows, phase) | {"N_KV": len(wk)}
     tiles = _tiles(constants, wq, wk)
     shares = norm_shares(constants, max_rows, tiles)
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
     grid = shares.grid(constants, M, tiles)
     parts, arrived = shares.scratch(scratch, x)
-    _norm_qkv_kernel[grid](x, norm, wq, wk, wv, out, parts, arrived, M, q_rows, stride_x, eps, **constants)
+    _norm_qkv_kernel[grid](
+        x, norm, stored(wq), stored(wk), stored(wv), scale_q, scale_k, scale_v, out, parts, arrived,
+        M, q_rows, stride_x, eps, **constants,
+    )  # fmt: skip
 
 
 @operator(launch_norm_qkv)
@@ -203,19 +230,25 @@ def norm_qkv(
     q_rows: int,
     max_rows: int,
     phase: str = "decode",
+    scale_q: Tensor | None = None,
+    scale_k: Tensor | None = None,
+    scale_v: Tensor | None = None,
 ) -> Tensor:
     """Compute the queries, keys and values of ``RMSNorm(x)``, each from its own weight.
 
     Args:
         x: [M, K], see :func:`voxkern.kernels.norm_linear.norm_linear`, also for `norm`, `eps`, `max_rows` and `phase`.
         norm: [K].
-        wq: [Nq, K], the weight of the queries.
-        wk: [Nkv, K], the weight of the keys.
-        wv: [Nkv, K], the weight of the values.
+        wq: [Nq, K], the weight of the queries, in x's dtype or in 8 bits (int8 or e4m3).
+        wk: [Nkv, K], the weight of the keys, in the dtype of `wq`.
+        wv: [Nkv, K], the weight of the values, in the dtype of `wq`.
         eps: added to the mean square.
         q_rows: the number of rows, from the first, that need queries. The queries of the other rows are zero.
         max_rows: the most rows that the layer is prepared for.
         phase: "decode", "prefill" or "codec".
+        scale_q: fp32 [Nq], the scale of each row of `wq` in 8 bits, else None.
+        scale_k: fp32 [Nkv], the same of `wk`.
+        scale_v: fp32 [Nkv], the same of `wv`.
 
     Returns:
         [M, Nq + 2 Nkv] in x's dtype: the queries, keys and values of each row.
@@ -223,31 +256,39 @@ def norm_qkv(
     Raises:
         ValueError: q_rows is not in 0..M, M is not in 1..max_rows, max_rows is out of range, or the phase is unknown.
     """
-    M, N, N_KV = expect_qkv(x, norm, wq, wk, wv, max_rows, phase)
+    M, N, N_KV = expect_qkv(x, norm, (wq, wk, wv), (scale_q, scale_k, scale_v), max_rows, phase)
     if not 0 <= q_rows <= M:
         raise ValueError(f"q_rows is {q_rows} but must lie in 0..{M}, the rows of x")
     return x.new_zeros(M, N + 2 * N_KV)
 
 
 def expect_qkv(
-    x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, max_rows: int, phase: str
+    x: Tensor,
+    norm: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None],
+    max_rows: int,
+    phase: str,
 ) -> tuple[int, int, int]:
     """Check the arguments that :func:`norm_qkv` and :func:`norm_qkv_append` share, and return M, Nq and Nkv.
 
-    The arguments and errors are those of :func:`norm_qkv`.
+    The errors are those of :func:`norm_qkv`, and so are the arguments, except two: `weights` are wq, wk and wv, and
+    `scales` are their scales.
     """
+    (wq, wk, wv), (scale_q, scale_k, scale_v) = weights, scales
     M, K = expect("x", x, ("M", "K"), contiguous=False)
     expect("norm", norm, (K,), like=x)
-    N, _ = expect("wq", wq, ("Nq", K), like=x)
-    N_KV, _ = expect("wk", wk, ("Nkv", K), like=x)
-    expect("wv", wv, (N_KV, K), like=x)
+    N, _ = expect_weight("wq", wq, ("Nq", K), scale_q, like=x)
+    N_KV, _ = expect_weight("wk", wk, ("Nkv", K), scale_k, like=x)
+    expect_weight("wv", wv, (N_KV, K), scale_v, like=x)
+    expect_same_format(wq=wq, wk=wk, wv=wv)
     expect_rows(M, max_rows, phase)
     return M, N, N_KV
 
 
 @triton.jit(do_not_specialize=["M", "stride_table"], do_not_specialize_on_alignment=["p_table", "p_lengths"])
 def _norm_qkv_append_kernel(
-    p_x, p_norm, p_q, p_k, p_v, p_rope, p_table, p_lengths, p_out, p_kv,
+    p_x, p_norm, p_q, p_k, p_v, p_scale_q, p_scale_k, p_scale_v, p_rope, p_table, p_lengths, p_out, p_kv,
     M, stride_x, stride_table, stride_page, stride_v, stride_head, stride_token, eps,
     N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     NORM_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -262,6 +303,7 @@ def _norm_qkv_append_kernel(
         K, NORM_FIRST, 1, BLOCK_M, BLOCK_N, BLOCK_K,  # type: ignore[arg-type]
     )  # fmt: skip
     b_acc = normed(b_acc, b_square, eps, K, NORM_FIRST)
+    b_acc = scaled_by_tile(b_acc, p_scale_q, p_scale_k, p_scale_v, which, o_n, m_n)
     b_position = tl.load(p_lengths + o_m, mask=m_m, other=0) - 1  # [M]; -1 where a row has no request
     m_m &= b_position >= 0
     if which < 2:
@@ -285,16 +327,18 @@ def _norm_qkv_append_kernel(
 def launch_norm_qkv_append(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, rope: Tensor, block_table: Tensor, lengths: Tensor,
     q: Tensor, kv_cache: Tensor, eps: float, max_rows: int,
+    scale_q: Tensor | None = None, scale_k: Tensor | None = None, scale_v: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Run :func:`norm_qkv_append`, which writes to `q` and `kv_cache`, without checking the arguments."""
     (M, K), N_KV = x.shape, len(wk)
-    constants = NORM_QKV_APPEND(N=len(wq), K=K, dtype=x.dtype, rows=max_rows)
+    constants = NORM_QKV_APPEND(N=len(wq), K=K, dtype=x.dtype, rows=max_rows, weight=wq.dtype)
     constants |= {"N": len(wq), "N_KV": N_KV, "K": K, "NORM_FIRST": x.dtype == torch.float16}
     constants |= {"D": kv_cache.shape[4], "PAGE": kv_cache.shape[3]}
     stride_x = x.stride(0) if M > 1 else K
     grid = (triton.cdiv(M, constants["BLOCK_M"]), _tiles(constants, wq, wk))
     _norm_qkv_append_kernel[grid](
-        x, norm, wq, wk, wv, rope, block_table, lengths, q, kv_cache,
+        x, norm, stored(wq), stored(wk), stored(wv), scale_q, scale_k, scale_v,
+        rope, block_table, lengths, q, kv_cache,
         M, stride_x, block_table.stride(0), eps=eps, **page_strides(kv_cache), **constants,
     )  # fmt: skip
 
@@ -313,15 +357,18 @@ def norm_qkv_append(
     kv_cache: Tensor,
     eps: float,
     max_rows: int,
+    scale_q: Tensor | None = None,
+    scale_k: Tensor | None = None,
+    scale_v: Tensor | None = None,
 ) -> None:
     """Compute :func:`norm_qkv` for one new token per request, rotate q and k, and write k and v into the KV cache.
 
     Args:
         x: [B, K], the new tokens, see :func:`voxkern.kernels.norm_linear.norm_linear`, also for `norm` and `eps`.
         norm: [K].
-        wq: [H * D, K], the weight of the queries.
-        wk: [Hkv * D, K], the weight of the keys.
-        wv: [Hkv * D, K], the weight of the values.
+        wq: [H * D, K], see :func:`norm_qkv`, also for `wk`, `wv` and the scales.
+        wk: [Hkv * D, K].
+        wv: [Hkv * D, K].
         rope: fp32 [positions, 2, D / 2], the cosines and then the sines of each position. `positions` is at least the
             largest of `lengths`.
         block_table: int32 [B, max_pages], the pages of each request in order.
@@ -332,14 +379,17 @@ def norm_qkv_append(
             tokens are written to the cache. Only the last dimension must be contiguous.
         eps: added to the mean square.
         max_rows: the most requests that the layer is prepared for, 1..512.
+        scale_q: fp32 [H * D], or None.
+        scale_k: fp32 [Hkv * D], or None.
+        scale_v: fp32 [Hkv * D], or None.
 
     Raises:
         ValueError: B is not in 1..max_rows, max_rows is out of range, H is not a multiple of Hkv, D is odd, or PAGE is
             not 16, 32, 64 or 128.
     """
-    M, N, _ = expect_qkv(x, norm, wq, wk, wv, max_rows, "decode")
+    M, N, _ = expect_qkv(x, norm, (wq, wk, wv), (scale_q, scale_k, scale_v), max_rows, "decode")
     _, H_KV, _, D = expect_cache(kv_cache, block_table, lengths, x, M)
-    expect("wk", wk, (H_KV * D, x.shape[1]), like=x)
+    expect_weight("wk", wk, (H_KV * D, x.shape[1]), scale_k, like=x)
     expect_heads("q", N, kv_cache)
     expect("q", q, (M, N), like=x)
     expect_rope(rope, D, x)

@@ -24,6 +24,7 @@ from torch import Tensor
 from .common import END_AUDIO, NOT_FINITE, dot
 from .launch_config import LaunchConfigs
 from .operator import expect, expect_batch, operator
+from .quantized import expect_weight, scaled, stored, widen
 
 __all__ = ["semantic_argmax", "semantic_argmax_scratch"]
 
@@ -42,6 +43,10 @@ SEMANTIC_ARGMAX = LaunchConfigs(
     gfx*         *      16   | 16       32       256      8          2
     gfx*         *      *    | 32       32       256      8          2
     sm_*         fp32   *    | 16       32       32       4          6
+    sm_*         *8     8    | 8        32       128      2          6
+    sm_*         *8     16   | 16       32       128      2          6
+    sm_90        *8     *    | 32       64       128      4          4
+    sm_*         *8     *    | 32       32       64       2          6
     sm_*         *      8    | 8        64       128      8          6
     sm_*         *      16   | 16       64       128      8          5
     sm_*         *      *    | 32       64       64       4          8
@@ -51,7 +56,7 @@ SEMANTIC_ARGMAX = LaunchConfigs(
 
 @triton.jit(do_not_specialize=["B"])
 def _semantic_argmax_kernel(
-    p_h, p_w, p_best, p_arrived, p_codes,
+    p_h, p_w, p_scale, p_best, p_arrived, p_codes,
     B, stride_h,
     N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -64,9 +69,10 @@ def _semantic_argmax_kernel(
     b_acc = tl.zeros([BLOCK_N, BLOCK_B], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         m_k = k + o_k < K
-        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+        b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_n[:, None] & m_k[None, :], other=0)
         b_h = tl.load(p_h + o_b[:, None] * stride_h + (k + o_k)[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
-        b_acc = dot(b_w, tl.trans(b_h), b_acc)  # [N, B]
+        b_acc = dot(widen(b_w, p_h.dtype.element_ty), tl.trans(b_h), b_acc)  # [N, B]
+    b_acc = scaled(b_acc, p_scale, o_n, m_n)
 
     # The key is one integer that is larger for a larger logit, and for a lower index among equal logits. The upper half
     # of the key has the logit's bits, with the lower 31 bits of a negative logit inverted: as integers, these bits then
@@ -94,21 +100,21 @@ def _semantic_argmax_kernel(
         tl.store(p_arrived + i_b, 0)  # the next launch counts from zero
 
 
-def _constants(weight: Tensor, n_codes: int, max_batch: int) -> dict[str, Any]:
+def _constants(weight: Tensor, dtype: torch.dtype, n_codes: int, max_batch: int) -> dict[str, Any]:
     # N is n_codes because the rows of the weight from n_codes on are padding, which is not read
-    constants = SEMANTIC_ARGMAX(N=n_codes, K=weight.shape[1], dtype=weight.dtype, rows=max_batch)
+    constants = SEMANTIC_ARGMAX(N=n_codes, K=weight.shape[1], dtype=dtype, rows=max_batch, weight=weight.dtype)
     tiles = triton.cdiv(n_codes, constants["BLOCK_N"])
     return constants | {"N": n_codes, "K": weight.shape[1], "TILES": tiles, "BLOCK_T": 32}
 
 
-def semantic_argmax_scratch(weight: Tensor, n_codes: int, max_batch: int) -> tuple[Tensor, Tensor]:
-    """Allocate the memory that :func:`launch_semantic_argmax` needs.
+def semantic_argmax_scratch(weight: Tensor, dtype: torch.dtype, n_codes: int, max_batch: int) -> tuple[Tensor, Tensor]:
+    """Allocate the memory that :func:`launch_semantic_argmax` needs for hidden states of `dtype`.
 
     Returns:
         int64 [max_batch, tiles], the best key of each tile. int32, the tiles that are finished, for each block of
         requests; zero before and after every launch.
     """
-    constants = _constants(weight, n_codes, max_batch)
+    constants = _constants(weight, dtype, n_codes, max_batch)
     best = weight.new_empty((max_batch, constants["TILES"]), dtype=torch.int64)
     return best, weight.new_zeros(triton.cdiv(max_batch, constants["BLOCK_B"]), dtype=torch.int32)
 
@@ -119,6 +125,7 @@ def launch_semantic_argmax(
     weight: Tensor,
     n_codes: int,
     max_batch: int,
+    scale: Tensor | None = None,
     scratch: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Run :func:`semantic_argmax` into `out`, without checking the arguments.
@@ -129,19 +136,25 @@ def launch_semantic_argmax(
         weight: [N, dim].
         n_codes: the number of rows of `weight` that are codes.
         max_batch: the value that `scratch` was allocated for.
+        scale: fp32 [N], or None.
         scratch: from :func:`semantic_argmax_scratch`. With None the launcher allocates this memory, which is not
             allowed inside a frame.
+
+    Raises:
+        ValueError: `scratch` is for another format of the weight.
     """
-    (B, K), constants = h.shape, _constants(weight, n_codes, max_batch)
-    best, arrived = semantic_argmax_scratch(weight, n_codes, max_batch) if scratch is None else scratch
+    (B, K), constants = h.shape, _constants(weight, h.dtype, n_codes, max_batch)
+    best, arrived = semantic_argmax_scratch(weight, h.dtype, n_codes, max_batch) if scratch is None else scratch
+    if best.shape[1] != constants["TILES"]:
+        raise ValueError(f"scratch is for {best.shape[1]} tiles but must be for {constants['TILES']}")
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_h = h.stride(0) if B > 1 else K
     grid = (triton.cdiv(B, constants["BLOCK_B"]), constants["TILES"])
-    _semantic_argmax_kernel[grid](h, weight, best, arrived, out, B, stride_h, **constants)
+    _semantic_argmax_kernel[grid](h, stored(weight), scale, best, arrived, out, B, stride_h, **constants)
 
 
 @operator(launch_semantic_argmax)
-def semantic_argmax(h: Tensor, weight: Tensor, n_codes: int, max_batch: int) -> Tensor:
+def semantic_argmax(h: Tensor, weight: Tensor, n_codes: int, max_batch: int, scale: Tensor | None = None) -> Tensor:
     """Return the semantic code of each request: the lowest index of the largest logit in ``h @ weight.T``.
 
     EMPTY (0) and the rows from `n_codes` on, which are padding, are never chosen. If one of the other logits of a
@@ -149,10 +162,11 @@ def semantic_argmax(h: Tensor, weight: Tensor, n_codes: int, max_batch: int) -> 
 
     Args:
         h: [B, dim] fp32, bf16 or fp16, the backbone's hidden state; only its last dimension must be contiguous.
-        weight: [N, dim].
+        weight: [N, dim], in h's dtype or in 8 bits (int8 or e4m3).
         n_codes: the number of rows of `weight` that are codes, EMPTY and END included, 2..N.
         max_batch: the most requests that the operator is prepared for, 1..64. The launch config depends on this number,
             so a request's code depends neither on B nor on the other requests.
+        scale: fp32 [N], the scale of each row of a weight in 8 bits, else None.
 
     Returns:
         int64 [B]. The logits are summed in fp32 and not rounded.
@@ -161,7 +175,7 @@ def semantic_argmax(h: Tensor, weight: Tensor, n_codes: int, max_batch: int) -> 
         ValueError: n_codes is not in 2..N, B is not in 1..max_batch, or max_batch is not in 1..64.
     """
     B, K = expect("h", h, ("B", "dim"), contiguous=False)
-    N, _ = expect("weight", weight, ("N", K), like=h)
+    N, _ = expect_weight("weight", weight, ("N", K), scale, like=h)
     expect_batch("h", B, 1, max_batch)
     if not 2 <= n_codes <= N:
         raise ValueError(f"n_codes is {n_codes} but must lie in 2..{N}, the rows of weight")

@@ -30,6 +30,7 @@ from torch import Tensor
 from .common import cast, dot
 from .launch_config import LaunchConfigs
 from .operator import expect, expect_batch, operator
+from .quantized import expect_weight, scaled, stored, widen
 
 __all__ = ["token_attention", "token_attention_linear"]
 
@@ -53,14 +54,15 @@ TOKEN_ATTENTION = LaunchConfigs(
 TOKEN_ATTENTION_LINEAR = LaunchConfigs(
     "token_attention_linear",
     """
-    arch         rows | BLOCK_M  BLOCK_N  num_warps  num_stages
-    interpreter  *    | 16       32       4          1
-    gfx*         *    | 16       16       4          5
-    sm_?6        8    | 8        32       4          4
-    sm_?9        8    | 8        32       4          4
-    sm_12?       8    | 8        32       8          4
-    sm_*         8    | 8        32       4          7
-    sm_*         *    | 16       32       4          3
+    arch         dtype  rows | BLOCK_M  BLOCK_N  num_warps  num_stages
+    interpreter  *      *    | 16       32       4          1
+    gfx*         *      *    | 16       16       4          5
+    sm_?6        *      8    | 8        32       4          4
+    sm_?9        *      8    | 8        32       4          4
+    sm_12?       *8     8    | 8        32       4          4
+    sm_12?       *      8    | 8        32       8          4
+    sm_*         *      8    | 8        32       4          7
+    sm_*         *      *    | 16       32       4          3
     """,
 )
 
@@ -202,7 +204,7 @@ def token_attention(
 
 @triton.jit(do_not_specialize=["M", "B2", "n_x", "n_t"])
 def _token_attention_linear_kernel(
-    p_x, p_t, p_h, p_w, p_residual, p_y,
+    p_x, p_t, p_h, p_w, p_scale, p_residual, p_y,
     M, B2, n_x, n_t,
     N: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -216,9 +218,11 @@ def _token_attention_linear_kernel(
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for i_head in range(0, H):
         m_w = m_n[:, None] & (o_d < D)[None, :]
-        b_w = tl.load(p_w + o_n[:, None] * (H * D) + i_head * D + o_d[None, :], mask=m_w, other=0.0)  # [N, D]
+        b_w = tl.load(p_w + o_n[:, None] * (H * D) + i_head * D + o_d[None, :], mask=m_w, other=0)
+        b_w = widen(b_w, p_x.dtype.element_ty)  # [N, D]
         b_o = attend_tokens(p_x, p_t, p_h, o_m, m_m, B2, n_x, n_t, i_head, W, H, HKV, D)  # [M, D]
         b_acc = dot(b_w, tl.trans(cast(b_o, b_w.dtype)), b_acc)  # [N, M]
+    b_acc = scaled(b_acc, p_scale, o_n, m_n)
     m_y = m_m[None, :] & m_n[:, None]
     o_y = o_m[None, :] * N + o_n[:, None]
     b_acc += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
@@ -227,16 +231,16 @@ def _token_attention_linear_kernel(
 
 def launch_token_attention_linear(
     out: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, wo: Tensor, residual: Tensor,
-    n_heads: int, n_kv_heads: int, max_batch: int,
+    n_heads: int, n_kv_heads: int, max_batch: int, scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Run :func:`token_attention_linear` into `out`, contiguous [M, dim], without checking the arguments."""
     (B2, W), (M, N) = h_qkv.shape, out.shape
     D = W // (n_heads + 2 * n_kv_heads)
-    constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6 * max_batch)
+    constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6 * max_batch, weight=wo.dtype)
     constants |= {"N": N, "W": W, "H": n_heads, "HKV": n_kv_heads, "D": D}
     grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
     _token_attention_linear_kernel[grid](
-        x_qkv, t_qkv, h_qkv, wo, residual, out, M, B2, x_qkv.shape[0], t_qkv.shape[0], **constants
+        x_qkv, t_qkv, h_qkv, stored(wo), scale, residual, out, M, B2, x_qkv.shape[0], t_qkv.shape[0], **constants
     )
 
 
@@ -250,6 +254,7 @@ def token_attention_linear(
     n_heads: int,
     n_kv_heads: int,
     max_batch: int,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Compute ``residual + attention @ wo.T`` in one launch, for few requests: each block repeats the attention.
 
@@ -257,11 +262,12 @@ def token_attention_linear(
         x_qkv: [n_x, W] bf16 or fp16, see :func:`token_attention`, also for `n_heads`, `n_kv_heads` and `max_batch`.
         t_qkv: [n_t, W], q | k | v of the t tokens.
         h_qkv: [2B, W], q | k | v of the h tokens.
-        wo: [dim, H * D], the output projection, as a checkpoint stores it.
+        wo: [dim, H * D], the output projection, as a checkpoint stores it, in x_qkv's dtype or in 8 bits.
         residual: [6B, dim], or [2B, dim] to compute only the queries of the x tokens.
         n_heads: H query heads.
         n_kv_heads: Hkv key heads.
         max_batch: the most requests that the operator is prepared for.
+        scale: fp32 [dim], the scale of each row of `wo` in 8 bits, else None.
 
     Returns:
         [6B, dim] or [2B, dim], like `residual`, token-major, summed in fp32 and rounded once.
@@ -274,7 +280,7 @@ def token_attention_linear(
     if h_qkv.dtype == torch.float32:  # a product over 128 fp32 columns needs more registers than a thread has
         raise TypeError("h_qkv is torch.float32 but must be bf16 or fp16: for fp32 call token_attention, then linear")
     attended = token_attention.declare(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, 3, max_batch)
-    N, _ = expect("wo", wo, ("dim", attended.shape[1]), like=h_qkv)
+    N, _ = expect_weight("wo", wo, ("dim", attended.shape[1]), scale, like=h_qkv)
     M, _ = expect("residual", residual, ("M", N), like=h_qkv)
     if M not in (len(h_qkv), 3 * len(h_qkv)):
         raise ValueError(f"residual has {M} rows but must have 2B = {len(h_qkv)} or 6B = {3 * len(h_qkv)}")

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Attention
 from .layers import upcast
 
 ROWS = 512  # rows that are widened at a time, so that the whole weight is never widened
-SEMANTIC_HEAD = "acoustic_transformer.semantic_codebook_output"
+SEMANTIC_HEAD = "semantic_codebook_output"
 SMALLEST_SCALE = 2.0**-126  # the smallest normal fp32 number, also the scale of a row of zeros
 
 
@@ -77,10 +78,29 @@ def quantize_weight(weight: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
 
 def widened(q: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 8-bit numbers in `dtype`; on a CPU e4m3 goes through a table, because PyTorch's conversion is slow."""
-    if q.dtype == torch.int8 or q.device.type != "cpu":
+    if q.dtype != torch.float8_e4m3fn or q.device.type != "cpu":
         return q.to(dtype)
     numbers = torch.arange(256, dtype=torch.uint8).view(q.dtype).to(dtype)
     return numbers.index_select(0, q.view(torch.uint8).flatten().int()).view(q.shape)
+
+
+def scaled_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Compute ``x @ weight.T``, and scale each column once if `weight` is quantised.
+
+    For fp16, the product is computed in fp32, because a sum of 8-bit numbers that are not scaled may exceed 65,504.
+
+    Args:
+        x: [..., K].
+        weight: [N, K] in x's dtype, or 8-bit numbers.
+        scale: [N], or None for a weight that is not quantised.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    if scale is None:
+        return F.linear(x, weight)
+    wide = upcast(x) if x.dtype == torch.float16 else x
+    return (F.linear(wide, widened(weight, wide.dtype)) * scale).to(x.dtype)
 
 
 class QuantizedLinear(nn.Module):
@@ -104,14 +124,10 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("qscale_weight", torch.ones(out_features, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply x [..., K] by the weight, ROWS of its rows at a time, and return [..., N].
-
-        For fp16, the product is computed in fp32, because a sum of 8-bit numbers that are not scaled may exceed 65,504.
-        """
+        """Multiply x [..., K] by the weight, ROWS of its rows at a time, and return [..., N]."""
         y = x.new_empty(*x.shape[:-1], self.out_features)
-        wide = upcast(x) if x.dtype == torch.float16 else x
         for rows in _blocks(self.out_features):
-            y[..., rows] = F.linear(wide, widened(self.weight[rows], wide.dtype)) * self.qscale_weight[rows]
+            y[..., rows] = scaled_linear(x, self.weight[rows], self.qscale_weight[rows])
         return y
 
     def extra_repr(self) -> str:
@@ -126,15 +142,25 @@ class QuantizedLinear(nn.Module):
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def scale_of(layer: nn.Module) -> Tensor | None:
+    """Return the scales of a layer's weight, fp32 [N], or None if the weight is not in 8 bits."""
+    return layer.qscale_weight if isinstance(layer, QuantizedLinear) else None
+
+
+def scales_of_qkv(attention: Attention) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the scales of wq, wk and wv, see :func:`scale_of`."""
+    return scale_of(attention.wq), scale_of(attention.wk), scale_of(attention.wv)
+
+
 def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers of a model that can have 8-bit weights, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        and module.bias is None
-        and (name.startswith(("layers.", "acoustic_transformer.layers.")) or name == SEMANTIC_HEAD)
-    }
+    """Return the linear layers of a model, or of a flow head alone, that can have 8-bit weights, by name."""
+    found: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        in_head = name.removeprefix("acoustic_transformer.")
+        is_large = in_head.startswith("layers.") or in_head == SEMANTIC_HEAD
+        if is_large and type(module) is nn.Linear and module.bias is None:
+            found[name] = module
+    return found
 
 
 def replace_linears(model: nn.Module, linears: Mapping[str, nn.Linear], format_: Format) -> None:

@@ -10,7 +10,7 @@ from poison import GuardedMemory, assert_bands, guarded, guarded_args, spread
 from torch import Tensor
 
 from bench.ops.accuracy import judge
-from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, each_tensor, listed, to_dtype
+from bench.ops.registry import Case, Entry, TensorMaker, each_tensor, listed, to_dtype
 from bench.static.counters import counting
 from bench.static.races import assert_decided, backward, forward, ordered_launches, shuffled
 from voxkern.kernels import launch_config
@@ -88,14 +88,22 @@ def moved(args: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return each_tensor(move, args)
 
 
-def assert_accurate(entry: Entry, case: Case, dtype: str, apart: str | None = None, device: torch.device = CPU) -> None:
+def assert_accurate(
+    entry: Entry,
+    case: Case,
+    dtype: str,
+    apart: str | None = None,
+    device: torch.device = CPU,
+    make: TensorMaker | None = None,
+) -> None:
     """Check the accuracy of an operator against its reference in fp64, on guarded arguments.
 
     The largest error may be at most twice that of the reference in `dtype`, plus 1e-6 x the RMS of the fp64 result.
     The RMS error has a limit by dtype, see bench/ops/accuracy.py. Integer results must equal those of the reference
-    in `dtype`. `apart` names an argument that is passed with gaps between its rows.
+    in `dtype`. `apart` names an argument that is passed with gaps between its rows. `make` makes the arguments; None
+    makes those of `dtype`.
     """
-    args = entry.args(case, TensorMaker(DTYPES[dtype], str(device)))
+    args = entry.args(case, make or TensorMaker.of(dtype, str(device)))
     truth = results(entry, entry.reference, to_dtype(args, torch.float64))
     plain = results(entry, entry.reference, guarded_args(args))
     mine = guarded_args(args)
@@ -118,7 +126,7 @@ def assert_no_races(entry: Entry, case: Case, apart: str | None = None) -> None:
     """
     runs = []
     for order in (forward, backward, shuffled) if entry.ordered_by else (forward, backward):
-        args = guarded_args(entry.args(case, TensorMaker(DTYPES[case.dtypes[-1]])))
+        args = guarded_args(entry.args(case, TensorMaker.of(case.float_dtype)))
         if apart is not None:
             args[apart] = spread(args[apart])
         with GuardedMemory(), ordered_launches(order, entry.ordered_by, listed(args)) as launches:
@@ -132,7 +140,7 @@ def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
 
     The weights are the arguments in ``entry.read_once``. The sizes are those of `case`, and the tiles those of `arch`.
     """
-    args = entry.args(case, (Zeros if case.public else TensorMaker)(DTYPES[dtype]))
+    args = entry.args(case, (Zeros if case.public else TensorMaker).of(dtype))
     with launch_config.target_arch(arch), counting(whole=not entry.regular_grid, indirect=listed(args)) as launches:
         entry.op.run(**args)
     tiled = {"BLOCK_M", f"BLOCK_{entry.rows}"} & set(launches[0].constants)

@@ -186,7 +186,7 @@ def test_launchers_are_launches_alone() -> None:
     attend = attention_bench.token_attention_inputs(token_sizes(), make)
     head = argmax_bench.semantic_argmax_inputs(semantic_sizes(), make)
     out, codes = guarded(torch.empty(30, 64).bfloat16()), guarded(torch.empty(19, dtype=torch.int64))
-    best, arrived = semantic_argmax_scratch(head["weight"], head["n_codes"], head["max_batch"])
+    best, arrived = semantic_argmax_scratch(head["weight"], torch.bfloat16, head["n_codes"], head["max_batch"])
     scratch = guarded(best), guarded(arrived)
     with launches_only() as launches:
         launch_token_attention(out, **attend)

@@ -78,3 +78,18 @@ def test_a_known_kernel_is_not_compiled_until_it_changes(tmp_path: Path) -> None
 @pytest.mark.parametrize(("key", "sampled"), [("0" * 16, True), ("f" * 15 + "0", True), ("0" * 15 + "1", False)])
 def test_one_key_in_sixteen_is_compiled_all_the_same(key: str, sampled: bool) -> None:
     assert known_kernels.is_sampled(key) == sampled
+
+
+def test_line_numbers_do_not_change_the_ledgers_keys() -> None:
+    """A worker of the ledger imports the kernels itself, and must do so before their line numbers are set to 0."""
+    script = """
+from unittest import mock
+from bench.static import ledger
+with mock.patch.object(ledger, "rows_of", return_value=[]):
+    ledger._of_arch("sm_90", ledger.Known({}, {}))
+from voxkern.kernels import linear, quantized
+print(linear.product.starting_line_number, quantized.widen.starting_line_number)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT).stdout == "0 0\n"

@@ -6,7 +6,7 @@ from checks import assert_accurate, assert_bytes_once, assert_no_races, tiles_of
 from poison import GuardedMemory, assert_bands, guarded, poison_pages, spread
 from torch import Tensor
 
-from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
+from bench.ops.registry import Case, Entry, TensorMaker, entries, listed
 from bench.static.counters import counting
 
 ENTRIES = entries()
@@ -20,8 +20,8 @@ def named(pairs: list[tuple[Entry, Case]]) -> list[object]:
 
 
 def make(case: Case, device: torch.device) -> TensorMaker:
-    """Return a maker of tensors in the last dtype of the case: fp32, unless the case is for other dtypes."""
-    return TensorMaker(DTYPES[case.dtypes[-1]], str(device))
+    """Return a maker of tensors in the last dtype of the case without 8-bit weights."""
+    return TensorMaker.of(case.float_dtype, str(device))
 
 
 def per_operator() -> list[object]:
@@ -105,7 +105,7 @@ def test_rows_apart_are_right_or_refused(entry: Entry, case: Case, device: torch
         if isinstance(arg, Tensor) and arg.ndim > 1:
             refusal = None
             try:
-                assert_accurate(entry, case, case.dtypes[-1], apart=name, device=device)
+                assert_accurate(entry, case, case.float_dtype, apart=name, device=device)
             except ValueError as error:
                 refusal = str(error)
             assert refusal is None or (name in refusal and "must be contiguous" in refusal)
@@ -114,7 +114,7 @@ def test_rows_apart_are_right_or_refused(entry: Entry, case: Case, device: torch
 @pytest.mark.interpreter("launches are recorded, with the interpreter's tiles")
 @pytest.mark.parametrize(("entry", "case"), named(ODD))
 def test_odd_shapes_have_two_tiles_and_a_partial_last_one(entry: Entry, case: Case) -> None:
-    args = entry.args(case, TensorMaker(DTYPES[case.dtypes[-1]]))
+    args = entry.args(case, TensorMaker.of(case.float_dtype))
     with counting(indirect=listed(args)) as launches:
         entry.op.run(**args)
     for launch in launches:
@@ -141,7 +141,7 @@ def test_opcheck(entry: Entry, case: Case, device: torch.device) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("entry", "case", "dtype"), in_each_dtype(FIRST))
 def test_opcheck_in_each_dtype(entry: Entry, case: Case, dtype: str, device: torch.device) -> None:
-    torch.library.opcheck(entry.op.op, (), entry.args(case, TensorMaker(DTYPES[dtype], str(device))))
+    torch.library.opcheck(entry.op.op, (), entry.args(case, TensorMaker.of(dtype, str(device))))
 
 
 @pytest.mark.parametrize(("entry", "case"), per_operator())
@@ -172,18 +172,19 @@ def test_gradients_are_refused(entry: Entry, case: Case, device: torch.device) -
 
 @pytest.mark.interpreter("bytes are counted by address")
 @pytest.mark.parametrize(
-    ("entry", "case"),
+    ("entry", "case", "dtype"),
     [
         pytest.param(
-            entry, case, id=f"{entry.name}-{case.name}",
-            marks=() if case.name.endswith("b1") or not case.public else pytest.mark.slow,
+            entry, case, dtype, id=f"{entry.name}-{case.name}-{dtype}",
+            marks=() if (case.name.endswith("b1") and dtype == "bf16") or not case.public else pytest.mark.slow,
         )
         for entry, case in PUBLIC + ODD
         if entry.regular_grid == case.public
+        for dtype in [one for one in ("bf16", "int8") if one in case.dtypes] or [case.float_dtype]
     ],
 )  # fmt: skip
-def test_no_weight_byte_is_loaded_twice(entry: Entry, case: Case) -> None:
-    assert_bytes_once(entry, case, "bf16", "sm_90")
+def test_no_weight_byte_is_loaded_twice(entry: Entry, case: Case, dtype: str) -> None:
+    assert_bytes_once(entry, case, dtype, "sm_90")
 
 
 def test_poison_is_where_it_should_be() -> None:

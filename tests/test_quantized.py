@@ -1,4 +1,7 @@
-"""Tests of 8-bit weights in the reference: rounding, the product, checkpoints, and errors that name what is wrong."""
+"""Tests of 8-bit weights in the reference: rounding, the product, checkpoints, and errors that name what is wrong.
+
+tests/test_quantized_kernels.py tests the kernels.
+"""
 
 import copy
 import json
@@ -21,7 +24,6 @@ from voxkern.engine.runner import backbone_weights_version
 from voxkern.random_checkpoint import TINY_MOE, make_checkpoint, public_params
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.quantized import FORMATS, QuantizedLinear, quantizable, quantize_weight, replace_linears, widened
-from voxkern.warmup import warm_up
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 N, K = 515, 37  # odd, and more rows than are widened at a time
@@ -300,17 +302,3 @@ def test_the_command_and_its_errors(tiny_folder: Path, tmp_path: Path) -> None:
     assert run("quantize", source, str(tmp_path / "w"), "--format", "int4") == (1, wrong)
     with pytest.raises(ValueError, match="quantize must be one of int8, fp8, got 'nf4'"):
         voxkern.load(tiny_folder, backend="torch", quantize="nf4")
-
-
-def test_kernels_refuse_8_bit_weights(tiny_folder: Path, tmp_path: Path, device: torch.device) -> None:
-    model = read_checkpoint(tiny_folder, quantize="int8").model
-    with pytest.raises(ValueError, match=r"layers\.0\.attention\.wq has 8-bit weights, which the kernels do not take"):
-        voxkern.accelerate(model)
-    with pytest.raises(ValueError, match="quantize is 'fp8', but the kernels do not take 8-bit weights yet"):
-        voxkern.load(tiny_folder, device=device, backend="triton", quantize="fp8")
-    quantize_checkpoint(tiny_folder, tmp_path / "q", "int8")
-    with pytest.raises(ValueError, match="has 8-bit weights, which the kernels do not take yet"):
-        voxkern.load(tmp_path / "q", device=device, backend="triton")
-    config = read_checkpoint(tmp_path / "q").model.config
-    with pytest.raises(ValueError, match="the weights are in int8, and the kernels do not take 8-bit weights yet"):
-        warm_up(config, "sm_90")

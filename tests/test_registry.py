@@ -97,7 +97,7 @@ def test_a_new_operator_is_found_and_held_to_everything() -> None:
     assert [entry.name for entry in registry.entries()] == ["toy_add_bias"]
     entry = entry_of("toy_add_bias")
     odd, public = entry.cases
-    for dtype in registry.DTYPES:
+    for dtype in registry.FLOATS:
         assert_accurate(entry, odd, dtype)
     assert_no_races(entry, odd)
     assert_bytes_once(entry, public, "bf16", "sm_90")

@@ -117,7 +117,7 @@ def test_pictures_are_drawn_of_rows() -> None:
     drawn = plots.frame_times(figures)
     bars = drawn.axes[0].containers[0]
     floor = figures.one(
-        bench="roofline", subject="L4", metric="time of the backbone", shape="frame-b1", steps="euler:7"
+        bench="roofline", subject="L4", metric="time of the backbone", shape="frame-b1", steps="euler:7", dtype="bf16"
     )
     assert floor is not None
     assert bars[0].get_width() == pytest.approx(floor.value)

@@ -42,7 +42,7 @@ def run(blocks: int, rows: int = M, row_tiles: int = 3) -> tuple[Tensor, Tensor,
     x, w, up, norm = make(M, K)[:rows], make(N, K, std=K**-0.5), make(N, K, std=K**-0.5), make(K, mean=1.0, std=0.1)
     wk, residual = make(40, K, std=K**-0.5), make(M, N)[:rows]
     with divided(blocks, row_tiles):
-        shares = [linear_shares(w, M), norm_swiglu_shares(w, M), norm_qkv_shares(w, wk, M)]
+        shares = [linear_shares(w, x.dtype, M), norm_swiglu_shares(w, x.dtype, M), norm_qkv_shares(w, wk, x.dtype, M)]
         made = new_scratch(x, shares)
         scratch = Scratch(guarded(made.parts), guarded(made.arrived))
         y, gated, qkv = (guarded(x.new_empty(rows, n)) for n in (N, N, N + 80))
@@ -118,7 +118,7 @@ def test_sizes_by_hand() -> None:
 def test_scratch_that_is_too_small_is_refused(small: str) -> None:
     x, w = torch.ones(M, K).bfloat16(), torch.ones(N, K).bfloat16()
     with divided(7):
-        scratch = new_scratch(x, [linear_shares(w, M)])
+        scratch = new_scratch(x, [linear_shares(w, x.dtype, M)])
         sizes: dict[str, Any] = {"parts": scratch.parts, "arrived": scratch.arrived}
         sizes[small] = sizes[small][1:]
         with pytest.raises(ValueError, match=r"scratch has .* but must have"):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from voxkern.checkpoint import quantize_checkpoint
+
 
 def _warm_up(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from voxkern.cli import app; app(sys.argv[1:])"
@@ -19,9 +21,14 @@ def _warm_up(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_compiles_once(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_", [None, "int8"])
+def test_compiles_once(tiny_folder: Path, tmp_path: Path, format_: str | None) -> None:
     """The first run writes a binary of every launched kernel to the cache on disk; a second run adds none."""
-    arguments = (str(tiny_folder), "--arch", "sm_90", "--max-batch", "2")
+    folder = tiny_folder
+    if format_ is not None:
+        folder = tmp_path / "quantized"
+        quantize_checkpoint(tiny_folder, folder, format_)
+    arguments = (str(folder), "--arch", "sm_90", "--max-batch", "2")
     first = _warm_up(tmp_path, *arguments)
     assert "kernels are ready for sm_90, max_batch 2, bfloat16" in first.stderr, first.stderr
     made = sorted(tmp_path.rglob("*.cubin"))

@@ -10,7 +10,7 @@ from plant import case_of, entry_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries, listed
+from bench.ops.registry import Case, Entry, TensorMaker, entries, listed
 from bench.static.counters import counting
 from bench.static.traffic import fewest_bytes
 
@@ -34,21 +34,21 @@ HALVED = {"flow_step": 1.5, "flow_finish": 2.0}
 
 
 def counted_bytes(entry: Entry, case: Case) -> int:
-    args = entry.args(case, TensorMaker(DTYPES[case.dtypes[0]]))
+    args = entry.args(case, TensorMaker.of(case.dtypes[0]))
     with counting(whole=True, indirect=listed(args)) as launches:
         entry.op.run(**args)
     return sum(traffic.dram for launch in launches for traffic in launch.traffic().values())
 
 
 def assert_bytes(entry: Entry, case: Case) -> None:
-    stated = fewest_bytes(entry, entry.args(case, TensorMaker(DTYPES[case.dtypes[0]])))
+    stated = fewest_bytes(entry, entry.args(case, TensorMaker.of(case.dtypes[0])))
     ratio = counted_bytes(entry, case) / stated
     assert ratio <= MORE.get(entry.name, 1.002), f"{entry.name} {case.name} moves {ratio:.3f} x the stated bytes"
     assert ratio >= (0.4 if entry.name in FEWER else 0.98), f"{entry.name} {case.name} moves only {ratio:.3f} x"
 
 
 def reference_products(entry: Entry, case: Case) -> int:
-    args = entry.args(case, TensorMaker(DTYPES[case.dtypes[0]]))
+    args = entry.args(case, TensorMaker.of(case.dtypes[0]))
     copies = {name: arg.clone() if isinstance(arg, Tensor) else arg for name, arg in args.items()}
     with FlopCounterMode(display=False) as counter:
         entry.reference(**copies)
@@ -56,7 +56,7 @@ def reference_products(entry: Entry, case: Case) -> int:
 
 
 def assert_products(entry: Entry, case: Case) -> None:
-    args = entry.args(case, TensorMaker(DTYPES[case.dtypes[0]]))
+    args = entry.args(case, TensorMaker.of(case.dtypes[0]))
     stated = entry.multiply_adds(args)
     assert reference_products(entry, case) == stated * HALVED.get(entry.name, 1), f"{entry.name} {case.name}"
 

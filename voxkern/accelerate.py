@@ -1,27 +1,32 @@
 """Install fused modules, which run a model's own computation through Triton kernels, and remove them again."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from .integrations.server_heads import accelerate_servers, restore_servers
+from .reference.attention import Attention
 from .reference.backbone import Backbone
 from .reference.codec import AudioTokenizer
 from .reference.flow_head import FlowHead
+from .reference.layers import FeedForward
 from .reference.mlp_head import FlowMatchingAudioMLP
-from .reference.quantized import QuantizedLinear
+from .reference.moe import MoEBlock
+from .reference.quantized import QuantizedLinear, format_of
 from .reference.transformer_head import FlowMatchingAudioTransformer
 from .validation import require_triton, to_int
 
 log = logging.getLogger(__name__)
 
 
-def accelerate(model: Any, max_batch: int = 1) -> list[str]:
+def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> list[str]:
     """Make a model's backbone, flow head and codec decoder run through Triton kernels, on the model's own weights.
 
     Calls and their arguments stay the same, and results stay the same up to rounding. Weights may be loaded, moved,
-    copied and saved as before. Kernels have no gradients: :func:`restore` a model before training it. A second call
+    copied and saved as before. If a layer is replaced by one with weights in another format, call this function again.
+    Kernels have no gradients: :func:`restore` a model before training it. A second call
     prepares an accelerated model again, for example for another `max_batch`.
 
     Args:
@@ -32,14 +37,19 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
             replaced, and a logged warning gives the reason.
         max_batch: the most requests of one call, 1..64. A server's call may have more, which run in groups of
             at most `max_batch`. Launch configs depend on `max_batch`, and so do the last bits of a result.
+        quantize: "int8" or "fp8" quantises copies of the large weights of a server's head. The kernels then read half
+            the bytes. The head keeps its own weights for :func:`restore`, so this takes more memory, not less. Call
+            :func:`accelerate` again after the weights are loaded, moved or written, because the copies do not follow.
+            To quantise voxkern's own model, use ``load(..., quantize=...)``.
 
     Returns:
         Names of the replaced modules and methods, such as
         ``["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]``.
 
     Raises:
-        ValueError: the model has no part that voxkern has kernels for, `max_batch` is not in 1..64, the model has 8-bit
-            weights, or the kernels cannot run a codec of these sizes.
+        ValueError: the model has no part that voxkern has kernels for, `max_batch` is not in 1..64, `quantize` is
+            unknown or given for voxkern's own model, weights that one launch reads have different formats, or the
+            kernels cannot run a codec of these sizes.
         TypeError: `max_batch` is not an integer.
         ModuleNotFoundError: Triton is not installed.
         RuntimeError: a server's head is on a device on which kernels cannot run.
@@ -53,13 +63,15 @@ def accelerate(model: Any, max_batch: int = 1) -> list[str]:
 
     max_batch = to_int("max_batch", max_batch, 1, MAX_BATCH)
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    if in_8_bits := [name for name, module in modules.items() if isinstance(module, QuantizedLinear)]:
-        raise ValueError(
-            f"{in_8_bits[0]} has 8-bit weights, which the kernels do not take yet ({len(in_8_bits)} such layers): use "
-            "the reference modules, backend='torch'"
-        )
+    if quantize is not None:
+        format_of(quantize)
+        if own := [name for name, one in modules.items() if isinstance(one, Backbone | FlowHead | AudioTokenizer)]:
+            raise ValueError(
+                f"quantize is {quantize!r}, but {own[0] or 'the model'} is voxkern's own: use load(..., quantize=...)"
+            )
+    _expect_equal_formats(modules)
     embeddings = modules.get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
-    replaced, left = accelerate_servers(model, max_batch)
+    replaced, left = accelerate_servers(model, max_batch, quantize)
     table = embeddings if isinstance(embeddings, nn.Embedding) else None
     for name, module in modules.items():
         if isinstance(module, Backbone):
@@ -103,3 +115,30 @@ def restore(model: Any) -> list[str]:
             del module.stream
             restored.append(f"{name}.stream".lstrip("."))
     return restored
+
+
+def _expect_equal_formats(modules: Mapping[str, nn.Module]) -> None:
+    """Check that weights which one launch of a kernel reads together have one format.
+
+    These are q, k and v of an attention, w1 and w3 of a feed-forward, and each of w1, w2 and w3 of all experts.
+
+    Args:
+        modules: the modules of a model by name.
+
+    Raises:
+        ValueError: two such weights have different formats.
+    """
+    for name, module in modules.items():
+        groups: list[list[nn.Module]] = []
+        if isinstance(module, Attention):
+            groups = [[module.wq, module.wk, module.wv]]
+        elif isinstance(module, FeedForward):
+            groups = [[module.w1, module.w3]]
+        elif isinstance(module, MoEBlock):
+            feeds = [*module.experts, *([module.shared_experts] if module.n_shared else [])]
+            groups = [[getattr(feed, weight) for feed in feeds] for weight in ("w1", "w2")]
+        for group in groups:
+            dtypes = {one.weight.dtype for one in group if isinstance(one, QuantizedLinear | nn.Linear)}
+            if len(dtypes) > 1:
+                found = " and ".join(sorted(map(str, dtypes)))
+                raise ValueError(f"{name} has weights in {found}, which one kernel reads: they must have one format")

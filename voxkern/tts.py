@@ -71,8 +71,7 @@ def load(
             1, 2, 4, .. and `max_batch` requests. They are captured when the first request with this pair starts. False
             launches the kernels one by one, which gives the same bits but is slower. `graphs` has no effect without
             kernels or on a CPU.
-        quantize: "int8" or "fp8" keeps the large weights in 8 bits: 4.6 GB instead of 8.0 GB for the public model. The
-            kernels do not take such weights yet, so a GPU needs `backend="torch"`.
+        quantize: "int8" or "fp8" keeps the large weights in 8 bits: 4.6 GB instead of 8.0 GB for the public model.
 
     Raises:
         ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the
@@ -87,10 +86,6 @@ def load(
     settings = (max_batch, use_kernels(backend, target), cache_tokens, graphs)
     if quantize is not None:
         format_of(quantize)  # a wrong name must fail before the download
-        if settings[1]:
-            raise ValueError(
-                f"quantize is {quantize!r}, but the kernels do not take 8-bit weights yet; use backend='torch'"
-            )
     folder = DEMO if source is None else find_folder(source)
     return TTS(read_checkpoint(folder, resolve_dtype(dtype), target, quantize), *settings)
 

@@ -13,6 +13,7 @@ import torch
 from .accelerate import accelerate
 from .engine.kv_cache import PAGE_SIZE, KVCache
 from .reference import Config, VoxtralTTS
+from .reference.quantized import FORMATS, quantizable, replace_linears
 from .validation import require_triton, to_int
 
 ROWS = (1, 2, 3, 8)  # rows of batches and prompts to compile; the ledger checks that other numbers need no others
@@ -39,15 +40,13 @@ def warm_up(
         The number of binaries that are ready.
 
     Raises:
-        ValueError: `arch` is unknown, `max_batch` is not in 1..64, or the weights have 8 bits.
+        ValueError: `arch` is unknown, or `max_batch` is not in 1..64.
         TypeError: `max_batch` is not an integer.
         ModuleNotFoundError: Triton is not installed.
         RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET=1).
     """
     require_triton()
     max_batch = to_int("max_batch", max_batch, 1, None)
-    if config.quantization:
-        raise ValueError(f"the weights are in {config.quantization}, and the kernels do not take 8-bit weights yet")
     from triton import knobs
 
     from .compile_only import compiling_for
@@ -69,6 +68,8 @@ def warm_up(
         hooks.add(note)
         try:
             model = VoxtralTTS(config).to(dtype).requires_grad_(False)
+            if config.quantization:
+                replace_linears(model, quantizable(model), FORMATS[config.quantization])
             accelerate(model, max_batch)
             kv_cache = KVCache(config.backbone, 2, dtype, torch.device("meta"))
             decode_batch = DecodeBatch(

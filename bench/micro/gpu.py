@@ -25,7 +25,7 @@ from bench.micro.modules import modules
 from bench.micro.providers import operator_trial
 from bench.micro.run import Selection, run
 from bench.micro.timing import Clock, clock_of
-from bench.ops.registry import DTYPES, Entry, TensorMaker, entries
+from bench.ops.registry import Entry, TensorMaker, entries
 from bench.results import FILE, ResultRow, provenance, store, with_provenance
 from bench.static.roofline import GPU, GPUS, floor, predict
 from bench.static.traffic import with_result
@@ -179,7 +179,7 @@ def work_at(row: ResultRow, arch: str) -> list[Work]:
     case = next(case for case in entry.cases if case.name == row.shape)
     device = "cpu" if "attention" in entry.name else "meta"  # attention's bytes depend on the lengths
     with target_arch(arch):
-        args = entry.args(case, TensorMaker(DTYPES[row.dtype], device))
+        args = entry.args(case, TensorMaker.of(row.dtype, device))
         return [work_of(entry.name, with_result(entry, args))]
 
 

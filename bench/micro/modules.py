@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import voxkern
 from bench.micro.providers import Check, LazyCall, Trial, by_codes, by_distance, by_frame, missing, results_of
-from bench.ops.registry import DTYPES, ROOT
+from bench.ops.registry import FLOATS, ROOT
 from voxkern.checkpoint import read_checkpoint, read_params
 from voxkern.random_checkpoint import public_params, random_tensor
 from voxkern.reference import Config, VoxtralTTS
@@ -123,7 +123,7 @@ def use_kernels(run: Callable[..., Any], module: nn.Module, max_batch: int) -> C
 
 def demo(dtype: str, device: str) -> VoxtralTTS:
     """Return the demo voice's model."""
-    return read_checkpoint(DEMO, DTYPES[dtype], device).model.requires_grad_(False)
+    return read_checkpoint(DEMO, FLOATS[dtype], device).model.requires_grad_(False)
 
 
 def demo_head(dtype: str, device: str) -> FlowHead:
@@ -158,7 +158,7 @@ def filled(make: Callable[[], nn.Module], dtype: str, device: str) -> Any:
     with torch.device("meta"):
         module = make()
     generator = torch.Generator(device).manual_seed(0)
-    state = {name: random_tensor(name, t.shape, generator).to(DTYPES[dtype]) for name, t in module.state_dict().items()}
+    state = {name: random_tensor(name, t.shape, generator).to(FLOATS[dtype]) for name, t in module.state_dict().items()}
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False).eval()
 

@@ -144,7 +144,7 @@ def results_of(call: Callable[..., Any], args: Mapping[str, Any], mutates: Seque
 
 def operator_trial(entry: Entry, case: Case, dtype: str, device: str) -> Trial:
     """Return the trial of an operator at one of its shapes."""
-    args = entry.args(case, TensorMaker(DTYPES[dtype], device))
+    args = entry.args(case, TensorMaker.of(dtype, device))
     variants = {"torch": entry.reference, "torch.compile": torch.compile(entry.reference, dynamic=False)}
     if device.startswith("cuda"):
         variants["voxkern"] = entry.op.run

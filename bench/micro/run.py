@@ -101,7 +101,7 @@ def trials(selection: Selection) -> Iterator[Trial]:
 
 
 def _fits_cpu(entry: Entry, case: Case, dtype: str) -> bool:
-    args = entry.args(case, TensorMaker(DTYPES[dtype], "meta"))
+    args = entry.args(case, TensorMaker.of(dtype, "meta"))
     tensors = [arg for arg in (*args.values(), *listed(args)) if isinstance(arg, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= MOST_ON_CPU
 

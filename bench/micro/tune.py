@@ -26,7 +26,7 @@ import torch
 
 from bench.micro.providers import Trial, operator_trial
 from bench.micro.timing import Clock, clock_of, copies_for, measure
-from bench.ops.registry import DTYPES, ROOT, Case, Entry, TensorMaker, entries
+from bench.ops.registry import ROOT, Case, Entry, TensorMaker, entries
 from voxkern.compile_only import ARCHITECTURES
 from voxkern.kernels.launch_config import LaunchConfigs, architecture, override, target_arch
 
@@ -58,7 +58,7 @@ def lines_of(entry: Entry, configs: LaunchConfigs) -> dict[int, list[tuple[Case,
     for case in entry.cases:
         for dtype in case.dtypes if case.public else ():
             with record_lookups(configs) as sizes:
-                entry.op.run(**entry.args(case, TensorMaker(DTYPES[dtype], "meta")))
+                entry.op.run(**entry.args(case, TensorMaker.of(dtype, "meta")))
             found.setdefault(line_of(configs, sizes[0]), []).append((case, dtype))
     return found
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.registry import Case, Entry, TensorMaker
+from bench.ops.registry import ALL_DTYPES, BF16_AND_8_BITS, Case, Entry, TensorMaker
 from voxkern.kernels.linear import linear
+from voxkern.reference.quantized import scaled_linear
 
 
 def phase_of(s: Any) -> str:
@@ -35,9 +36,10 @@ def linear_reference(
     residual: Tensor | None,
     max_rows: int,
     phase: str = "decode",
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Compute the linear product, the gate and the sum with the residual, rounding after each operation."""
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias) if scale is None else scaled_linear(x, weight, scale) + (0 if bias is None else bias)
     y = y if gate is None else own_rows(gate, len(x)) * y
     return y if residual is None else residual + y
 
@@ -47,14 +49,16 @@ def linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
     With `s.gates` = 0 the gate is None, with 1 all rows share a gate, and with 2 half of the rows have their own gate.
     """
+    x, (weight, scale) = make(s.M, s.K), make.weight(s.N, s.K, std=s.K**-0.5)
     return {
-        "x": make(s.M, s.K),
-        "weight": make(s.N, s.K, std=s.K**-0.5),
+        "x": x,
+        "weight": weight,
         "bias": make(s.N, std=0.1) if s.bias else None,
         "gate": make(1 + s.M // 2 if s.gates > 1 else 1, s.N, std=0.5) if s.gates else None,
         "residual": make(s.M, s.N) if s.residual else None,
         "max_rows": s.max_rows,
         "phase": phase_of(s),
+        "scale": scale,
     }
 
 
@@ -74,21 +78,38 @@ ENTRIES = [
         reference=linear_reference,
         inputs=linear_inputs,
         cases=(
-            Case("odd", {"M": 19, "N": 75, "K": 150, "bias": 1, "gates": 2, "residual": 1, "max_rows": 19}),
+            Case(
+                "odd",
+                {"M": 19, "N": 75, "K": 150, "bias": 1, "gates": 2, "residual": 1, "max_rows": 19},
+                dtypes=ALL_DTYPES,
+            ),
             Case("odd-plain", {"M": 17, "N": 75, "K": 150, **PLAIN, "max_rows": 19}),
             Case("odd-bias", {"M": 19, "N": 75, "K": 150, **PLAIN, "bias": 1, "max_rows": 19}),
-            Case("odd-residual", {"M": 70, "N": 75, "K": 150, **PLAIN, "residual": 1, "max_rows": 100}),
+            Case(
+                "odd-residual",
+                {"M": 70, "N": 75, "K": 150, **PLAIN, "residual": 1, "max_rows": 100},
+                dtypes=("bf16", "int8", "fp16", "fp32"),
+            ),
             Case("odd-scale", {"M": 29, "N": 97, "K": 129, "bias": 0, "gates": 1, "residual": 1, "max_rows": 32}),
             Case("odd-many", {"M": 70, "N": 97, "K": 129, "bias": 1, "gates": 2, "residual": 1, "max_rows": 100}),
-            Case("odd-prefill", {**DOWN, "M": 150, "N": 75, "K": 150, "max_rows": 150, "prefill": 1}, dtypes=("bf16",)),
-            Case("down-b1", {"M": 6, **DOWN, "max_rows": 6}, public=True),
-            Case("down-b2", {"M": 12, **DOWN, "max_rows": 12}, public=True, dtypes=("bf16",)),
-            Case("down-b4", {"M": 24, **DOWN, "max_rows": 24}, public=True, dtypes=("bf16",)),
-            Case("down-b8", {"M": 48, **DOWN, "max_rows": 48}, public=True, dtypes=("bf16",)),
-            Case("down-b16", {"M": 96, **DOWN, "max_rows": 96}, public=True, dtypes=("bf16",)),
-            Case("last-b32", {"M": 64, **DOWN, "max_rows": 64}, public=True, dtypes=("bf16",)),
-            Case("down-b32", {"M": 192, **DOWN, "max_rows": 192}, public=True, dtypes=("bf16",)),
-            Case("prefill", {"M": 230, **DOWN, "max_rows": 230, "prefill": 1}, public=True, dtypes=("bf16",)),
+            Case(
+                "odd-prefill",
+                {**DOWN, "M": 150, "N": 75, "K": 150, "max_rows": 150, "prefill": 1},
+                dtypes=BF16_AND_8_BITS,
+            ),
+            Case("down-b1", {"M": 6, **DOWN, "max_rows": 6}, public=True, dtypes=ALL_DTYPES),
+            Case("down-b2", {"M": 12, **DOWN, "max_rows": 12}, public=True, dtypes=BF16_AND_8_BITS),
+            Case("down-b4", {"M": 24, **DOWN, "max_rows": 24}, public=True, dtypes=BF16_AND_8_BITS),
+            Case("down-b8", {"M": 48, **DOWN, "max_rows": 48}, public=True, dtypes=BF16_AND_8_BITS),
+            Case("down-b16", {"M": 96, **DOWN, "max_rows": 96}, public=True, dtypes=BF16_AND_8_BITS),
+            Case("last-b32", {"M": 64, **DOWN, "max_rows": 64}, public=True, dtypes=BF16_AND_8_BITS),
+            Case("down-b32", {"M": 192, **DOWN, "max_rows": 192}, public=True, dtypes=BF16_AND_8_BITS),
+            Case(
+                "prefill",
+                {"M": 230, **DOWN, "max_rows": 230, "prefill": 1},
+                public=True,
+                dtypes=BF16_AND_8_BITS,
+            ),
             Case("llm-b1", {"M": 1, "N": 3072, "K": 3072, **PLAIN, "max_rows": 6}, public=True, dtypes=("bf16",)),
             Case("odd-codec", {**CODEC, "M": 150, "N": 75, "K": 150, "max_rows": 150}, dtypes=("bf16",)),
             Case("codec-wo-b1", {**CODEC, "M": 8, "K": 1024, "max_rows": 8}, public=True, dtypes=("bf16",)),

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.ops.moe_routing import PLAIN, moe_route_inputs, moe_route_reference
-from bench.ops.registry import Case, Entry, TensorMaker
+from bench.ops.registry import ALL_DTYPES, BF16_AND_8_BITS, Case, Entry, TensorMaker
 from voxkern.kernels.moe_experts import moe_combine, moe_experts_down, moe_experts_up
 from voxkern.kernels.moe_routing import choose_tile_rows, moe_route
 from voxkern.reference.layers import rms_norm, upcast
+from voxkern.reference.quantized import scaled_linear
 
 
 def _routing(s: Any, make: TensorMaker) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,38 +44,52 @@ def moe_experts_up_reference(
     tiles: Tensor,
     eps: float,
     tile_rows: int,
+    scale1: Tensor | None = None,
+    scale3: Tensor | None = None,
 ) -> Tensor:
     """Compute each expert's feed-forward up to the gated product, tile by tile, rounding after each operation."""
     n, P = rms_norm(x, norm, eps), len(pairs) // len(x)
     y = x.new_zeros(len(pairs), len(w1[0]))
     for expert, rows in _rows(pairs, tiles):
-        y[rows] = F.silu(F.linear(n[rows // P], w1[expert])) * F.linear(n[rows // P], w3[expert])
+        gate = scaled_linear(n[rows // P], w1[expert], None if scale1 is None else scale1[expert])
+        y[rows] = F.silu(gate) * scaled_linear(n[rows // P], w3[expert], None if scale3 is None else scale3[expert])
     return y
+
+
+def _experts(n: int, N: int, K: int, make: TensorMaker) -> tuple[list[Tensor], Tensor | None]:
+    """Return n weights [N, K], and their scales [n, N], or None if weights are not quantised."""
+    weights, scales = zip(*(make.weight(N, K, std=K**-0.5) for _ in range(n)), strict=True)
+    return list(weights), None if make.weights is None else torch.stack(scales)
 
 
 def moe_experts_up_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Return arguments with weights like those of trained experts: the products have RMS 1."""
     _, pairs, tiles = _routing(s, make)
-    n = s.E + s.n_shared
+    x, norm = make(s.M, s.K), make(s.K, mean=1.0, std=0.1)
+    (w1, scale1), (w3, scale3) = (_experts(s.E + s.n_shared, s.N, s.K, make) for _ in range(2))
     return {
-        "x": make(s.M, s.K),
-        "norm": make(s.K, mean=1.0, std=0.1),
-        "w1": [make(s.N, s.K, std=s.K**-0.5) for _ in range(n)],
-        "w3": [make(s.N, s.K, std=s.K**-0.5) for _ in range(n)],
+        "x": x,
+        "norm": norm,
+        "w1": w1,
+        "w3": w3,
         "pairs": pairs,
         "tiles": tiles,
         "eps": 1e-5,
         "tile_rows": s.tile_rows,
+        "scale1": scale1,
+        "scale3": scale3,
     }
 
 
 def moe_experts_down_reference(
-    x: Tensor, w2: list[Tensor], weights: Tensor, pairs: Tensor, tiles: Tensor, tile_rows: int
-) -> Tensor:
+    x: Tensor, w2: list[Tensor], weights: Tensor, pairs: Tensor, tiles: Tensor, tile_rows: int,
+    scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Compute each expert's down projection tile by tile, round it, and multiply by the routing weights in fp32."""
     y = torch.zeros(len(x), len(w2[0]), dtype=weights.dtype, device=x.device)
     for expert, rows in _rows(pairs, tiles):
-        y[rows] = upcast(F.linear(x[rows], w2[expert])) * weights.flatten()[rows, None]
+        part = scaled_linear(x[rows], w2[expert], None if scale is None else scale[expert])
+        y[rows] = upcast(part) * weights.flatten()[rows, None]
     return y
 
 
@@ -84,8 +99,10 @@ def moe_experts_down_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     The shared experts are slices of one tensor, as in a checkpoint, so the rows of their weights are not contiguous.
     """
     weights, pairs, tiles = _routing(s, make)
-    w2 = [make(s.N, s.K, std=s.K**-0.5) for _ in range(s.E)]
-    shared = make(s.N, max(s.n_shared, 1) * s.K, std=s.K**-0.5)
+    w2, scale = _experts(s.E, s.N, s.K, make)
+    shared, shared_scale = make.weight(s.N, max(s.n_shared, 1) * s.K, std=s.K**-0.5)
+    if scale is not None and shared_scale is not None:
+        scale = torch.cat((scale, shared_scale.expand(s.n_shared, -1)))
     return {
         "x": make(len(pairs), s.K),
         "w2": w2 + [shared[:, i * s.K : (i + 1) * s.K] for i in range(s.n_shared)],
@@ -93,6 +110,7 @@ def moe_experts_down_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
         "pairs": pairs,
         "tiles": tiles,
         "tile_rows": s.tile_rows,
+        "scale": scale,
     }
 
 
@@ -132,11 +150,11 @@ ENTRIES = [
         reference=moe_experts_up_reference,
         inputs=moe_experts_up_inputs,
         cases=(
-            Case("odd", ODD),
+            Case("odd", ODD, dtypes=ALL_DTYPES),
             Case("odd-one", ODD_ONE),
-            Case("small-4-b1", B1 | UP, public=True, dtypes=("bf16",)),
-            Case("small-4-b32", B32 | UP, public=True, dtypes=("bf16",)),
-            Case("small-4-prefill-b1", PREFILL | UP, public=True, dtypes=("bf16",)),
+            Case("small-4-b1", B1 | UP, public=True, dtypes=BF16_AND_8_BITS),
+            Case("small-4-b32", B32 | UP, public=True, dtypes=BF16_AND_8_BITS),
+            Case("small-4-prefill-b1", PREFILL | UP, public=True, dtypes=BF16_AND_8_BITS),
         ),
         stage=lambda c: 2 * c["BLOCK_N"] * c["BLOCK_K"],
         read_once=(),  # the data decides which experts are read: tests/test_moe_experts.py counts them
@@ -149,11 +167,11 @@ ENTRIES = [
         reference=moe_experts_down_reference,
         inputs=moe_experts_down_inputs,
         cases=(
-            Case("odd", ODD),
+            Case("odd", ODD, dtypes=ALL_DTYPES),
             Case("odd-one", ODD_ONE),
-            Case("small-4-b1", B1 | DOWN, public=True, dtypes=("bf16",)),
-            Case("small-4-b32", B32 | DOWN, public=True, dtypes=("bf16",)),
-            Case("small-4-prefill-b1", PREFILL | DOWN, public=True, dtypes=("bf16",)),
+            Case("small-4-b1", B1 | DOWN, public=True, dtypes=BF16_AND_8_BITS),
+            Case("small-4-b32", B32 | DOWN, public=True, dtypes=BF16_AND_8_BITS),
+            Case("small-4-prefill-b1", PREFILL | DOWN, public=True, dtypes=BF16_AND_8_BITS),
         ),
         read_once=(),
         regular_grid=False,

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.ops.linear import phase_of
-from bench.ops.registry import Args, Case, Entry, TensorMaker
+from bench.ops.registry import ALL_DTYPES, BF16_AND_8_BITS, Args, Case, Entry, TensorMaker
 from voxkern.kernels.qkv import norm_qkv, norm_qkv_append, rope_append
 from voxkern.reference.attention import append, rope_table, rotate
 from voxkern.reference.layers import rms_norm, upcast
+from voxkern.reference.quantized import scaled_linear
 
 
 def rope_of(positions: int, D: int, device: str) -> Tensor:
@@ -48,23 +48,27 @@ def cache_of(s: Any, B: int, make: TensorMaker) -> dict[str, Any]:
 
 def norm_qkv_reference(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float, q_rows: int, max_rows: int,
-    phase: str = "decode",
+    phase: str = "decode", scale_q: Tensor | None = None, scale_k: Tensor | None = None, scale_v: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute RMSNorm and three products, and concatenate the products. Queries from row `q_rows` on are 0."""
     n = rms_norm(x, norm, eps)
-    q = F.linear(n, wq)
+    q = scaled_linear(n, wq, scale_q)
     is_query_row = torch.arange(len(x), device=x.device).unsqueeze(1) < q_rows
-    return torch.cat((q.where(is_query_row, 0), F.linear(n, wk), F.linear(n, wv)), dim=1)
+    k, v = scaled_linear(n, wk, scale_k), scaled_linear(n, wv, scale_v)
+    return torch.cat((q.where(is_query_row, 0), k, v), dim=1)
+
+
+def qkv_inputs(M: int, K: int, N: int, N_KV: int, make: TensorMaker) -> dict[str, Any]:
+    """Return x, and the weights and scales of the norm and of q, k and v, like those of a trained layer."""
+    inputs: dict[str, Any] = {"x": make(M, K), "norm": make(K, mean=1.0, std=0.1)}
+    for name, rows in (("q", N), ("k", N_KV), ("v", N_KV)):
+        inputs[f"w{name}"], inputs[f"scale_{name}"] = make.weight(rows, K, std=K**-0.5)
+    return inputs
 
 
 def norm_qkv_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Return arguments with weights like those of a trained layer; `s.query_thirds` thirds of the rows have queries."""
-    return {
-        "x": make(s.M, s.K),
-        "norm": make(s.K, mean=1.0, std=0.1),
-        "wq": make(s.N, s.K, std=s.K**-0.5),
-        "wk": make(s.N_KV, s.K, std=s.K**-0.5),
-        "wv": make(s.N_KV, s.K, std=s.K**-0.5),
+    return qkv_inputs(s.M, s.K, s.N, s.N_KV, make) | {
         "eps": 1e-5,
         "q_rows": -(-s.M * s.query_thirds // 3),
         "max_rows": s.max_rows,
@@ -75,6 +79,7 @@ def norm_qkv_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 def norm_qkv_append_reference(
     x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, rope: Tensor, block_table: Tensor, lengths: Tensor,
     q: Tensor, kv_cache: Tensor, eps: float, max_rows: int,
+    scale_q: Tensor | None = None, scale_k: Tensor | None = None, scale_v: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Compute the part of the reference's layer before attention, rounding after each operation.
 
@@ -85,19 +90,15 @@ def norm_qkv_append_reference(
     cos, sin = upcast(
         rope[(lengths.long() - 1).clamp(0)].to(x.dtype if x.dtype == torch.float64 else rope.dtype)
     ).unbind(1)
-    queries, k, v = (F.linear(n, w).unflatten(1, (-1, D)) for w in (wq, wk, wv))
+    weights = ((wq, scale_q), (wk, scale_k), (wv, scale_v))
+    queries, k, v = (scaled_linear(n, w, scale).unflatten(1, (-1, D)) for w, scale in weights)
     q[live] = rotate(queries, cos, sin).flatten(1)[live]
     append(kv_cache, rotate(k, cos, sin).unsqueeze(1), v.unsqueeze(1), block_table, lengths)
 
 
 def norm_qkv_append_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Return arguments with weights like those of a trained layer, and a random cache."""
-    inputs = {
-        "x": make(s.M, s.K),
-        "norm": make(s.K, mean=1.0, std=0.1),
-        "wq": make(s.N, s.K, std=s.K**-0.5),
-        "wk": make(s.HKV * s.D, s.K, std=s.K**-0.5),
-        "wv": make(s.HKV * s.D, s.K, std=s.K**-0.5),
+    inputs = qkv_inputs(s.M, s.K, s.N, s.HKV * s.D, make) | {
         "rope": rope_of(s.length, s.D, make.device),
         "q": make(s.M, s.N),
         "eps": 1e-5,
@@ -163,24 +164,38 @@ ENTRIES = [
         reference=norm_qkv_reference,
         inputs=norm_qkv_inputs,
         cases=(
-            Case("odd", {"M": 19, **ODD_QKV, "query_thirds": 3, "max_rows": 19}),
-            Case("odd-some-queries", {"M": 70, **ODD_QKV, "query_thirds": 1, "max_rows": 100}),
-            Case("b1", {"M": 6, **QKV, "query_thirds": 3, "max_rows": 6}, public=True),
+            Case("odd", {"M": 19, **ODD_QKV, "query_thirds": 3, "max_rows": 19}, dtypes=ALL_DTYPES),
+            Case(
+                "odd-some-queries",
+                {"M": 70, **ODD_QKV, "query_thirds": 1, "max_rows": 100},
+                dtypes=("bf16", "int8", "fp16", "fp32"),
+            ),
+            Case("b1", {"M": 6, **QKV, "query_thirds": 3, "max_rows": 6}, public=True, dtypes=ALL_DTYPES),
             *(
-                Case(f"b{B}", {"M": 6 * B, **QKV, "query_thirds": 3, "max_rows": 6 * B}, public=True, dtypes=("bf16",))
+                Case(
+                    f"b{B}",
+                    {"M": 6 * B, **QKV, "query_thirds": 3, "max_rows": 6 * B},
+                    public=True,
+                    dtypes=BF16_AND_8_BITS,
+                )
                 for B in (2, 4, 8, 10, 16, 32)
             ),
             Case(
                 "prefill",
                 {"M": 230, **QKV, "query_thirds": 3, "max_rows": 230, "prefill": 1},
                 public=True,
-                dtypes=("bf16",),
+                dtypes=BF16_AND_8_BITS,
             ),
             *(
                 Case(f"codec-b{B}", {"M": 8 * B, **CODEC, "max_rows": 8 * B}, public=True, dtypes=("bf16",))
                 for B in (1, 8, 16, 32)
             ),
-            Case("last-b32", {"M": 192, **QKV, "query_thirds": 1, "max_rows": 192}, public=True, dtypes=("bf16",)),
+            Case(
+                "last-b32",
+                {"M": 192, **QKV, "query_thirds": 1, "max_rows": 192},
+                public=True,
+                dtypes=BF16_AND_8_BITS,
+            ),
         ),
         read_once=("wq", "wk", "wv"),
         ordered_by=("p_arrived",),
@@ -197,13 +212,17 @@ ENTRIES = [
             Case(
                 "odd",
                 {"M": 19, "N": 120, "K": 150, "HKV": 2, "D": 20, "PAGE": 16, "length": 300, "max_rows": 19},
+                dtypes=ALL_DTYPES,
             ),
             Case(
                 "odd-heads",
                 {"M": 21, "N": 144, "K": 129, "HKV": 3, "D": 24, "PAGE": 64, "length": 650, "max_rows": 64},
             ),
-            Case("b1", {"M": 1, **BACKBONE, "max_rows": 1}, public=True),
-            *(Case(f"b{B}", {"M": B, **BACKBONE, "max_rows": B}, public=True, dtypes=("bf16",)) for B in (16, 32, 64)),
+            Case("b1", {"M": 1, **BACKBONE, "max_rows": 1}, public=True, dtypes=ALL_DTYPES),
+            *(
+                Case(f"b{B}", {"M": B, **BACKBONE, "max_rows": B}, public=True, dtypes=BF16_AND_8_BITS)
+                for B in (16, 32, 64)
+            ),
         ),
         read_once=("wq", "wk", "wv"),
         regular_grid=False,

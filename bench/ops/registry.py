@@ -10,15 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 import bench.ops
+from voxkern.reference.quantized import FORMATS, Format, quantize_weight
 
 ROOT = Path(__file__).resolve().parents[2]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# name of the dtypes of a case -> dtype of the activations; "int8" and "fp8" are the formats of the large weights
+DTYPES = FLOATS | {"int8": torch.bfloat16, "fp8": torch.bfloat16}
+ALL_DTYPES, BF16_AND_8_BITS = ("bf16", "int8", "fp8", "fp16", "fp32"), ("bf16", "int8", "fp8")
 
 
 Args = Mapping[str, Any]
@@ -45,7 +49,12 @@ class Case:
     name: str
     sizes: Mapping[str, int]
     public: bool = False
-    dtypes: tuple[str, ...] = tuple(DTYPES)
+    dtypes: tuple[str, ...] = tuple(FLOATS)
+
+    @property
+    def float_dtype(self) -> str:
+        """The last dtype without 8-bit weights: fp32, unless the case is for other dtypes."""
+        return [dtype for dtype in self.dtypes if dtype in FLOATS][-1]
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,14 @@ class Entry:
         """Names of the arguments that are weights."""
         return self.read_once if self.weight_names is None else self.weight_names
 
+    def format(self, args: Args) -> str | None:
+        """Return the format of the call's weights, "int8" or "fp8", or None if they are not quantised."""
+        weights = [args[name] for name in self.weights if args[name] is not None]
+        if not weights:
+            return None
+        first = weights[0][0] if isinstance(weights[0], list) else weights[0]
+        return next((name for name, one in FORMATS.items() if first.dtype == one.dtype), None)
+
     def args(self, case: Case, make: "TensorMaker", **sizes: int) -> dict[str, Any]:
         """Return the operator's arguments for `case`; `sizes` replace sizes of the case."""
         return self.inputs(SimpleNamespace(**{**case.sizes, **sizes}), make)
@@ -104,15 +121,33 @@ class Entry:
 
 @dataclass
 class TensorMaker:
-    """Makes random tensors of one dtype on one device: ``make(4, 5, std=0.1)``. Equal seeds give equal tensors."""
+    """Makes random tensors of one dtype on one device: ``make(4, 5, std=0.1)``. Equal seeds give equal tensors.
+
+    Attributes:
+        dtype: dtype of the tensors.
+        device: where the tensors are.
+        seed: seed of the random numbers.
+        weights: format of the weights, or None for weights in `dtype`.
+    """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     seed: int = 0
+    weights: Format | None = None
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
+
+    @classmethod
+    def of(cls, dtype: str, device: str = "cpu", seed: int = 0) -> Self:
+        """Make a maker for the dtype of a case, a key of :data:`DTYPES`."""
+        return cls(DTYPES[dtype], device, seed, FORMATS.get(dtype))
+
+    def weight(self, *shape: int, std: float) -> tuple[Tensor, Tensor | None]:
+        """Return a weight [N, K], and the scales of its rows, or None if weights are not quantised."""
+        weight = self(*shape, std=std)
+        return (weight, None) if self.weights is None else quantize_weight(weight, self.weights)
 
     def __call__(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
         """Return normal random numbers, rounded to the maker's dtype; on the meta device, an empty tensor."""

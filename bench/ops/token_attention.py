@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.ops.registry import Args, Case, Entry, TensorMaker
 from voxkern.kernels.token_attention import token_attention, token_attention_linear
 from voxkern.reference.attention import attention
+from voxkern.reference.quantized import scaled_linear
 
 
 def token_attention_reference(
@@ -50,18 +50,20 @@ def token_attention_linear_reference(
     n_heads: int,
     n_kv_heads: int,
     max_batch: int,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Compute attention, the product with wo and the sum with the residual, rounding after each operation."""
     n_tokens = len(residual) // len(h_qkv)
     o = token_attention_reference(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, n_tokens, max_batch)
-    return residual + F.linear(o, wo)
+    return residual + scaled_linear(o, wo, scale)
 
 
 def token_attention_linear_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
     """Return arguments like :func:`token_attention_inputs`; the residual has 2B * `s.n_tokens` rows."""
     inputs = token_attention_inputs(s, make)
     K = s.H * s.D
-    inputs["wo"], inputs["residual"] = make(s.N, K, std=K**-0.5), make(inputs.pop("n_tokens") * 2 * s.B, s.N)
+    inputs["wo"], inputs["scale"] = make.weight(s.N, K, std=K**-0.5)
+    inputs["residual"] = make(inputs.pop("n_tokens") * 2 * s.B, s.N)
     return inputs
 
 
@@ -108,7 +110,7 @@ ENTRIES = [
             Case(
                 "odd",
                 {"B": 5, "max_batch": 6, "n_x": 2, "n_t": 1, "n_tokens": 3, "N": 75, "H": 6, "HKV": 2, "D": 16},
-                dtypes=("bf16", "fp16"),
+                dtypes=("bf16", "int8", "fp8", "fp16"),
             ),
             Case(
                 "odd-first",
@@ -124,7 +126,7 @@ ENTRIES = [
                 "wo-b1",
                 {"B": 1, "max_batch": 1, "n_x": 2, "n_t": 1, "n_tokens": 3, "N": 3072, **PUBLIC},
                 public=True,
-                dtypes=("bf16", "fp16"),
+                dtypes=("bf16", "int8", "fp8", "fp16"),
             ),
             Case(
                 "wo-b2",

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.ops.registry import DTYPES, ROOT
+from bench.ops.registry import FLOATS, ROOT
 from bench.results import FILE, ResultRow, read, store, with_provenance
 from voxkern.checkpoint import read_checkpoint
 from voxkern.generation_params import CFG_ALPHA
@@ -151,7 +151,7 @@ def snr(found: Tensor, truth: Tensor) -> float:
 
 
 def measured(
-    folder: Path, n_texts: int, dtypes: tuple[str, ...] = tuple(DTYPES), max_frames: int = MAX_FRAMES
+    folder: Path, n_texts: int, dtypes: tuple[str, ...] = tuple(FLOATS), max_frames: int = MAX_FRAMES
 ) -> list[ResultRow]:
     """Measure each dtype and provider, and return their rows. The process must run with ``TRITON_INTERPRET=1``.
 
@@ -170,7 +170,7 @@ def measured(
     rows = []
     for dtype in dtypes:
         for provider in ("torch", "voxkern"):
-            tts = TTS(read_checkpoint(folder, DTYPES[dtype]), ROWS, use_kernels=provider == "voxkern")
+            tts = TTS(read_checkpoint(folder, FLOATS[dtype]), ROWS, use_kernels=provider == "voxkern")
             with large_tiles():
                 flips = Flips.of(next_frames(tts, histories), truth)
                 rows += rows_of(flips, snr(sound(tts, histories), exact_sound), provider, dtype, n_texts)

@@ -24,7 +24,7 @@ def frame_times(figures: Figures) -> Figure:
     gpus, stars = figures.values("subject", bench="roofline", metric="floor"), compare_with_measured(figures.rows)
     plot, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axis, shape in zip(axes, ("frame-b1", "frame-b32"), strict=True):
-        wanted = {"bench": "roofline", "shape": shape, "steps": "euler:7"}
+        wanted = {"bench": "roofline", "shape": shape, "steps": "euler:7", "dtype": "bf16"}
         left = np.zeros(len(gpus))
         for part, colour in PARTS.items():
             width = np.array([_value(figures, **wanted, subject=gpu, metric=f"time of {part}") for gpu in gpus])

@@ -42,7 +42,7 @@ def bounds(figures: Figures) -> ReportTable:
     for name in figures.values("subject", bench="roofline", metric="bound"):
         line = [name]
         for shape in SHAPES:
-            wanted = {"bench": "roofline", "subject": name, "shape": shape, "steps": "euler:7"}
+            wanted = {"bench": "roofline", "subject": name, "shape": shape, "steps": "euler:7", "dtype": "bf16"}
             time, *least = (figures.one(**wanted, metric=metric) for metric in ("time", "bound", "floor"))
             over = [f"{time.value / one.value:.2f}" for one in least if time and one]
             line.append(f"{over[0]} ({over[1]})" if len(over) == 2 else "-")
@@ -50,6 +50,23 @@ def bounds(figures: Figures) -> ReportTable:
             lines.append(line)
     note = f"Predicted time of a frame over the bound, and in brackets over the floor; 7 evaluations, bf16. {PREDICTED}"
     title = "Predicted time of a frame over its bound"
+    return ReportTable(title, note, "python -m bench roofline", ("GPU", *map(_batch, SHAPES)), lines)
+
+
+def quantized(figures: Figures) -> ReportTable:
+    """Make the table of a frame's predicted time on each GPU with bf16 and with int8 weights."""
+    lines = []
+    for name in figures.values("subject", bench="roofline", metric="floor", dtype="int8"):
+        wanted = {"bench": "roofline", "subject": name, "steps": "euler:7", "metric": "time"}
+        times = [
+            [figures.value(".2f", **wanted, shape=shape, dtype=dtype) for dtype in ("bf16", "int8")] for shape in SHAPES
+        ]
+        lines.append([name, *map(" / ".join, times)])
+    note = (
+        "Predicted milliseconds of a whole frame with bf16 / with int8 weights; 7 evaluations. The instructions that "
+        f"widen the weights are counted in the machine code. {PREDICTED}"
+    )
+    title = "Predicted time of a frame with 8-bit weights"
     return ReportTable(title, note, "python -m bench roofline", ("GPU", *map(_batch, SHAPES)), lines)
 
 
@@ -75,7 +92,7 @@ def filling(figures: Figures) -> ReportTable:
 
 def work(figures: Figures) -> ReportTable:
     """Make the table of a whole frame's launches, bytes and multiply-adds."""
-    wanted = {"bench": "roofline", "subject": "frame"}
+    wanted = {"bench": "roofline", "subject": "frame", "dtype": "bf16"}
     lines = [
         [
             shape.removeprefix("frame-b"), steps.replace(":", " "),
@@ -96,5 +113,5 @@ def _batch(shape: str) -> str:
 
 
 def _floor_and_time(figures: Figures, gpu: str, shape: str, steps: str) -> str:
-    wanted = {"bench": "roofline", "subject": gpu, "shape": shape, "steps": steps}
+    wanted = {"bench": "roofline", "subject": gpu, "shape": shape, "steps": steps, "dtype": "bf16"}
     return " / ".join(figures.value(".2f", **wanted, metric=metric) for metric in ("floor", "time"))

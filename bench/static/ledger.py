@@ -27,6 +27,7 @@ from bench.static import known_kernels, machine_code
 from bench.static.machine_code import Instructions, MachineCode
 from bench.static.machines import MACHINES
 from voxkern.compile_only import CompiledLaunch, compiling_for
+from voxkern.reference.quantized import FORMATS
 
 FILE = Path(__file__).resolve().parents[1] / "ledger.csv"
 
@@ -38,7 +39,7 @@ class LedgerRow:
     Attributes:
         operator: name of the operator.
         case: name of the operator's case (its shapes) in the registry.
-        dtype: bf16, fp16 or fp32.
+        dtype: bf16, fp16 or fp32, or int8 or fp8 for weights in 8 bits and activations in bf16.
         arch: the architecture that the launch is compiled for, such as ``sm_90``.
         launch: "i:kernel", the launch's index among those of one call, and the kernel's name.
         constants: the kernel's sizes and tiles, "NAME=value", with spaces between.
@@ -57,6 +58,8 @@ class LedgerRow:
         loads: kinds of loads from memory with their widths in bits; the kind that loads the most bytes is first. LDGSTS
             is the asynchronous copy. A narrow LDG in a loop with LDGSTS stalls the loop.
         matrix: the matrix instructions, or ``-``.
+        step: instructions of a warp in one step of the product, or 0 if the compiler unrolled its loop. For AMD, only
+            vector instructions count.
         code: bytes of machine code.
         digest: the first digits of the SHA-256 of the machine code, for NVIDIA; ``-`` for AMD.
         source: the first digits of Triton's hash of source, constants, options and compilers, see
@@ -81,6 +84,7 @@ class LedgerRow:
     in_flight: int
     loads: str
     matrix: str
+    step: int
     code: int
     digest: str
     source: str
@@ -135,7 +139,7 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str, known: Known | None
     Args:
         entry: the operator.
         case: the operator's shapes.
-        dtype: bf16, fp16 or fp32.
+        dtype: see :class:`LedgerRow`.
         arch: the architecture.
         known: what an earlier ledger says, or None for nothing.
     """
@@ -143,7 +147,7 @@ def rows_of(entry: Entry, case: Case, dtype: str, arch: str, known: Known | None
     with compiling_for(arch) as launches:
         made: dict[int, set[str]] = {}
         for n in sorted({n for n in (1, 2, 3, 7, 16, most) if n <= most}):
-            args = entry.args(case, TensorMaker(DTYPES[dtype], "meta"), **{entry.rows: n})
+            args = entry.args(case, TensorMaker.of(dtype, "meta"), **{entry.rows: n})
             for some in (args, {name: _second_request(arg, n) for name, arg in args.items()}):
                 launches.clear()
                 entry.op.run(**some)
@@ -168,7 +172,7 @@ def compute(
         compile_all: compile every kernel, also those with the source of a row in `known`.
     """
     archs, rows = list(archs), list(known)
-    instructions = {row.digest: (row.loads, row.matrix) for row in rows}
+    instructions = {row.digest: (row.loads, row.matrix, row.step) for row in rows}
     sources = {} if compile_all else {row.source: row for row in rows}
     knowns = [Known(sources, instructions)] * len(archs)
     with ProcessPoolExecutor(min(processes, len(archs)), mp_context=get_context("spawn")) as pool:
@@ -246,10 +250,11 @@ def check(file: Path = FILE, compile_all: bool = False) -> list[str]:
 
 
 def _of_arch(arch: str, known: Known) -> list[LedgerRow]:
+    all_entries = entries()  # imports the kernels, whose line numbers `skipping` then sets to 0
     with known_kernels.skipping(known.rows):
         return [
             row
-            for entry in entries()
+            for entry in all_entries
             for case in entry.cases
             if case.public
             for dtype in case.dtypes
@@ -283,10 +288,10 @@ def _row(
         code = machine_code.read(binary, known.instructions)
     else:
         row = known.rows[source]
-        code = MachineCode(row.registers, row.spill, row.code, row.digest, (row.loads, row.matrix))
+        code = MachineCode(row.registers, row.spill, row.code, row.digest, (row.loads, row.matrix, row.step))
     blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
     resident = machine.resident_blocks(binary.warps, code.registers, binary.shared)
-    stage = entry.stage(binary.constants) * DTYPES[dtype].itemsize
+    stage = entry.stage(binary.constants) * (1 if dtype in FORMATS else DTYPES[dtype].itemsize)
     in_flight = min(resident, blocks / machine.multiprocessors) * (binary.stages - 1) * stage
     return LedgerRow(
         entry.name, case.name, dtype, arch, name, written(binary.constants), binaries,

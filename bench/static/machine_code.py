@@ -11,7 +11,8 @@ from pathlib import Path
 from voxkern.compile_only import TOOLS, Binary
 
 MATRIX = r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w?MMA)[\w.]*|v_s?mfma_\w+|v_wmma_\w+"
-Instructions = tuple[str, str]  # kinds of loads, and matrix instructions, as in the ledger's columns
+# kinds of loads, matrix instructions, and instructions of a step, as in the ledger's columns
+Instructions = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class MachineCode:
         spill: bytes of registers that a thread keeps in memory.
         size: bytes of machine code.
         digest: the first 16 digits of the SHA-256 of the machine code, or ``-`` for AMD.
-        instructions: kinds of loads, and matrix instructions.
+        instructions: kinds of loads, matrix instructions, and instructions of a step, see :func:`_step`.
     """
 
     registers: int
@@ -75,7 +76,42 @@ def _of_amd(listing: str) -> MachineCode:
 
 
 def _instructions(listing: str) -> Instructions:
-    return _loads(listing), " ".join(sorted(set(re.findall(MATRIX, listing)))) or "-"
+    return _loads(listing), " ".join(sorted(set(re.findall(MATRIX, listing)))) or "-", _step(listing)
+
+
+def _step(listing: str) -> int:
+    """Return the instructions of a warp in the innermost loop with matrix instructions: one step of a product.
+
+    If there are several such loops, the longest counts, and without a loop the result is 0. For AMD, only vector
+    instructions count, because the others run beside them.
+    """
+    code, backwards = (_sass if "/*0000*/" in listing else _amdgcn)(listing)
+    bodies = {(first, last): [text for at, text in code if first <= at <= last] for first, last in set(backwards)}
+    products = {loop: len(body) for loop, body in bodies.items() if re.search(MATRIX, " ".join(body))}
+    return max((n for loop, n in products.items() if not any(_contains(loop, other) for other in products)), default=0)
+
+
+def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+    return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+Code = tuple[list[tuple[int, str]], list[tuple[int, int]]]  # (place, instruction), and (target, place) of jumps back
+
+
+def _sass(listing: str) -> Code:
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.MULTILINE)
+    jumps = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in lines]
+    backwards = [(int(jump[1], 16), int(at, 16)) for at, jump in jumps if jump and int(jump[1], 16) <= int(at, 16)]
+    return [(int(at, 16), text) for at, text in lines if not text.startswith("NOP")], backwards
+
+
+def _amdgcn(listing: str) -> Code:
+    lines = listing.splitlines()
+    found = [(re.match(r"(\.LBB\w+):", line), at) for at, line in enumerate(lines)]
+    labels = {label[1]: at for label, at in found if label}
+    jumps = [(at, re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)) for at, line in enumerate(lines)]
+    backwards = [(labels[jump[1]], at) for at, jump in jumps if jump and labels.get(jump[1], at + 1) <= at]
+    return [(at, line) for at, line in enumerate(lines) if line.startswith("\tv_")], backwards
 
 
 def _loads(listing: str) -> str:

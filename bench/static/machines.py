@@ -22,6 +22,9 @@ class Machine:
         registers: 32-bit registers of a multiprocessor.
         register_unit: registers are allocated to a warp in multiples of this number.
         block_reserve: bytes of shared memory that the system takes for each block.
+        issue_rate: instructions that a multiprocessor issues in one clock, over all its warps. An SM has four
+            schedulers. On AMD GPUs, each of the four SIMDs of a compute unit needs four clocks for a vector instruction
+            of 64 lanes.
     """
 
     product: str
@@ -34,6 +37,7 @@ class Machine:
     registers: int = 65536
     register_unit: int = 256
     block_reserve: int = 1024
+    issue_rate: int = 4
 
     def resident_blocks(self, warps: int, registers: int, shared: int) -> int:
         """Return the number of blocks that one multiprocessor holds at once.
@@ -53,7 +57,7 @@ def _amd(product: str, units: int, lds: int) -> Machine:
     # a compute unit has four SIMDs, each with 512 vector registers a lane and at most 8 waves
     return Machine(
         product, units, lds, lds, warps=32, blocks=16, warp_size=64,
-        registers=4 * 512 * 64, register_unit=8 * 64, block_reserve=0,
+        registers=4 * 512 * 64, register_unit=8 * 64, block_reserve=0, issue_rate=1,
     )  # fmt: skip
 
 

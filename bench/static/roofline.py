@@ -1,18 +1,20 @@
 """A frame's bytes and multiply-adds, and the floor and prediction of its time, on GPUs that were not available.
 
-``python -m bench roofline`` prints these figures for the public shapes in bf16, batch 1 to 64. No figure comes from a
-run on a GPU.
+``python -m bench roofline`` prints these figures for the public shapes in bf16, batch 1 to 64. With int8
+weights, batch 1, 8 and 32 are printed for seven evaluations. No figure comes from a run on a GPU.
 
 The work is a list of launches, computed from the config's shapes (bench/static/work.py). **The floor** is a time that
 no implementation can beat if it reads every weight once an evaluation. The floor is the longer of two times: weights,
 keys and values at the data sheet's bandwidth, or multiply-adds at the data sheet's dense bf16 rate. **The prediction**
 is the sum over the launches. The time of a launch is the sum of its start, one latency that fills the pipeline, and its
-waves. A wave is a set of blocks that run at once, by the ledger's occupancy. A wave takes the longest of four times:
+waves. A wave is a set of blocks that run at once, by the ledger's occupancy. A wave takes the longest of five times:
 
 - the wave's bytes from memory, at the share of the bandwidth that streaming reaches,
 - the wave's bytes through L2, where tiles of rows read the weights again, and tiles of columns the activations,
 - the bytes of one block, of which the ledger's bytes in flight arrive in each latency (Little's law),
-- the wave's multiply-adds with the padding of tiles, at the share of the dense rate that thin tiles reach.
+- the wave's multiply-adds with the padding of tiles, at the share of the dense rate that thin tiles reach,
+- the wave's instructions, of which a multiprocessor issues four a clock, or one on AMD GPUs. The ledger counts those of
+  a product's steps, so that the cost of widening 8-bit weights is in the prediction.
 
 **The bound** of a launch is what the best division into blocks could reach under these assumptions: its start, one
 latency, and the longer of its bytes from memory and its multiply-adds, both spread evenly over the whole GPU.
@@ -49,8 +51,10 @@ from bench.static.work import (
     launches,
     total_multiply_adds,
 )
+from voxkern.reference.quantized import FORMATS
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+QUANTIZED_BATCHES = (1, 8, 32)  # batches whose frame is predicted with int8 weights too
 SOLVERS = {"euler:7": 7, "ab2:4": 4}  # evaluations of the velocity
 COMMAND = "python -m bench roofline"
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
@@ -67,6 +71,7 @@ class GPU:
         l2: bytes of the L2 cache, or of AMD's last-level cache.
         l2_bandwidth: bytes/s from L2, measured or scaled from another GPU. For AMD GPUs, bytes/s from the last-level
             cache by the MI300X's data sheet.
+        clock: clocks a second, those with which the data sheet computes `flops`.
         arch: the GPU's architecture in the ledger, such as ``sm_90``.
         device: the GPU's name in torch.
     """
@@ -76,6 +81,7 @@ class GPU:
     multiprocessors: int
     l2: int
     l2_bandwidth: float
+    clock: float
     arch: str
     device: str
 
@@ -86,25 +92,25 @@ class GPU:
 L2_HOPPER, L2_ADA = 9.7e12 / 132, 5.2e12 / 142
 GPUS = {
     # NVIDIA L4 data sheet: 300 GB/s, 242 TFLOPS with sparsity; Ada whitepaper (AD104): 58 SMs, 48 MB
-    "L4": GPU(0.300e12, 121e12, 58, 48 << 20, L2_ADA * 58, "sm_89", "NVIDIA L4"),
+    "L4": GPU(0.300e12, 121e12, 58, 48 << 20, L2_ADA * 58, 2.04e9, "sm_89", "NVIDIA L4"),
     # NVIDIA A100 data sheet, 80GB SXM: 2,039 GB/s, 312 TFLOPS; Ampere whitepaper: 108 SMs, 40 MB
-    "A100 80GB": GPU(2.039e12, 312e12, 108, 40 << 20, 5.4e12, "sm_80", "NVIDIA A100-SXM4-80GB"),
+    "A100 80GB": GPU(2.039e12, 312e12, 108, 40 << 20, 5.4e12, 1.41e9, "sm_80", "NVIDIA A100-SXM4-80GB"),
     # NVIDIA H100 data sheet, SXM: 3.35 TB/s, 1,979 TFLOPS with sparsity; Hopper whitepaper: 132 SMs, 50 MB
-    "H100 SXM": GPU(3.35e12, 989.5e12, 132, 50 << 20, 9.7e12, "sm_90", "NVIDIA H100 80GB HBM3"),
+    "H100 SXM": GPU(3.35e12, 989.5e12, 132, 50 << 20, 9.7e12, 1.83e9, "sm_90", "NVIDIA H100 80GB HBM3"),
     # NVIDIA H200 data sheet, SXM: 4.8 TB/s; the other figures are the H100's
-    "H200": GPU(4.8e12, 989.5e12, 132, 50 << 20, 9.7e12, "sm_90", "NVIDIA H200"),
+    "H200": GPU(4.8e12, 989.5e12, 132, 50 << 20, 9.7e12, 1.83e9, "sm_90", "NVIDIA H200"),
     # NVIDIA Ada whitepaper, table of the RTX 4090: 1,008 GB/s, 165.2 TFLOPS bf16, 128 SMs, 72 MB; L2 at 4,903 GB/s:
     # analysis_RTX4090.md of github.com/smallscientist1/cuda_microbenchmark
-    "RTX 4090": GPU(1.008e12, 165.2e12, 128, 72 << 20, 4.9e12, "sm_89", "NVIDIA GeForce RTX 4090"),
+    "RTX 4090": GPU(1.008e12, 165.2e12, 128, 72 << 20, 4.9e12, 2.52e9, "sm_89", "NVIDIA GeForce RTX 4090"),
     # NVIDIA RTX Blackwell whitepaper, table of the RTX 5090: 1,792 GB/s, 209.5 TFLOPS bf16, 170 SMs, 96 MB
-    "RTX 5090": GPU(1.792e12, 209.5e12, 170, 96 << 20, L2_ADA * 170, "sm_120", "NVIDIA GeForce RTX 5090"),
+    "RTX 5090": GPU(1.792e12, 209.5e12, 170, 96 << 20, L2_ADA * 170, 2.41e9, "sm_120", "NVIDIA GeForce RTX 5090"),
     # NVIDIA DGX B200 data sheet, an eighth of it: 64 TB/s, 36 PFLOPS with sparsity; 148 SMs; L2 as CUDA reports it
-    "B200": GPU(8.0e12, 2250e12, 148, 126 << 20, L2_HOPPER * 148, "sm_100", "NVIDIA B200"),
+    "B200": GPU(8.0e12, 2250e12, 148, 126 << 20, L2_HOPPER * 148, 1.86e9, "sm_100", "NVIDIA B200"),
     # AMD Instinct MI300X data sheet: 5.3 TB/s, 1,307.4 TFLOPS, 304 CUs, 256 MB of last-level cache at 17.2 TB/s
-    "MI300X": GPU(5.3e12, 1307.4e12, 304, 256 << 20, 17.2e12, "gfx942", "AMD Instinct MI300X"),
+    "MI300X": GPU(5.3e12, 1307.4e12, 304, 256 << 20, 17.2e12, 2.1e9, "gfx942", "AMD Instinct MI300X"),
     # AMD Instinct MI355X data sheet: 8 TB/s, 2,516.6 TFLOPS bf16, 256 CUs, 256 MB of last-level cache. No bandwidth of
     # that cache was found; it is taken to be the MI300X's.
-    "MI355X": GPU(8.0e12, 2516.6e12, 256, 256 << 20, 17.2e12, "gfx950", "AMD Instinct MI355X"),
+    "MI355X": GPU(8.0e12, 2516.6e12, 256, 256 << 20, 17.2e12, 2.4e9, "gfx950", "AMD Instinct MI355X"),
 }
 
 
@@ -129,9 +135,9 @@ USUAL = Assumptions()
 OPTIMISTIC, PESSIMISTIC = Assumptions(0.5e-6, 0.95, 0.7, 1e-6), Assumptions(1e-6, 0.8, 0.3, 3e-6)
 
 
-def frame_on(gpu: GPU, B: int, evaluations: int) -> dict[str, list[Work]]:
-    """Return the launches of each part of a frame, with the launch configs of `gpu`."""
-    return frame(B, evaluations, arch=gpu.arch, multiprocessors=gpu.multiprocessors)
+def frame_on(gpu: GPU, B: int, evaluations: int, format_: str | None = None) -> dict[str, list[Work]]:
+    """Return the launches of each part of a frame, with the launch configs of `gpu`; `format_` is that of weights."""
+    return frame(B, evaluations, arch=gpu.arch, multiprocessors=gpu.multiprocessors, format_=format_)
 
 
 def floor(work: Sequence[Work], gpu: GPU) -> float:
@@ -148,22 +154,30 @@ def bound(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL) -> float:
     return sum(one.times * (assume.launch + assume.latency + _evenly(one, gpu, assume)) for one in work)
 
 
-def predict(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL) -> float:
-    """Return the predicted seconds of the launches, one after another."""
-    return sum(one.times * (assume.launch + assume.latency + _running(one, gpu, assume)) for one in work)
+def predict(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL, instructions: bool = True) -> float:
+    """Return the predicted seconds of the launches, one after another; with or without the limit of instructions."""
+    return sum(one.times * (assume.launch + assume.latency + _running(one, gpu, assume, instructions)) for one in work)
 
 
 def _evenly(one: Work, gpu: GPU, assume: Assumptions) -> float:
     return max(one.dram / (gpu.bandwidth * assume.streaming), 2 * one.multiply_adds / (gpu.flops * assume.dense))
 
 
-def _running(one: Work, gpu: GPU, assume: Assumptions) -> float:
+def _running(one: Work, gpu: GPU, assume: Assumptions, instructions: bool) -> float:
     row = one.kernel and binary(one.kernel, gpu.arch)
-    return running(one, gpu, assume, row.resident) if row else _evenly(one, gpu, assume)
+    return running(one, gpu, assume, row.resident, instructions * row.step) if row else _evenly(one, gpu, assume)
 
 
-def running(one: Work, gpu: GPU, assume: Assumptions, resident: int) -> float:
-    """Return the seconds from a launch's first latency to its end, if a multiprocessor holds `resident` blocks."""
+def running(one: Work, gpu: GPU, assume: Assumptions, resident: int, step: int = 0) -> float:
+    """Return the seconds from a launch's first latency to its end.
+
+    Args:
+        one: the launch.
+        gpu: the GPU.
+        assume: figures that no data sheet has.
+        resident: blocks that a multiprocessor holds at once.
+        step: instructions of a warp in one step, or 0 if they are not known.
+    """
     kernel = one.kernel
     assert kernel is not None
     flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor, 1/s
@@ -171,12 +185,19 @@ def running(one: Work, gpu: GPU, assume: Assumptions, resident: int) -> float:
     flops = 2 * one.padded_multiply_adds / blocks
     alone = (one.weights * row_tiles + one.cache + one.moved) / blocks / in_flight(one, gpu.arch) * assume.latency
     alone += (kernel.pieces[0] - 1) * assume.latency  # the pipeline fills again for each tile
+    issue_rate = MACHINES[gpu.arch].issue_rate * gpu.clock
+    instructions = kernel.warps * step * one.weights * row_tiles / blocks / max(stage_bytes(one), 1)  # of a block
+    alone = max(alone, instructions / min(kernel.warps / 4, 1) / issue_rate)  # a warp runs on one of four units
     # what all blocks take together, in proportion to their number
     dram = one.dram + parts_bytes(one)  # parts are written to memory, but read while they are still in L2
     shared = max(dram / (gpu.bandwidth * assume.streaming), l2_bytes(one) / gpu.l2_bandwidth) / blocks
     wave_size = resident * gpu.multiprocessors
     waves = [wave_size] * (blocks // wave_size) + [blocks % wave_size]
-    return sum(max(alone, n * shared, math.ceil(n / gpu.multiprocessors) * flops / flop_rate) for n in waves if n)
+    return sum(
+        max(alone, n * shared, math.ceil(n / gpu.multiprocessors) * max(flops / flop_rate, instructions / issue_rate))
+        for n in waves
+        if n
+    )
 
 
 def l2_bytes(one: Work) -> int:
@@ -208,11 +229,18 @@ def in_flight(one: Work, arch: str) -> float:
     """
     kernel = one.kernel
     assert kernel is not None
-    stage = 2 * entry_of(one.operator.removeprefix("codec ")).stage(dict(kernel.constants))  # bytes in bf16
+    stage = stage_bytes(one)
     row, ahead = binary(kernel, arch), max((kernel.stages or 1) - 1, 1) * stage
     if row and row.stages > 1:
         ahead = min(ahead, max(row.shared, stage))
     return max(ahead, 16 * MACHINES[arch].warp_size * kernel.warps)
+
+
+def stage_bytes(one: Work) -> int:
+    """Return the bytes of weights that a block loads in one step of its product."""
+    assert one.kernel is not None
+    elements = entry_of(one.operator.removeprefix("codec ")).stage(dict(one.kernel.constants))
+    return elements * (2 if one.kernel.format is None else 1)
 
 
 @functools.cache
@@ -220,7 +248,8 @@ def binary(kernel: KernelLaunch, arch: str) -> LedgerRow | None:
     """Return the ledger's row with the kernel's sizes and tiles, or one with the same tiles, or None."""
     wanted = {name: str(value) for name, value in kernel.constants}
     for names in (sorted(wanted), _tiles(wanted)):
-        found = _ledger().get((kernel.kernel, arch, kernel.warps, kernel.stages, *((n, wanted[n]) for n in names)))
+        key = kernel.format or "bf16", kernel.kernel, arch, kernel.warps, kernel.stages
+        found = _ledger().get((*key, *((n, wanted[n]) for n in names)))
         if found is not None:
             return found
     return None
@@ -235,9 +264,9 @@ def _tiles(constants: Iterable[str]) -> list[str]:
 def _ledger() -> dict[tuple[object, ...], LedgerRow]:
     found: dict[tuple[object, ...], LedgerRow] = {}
     for row in read_ledger(LEDGER.read_text())[1]:
-        if row.dtype == "bf16":
+        if row.dtype in ("bf16", *FORMATS):
             constants = dict(one.split("=") for one in row.constants.split())
-            kernel = row.launch.partition(":")[2], row.arch, row.warps
+            kernel = row.dtype, row.launch.partition(":")[2], row.arch, row.warps
             for names, stages in itertools.product((sorted(constants), _tiles(constants)), (row.stages, None)):
                 found.setdefault((*kernel, stages, *((name, constants[name]) for name in names)), row)
     return found
@@ -246,33 +275,36 @@ def _ledger() -> dict[tuple[object, ...], LedgerRow]:
 def rows() -> list[ResultRow]:
     """Return rows with a frame's counts, and with the frame's floor and predicted time on each GPU."""
     found = []
-    for steps, evaluations in SOLVERS.items():
-        for B in BATCHES:
-            parts = frame(B, evaluations)
-            whole = _whole(parts)
-            counts: dict[str, tuple[float, str]] = {
-                "bytes": (dram_bytes(whole), "B"),
-                "multiply-adds": (total_multiply_adds(whole), "1"),
-            }
-            counts["launches"] = (launches(whole), "1")
-            counts |= {f"launches of the {part}": (launches(work), "1") for part, work in parts.items()}
-            for metric, (value, unit) in counts.items():
-                found.append(_row("frame", metric, value, unit, "counted", B, steps))
-            for name, gpu in GPUS.items():
-                parts = frame_on(gpu, B, evaluations)
-                whole = _whole(parts)
-                timed = {"floor": floor(whole, gpu), "bound": bound(whole, gpu), "time": predict(whole, gpu)}
-                timed |= {f"time of the {part}": predict(work, gpu) for part, work in parts.items()}
-                for metric, seconds in timed.items():
-                    found.append(_row(name, metric, 1e3 * seconds, "ms", "predicted", B, steps))
+    for steps, B in itertools.product(SOLVERS, BATCHES):
+        found += _rows(steps, B, None)
+    for B in QUANTIZED_BATCHES:
+        found += _rows("euler:7", B, "int8")
     return found
 
 
-def _row(subject: str, metric: str, value: float, unit: str, how: str, B: int, steps: str) -> ResultRow:
-    return ResultRow(
-        "roofline", subject, metric, value, unit, how, COMMAND,
-        provider="voxkern", shape=f"frame-b{B}", dtype="bf16", steps=steps,
-    )  # fmt: skip
+def _rows(steps: str, B: int, format_: str | None) -> list[ResultRow]:
+    def row(subject: str, metric: str, value: float, unit: str, how: str) -> ResultRow:
+        return ResultRow(
+            "roofline", subject, metric, value, unit, how, COMMAND,
+            provider="voxkern", shape=f"frame-b{B}", dtype=format_ or "bf16", steps=steps,
+        )  # fmt: skip
+
+    parts = frame(B, SOLVERS[steps], format_=format_)
+    whole = _whole(parts)
+    counts: dict[str, tuple[float, str]] = {
+        "bytes": (dram_bytes(whole), "B"),
+        "multiply-adds": (total_multiply_adds(whole), "1"),
+        "launches": (launches(whole), "1"),
+    }
+    counts |= {f"launches of the {part}": (launches(work), "1") for part, work in parts.items()}
+    found = [row("frame", metric, value, unit, "counted") for metric, (value, unit) in counts.items()]
+    for name, gpu in GPUS.items():
+        parts = frame_on(gpu, B, SOLVERS[steps], format_)
+        whole = _whole(parts)
+        timed = {"floor": floor(whole, gpu), "bound": bound(whole, gpu), "time": predict(whole, gpu)}
+        timed |= {f"time of the {part}": predict(work, gpu) for part, work in parts.items()}
+        found += [row(name, metric, 1e3 * seconds, "ms", "predicted") for metric, seconds in timed.items()]
+    return found
 
 
 def compare_with_measured(measured: Iterable[ResultRow]) -> list[tuple[ResultRow, float, float]]:
@@ -300,10 +332,11 @@ def _is_a_frame(row: ResultRow) -> bool:
 def main(arguments: Sequence[str]) -> int:
     """Print the work, the predictions and the measured frames."""
     argparse.ArgumentParser(prog="python -m bench roofline", description=__doc__).parse_args(arguments)
-    print(f"Public shapes, bf16, {CONTEXT} tokens of context, codec in chunks of {CHUNK} frames.")
+    print(f"Public shapes, bf16 activations, {CONTEXT} tokens of context, codec in chunks of {CHUNK} frames.")
     print("PREDICTED, not measured: no figure here comes from a run on a GPU.")
-    for steps, evaluations in SOLVERS.items():
-        _print_solver(steps, evaluations)
+    for steps in SOLVERS:
+        _print_frames(steps, BATCHES, None)
+    _print_frames("euler:7", QUANTIZED_BATCHES, "int8")
     pairs = compare_with_measured(read_results(FILE.read_text()) if FILE.exists() else [])
     print("\nMeasured frames" if pairs else "\nNo frame measured on one of these GPUs is in the table of results.")
     for row, least, expected in pairs:
@@ -315,14 +348,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _print_solver(steps: str, evaluations: int) -> None:
-    work = {B: _whole(frame(B, evaluations)) for B in BATCHES}
-    print(f"\n{steps:24s}" + "".join(f"{f'batch {B}':>10s}" for B in BATCHES))
+def _print_frames(steps: str, batches: Sequence[int], format_: str | None) -> None:
+    evaluations = SOLVERS[steps]
+    work = {B: _whole(frame(B, evaluations, format_=format_)) for B in batches}
+    print(f"\n{steps + ', ' + (format_ or 'bf16'):24s}" + "".join(f"{f'batch {B}':>10s}" for B in batches))
     print(f"{'launches':24s}" + "".join(f"{launches(w):10.1f}" for w in work.values()))
     print(f"{'GB':24s}" + "".join(f"{dram_bytes(w) / 1e9:10.2f}" for w in work.values()))
     print(f"{'multiply-adds, G':24s}" + "".join(f"{total_multiply_adds(w) / 1e9:10.1f}" for w in work.values()))
     for name, gpu in GPUS.items():
-        work = {B: _whole(frame_on(gpu, B, evaluations)) for B in BATCHES}
+        work = {B: _whole(frame_on(gpu, B, evaluations, format_)) for B in batches}
         print(f"{name + ': floor, ms':24s}" + "".join(f"{1e3 * floor(w, gpu):10.2f}" for w in work.values()))
         print(f"{'  bound, ms':24s}" + "".join(f"{1e3 * bound(w, gpu):10.2f}" for w in work.values()))
         for label, assume in (("predicted, ms", USUAL), ("optimistic", OPTIMISTIC), ("pessimistic", PESSIMISTIC)):

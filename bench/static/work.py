@@ -35,6 +35,7 @@ from voxkern.random_checkpoint import public_params
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.backbone import Backbone
 from voxkern.reference.codec import AudioTokenizer
+from voxkern.reference.quantized import FORMATS, quantizable, replace_linears
 
 CONTEXT = 400  # tokens before the frame: a voice of 150, a sentence, and about ten seconds of speech
 CHUNK = 1  # frames that the codec decodes at once: the engine decodes each frame as soon as it is generated
@@ -64,6 +65,7 @@ class KernelLaunch:
         constants: (name, value) of the kernel's sizes and tiles, in the order of their names.
         warps: warps of a block.
         stages: stages of the software pipeline, or None if the launch does not say.
+        format: the format of the weights, "int8" or "fp8", or None if they are not quantised.
     """
 
     kernel: str
@@ -71,6 +73,7 @@ class KernelLaunch:
     constants: tuple[tuple[str, int], ...]
     warps: int
     stages: int | None
+    format: str | None = None
 
     @property
     def blocks(self) -> int:
@@ -224,7 +227,7 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> Work:
     """
     entry, name = entry_of(operator), f"codec {operator}" if part == "codec" else operator
     kernels = kernels_of(functools.partial(entry.op.launch, **args))
-    kernel = kernels[0] if len(kernels) == 1 else None
+    kernel = replace(kernels[0], format=entry.format(args)) if len(kernels) == 1 else None
     first = next(name for name, arg in args.items() if isinstance(arg, Tensor) and name != "out")
     row_argument = ROWS.get(operator, "x" if "x" in args else first)
     traffic = fewest(entry, args)
@@ -331,15 +334,23 @@ def public() -> Config:
 
 
 @functools.cache
-def public_model() -> VoxtralTTS:
-    """Return the public model in bf16, without memory."""
+def public_model(format_: str | None = None) -> VoxtralTTS:
+    """Return the public model in bf16, without memory, with its large weights in the format "int8" or "fp8"."""
     with torch.device("meta"):
-        return VoxtralTTS(public()).bfloat16().requires_grad_(False)
+        model = VoxtralTTS(public()).bfloat16().requires_grad_(False)
+        if format_ is not None:
+            replace_linears(model, quantizable(model), FORMATS[format_])
+        return model
 
 
 @functools.cache
 def frame(
-    B: int, steps: int, context: int = CONTEXT, arch: str = "sm_90", multiprocessors: int = 132
+    B: int,
+    steps: int,
+    context: int = CONTEXT,
+    arch: str = "sm_90",
+    multiprocessors: int = 132,
+    format_: str | None = None,
 ) -> dict[str, list[Work]]:
     """Return a dict from each part of the public model's frame to its launches.
 
@@ -351,8 +362,9 @@ def frame(
         context: number of tokens of each request before the frame.
         arch: the GPU's architecture, which determines the launch configs.
         multiprocessors: the GPU's number of multiprocessors, which determines the grids of launches with shares.
+        format_: the format of the large weights, "int8" or "fp8", or None for bf16.
     """
-    model = public_model()
+    model = public_model(format_)
     voxkern.accelerate(model, B)
     with torch.device("meta"):
         kv_cache = KVCache(model.config.backbone, 2, torch.bfloat16, torch.device("meta"))

@@ -27,6 +27,7 @@ from ..kernels.shares import Scratch, Shares, new_scratch
 from ..reference.attention import PagedCache, TransformerBlock, rope_table
 from ..reference.backbone import Backbone
 from ..reference.moe import MoEBlock
+from ..reference.quantized import scale_of, scales_of_qkv
 from .moe import FusedMoE
 
 MAX_BATCH = 64
@@ -179,12 +180,15 @@ class FusedBackbone:
                     stream, layer.attention_norm.weight,
                     attention.wq.weight, attention.wk.weight, attention.wv.weight,
                     rope, block_table, lengths, b.q, layer_kv, self._eps, self.max_batch,
+                    *scales_of_qkv(attention),
                 )  # fmt: skip
                 launch_paged_attention(b.attended, b.q, layer_kv, block_table, lengths, 0, self.max_seq_len, b.scratch)
-                w_out, rows = attention.wo.weight, self.max_batch
-                launch_linear(b.stream, b.attended, w_out, None, None, stream, rows, scratch=b.shares)
+                launch_linear(
+                    b.stream, b.attended, attention.wo.weight, None, None, stream, self.max_batch,
+                    scale=scale_of(attention.wo), scratch=b.shares,
+                )  # fmt: skip
                 stream = b.stream
-                self._feed_forward(layer, stream, b.gated, rows, "decode", b.shares)
+                self._feed_forward(layer, stream, b.gated, self.max_batch, "decode", b.shares)
             out = b.hidden if out is None else out
             launch_rms_norm(out, stream, self.module.norm.weight, self._eps)
         return out
@@ -220,6 +224,7 @@ class FusedBackbone:
                 launch_norm_qkv(
                     qkv, stream, layer.attention_norm.weight,
                     attention.wq.weight, attention.wk.weight, attention.wv.weight, self._eps, R, *many,
+                    *scales_of_qkv(attention),
                 )  # fmt: skip
                 launch_rope_append(rope, batch.request_ids, batch.positions, block_table, qkv, layer_kv)
                 launch_prefill_attention(
@@ -233,7 +238,8 @@ class FusedBackbone:
                     max(batch.n_new),
                     config.n_heads,
                 )
-                launch_linear(out, attended, attention.wo.weight, None, None, stream, *many)
+                wo, scale = attention.wo.weight, scale_of(attention.wo)
+                launch_linear(out, attended, wo, None, None, stream, *many, scale)
                 stream = out
                 self._feed_forward(layer, stream, gated, *many, None)
         return stream
@@ -249,8 +255,11 @@ class FusedBackbone:
                 mixture.run(stream[start : start + mixture.max_rows])
             return
         feed, norm = layer.feed_forward, layer.ffn_norm.weight
-        launch_norm_swiglu(gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, max_rows, phase, shares)
-        launch_linear(stream, gated, feed.w2.weight, None, None, stream, max_rows, phase, shares)
+        launch_norm_swiglu(
+            gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, max_rows, phase,
+            scale_of(feed.w1), scale_of(feed.w3), shares,
+        )  # fmt: skip
+        launch_linear(stream, gated, feed.w2.weight, None, None, stream, max_rows, phase, scale_of(feed.w2), shares)
 
     def _fused_moe(self, layer: MoEBlock, max_rows: int, phase: str) -> FusedMoE:
         """Return the fused mixture of a layer with experts; all layers share one scratch memory per phase."""
@@ -286,7 +295,7 @@ class FusedBackbone:
                 gated=u.new_zeros(self.max_batch, config.hidden_dim),
                 hidden=torch.zeros_like(stream),
                 scratch=paged_attention_scratch(q, kv[0], self.max_seq_len),
-                shares=new_scratch(q, self._shares()),
+                shares=new_scratch(q, self._shares(u.dtype)),
             )
         B, b = len(u), self._whole
         if B not in self._buffers:
@@ -295,14 +304,14 @@ class FusedBackbone:
             self._buffers[B] = BackboneBuffers(*views, scratch=(partial[:B], arrived[:B]), shares=b.shares)
         return self._buffers[B]
 
-    def _shares(self) -> list[Shares]:
-        """Return how the launches of a decode step divide their tiles."""
+    def _shares(self, dtype: torch.dtype) -> list[Shares]:
+        """Return how the launches of a decode step divide their tiles, with activations of `dtype`."""
         found = []
         for layer in self._blocks:
-            found.append(linear_shares(layer.attention.wo.weight, self.max_batch))
+            found.append(linear_shares(layer.attention.wo.weight, dtype, self.max_batch))
             if not isinstance(layer, MoEBlock):
-                found.append(norm_swiglu_shares(layer.feed_forward.w1.weight, self.max_batch))
-                found.append(linear_shares(layer.feed_forward.w2.weight, self.max_batch))
+                found.append(norm_swiglu_shares(layer.feed_forward.w1.weight, dtype, self.max_batch))
+                found.append(linear_shares(layer.feed_forward.w2.weight, dtype, self.max_batch))
         return found
 
     def rope(self, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from ..kernels.shares import Scratch, Shares, new_scratch
 from ..reference.config import N_SPECIAL_CODES
 from ..reference.flow_head import FlowHead
 from ..reference.noise import quantile_table
+from ..reference.quantized import scale_of
 from ..reference.solver import step_ratios, time_grid
 
 MAX_BATCH = 64  # the operators' limit; the transformer head then has 6 * 64 rows, and linear layers take up to 512
@@ -170,8 +171,11 @@ class FusedHead:
         self._check(h, cfg_alpha, noise, seed, frame)
         with on_device("the accelerated flow head", h):
             buffers, tables = self.buffers(len(h), h.dtype, h.device), self.step_tables(solver, steps)
-            weight = self.module.semantic_codebook_output.weight
-            launch_semantic_argmax(buffers.semantic, h, weight, self._n_codes, self.max_batch, buffers.argmax_scratch)
+            logits = self.module.semantic_codebook_output
+            launch_semantic_argmax(
+                buffers.semantic, h, logits.weight, self._n_codes, self.max_batch, scale_of(logits),
+                buffers.argmax_scratch,
+            )  # fmt: skip
             self._flow(buffers, tables, h, cfg_alpha, (seed, frame, noise))
         return buffers.codes, buffers.next_embedding
 
@@ -185,13 +189,13 @@ class FusedHead:
             K = self.module.audio.n_acoustic_codebook
             with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
                 if (dtype, device) not in self._scratch:
-                    self._scratch[dtype, device] = new_scratch(zeros(0), self._shares())
+                    self._scratch[dtype, device] = new_scratch(zeros(0), self._shares(dtype))
                 common: dict[str, Any] = {
                     "x": zeros(B, K, dtype=torch.float32),
                     "v_last": zeros(B, K, dtype=torch.float32),
                     "semantic": zeros(B, dtype=torch.int64),
                     "argmax_scratch": semantic_argmax_scratch(
-                        self.module.semantic_codebook_output.weight, self._n_codes, self.max_batch
+                        self.module.semantic_codebook_output.weight, dtype, self._n_codes, self.max_batch
                     ),
                     "codes": zeros(B, 1 + K, dtype=torch.int64),
                     "next_embedding": zeros(B, 0 if self.embeddings is None else self.embeddings.embedding_dim),
@@ -239,8 +243,8 @@ class FusedHead:
         """Return the memory for a frame of B requests: the `common` fields, and the network's own, made by `zeros`."""
         raise NotImplementedError
 
-    def _shares(self) -> list[Shares]:
-        """Return how the network's launches divide their tiles."""
+    def _shares(self, dtype: torch.dtype) -> list[Shares]:
+        """Return how the network's launches divide their tiles, with activations of `dtype`."""
         raise NotImplementedError
 
     def _step_table_weights(self) -> list[Tensor]:

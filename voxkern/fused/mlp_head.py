@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels.adaln import launch_adaln_linear_silu, launch_adaln_modulation
@@ -54,10 +55,10 @@ class FusedMLPHead(FusedHead):
             states=zeros(B, config.dim),
         )
 
-    def _shares(self) -> list[Shares]:
+    def _shares(self, dtype: torch.dtype) -> list[Shares]:
         down = cast(nn.Linear, self._blocks[0].mlp[2])
         weights = (self.module.cond_embed.weight, down.weight)
-        return [linear_shares(weight, 2 * self.max_batch) for weight in weights]
+        return [linear_shares(weight, dtype, 2 * self.max_batch) for weight in weights]
 
     def _step_table_weights(self) -> list[Tensor]:
         return [*self.module.time_embed.parameters(), self.module.cond_embed.bias, *self._weights, *self._biases]

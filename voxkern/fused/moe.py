@@ -31,6 +31,7 @@ from ..kernels.norm_linear import launch_norm_linear
 from ..kernels.operator import on_device
 from ..reference.layers import FeedForward
 from ..reference.moe import MoEBlock
+from ..reference.quantized import scale_of
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,6 @@ class FusedMoE:
         self.layer, self.max_rows, self.phase = layer, max_rows, phase
         routing, E = layer.routing, layer.gate.out_features
         self._places = routing.top_k + layer.n_shared
-        feeds = [*self._experts, *([layer.shared_experts] if layer.n_shared else [])]
-        self._linears = [linear for feed in feeds for linear in (feed.w1, feed.w2, feed.w3)]
         self._addresses: tuple[int, ...] = ()
         self._tile_rows = choose_tile_rows(E, routing.top_k, layer.gate.weight.dtype, max_rows, phase)
         made = self._scratch("meta")
@@ -148,24 +147,34 @@ class FusedMoE:
 
     def _weights(self) -> tuple[PointerTable, PointerTable, PointerTable]:
         """Return the pointer tables of w1, w3 and w2; captured graphs read the same tables until an address changes."""
-        addresses = tuple(linear.weight.data_ptr() for linear in self._linears)
+        feeds = [*self._experts, *([self.layer.shared_experts] if self.layer.n_shared else [])]
+        linears = [linear for feed in feeds for linear in (feed.w1, feed.w2, feed.w3)]
+        tensors = [tensor for one in linears for tensor in (one.weight, scale_of(one)) if tensor is not None]
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
         if self._addresses != addresses:
-            experts, layer = self._experts, self.layer
-            w1, w3, w2 = [e.w1.weight for e in experts], [e.w3.weight for e in experts], [e.w2.weight for e in experts]
-            hidden = len(w1[0])
-            for i in range(0, layer.n_shared * hidden, hidden):  # one tensor holds all shared experts
-                w1.append(layer.shared_experts.w1.weight[i : i + hidden])
-                w3.append(layer.shared_experts.w3.weight[i : i + hidden])
-                w2.append(layer.shared_experts.w2.weight[:, i : i + hidden])
             self._addresses = addresses
-            self._pointer_tables = pointer_table(w1), pointer_table(w3), pointer_table(w2)
+            self._pointer_tables = self._table("w1"), self._table("w3"), self._table("w2")
         return self._pointer_tables
+
+    def _table(self, name: str) -> PointerTable:
+        """Return the pointer table of a linear layer of all experts: "w1", "w2" or "w3"."""
+        layers = [getattr(expert, name) for expert in self._experts]
+        weights, scales, hidden = [one.weight for one in layers], [scale_of(one) for one in layers], self._hidden
+        for i in range(0, self.layer.n_shared * hidden, hidden):  # one tensor holds all shared experts
+            shared, mine = getattr(self.layer.shared_experts, name), slice(i, i + hidden)
+            scale = scale_of(shared)
+            weights.append(shared.weight[:, mine] if name == "w2" else shared.weight[mine])
+            scales.append(scale if scale is None or name == "w2" else scale[mine])
+        return pointer_table(weights, [scale for scale in scales if scale is not None])
+
+    @property
+    def _hidden(self) -> int:
+        return self._experts[0].w1.out_features
 
     def _scratch(self, device: torch.device | str) -> Scratch:
         layer, R, P = self.layer, self.max_rows, self._places
         E, dtype = layer.gate.out_features, layer.gate.weight.dtype
         T = tile_count(R, E, layer.routing.top_k, layer.n_shared, self._tile_rows)
-        hidden = self._experts[0].w1.out_features
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -176,6 +185,6 @@ class FusedMoE:
             weights=zeros(R, P, dtype=torch.float32),
             pairs=zeros(R * P, dtype=torch.int32),
             tiles=zeros(T, 3, dtype=torch.int32),
-            gated=zeros(R * P, hidden),
+            gated=zeros(R * P, self._hidden),
             parts=zeros(R * P, layer.gate.in_features, dtype=torch.float32),
         )

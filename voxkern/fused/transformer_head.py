@@ -26,6 +26,7 @@ from ..kernels.qkv import launch_norm_qkv, norm_qkv_shares
 from ..kernels.shares import Shares
 from ..kernels.token_attention import launch_token_attention, launch_token_attention_linear
 from ..reference.attention import TransformerBlock
+from ..reference.quantized import scale_of, scales_of_qkv
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
 
@@ -79,29 +80,45 @@ class FusedTransformerHead(FusedHead):
             gated=zeros(6 * B, config.hidden_dim),
         )
 
-    def _shares(self) -> list[Shares]:
-        attention, feed = self._blocks[0].attention, self._blocks[0].feed_forward
-        shares = [linear_shares(self.module.llm_projection.weight, self.max_batch)]
-        for rows in (self.max_batch, self._max_rows):
-            shares += [norm_qkv_shares(attention.wq.weight, attention.wk.weight, rows)]
-        for rows in (2 * self.max_batch, self._max_rows):
-            shares += [norm_swiglu_shares(feed.w1.weight, rows)]
-            shares += [linear_shares(weight, rows) for weight in (attention.wo.weight, feed.w2.weight)]
+    def _shares(self, dtype: torch.dtype) -> list[Shares]:
+        shares = [linear_shares(self.module.llm_projection.weight, dtype, self.max_batch)]
+        for layer in self._blocks:
+            attention, feed = layer.attention, layer.feed_forward
+            for rows in (self.max_batch, self._max_rows):
+                shares += [norm_qkv_shares(attention.wq.weight, attention.wk.weight, dtype, rows)]
+            for rows in (2 * self.max_batch, self._max_rows):
+                shares += [norm_swiglu_shares(feed.w1.weight, dtype, rows)]
+                shares += [linear_shares(weight, dtype, rows) for weight in (attention.wo.weight, feed.w2.weight)]
         return shares
 
     def _step_table_weights(self) -> list[Tensor]:
         attention, norm = self._blocks[0].attention, self._blocks[0].attention_norm.weight
-        return [self.module.time_projection.weight, norm, attention.wq.weight, attention.wk.weight, attention.wv.weight]
+        weights = [layer.weight for layer in (attention.wq, attention.wk, attention.wv)]
+        scales = [scale for scale in scales_of_qkv(attention) if scale is not None]
+        return [self.module.time_projection.weight, norm, *weights, *scales]
 
     def _make_network_tables(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return the t tokens, [steps, dim], and their q | k | v in the first layer, [steps, W]."""
-        _, norm, wq, wk, wv = self._step_table_weights()
+        attention, norm = self._blocks[0].attention, self._blocks[0].attention_norm.weight
+        wq, wk, wv = attention.wq.weight, attention.wk.weight, attention.wv.weight
         steps = len(projected)
         qkv = projected.new_empty(steps, len(wq) + len(wk) + len(wv))
         for first in range(0, steps, self._max_rows):
             rows = projected[first : first + self._max_rows]
             out = qkv[first : first + self._max_rows]
-            launch_norm_qkv(out, rows, norm, wq, wk, wv, self._eps, len(rows), self._max_rows)
+            launch_norm_qkv(
+                out,
+                rows,
+                norm,
+                wq,
+                wk,
+                wv,
+                self._eps,
+                len(rows),
+                self._max_rows,
+                "decode",
+                *scales_of_qkv(attention),
+            )
         return projected, qkv
 
     @property
@@ -143,7 +160,7 @@ class FusedTransformerHead(FusedHead):
         attention = layer.attention
         launch_norm_qkv(
             out, x, layer.attention_norm.weight, attention.wq.weight, attention.wk.weight, attention.wv.weight,
-            self._eps, q_rows, self._prepared(b, len(x)), scratch=b.scratch,
+            self._eps, q_rows, self._prepared(b, len(x)), "decode", *scales_of_qkv(attention), scratch=b.scratch,
         )  # fmt: skip
 
     def _run_layers(self, b: TransformerHeadBuffers, t_qkv: Tensor | None) -> None:
@@ -166,9 +183,12 @@ class FusedTransformerHead(FusedHead):
             feed, stream, gated = layer.feed_forward, b.stream[:rows], b.gated[:rows]
             norm, prepared = layer.ffn_norm.weight, self._prepared(b, rows)
             launch_norm_swiglu(
-                gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, prepared, scratch=b.scratch
+                gated, stream, norm, feed.w1.weight, feed.w3.weight, self._eps, prepared,
+                scale1=scale_of(feed.w1), scale3=scale_of(feed.w3), scratch=b.scratch,
+            )  # fmt: skip
+            launch_linear(
+                stream, gated, feed.w2.weight, None, None, stream, prepared, scale=scale_of(feed.w2), scratch=b.scratch
             )
-            launch_linear(stream, gated, feed.w2.weight, None, None, stream, prepared, scratch=b.scratch)
 
     def _prepared(self, b: TransformerHeadBuffers, rows: int) -> int:
         """Return the most rows of a launch that has `rows` rows for the requests of `b`."""
@@ -184,12 +204,15 @@ class FusedTransformerHead(FusedHead):
         layer: TransformerBlock,
     ) -> None:
         """Compute ``stream = residual + wo(attention)`` for the first ``len(residual)`` rows."""
-        config, wo, rows = self.module.config, layer.attention.wo.weight, len(residual)
+        config, rows = self.module.config, len(residual)
+        wo, scale = layer.attention.wo.weight, scale_of(layer.attention.wo)
         heads = (config.n_heads, config.n_kv_heads)
-        if self._max_rows <= MAX_FUSED_ROWS and wo.dtype != torch.float32:
-            launch_token_attention_linear(b.stream[:rows], x_qkv, t_qkv, h_qkv, wo, residual, *heads, self.max_batch)
+        if self._max_rows <= MAX_FUSED_ROWS and residual.dtype != torch.float32:
+            launch_token_attention_linear(
+                b.stream[:rows], x_qkv, t_qkv, h_qkv, wo, residual, *heads, self.max_batch, scale
+            )
             return
         attended = b.attended[:rows]
         launch_token_attention(attended, x_qkv, t_qkv, h_qkv, *heads, rows // len(h_qkv), self.max_batch)
         prepared = self._prepared(b, rows)
-        launch_linear(b.stream[:rows], attended, wo, None, None, residual, prepared, scratch=b.scratch)
+        launch_linear(b.stream[:rows], attended, wo, None, None, residual, prepared, scale=scale, scratch=b.scratch)

@@ -16,6 +16,7 @@ from ..kernels.norm_linear import launch_norm_linear, norm_linear_shares
 from ..kernels.operator import on_device
 from ..kernels.shares import Shares
 from ..reference.config import END_AUDIO
+from ..reference.quantized import QuantizedLinear, quantize_weight
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 
 
@@ -26,19 +27,25 @@ class FusedServerHead(FusedTransformerHead):
         server: the server's module.
         module: a reference module made of the server's layers, see
             :func:`voxkern.integrations.server_heads.as_reference`.
+        quantize: the format of the large weights of `module`, "int8" or "fp8", or None if they are the server's.
     """
 
-    def __init__(self, module: FlowMatchingAudioTransformer, server: nn.Module, max_batch: int) -> None:
+    def __init__(
+        self, module: FlowMatchingAudioTransformer, server: nn.Module, max_batch: int, quantize: str | None = None
+    ) -> None:
         super().__init__(module, max_batch)
         self.server: Any = server
+        self.quantize = quantize
 
+    @torch.inference_mode(False)  # copies made in inference mode could not be written outside of it
     @torch.no_grad()
     def prepare(self) -> None:
-        """Rebuild the tables from the current weights, and compile the kernels by running each kernel once.
+        """Rebuild tables and 8-bit copies from the current weights, and compile the kernels by running each once.
 
         Raises:
             RuntimeError: the weights are on a device on which kernels cannot run.
         """
+        self._quantize_again()
         self.refresh()
         weight = self._hidden_projection.weight
         h, tokens = weight.new_zeros(1, self.module.config.input_dim), weight.new_zeros(2, self.module.config.dim)
@@ -164,9 +171,21 @@ class FusedServerHead(FusedTransformerHead):
         w_out = module.acoustic_codebook_output.weight
         launch_norm_linear(out, b.stream[:R], module.norm.weight, w_out, self._eps, self._max_rows, scratch=scratch)
 
-    def _shares(self) -> list[Shares]:
+    def _quantize_again(self) -> None:
+        """Quantise the server's weights, in the memory of old copies, because captured graphs read it."""
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                q, scale = quantize_weight(self.server.get_submodule(name).weight.detach(), layer.format)
+                if layer.weight.device == q.device:
+                    layer.weight.copy_(q)
+                    layer.qscale_weight.copy_(scale)
+                else:
+                    layer.weight, layer.qscale_weight = q, scale
+
+    def _shares(self, dtype: torch.dtype) -> list[Shares]:
         w_in, w_out = self.module.input_projection.weight, self.module.acoustic_codebook_output.weight
-        return [*super()._shares(), linear_shares(w_in, self._max_rows), norm_linear_shares(w_out, self._max_rows)]
+        mine = [linear_shares(w_in, dtype, self._max_rows), norm_linear_shares(w_out, dtype, self._max_rows)]
+        return [*super()._shares(dtype), *mine]
 
     def _draw(self, h: Tensor) -> Tensor:
         """Draw noise [B, K] on the device on which the server draws it.

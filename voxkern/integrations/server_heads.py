@@ -16,6 +16,7 @@ from torch import nn
 
 from ..reference.config import AcousticTransformerConfig, AudioModelConfig
 from ..reference.flow_head import FlowHead
+from ..reference.quantized import format_of, quantizable, replace_linears
 from ..reference.solver import time_grid
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 
@@ -71,12 +72,13 @@ def as_reference(module: nn.Module) -> FlowMatchingAudioTransformer:
     return head
 
 
-def accelerate_servers(model: object, max_batch: int) -> tuple[list[str], dict[str, str]]:
+def accelerate_servers(model: object, max_batch: int, quantize: str | None = None) -> tuple[list[str], dict[str, str]]:
     """Replace the methods of every server's flow head in `model`, and of every wrapper that captures such a head.
 
     Args:
         model: a module that contains servers' heads, or vLLM-Omni's wrapper.
         max_batch: the most requests that run together, 1..64; larger batches run in groups.
+        quantize: the format of copies of the large weights, "int8" or "fp8", or None for no copies.
 
     Returns:
         The names of the replaced methods, and a dict from the names of methods, heads and wrappers that were not
@@ -90,7 +92,10 @@ def accelerate_servers(model: object, max_batch: int) -> tuple[list[str], dict[s
     left: dict[str, str] = {}
     for name, thing in _find_servers(model):
         try:
-            done, undone = (_accelerate_wrapper if is_graph_wrapper(thing) else _accelerate_head)(thing, max_batch)
+            if is_graph_wrapper(thing):
+                done, undone = _accelerate_wrapper(thing)
+            else:
+                done, undone = _accelerate_head(thing, max_batch, quantize)
         except UnsupportedHead as why:
             left[name] = str(why)
             continue
@@ -140,7 +145,7 @@ def _configs(module: Any) -> tuple[AcousticTransformerConfig, AudioModelConfig]:
     return config, AudioModelConfig(*sizes)
 
 
-def _accelerate_head(module: Any, max_batch: int) -> tuple[list[str], dict[str, str]]:
+def _accelerate_head(module: Any, max_batch: int, quantize: str | None) -> tuple[list[str], dict[str, str]]:
     from .fused_server_head import FusedServerHead
 
     fused = _fused_head_of(module)
@@ -149,8 +154,15 @@ def _accelerate_head(module: Any, max_batch: int) -> tuple[list[str], dict[str, 
     forward = _parameters(type(module).forward)
     if forward not in (["llm_hidden", "cfg_alpha"], ["llm_hidden"]):
         raise UnsupportedHead(f"its forward takes ({', '.join(forward)}) but must take (llm_hidden, cfg_alpha)")
-    if fused is None or fused.max_batch != max_batch:
-        fused = FusedServerHead(as_reference(module), module, max_batch)
+    if fused is None or fused.max_batch != max_batch or fused.quantize != quantize:
+        head = as_reference(module)
+        if quantize is not None:
+            linears = quantizable(head)
+            if len(linears) != 7 * len(head.layers) + 1:  # wq, wk, wv, wo, w1, w2, w3 of a layer; the semantic head
+                raise UnsupportedHead("quantize needs layers that are torch.nn.Linear without bias")
+            with torch.device("meta"):  # prepare() gives them their memory
+                replace_linears(head, linears, format_of(quantize))
+        fused = FusedServerHead(head, module, max_batch, quantize)
     fused.prepare()
     methods: dict[str, Callable[..., Any]] = {"forward": fused.forward}
     left = {}
@@ -164,7 +176,7 @@ def _accelerate_head(module: Any, max_batch: int) -> tuple[list[str], dict[str, 
     return _bind(module, methods), left
 
 
-def _accelerate_wrapper(wrapper: Any, max_batch: int) -> tuple[list[str], dict[str, str]]:
+def _accelerate_wrapper(wrapper: Any) -> tuple[list[str], dict[str, str]]:
     from .fused_server_head import CapturableFrame
 
     fused = _fused_head_of(wrapper.acoustic_transformer)

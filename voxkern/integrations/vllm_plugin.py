@@ -5,6 +5,8 @@ With ``VOXKERN_VLLM=1`` in the environment, the head is accelerated as soon as i
 vLLM-Omni captures in CUDA graphs is replaced as soon as the wrapper with this method is made. One line in vLLM's log
 reports what was accelerated, or why nothing was accelerated. The server runs in both cases. If ``VOXKERN_VLLM`` is
 unset, empty or 0, the plugin does nothing.
+
+If ``VOXKERN_VLLM_QUANTIZE`` is also set to int8 or fp8, kernels read copies of the head's large weights in 8 bits.
 """
 
 import functools
@@ -16,7 +18,7 @@ from typing import Any
 
 from ..accelerate import accelerate
 
-SWITCH = "VOXKERN_VLLM"
+SWITCH, QUANTIZE = "VOXKERN_VLLM", "VOXKERN_VLLM_QUANTIZE"
 SERVER_PACKAGE = "vllm_omni.model_executor.models.voxtral_tts"
 MAX_BATCH = 32  # the largest batch that vLLM-Omni captures a CUDA graph for; larger batches run in groups
 
@@ -60,13 +62,23 @@ def _call_after(owner: type, name: str, then: Callable[[Any], None]) -> None:
 
 
 def _accelerate_head(model: Any) -> None:
-    replaced = accelerate(model, MAX_BATCH)
-    log.info("voxkern accelerates %s of %s, also inside CUDA graphs", " and ".join(replaced), type(model).__name__)
+    quantize = _format()
+    replaced = accelerate(model, MAX_BATCH, quantize)
+    weights = f", with copies of its large weights in {quantize}" if quantize else ""
+    log.info(
+        "voxkern accelerates %s of %s, also inside CUDA graphs%s", " and ".join(replaced), type(model).__name__, weights
+    )
 
 
 def _accelerate_captured(wrapper: Any) -> None:
     if "forward" in vars(wrapper.acoustic_transformer):  # otherwise the log has the reason already
-        accelerate(wrapper, MAX_BATCH)
+        accelerate(wrapper, MAX_BATCH, _format())
+
+
+def _format() -> str | None:
+    """Return the format of the 8-bit copies, or None if QUANTIZE is unset, empty or 0."""
+    value = os.environ.get(QUANTIZE, "0")
+    return None if value in ("", "0") else value
 
 
 def _tell_why_not(what: str, why: Exception) -> None:
