@@ -146,8 +146,11 @@ class TensorMaker:
 
     def weight(self, *shape: int, std: float) -> tuple[Tensor, Tensor | None]:
         """Return a weight [N, K], and the scales of its rows, or None if weights are not quantised."""
-        weight = self(*shape, std=std)
-        return (weight, None) if self.weights is None else quantize_weight(weight, self.weights)
+        if self.weights is None:
+            return self(*shape, std=std), None
+        if self.device == "meta":
+            return torch.empty(shape, dtype=self.weights.dtype, device="meta"), torch.empty(shape[0], device="meta")
+        return quantize_weight(self(*shape, std=std), self.weights)
 
     def __call__(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
         """Return normal random numbers, rounded to the maker's dtype; on the meta device, an empty tensor."""
