@@ -19,7 +19,7 @@ from bench.static.counters import launches_only
 from voxkern.kernels.norm_linear import launch_norm_linear
 
 DOT = "dot(b_w, b_a, products[r])"
-LOAD = "b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_w, other=0.0)"
+LOAD = "b_w = tl.load(p_w + o_n[:, None] * K + (k + o_k)[None, :], mask=m_w, other=0)"
 MASK = "m_w = m_n[:, None] & m_k[None, :]"
 STORE = "mask=(o_m < M)[None, :] & (o_n < N)[:, None])"
 JIT = '@triton.jit(do_not_specialize=["M"])\ndef _norm_linear_kernel'

@@ -195,12 +195,13 @@ def test_bytes_are_those_that_must_move() -> None:
 def test_only_the_selected_trials_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "operator_trial", lambda entry, case, dtype, device: (entry.name, case.name, dtype))
     monkeypatch.setattr(run, "modules", lambda device: [])
-    chosen = [("linear", "down-b1", dtype) for dtype in ("bf16", "fp16", "fp32")]
+    chosen = [("linear", "down-b1", dtype) for dtype in ("bf16", "int8", "fp8", "fp16", "fp32")]
     with launch_config.target_arch("sm_90"):
-        others = [("linear", case, "bf16") for case in ("down-b16", "codec-down-b1", "codec-down-b16")]
+        others = [("linear", "down-b16", dtype) for dtype in ("bf16", "int8", "fp8")]
+        others += [("linear", case, "bf16") for case in ("codec-down-b1", "codec-down-b16")]
         assert list(trials(Selection(("linear",), shape="down-b1"))) == [*chosen, *others]
-        assert list(trials(Selection(("linear",), quick=True))) == [chosen[0], chosen[2]]
-        assert list(trials(Selection(("linear",), shape="down-b1", dtypes=("fp16",)))) == [chosen[1]]
+        assert list(trials(Selection(("linear",), quick=True))) == [chosen[0], chosen[4]]
+        assert list(trials(Selection(("linear",), shape="down-b1", dtypes=("fp16",)))) == [chosen[3]]
         # the 2 GB of 64 experts, and their fp64 results, are too much for a CPU
         on_cpu, on_gpu = (
             {shape for _, shape, _ in trials(Selection(("moe_experts_up",), device=device))}

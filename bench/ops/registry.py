@@ -186,5 +186,7 @@ def each_tensor(change: Callable[[Tensor], Tensor], args: Mapping[str, Any]) -> 
 
 
 def listed(args: Mapping[str, Any]) -> list[Tensor]:
-    """Return the tensors of all arguments that are lists. Kernels read such tensors through a table of addresses."""
-    return [one for arg in args.values() if isinstance(arg, list) for one in arg]
+    """Return the tensors in lists, and their scales. Kernels read these tensors through a table of addresses."""
+    lists = [one for arg in args.values() if isinstance(arg, list) for one in arg]
+    scales = [arg for name, arg in args.items() if name.startswith("scale") and isinstance(arg, Tensor)]
+    return lists + scales if lists else []
