@@ -200,7 +200,7 @@ def test_only_the_selected_trials_are_timed(monkeypatch: pytest.MonkeyPatch) -> 
         others = [("linear", "down-b16", dtype) for dtype in ("bf16", "int8", "fp8")]
         others += [("linear", case, "bf16") for case in ("codec-down-b1", "codec-down-b16")]
         assert list(trials(Selection(("linear",), shape="down-b1"))) == [*chosen, *others]
-        assert list(trials(Selection(("linear",), quick=True))) == [chosen[0], chosen[4]]
+        assert list(trials(Selection(("linear",), quick=True))) == [one for one in chosen if one[2] != "fp16"]
         assert list(trials(Selection(("linear",), shape="down-b1", dtypes=("fp16",)))) == [chosen[3]]
         # the 2 GB of 64 experts, and their fp64 results, are too much for a CPU
         on_cpu, on_gpu = (
