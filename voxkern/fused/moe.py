@@ -31,7 +31,7 @@ from ..kernels.norm_linear import launch_norm_linear
 from ..kernels.operator import on_device
 from ..reference.layers import FeedForward
 from ..reference.moe import MoEBlock
-from ..reference.quantized import scale_of
+from ..reference.quantized import QuantizedLinear, scale_of
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ class FusedMoE:
         self.layer, self.max_rows, self.phase = layer, max_rows, phase
         routing, E = layer.routing, layer.gate.out_features
         self._places = routing.top_k + layer.n_shared
+        feeds = [*self._experts, *([layer.shared_experts] if layer.n_shared else [])]
+        self._linears = [linear for feed in feeds for linear in (feed.w1, feed.w2, feed.w3)]
+        self._quantized = [linear for linear in self._linears if isinstance(linear, QuantizedLinear)]
         self._addresses: tuple[int, ...] = ()
         self._tile_rows = choose_tile_rows(E, routing.top_k, layer.gate.weight.dtype, max_rows, phase)
         made = self._scratch("meta")
@@ -147,10 +150,8 @@ class FusedMoE:
 
     def _weights(self) -> tuple[PointerTable, PointerTable, PointerTable]:
         """Return the pointer tables of w1, w3 and w2; captured graphs read the same tables until an address changes."""
-        feeds = [*self._experts, *([self.layer.shared_experts] if self.layer.n_shared else [])]
-        linears = [linear for feed in feeds for linear in (feed.w1, feed.w2, feed.w3)]
-        tensors = [tensor for one in linears for tensor in (one.weight, scale_of(one)) if tensor is not None]
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        addresses = tuple(linear.weight.data_ptr() for linear in self._linears)
+        addresses += tuple(linear.qscale_weight.data_ptr() for linear in self._quantized)
         if self._addresses != addresses:
             self._addresses = addresses
             self._pointer_tables = self._table("w1"), self._table("w3"), self._table("w2")
