@@ -92,7 +92,7 @@ class PointerTable:
         table: int64 [E, 3], each tensor's address, its row stride in elements, and the address of its scales or 0.
         aligned: whether every row of every tensor begins at a multiple of 16 bytes.
         rows: N, the number of rows of each tensor.
-        dtype: dtype of the tensors. Those of int8 and e4m3 have scales.
+        dtype: dtype of the tensors. Tensors in int8 or e4m3 have scales.
     """
 
     table: Tensor

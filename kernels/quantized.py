@@ -17,7 +17,7 @@ from .operator import expect
 
 __all__ = ["expect_same_format", "expect_weight", "scaled", "stored", "widen"]
 
-E4M3_BIAS = tl.constexpr(2.0**120)  # fp32 has the exponent's bias 127, and e4m3 has 7
+E4M3_BIAS = tl.constexpr(2.0**120)  # 2^(127 - 7): the exponent's bias is 127 in fp32 and 7 in e4m3
 
 
 @triton.jit

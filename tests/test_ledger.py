@@ -61,7 +61,7 @@ def test_amd_counts_both_kinds_of_vector_registers_once() -> None:
 
 
 def test_a_step_is_the_innermost_loop_that_multiplies() -> None:
-    """The loop over tiles at 0x10 to 0xa0 has two loops: one without a product, and the steps at 0x60 to 0x90."""
+    """The loop over tiles (0x10 to 0xa0) contains a loop without a product, and the loop over steps (0x60 to 0x90)."""
     lines = ["MOV R1", "ISETP P0", "LDG R2", "FADD R3", "@P0 BRA 0x20", "MOV R4", "LDS R5", "HMMA.16816.F32 R6", "NOP"]
     lines += ["@P1 BRA.U 0x60", "@!P2 BRA `(.L_x_1) 0x10", "EXIT"]
     sass = "".join(f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(lines))
@@ -167,8 +167,8 @@ def test_the_committed_ledger_is_clean_and_whole() -> None:
 def test_the_flow_heads_products_keep_memory_busy(operator: str, case: str) -> None:
     """Except in fp32, at batch 1 on an H100, at least 32 KiB of weights are in flight per multiprocessor.
 
-    Asynchronous copies of 16 bytes load the weights, and matrix units multiply them. With 8-bit weights, attention
-    fused with wo has half of that, because its instructions take longer than its bytes.
+    Asynchronous copies of 16 bytes load the weights, and matrix units multiply them. With 8-bit weights, 16 KiB are
+    enough for attention fused with wo, because its instructions take longer than its loads.
     """
     _, rows = ledger.read(ledger.FILE.read_text())
     found = [row for row in rows if (row.operator, row.case, row.arch) == (operator, case, "sm_90")]

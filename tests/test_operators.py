@@ -20,7 +20,7 @@ def named(pairs: list[tuple[Entry, Case]]) -> list[object]:
 
 
 def make(case: Case, device: torch.device) -> TensorMaker:
-    """Return a maker of tensors in the last dtype of the case without 8-bit weights."""
+    """Return a maker of tensors in the case's last dtype that is not an 8-bit format."""
     return TensorMaker.of(case.float_dtype, str(device))
 
 

@@ -186,7 +186,7 @@ def test_a_launch_that_products_limit_by_hand() -> None:
 
 
 def test_a_launch_that_instructions_limit_by_hand() -> None:
-    """With a slow clock, the time is that of the instructions, of which four schedulers issue one each a clock.
+    """With a slow clock, the time is that of the instructions: each of four schedulers issues one a clock.
 
     288 blocks with 32 rows of w1 and of w3 run on 132 multiprocessors: three on the busiest.
     """
@@ -273,8 +273,9 @@ def test_a_frame_with_8_bit_weights_reads_half_the_bytes() -> None:
         assert times[name] < 0.9 * predict(whole(1, gpu=name), gpu), name
 
 
-# The predicted time of a frame over its bound, at most, at batch 1, 8 and 32. The bound has no instructions. They limit
-# launches on a B200, where each step loads and stores the sums in tensor memory, and on AMD GPUs.
+# The predicted time of a frame over its bound, at most, at batch 1, 8 and 32. The bound ignores
+# instructions, which limit launches on a B200 and on AMD GPUs. On a B200, each step loads and stores the sums in tensor
+# memory.
 WORST = {
     "H100 SXM": (1.02, 1.03, 1.04), "H200": (1.03, 1.03, 1.05), "B200": (1.12, 1.25, 2.98),
     "A100 80GB": (1.01, 1.02, 1.03), "RTX 4090": (1.01, 1.03, 1.06), "RTX 5090": (1.02, 1.03, 1.05),

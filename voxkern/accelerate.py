@@ -47,9 +47,9 @@ def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> l
         ``["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]``.
 
     Raises:
-        ValueError: the model has no part that voxkern has kernels for, `max_batch` is not in 1..64, `quantize` is
-            unknown or given for voxkern's own model, weights that one launch reads have different formats, or the
-            kernels cannot run a codec of these sizes.
+        ValueError: no part of the model has kernels, or the kernels cannot run a codec of these sizes. `max_batch` is
+            not in 1..64. `quantize` is unknown, or given for voxkern's own model. Weights that one launch reads have
+            different formats.
         TypeError: `max_batch` is not an integer.
         ModuleNotFoundError: Triton is not installed.
         RuntimeError: a server's head is on a device on which kernels cannot run.

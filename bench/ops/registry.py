@@ -20,7 +20,7 @@ from voxkern.reference.quantized import FORMATS, Format, quantize_weight
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# name of the dtypes of a case -> dtype of the activations; "int8" and "fp8" are the formats of the large weights
+# a case's dtype -> dtype of its activations; with "int8" and "fp8", only the large weights have 8 bits
 DTYPES = FLOATS | {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 ALL_DTYPES, BF16_AND_8_BITS = ("bf16", "int8", "fp8", "fp16", "fp32"), ("bf16", "int8", "fp8")
 
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def float_dtype(self) -> str:
-        """The last dtype without 8-bit weights: fp32, unless the case is for other dtypes."""
+        """The last of the case's dtypes that is not an 8-bit format; this is fp32 if the case has it."""
         return [dtype for dtype in self.dtypes if dtype in FLOATS][-1]
 
 

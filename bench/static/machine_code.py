@@ -80,10 +80,10 @@ def _instructions(listing: str) -> Instructions:
 
 
 def _step(listing: str) -> int:
-    """Return the instructions of a warp in the innermost loop with matrix instructions: one step of a product.
+    """Count a warp's instructions in one step of a product: those in the innermost loop that has matrix instructions.
 
-    If there are several such loops, the longest counts, and without a loop the result is 0. For AMD, only vector
-    instructions count, because the others run beside them.
+    The result is that of the longest such loop, or 0 without one. For AMD, only vector instructions count, because the
+    others run beside them.
     """
     code, backwards = (_sass if "/*0000*/" in listing else _amdgcn)(listing)
     bodies = {(first, last): [text for at, text in code if first <= at <= last] for first, last in set(backwards)}

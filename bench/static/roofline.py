@@ -13,8 +13,8 @@ waves. A wave is a set of blocks that run at once, by the ledger's occupancy. A 
 - the wave's bytes through L2, where tiles of rows read the weights again, and tiles of columns the activations,
 - the bytes of one block, of which the ledger's bytes in flight arrive in each latency (Little's law),
 - the wave's multiply-adds with the padding of tiles, at the share of the dense rate that thin tiles reach,
-- the wave's instructions, of which a multiprocessor issues four a clock, or one on AMD GPUs. The ledger counts those of
-  a product's steps, so that the cost of widening 8-bit weights is in the prediction.
+- the wave's instructions; a multiprocessor issues four a clock, or one on AMD GPUs. The ledger counts the instructions
+  of each step of a product, which include the widening of 8-bit weights.
 
 **The bound** of a launch is what the best division into blocks could reach under these assumptions: its start, one
 latency, and the longer of its bytes from memory and its multiply-adds, both spread evenly over the whole GPU.
@@ -54,7 +54,7 @@ from bench.static.work import (
 from voxkern.reference.quantized import FORMATS
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-QUANTIZED_BATCHES = (1, 8, 32)  # batches whose frame is predicted with int8 weights too
+QUANTIZED_BATCHES = (1, 8, 32)  # batches for which a frame with int8 weights is also predicted
 SOLVERS = {"euler:7": 7, "ab2:4": 4}  # evaluations of the velocity
 COMMAND = "python -m bench roofline"
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
@@ -155,7 +155,10 @@ def bound(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL) -> float:
 
 
 def predict(work: Iterable[Work], gpu: GPU, assume: Assumptions = USUAL, instructions: bool = True) -> float:
-    """Return the predicted seconds of the launches, one after another; with or without the limit of instructions."""
+    """Return the predicted seconds of the launches, one after another.
+
+    `instructions` is whether their instructions limit the time.
+    """
     return sum(one.times * (assume.launch + assume.latency + _running(one, gpu, assume, instructions)) for one in work)
 
 

@@ -3,8 +3,8 @@
 ``python -m bench search`` prints, for each GPU, the predicted time of a frame with the launch configs, and with the
 best tiles that the search finds for the products of the flow head and the backbone. A tile counts as valid if its
 stages fit into shared memory, and its sums into the registers. Some such tiles do not compile without spills, so the
-best time is a lower limit of what other launch configs could reach. Neither time has the limit of instructions, which
-are not known for tiles that were not compiled.
+best time is a lower limit of what other launch configs could reach. Both times ignore the limit of instructions,
+because their number is unknown for tiles that were not compiled.
 """
 
 import argparse
