@@ -18,6 +18,7 @@ __all__ = [
     "moe_routing",
     "norm_linear",
     "operator",
+    "overlap",
     "paged_attention",
     "qkv",
     "quantized",

@@ -30,6 +30,7 @@ from .common import cast, dot
 from .launch_config import LaunchConfigs
 from .linear import expect_modulation, expect_rows
 from .operator import expect, operator
+from .overlap import OFF, wait_for_launches
 
 __all__ = ["adaln_linear_silu", "adaln_modulation"]
 
@@ -81,7 +82,9 @@ def _adaln_modulation_kernel(
     M, R, stride_step, stride_row,
     N: tl.constexpr, N_LAST: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_m, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     i_w = tl.minimum(i_n // TILES, len(p_ws) - 1)  # each tile belongs to one of the weights
@@ -191,7 +194,9 @@ def _adaln_linear_silu_kernel(
     M, R, stride_x, stride_mod, eps,
     N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)

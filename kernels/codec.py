@@ -22,16 +22,15 @@ A row's bits do not depend on the row's place in the chunk. Audio therefore has 
 divided into chunks.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot
-from .launch_config import FP_FUSION, LaunchConfigs
+from .launch_config import LaunchConfigs, launch_options
 from .operator import expect, expect_batch, operator
+from .overlap import OFF, wait_for_launches
 
 __all__ = ["codec_conv", "codec_dequantise", "codec_update_state"]
 
@@ -60,7 +59,9 @@ CODEC_CONV = LaunchConfigs(
 def _codec_dequantise_kernel(
     p_codes, p_new_frames, p_sum, p_usage, p_z, T, scale,
     DIM: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PAD_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_t, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     is_valid = i_t < tl.load(p_new_frames + i_b)  # codes of later frames may be anything, so code 0 is used
     p_code, p_row = p_codes + i_b * (1 + K) * T + i_t, p_z + (i_b * T + i_t) * (DIM + K)
@@ -79,7 +80,7 @@ def launch_codec_dequantise(
 ) -> None:
     """Run :func:`codec_dequantise` into `out`, contiguous [B T, dim + K], without checking the arguments."""
     (B, K, T), dim = codes.shape, embedding_sum.shape[1]
-    constants: dict[str, Any] = {"DIM": dim, "K": K - 1, "num_warps": 4, "enable_fp_fusion": FP_FUSION}
+    constants = launch_options() | {"DIM": dim, "K": K - 1, "num_warps": 4}
     constants |= {"COLUMNS": triton.next_power_of_2(dim), "PAD_K": triton.next_power_of_2(K - 1)}
     _codec_dequantise_kernel[(T, B)](
         codes, new_frames, embedding_sum, cluster_usage, out, T, 2 / (levels - 1), **constants
@@ -158,7 +159,9 @@ def _codec_conv_kernel(
     B, T, rate,
     N: tl.constexpr, K: tl.constexpr, N_PAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PAD_MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     parity = tl.load(p_parity).to(tl.int64)
     p_old, p_new = p_state + parity * B * N_PAST * K, p_state + (1 - parity) * B * N_PAST * K
@@ -247,7 +250,11 @@ def codec_conv(
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_new_frames", "p_past", "p_parity"])
-def _codec_update_state_kernel(p_new_frames, p_past, p_parity, B, ROWS: tl.constexpr):
+def _codec_update_state_kernel(
+    p_new_frames, p_past, p_parity, B, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
+):  # fmt: skip
+    wait_for_launches(OVERLAP)
     o_b = tl.arange(0, ROWS)
     b_past = tl.load(p_past + o_b, mask=o_b < B, other=0) + tl.load(p_new_frames + o_b, mask=o_b < B, other=0)
     tl.store(p_past + o_b, b_past, mask=o_b < B)
@@ -256,7 +263,7 @@ def _codec_update_state_kernel(p_new_frames, p_past, p_parity, B, ROWS: tl.const
 
 def launch_codec_update_state(new_frames: Tensor, past_frames: Tensor, parity: Tensor) -> None:
     """Run :func:`codec_update_state` without checking the arguments."""
-    constants: dict[str, Any] = {"ROWS": 64, "num_warps": 1, "enable_fp_fusion": FP_FUSION}
+    constants = launch_options() | {"ROWS": 64, "num_warps": 1}
     _codec_update_state_kernel[(1,)](new_frames, past_frames, parity, len(past_frames), **constants)
 
 

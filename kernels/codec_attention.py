@@ -24,6 +24,7 @@ from .codec import expect_chunk
 from .common import cast, dot
 from .launch_config import LaunchConfigs
 from .operator import expect, operator
+from .overlap import OFF, wait_for_launches
 
 __all__ = ["codec_attention"]
 
@@ -90,7 +91,9 @@ def _codec_attention_kernel(
     B, T, rate, eps,
     H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_q, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     W: tl.constexpr = H * D
     eps = tl.full([], eps, tl.float32)

@@ -14,16 +14,15 @@ frame waits for the host to read END. The host later reads from `last_codes` why
 +2 offset, because neither the codec nor a sound's codes have it.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import END_AUDIO, N_SPECIAL_CODES, NOT_FINITE
-from .launch_config import FP_FUSION
+from .launch_config import launch_options
 from .operator import expect, expect_batch, operator
+from .overlap import OFF, wait_for_launches
 
 __all__ = ["update_decode_state"]
 
@@ -32,8 +31,10 @@ __all__ = ["update_decode_state"]
     do_not_specialize_on_alignment=["p_codes", "p_max_frames", "p_lengths", "p_n_frames", "p_last_codes", "p_valid"],
 )
 def _update_decode_state_kernel(
-    p_codes, p_max_frames, p_lengths, p_n_frames, p_last_codes, p_valid, N: tl.constexpr, COLUMNS: tl.constexpr
-):
+    p_codes, p_max_frames, p_lengths, p_n_frames, p_last_codes, p_valid, N: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
+):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_b = tl.program_id(0).to(tl.int64)
     length, frame = tl.load(p_lengths + i_b), tl.load(p_n_frames + i_b)
     semantic = tl.load(p_codes + i_b * N)
@@ -57,12 +58,7 @@ def launch_update_decode_state(
 ) -> None:
     """Run :func:`update_decode_state` without checking the arguments."""
     B, N = codes.shape
-    constants: dict[str, Any] = {
-        "N": N,
-        "COLUMNS": triton.next_power_of_2(N),
-        "num_warps": 1,
-        "enable_fp_fusion": FP_FUSION,
-    }
+    constants = launch_options() | {"N": N, "COLUMNS": triton.next_power_of_2(N), "num_warps": 1}
     _update_decode_state_kernel[(B,)](codes, max_frames, lengths, n_frames, last_codes, valid, **constants)
 
 

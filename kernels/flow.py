@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .launch_config import LaunchConfigs
 from .operator import expect, expect_batch, operator
+from .overlap import OFF, wait_for_launches
 from .solver import guided_step, init_noise, project_in, write_codes, write_time_tokens
 
 __all__ = ["flow_finish", "flow_start", "flow_step"]
@@ -73,7 +74,9 @@ def _flow_start_kernel(
     p_seed, p_frame, p_noise, p_quantiles, p_w_in, p_b_in, p_time, p_x, p_tokens,
     B,
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     b_x = init_noise(p_seed, p_frame, p_noise, p_quantiles, i_b, K, PAD_K)
     if i_n == 0:
@@ -141,7 +144,9 @@ def _flow_step_kernel(
     B, stride_mod, eps, dt, ab2_ratio,
     N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr, PAD_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_b = tl.program_id(0).to(tl.int64)
     if p_time is not None:
         write_time_tokens(p_time, p_tokens, i_b, B, N, PAD_N)
@@ -231,7 +236,9 @@ def _flow_finish_kernel(
     N: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
     PAD_N: tl.constexpr, PAD_K: tl.constexpr, PAD_E: tl.constexpr,
     LEVELS: tl.constexpr, SEMANTIC_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, PIPE: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_b = tl.program_id(0).to(tl.int64)
     b_x = guided_step(
         p_y, p_norm, p_mod, p_w_out, p_b_out, p_alpha, p_x, p_last, i_b, B, stride_mod, eps, dt, ab2_ratio,

@@ -8,6 +8,7 @@ request must give the same codes alone and in a batch.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from fnmatch import fnmatch
 from typing import Any
 
@@ -25,6 +26,7 @@ DTYPES_IN_8_BITS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 # default; older versions need this option.
 FP_FUSION = False
 
+_overlaps: ContextVar[bool] = ContextVar("overlaps", default=False)
 _targets: list[tuple[str, int]] = []
 _overrides: dict[str, list[dict[str, int]]] = {}
 
@@ -61,6 +63,25 @@ def _multiprocessors_of(driver: Any, device: int) -> int:
     return int(driver.utils.get_device_properties(device)["multiprocessor_count"])
 
 
+def launch_options() -> dict[str, Any]:
+    """Return the options and constants that every launch has, whatever its kernel."""
+    return {"enable_fp_fusion": FP_FUSION} | ({"OVERLAP": True, "launch_pdl": True} if _overlaps.get() else {})
+
+
+@contextmanager
+def overlapped(overlap: bool = True) -> Iterator[None]:
+    """Let this thread's launches within the ``with`` block overlap, see :mod:`voxkern.kernels.overlap`.
+
+    Args:
+        overlap: False for no overlap. True needs an NVIDIA GPU of architecture sm_90 or newer.
+    """
+    token = _overlaps.set(overlap)
+    try:
+        yield
+    finally:
+        _overlaps.reset(token)
+
+
 class LaunchConfigs:
     """Chooses the launch config of one kernel from a text table: the first row that matches.
 
@@ -89,7 +110,7 @@ class LaunchConfigs:
     def __call__(
         self, *, N: int, K: int, dtype: torch.dtype, rows: int, phase: str = "decode", weight: torch.dtype | None = None
     ) -> dict[str, Any]:
-        """Return the columns right of the bar in the first matching row, and ``enable_fp_fusion``.
+        """Return the columns right of the bar in the first matching row, and :func:`launch_options`.
 
         Args:
             N: rows of the weight.
@@ -103,7 +124,7 @@ class LaunchConfigs:
             ValueError: no row of the table matches.
         """
         name = DTYPES_IN_8_BITS.get(weight or dtype, DTYPES[dtype]) if dtype != torch.float32 else "fp32"
-        chosen = dict(self._choose(N, K, name, architecture(), rows, phase))
+        chosen = launch_options() | dict(self._choose(N, K, name, architecture(), rows, phase))
         for values in _overrides.get(self.kernel, ()):
             chosen.update(values)
         return chosen
@@ -113,8 +134,7 @@ class LaunchConfigs:
         asked: dict[str, int | str] = {"arch": arch, "dtype": dtype, "phase": phase, "rows": rows, "N": N, "K": K}
         for row in self.lines:
             if all(_fits(asked[key], row[key]) for key in self.conditions):
-                chosen = [(name, int(row[name])) for name in self.names]
-                return (*chosen, ("enable_fp_fusion", FP_FUSION))
+                return tuple((name, int(row[name])) for name in self.names)
         raise ValueError(
             f"no launch config of {self.kernel} for {arch}, {dtype}, {rows} rows, N = {N}, K = {K}, {phase}"
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 from .common import cast, dot, with_block
 from .launch_config import LaunchConfigs
 from .operator import expect, operator
+from .overlap import OFF, prefetch_rows, wait_for_launches
 from .quantized import expect_weight, scaled, stored, widen
 from .shares import Scratch, Shares, add_parts, share_of_block
 
@@ -59,6 +60,7 @@ LINEAR = LaunchConfigs(
     gfx942       *8     *        64   *    | 1      1       1          64       64       128      4          2
     gfx*         *      *        32   1536 | 4      0       1          16       16       128      4          2
     gfx*         *      *        *    1536 | 1      0       1          64       64       64       4          2
+    gfx950       *8     *        16   *    | 1      1       1          16       32       256      4          4
     gfx950       *      *        16   *    | 1      1       1          16       16       256      4          4
     gfx950       *8     *        32   *    | 1      1       1          32       32       128      8          3
     gfx950       *8     *        64   *    | 1      1       1          64       64       64       8          3
@@ -204,12 +206,15 @@ def _linear_kernel(
     M, R, stride_x, stride_gate,
     N: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
     o_m = tl.program_id(0).to(tl.int64) * (ROW_TILES * BLOCK_M) + tl.arange(0, BLOCK_M)
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     if SHARES == 0:
         o_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        prefetch_rows(p_w, o_n, N, 0, K, OVERLAP)
+        wait_for_launches(OVERLAP)
         if SPLIT == 1:
             blocks = product(p_x, p_w, o_m, o_n, M, o_n < N, stride_x, 0, K, K, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K)
         else:
@@ -220,6 +225,9 @@ def _linear_kernel(
             _finish(blocks[r], p_scale, p_bias, p_gate, p_residual, p_y, o_m + r * BLOCK_M, o_n, M, R, stride_gate, N)
     else:
         start, stop = share_of_block(TILES * STEPS)
+        o_first = start // STEPS * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        prefetch_rows(p_w, o_first, N, start % STEPS * BLOCK_K, K, OVERLAP)
+        wait_for_launches(OVERLAP)
         for i_n in range(start // STEPS, tl.cdiv(stop, STEPS)):
             first, end = tl.maximum(start - i_n * STEPS, 0), tl.minimum(stop - i_n * STEPS, STEPS)
             o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N

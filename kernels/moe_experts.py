@@ -30,6 +30,7 @@ from .common import cast, dot
 from .launch_config import LaunchConfigs
 from .norm_linear import norm_product, normed
 from .operator import expect, operator
+from .overlap import OFF, wait_for_launches
 from .quantized import expect_same_format, expect_weight, scaled, widen
 
 __all__ = ["PointerTable", "moe_combine", "moe_experts_down", "moe_experts_up", "pointer_table"]
@@ -155,7 +156,9 @@ def _moe_experts_up_kernel(
     E: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr,
     FORMAT: tl.constexpr, NORM_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     # tiles are neighbours in launch order: all but the first tile of an expert find the weights in the L2 cache
     i_t, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     expert = tl.load(p_tiles + 3 * i_t)
@@ -267,7 +270,9 @@ def _moe_experts_down_kernel(
     p_x, p_w2, p_weights, p_pairs, p_tiles, p_y,
     E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_t, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     expert = tl.load(p_tiles + 3 * i_t)
     if (expert < 0) | (expert >= E):
@@ -349,7 +354,11 @@ def moe_experts_down(
 
 
 @triton.jit
-def _moe_combine_kernel(p_stream, p_parts, stride_stream, P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+def _moe_combine_kernel(
+    p_stream, p_parts, stride_stream, P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
+):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .launch_config import LaunchConfigs
 from .operator import expect, operator
+from .overlap import OFF, wait_for_launches
 
 __all__ = ["choose_tile_rows", "moe_route", "tile_count"]
 
@@ -167,7 +168,9 @@ def _moe_route_kernel(
     E: tl.constexpr, E_PAD: tl.constexpr, P_PAD: tl.constexpr, TOP_K: tl.constexpr, N_SHARED: tl.constexpr,
     SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr, N_GROUPS: tl.constexpr, GROUPS_PER_TOK: tl.constexpr,
     TILE: tl.constexpr, SORT_BY_EXPERT: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     P: tl.constexpr = TOP_K + N_SHARED
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_e, o_p = tl.arange(0, E_PAD), tl.arange(0, P_PAD)
@@ -230,7 +233,9 @@ def _moe_group_kernel(
     M, T,
     E: tl.constexpr, E_PAD: tl.constexpr, TOP_K: tl.constexpr, N_SHARED: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     # one block makes two passes over the ids: the first counts each expert's pairs, the second writes them
     P: tl.constexpr = TOP_K + N_SHARED
     o_rows, o_e = tl.arange(0, ROWS), tl.arange(0, E_PAD)

@@ -23,6 +23,7 @@ from .common import cast, dot, with_block
 from .launch_config import LaunchConfigs
 from .linear import expect_rows
 from .operator import expect, operator
+from .overlap import OFF, prefetch_rows, wait_for_launches
 from .quantized import expect_same_format, expect_weight, scaled, stored, widen
 from .shares import Scratch, Shares, add_parts, share_of_block
 
@@ -51,11 +52,12 @@ NORM_LINEAR = LaunchConfigs(
     interpreter  *      *        *    | 1       3          16       32       64       4          1
     gfx*         fp32   *        *    | 0       1          16       32       64       4          2
     gfx*         *      prefill  *    | 0       1          64       128      64       8          2
-    gfx950       *      codec    64   | 0       1          32       64       128      8          6
+    gfx950       *      codec    64   | 0       1          16       32       256      4          2
     gfx950       *      codec    *    | 0       1          64       64       64       8          6
     gfx*         *      codec    64   | 0       1          16       32       256      8          2
     gfx*         *      codec    *    | 0       1          32       64       256      8          2
     gfx942       *8     *        16   | 1       1          16       32       512      4          2
+    gfx950       *8     *        16   | 0       1          16       32       256      4          3
     gfx950       *      *        32   | 0       1          32       32       256      8          3
     gfx950       *      *        48   | 0       3          16       32       256      8          3
     gfx950       *      *        64   | 0       1          64       64       128      8          4
@@ -126,6 +128,7 @@ NORM_SWIGLU = LaunchConfigs(
     gfx942       fp8    *        *    | 0       1          64       64       64       8          2
     gfx942       *8     *        96   | 0       1          64       64       128      8          2
     gfx942       *8     *        *    | 1       1          64       64       64       8          2
+    gfx950       *8     *        16   | 0       1          16       64       128      4          4
     gfx950       *      *        32   | 0       1          16       64       64       4          4
     gfx950       *      *        64   | 0       1          64       64       64       8          4
     gfx950       *      *        *    | 0       1          64       128      64       8          4
@@ -294,6 +297,7 @@ def _norm_linear_kernel(
     M, stride_x, eps,
     N: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr, COUNT: tl.constexpr, SHARES: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
     # tiles of the same weights are neighbours in launch order: all but the first find the weights in the L2 cache
     o_m = tl.program_id(0).to(tl.int64) * (ROW_TILES * BLOCK_M) + tl.arange(0, BLOCK_M)
@@ -301,6 +305,8 @@ def _norm_linear_kernel(
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     if SHARES == 0:
         o_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        prefetch_rows(p_w, o_n, N, 0, K, OVERLAP)
+        wait_for_launches(OVERLAP)
         blocks = norm_product(
             p_x, p_norm, p_w, p_up, o_m, o_n, M, o_n < N, stride_x, eps, 0, K,
             K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -311,6 +317,9 @@ def _norm_linear_kernel(
             )
     else:
         start, stop = share_of_block(TILES * STEPS)
+        o_first = start // STEPS * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        prefetch_rows(p_w, o_first, N, start % STEPS * BLOCK_K, K, OVERLAP)
+        wait_for_launches(OVERLAP)
         for i_n in range(start // STEPS, tl.cdiv(stop, STEPS)):
             first, end = tl.maximum(start - i_n * STEPS, 0), tl.minimum(stop - i_n * STEPS, STEPS)
             o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N

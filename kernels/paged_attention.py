@@ -31,6 +31,7 @@ from torch import Tensor
 from .common import cast, dot
 from .launch_config import LaunchConfigs
 from .operator import expect, expect_batch, operator
+from .overlap import OFF, wait_for_launches
 
 __all__ = ["paged_attention", "paged_attention_scratch", "prefill_attention"]
 
@@ -138,7 +139,9 @@ def _paged_attention_kernel(
     stride_table, stride_page, stride_v, stride_head, stride_token, spans, window,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_s, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length = tl.load(p_lengths + i_b).to(tl.int32)
     skipped = tl.maximum(length - window, 0)  # the tokens before the window; the query does not see these tokens
@@ -304,7 +307,9 @@ def _prefill_attention_kernel(
     stride_q, stride_table, stride_page, stride_v, stride_head, stride_token, window,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     # the longest tiles start first: the last tile of a prompt sees the most tokens
     i_q = tl.num_programs(0) - 1 - tl.program_id(0)
     i_kv, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)

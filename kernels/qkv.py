@@ -28,10 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast
-from .launch_config import FP_FUSION, LaunchConfigs
+from .launch_config import LaunchConfigs, launch_options
 from .linear import expect_rows
 from .norm_linear import NORM_LINEAR, norm_constants, norm_product, norm_shares, normed
 from .operator import expect, operator
+from .overlap import OFF, prefetch_rows, wait_for_launches
 from .paged_attention import expect_cache, expect_heads, page_strides
 from .quantized import expect_same_format, expect_weight, scaled, stored
 from .shares import Scratch, Shares, add_parts, share_of_block
@@ -47,8 +48,8 @@ NORM_QKV_APPEND = LaunchConfigs(
     arch         dtype  rows | BLOCK_M  BLOCK_N  BLOCK_K  num_warps  num_stages
     interpreter  *      *    | 16       32       64       4          1
     gfx*         fp32   *    | 16       32       64       4          2
-    gfx950       *      16   | 16       32       256      8          3
-    gfx950       *      32   | 32       32       256      8          3
+    gfx950       *      16   | 16       32       256      4          3
+    gfx950       *      32   | 32       32       256      4          3
     gfx*         *      32   | 16       32       256      8          2
     gfx*         *      *    | 32       64       256      8          2
     sm_*         fp32   *    | 16       32       32       4          6
@@ -144,6 +145,7 @@ def _norm_qkv_kernel(
     M, q_rows, stride_x, eps,
     N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr, COUNT: tl.constexpr,
     SHARES: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
     i_m = tl.program_id(0).to(tl.int64)
     o_m = i_m * (ROW_TILES * BLOCK_M) + tl.arange(0, BLOCK_M)
@@ -151,6 +153,8 @@ def _norm_qkv_kernel(
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     if SHARES == 0:
         which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, tl.program_id(1).to(tl.int64), N, N_KV, BLOCK_N)
+        prefetch_rows(p_w, i_n * BLOCK_N + tl.arange(0, BLOCK_N), n, 0, K, OVERLAP)
+        wait_for_launches(OVERLAP)
         M = tl.where(which == 0, q_rows, M)
         if i_m * (ROW_TILES * BLOCK_M) >= M:
             return
@@ -165,6 +169,10 @@ def _norm_qkv_kernel(
         )  # fmt: skip
     else:
         start, stop = share_of_block(TILES * STEPS)
+        _, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, start // STEPS, N, N_KV, BLOCK_N)
+        o_first = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
+        prefetch_rows(p_w, o_first, n, start % STEPS * BLOCK_K, K, OVERLAP)
+        wait_for_launches(OVERLAP)
         for i_tile in range(start // STEPS, tl.cdiv(stop, STEPS)):
             first, end = tl.maximum(start - i_tile * STEPS, 0), tl.minimum(stop - i_tile * STEPS, STEPS)
             which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, i_tile, N, N_KV, BLOCK_N)
@@ -292,11 +300,14 @@ def _norm_qkv_append_kernel(
     M, stride_x, stride_table, stride_page, stride_v, stride_head, stride_token, eps,
     N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     NORM_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, i_n, N, N_KV, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    prefetch_rows(p_w, o_n, n, 0, K, OVERLAP)
+    wait_for_launches(OVERLAP)
     m_m, m_n = o_m < M, o_n < n
     b_acc, b_square = norm_product(
         p_x, p_norm, p_w, None, o_m, o_n, M, m_n, stride_x, eps, 0, K,
@@ -402,7 +413,9 @@ def _rope_append_kernel(
     p_qkv, p_rope, p_request_ids, p_positions, p_table, p_kv,
     stride_qkv, stride_table, stride_page, stride_v, stride_head, stride_token,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     # A block computes one row and one key head: first a tile of the queries that share the key head, then the key and
     # the value. One tile [D, GROUP + 1] for queries and key is impossible, because a tile's sizes are powers of two.
     i_r, i_kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -437,9 +450,9 @@ def launch_rope_append(
     R, W = qkv.shape
     _, _, HKV, PAGE, D = kv_cache.shape
     H = W // D - 2 * HKV
-    constants = page_strides(kv_cache) | {"H": H, "HKV": HKV, "D": D, "PAGE": PAGE}
+    constants = launch_options() | page_strides(kv_cache) | {"H": H, "HKV": HKV, "D": D, "PAGE": PAGE}
     constants |= {"GROUP": triton.next_power_of_2(H // HKV)}
-    constants |= {"COLUMNS": triton.next_power_of_2(D), "num_warps": 4, "enable_fp_fusion": FP_FUSION}
+    constants |= {"COLUMNS": triton.next_power_of_2(D), "num_warps": 4}
     stride_qkv = qkv.stride(0) if R > 1 else W
     _rope_append_kernel[(R, HKV)](
         qkv, rope, request_ids, positions, block_table, kv_cache, stride_qkv, block_table.stride(0), **constants

@@ -10,21 +10,24 @@ A block computes a whole row, so no block waits for another. The block reads the
 columns: first for the sum, then for the result. The second pass finds the row in the cache (6 KB for K = 3072 in bf16).
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import cast
-from .launch_config import FP_FUSION
+from .launch_config import launch_options
 from .operator import expect, operator
+from .overlap import OFF, wait_for_launches
 
 __all__ = ["rms_norm"]
 
 
 @triton.jit
-def _rms_norm_kernel(p_x, p_weight, p_y, stride_x, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _rms_norm_kernel(
+    p_x, p_weight, p_y, stride_x, eps, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
+):  # fmt: skip
+    wait_for_launches(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
@@ -45,8 +48,8 @@ def launch_rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     M, K = x.shape
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
-    constants: dict[str, Any] = {"K": K, "BLOCK_K": min(4096, max(64, triton.next_power_of_2(K) // 2))}
-    constants |= {"num_warps": 16, "enable_fp_fusion": FP_FUSION}  # few rows: each block needs many bytes in flight
+    constants = launch_options() | {"K": K, "BLOCK_K": min(4096, max(64, triton.next_power_of_2(K) // 2))}
+    constants["num_warps"] = 16  # few rows: each block needs many bytes in flight
     _rms_norm_kernel[(M,)](x, weight, out, stride_x, eps, **constants)
 
 

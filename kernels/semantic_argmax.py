@@ -24,6 +24,7 @@ from torch import Tensor
 from .common import END_AUDIO, NOT_FINITE, dot
 from .launch_config import LaunchConfigs
 from .operator import expect, expect_batch, operator
+from .overlap import OFF, prefetch_rows, wait_for_launches
 from .quantized import expect_weight, scaled, stored, widen
 
 __all__ = ["semantic_argmax", "semantic_argmax_scratch"]
@@ -60,11 +61,14 @@ def _semantic_argmax_kernel(
     B, stride_h,
     N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
     i_b, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_b = i_b * BLOCK_B + tl.arange(0, BLOCK_B)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
+    prefetch_rows(p_w, o_n, N, 0, K, OVERLAP)
+    wait_for_launches(OVERLAP)
     m_b, m_n = o_b < B, o_n < N
     b_acc = tl.zeros([BLOCK_N, BLOCK_B], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):

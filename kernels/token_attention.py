@@ -8,7 +8,7 @@ two branches are those of classifier-free guidance: branch 0 has the hidden stat
     o_i  = sum_j softmax_j(s_i) v_j    [D]
 
     token_attention        = o                       [n_tokens * 2B, H * D]
-    token_attention_linear = residual + o @ wo.T     [6B, dim], or [2B, dim] for the queries of x alone
+    token_attention_linear = residual + o @ wo.T     [6, dim], or [2, dim] for the queries of x alone, with B = 1
 
     row = token * 2B + branch * B + request          token 0 = x, 1 = t, 2 = h
 
@@ -17,9 +17,8 @@ Rows that are equal for many pairs are stored once. In the first layer, the two 
 
 For BLOCK_B requests, a block of ``token_attention`` computes all queries that read one key head: 2 branches, 3 tokens
 and H / Hkv query heads. No other block loads these q, k and v, except those of a shared t row. With only three keys,
-scores are elementwise products and sums, not matrix products. ``token_attention_linear`` is tiled along the rows of wo,
-and each block repeats the attention, one head at a time. The repeated attention is cheap for few requests, and saves a
-launch.
+scores are elementwise products and sums, not matrix products. ``token_attention_linear`` is for one request. It is
+tiled along the rows of wo, and each block repeats the attention, which matrix products make cheap, and saves a launch.
 """
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor
 from .common import cast, dot
 from .launch_config import LaunchConfigs
 from .operator import expect, expect_batch, operator
+from .overlap import OFF, prefetch_rows, wait_for_launches
 from .quantized import expect_weight, scaled, stored, widen
 
 __all__ = ["token_attention", "token_attention_linear"]
@@ -46,23 +46,16 @@ TOKEN_ATTENTION = LaunchConfigs(
     """,
 )
 
-# A block computes attention and wo one head at a time. N = 3072 gives 96 blocks with 32 rows of wo each, 8 KB of
-# weights per head. Each block repeats the attention, which takes 0.3 MFLOP for the 6 activation rows of one request.
-# With BLOCK_M = 8, a stage holds 26 KB: the weights, and tiles of q, k and v. With num_stages = n, n - 1 stages lie in
-# shared memory. GPUs with 101,376 bytes of shared memory per block (sm_?6, sm_?9, sm_12?) therefore have fewer stages.
-# On sm_120, four warps spill 8 bytes. On AMD GPUs, 192 blocks with 16 rows of wo have 16 KB of weights in flight each.
+# With BLOCK_N = 32, a step of the public model holds 32 KB of 16-bit weights: the columns of wo that belong to the four
+# heads of a key head. On AMD GPUs, 192 blocks with 16 rows of wo have 16 KB of weights in flight each.
 TOKEN_ATTENTION_LINEAR = LaunchConfigs(
     "token_attention_linear",
     """
-    arch         dtype  rows | BLOCK_M  BLOCK_N  num_warps  num_stages
-    interpreter  *      *    | 16       32       4          1
-    gfx*         *      *    | 16       16       4          5
-    sm_?6        *      8    | 8        32       4          4
-    sm_?9        *      8    | 8        32       4          4
-    sm_12?       *8     8    | 8        32       4          4
-    sm_12?       *      8    | 8        32       8          4
-    sm_*         *      8    | 8        32       4          7
-    sm_*         *      *    | 16       32       4          3
+    arch         | BLOCK_M  BLOCK_N  num_warps  num_stages
+    interpreter  | 16       32       4          1
+    gfx942       | 16       16       4          2
+    gfx950       | 16       16       4          3
+    sm_*         | 8        32       4          3
     """,
 )
 
@@ -83,7 +76,7 @@ def attend_tokens(
         B2: 2B, the number of pairs.
         n_x: B or 2B.
         n_t: 1 or 2B.
-        i_head: query head, an int for all rows or an int block [rows].
+        i_head: int block [rows], query heads.
         W: (H + 2 HKV) * D.
         H: query heads.
         HKV: key heads.
@@ -100,9 +93,8 @@ def attend_tokens(
     o_x = (i % n_x).to(tl.int64)[:, None] * W + o_d[None, :]  # [rows, D]
     o_t = (i % n_t).to(tl.int64)[:, None] * W + o_d[None, :]
     o_h = i.to(tl.int64)[:, None] * W + o_d[None, :]
-    b_head = i_head + tl.zeros_like(i)
-    o_q = (b_head * D)[:, None]
-    o_k = ((H + b_head // (H // HKV)) * D)[:, None]
+    o_q = (i_head * D)[:, None]
+    o_k = ((H + i_head // (H // HKV)) * D)[:, None]
     o_v = o_k + HKV * D
 
     # Each row loads from one of three pointers, and the row's other two loads are masked off. The compiler could not
@@ -131,7 +123,9 @@ def _token_attention_kernel(
     B2, n_x, n_t,
     W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, N_TOKENS: tl.constexpr,
     N_QUERIES: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
+    wait_for_launches(OVERLAP)
     # a row of the block is a (request, branch, token, head of the group); tokens and heads are padded to powers of two
     i_b, i_kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o = tl.arange(0, BLOCK_B * 2 * N_QUERIES * GROUP)
@@ -202,45 +196,90 @@ def token_attention(
     return h_qkv.new_empty(n_tokens * B2, n_heads * (W // (n_heads + 2 * n_kv_heads)))
 
 
-@triton.jit(do_not_specialize=["M", "B2", "n_x", "n_t"])
+@triton.jit
+def _offset_of_token(p_x, p_t, p_h, o_row, n_x, n_t, W: tl.constexpr, ALIGN: tl.constexpr):
+    """Return the number of elements from `p_x` to q | k | v of each token, so that one pointer serves all tokens.
+
+    Args:
+        p_x: [n_x, W], q | k | v of the x tokens, one for both branches or one for each.
+        p_t: [n_t, W], q | k | v of the t tokens.
+        p_h: [2, W], q | k | v of the h tokens.
+        o_row: int block, row numbers: 2 * token + branch. From row 6 on, the result is 0.
+        n_x: 1 or 2.
+        n_t: 1 or 2.
+        W: columns of q | k | v.
+        ALIGN: a number that divides the number of elements between the three pointers.
+    """
+    SIZE: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth // 8
+    to_t = tl.multiple_of((p_t.to(tl.int64) - p_x.to(tl.int64)) // SIZE, ALIGN)
+    to_h = tl.multiple_of((p_h.to(tl.int64) - p_x.to(tl.int64)) // SIZE, ALIGN)
+    token, branch = o_row // 2, o_row % 2
+    o_x, o_t, o_h = tl.minimum(branch, n_x - 1) * W, to_t + tl.minimum(branch, n_t - 1) * W, to_h + branch * W
+    # a sum and no tl.where, from whose result the compiler cannot infer the alignment
+    return (token == 0).to(tl.int64) * o_x + (token == 1).to(tl.int64) * o_t + (token == 2).to(tl.int64) * o_h
+
+
+@triton.jit(do_not_specialize=["M", "n_x", "n_t"])
 def _token_attention_linear_kernel(
     p_x, p_t, p_h, p_w, p_scale, p_residual, p_y,
-    M, B2, n_x, n_t,
+    M, n_x, n_t,
     N: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
-    i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # A step computes the query heads of one key head, each with products of its own, so that each warp has a head. The
+    # keys of all tokens are 16 columns of scores, of which a query sees the three of its branch.
+    G: tl.constexpr = H // HKV
     COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
-    o_d = tl.arange(0, COLUMNS)
-    m_m, m_n = o_m < M, o_n < N
-    b_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for i_head in range(0, H):
-        m_w = m_n[:, None] & (o_d < D)[None, :]
-        b_w = tl.load(p_w + o_n[:, None] * (H * D) + i_head * D + o_d[None, :], mask=m_w, other=0)
-        b_w = widen(b_w, p_x.dtype.element_ty)  # [N, D]
-        b_o = attend_tokens(p_x, p_t, p_h, o_m, m_m, B2, n_x, n_t, i_head, W, H, HKV, D)  # [M, D]
-        b_acc = dot(b_w, tl.trans(cast(b_o, b_w.dtype)), b_acc)  # [N, M]
-    b_acc = scaled(b_acc, p_scale, o_n, m_n)
-    m_y = m_m[None, :] & m_n[:, None]
+    o_m, o_n = tl.arange(0, BLOCK_M), tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_g, o_key, o_d = tl.arange(0, GROUP)[:, None, None], tl.arange(0, 16), tl.arange(0, COLUMNS)
+    prefetch_rows(p_w, o_n, N, 0, H * D, OVERLAP)
+    wait_for_launches(OVERLAP)
+    m_n = o_n < N
+    m_w = m_n[None, :, None] & (o_g < G) & (o_d < D)[None, None, :]
+    m_q = (o_m < M)[None, :, None] & (o_g < G) & (o_d < D)[None, None, :]
+    m_k = (o_d < D)[None, :]
+    p_q = p_x + _offset_of_token(p_x, p_t, p_h, o_m, n_x, n_t, W, ALIGN)[None, :, None] + o_d[None, None, :]
+    p_k = p_x + _offset_of_token(p_x, p_t, p_h, o_key, n_x, n_t, W, ALIGN)[:, None] + o_d[None, :]
+    p_w += o_n[None, :, None] * (H * D) + o_d[None, None, :]
+    is_seen = ((o_key % 2)[:, None] == (o_m % 2)[None, :]) & (o_key < 6)[:, None]
+    b_mask = tl.where(is_seen, 0.0, float("-inf"))[None, :, :]
+    b_acc = tl.zeros([GROUP, BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for i_kv in range(0, HKV):
+        o_head = (i_kv * G + o_g) * D
+        b_w = tl.load(p_w + o_head, mask=m_w, other=0)  # [G, N, D]
+        b_q = tl.load(p_q + o_head, mask=m_q, other=0.0)  # [G, M, D]
+        b_k = tl.load(p_k + (H + i_kv) * D, mask=m_k, other=0.0)  # [16, D]
+        b_v = tl.load(p_k + (H + HKV + i_kv) * D, mask=m_k, other=0.0)
+        b_k = tl.broadcast_to(b_k[None, :, :], [GROUP, 16, COLUMNS])
+        b_s = dot(b_k, tl.permute(b_q, (0, 2, 1)), tl.zeros([GROUP, 16, BLOCK_M], dtype=tl.float32)) * D**-0.5 + b_mask
+        b_s = tl.exp(b_s - tl.max(b_s, 1)[:, None, :])
+        b_s = cast(b_s * (1.0 / tl.sum(b_s, 1))[:, None, :], b_v.dtype)
+        b_v = tl.broadcast_to(tl.trans(b_v)[None, :, :], [GROUP, COLUMNS, 16])
+        b_o = dot(b_v, b_s, tl.zeros([GROUP, COLUMNS, BLOCK_M], dtype=tl.float32))  # [G, D, M]
+        b_acc = dot(widen(b_w, b_v.dtype), cast(b_o, b_v.dtype), b_acc)
+    b_y = scaled(tl.sum(b_acc, 0), p_scale, o_n, m_n)
+    m_y = (o_m < M)[None, :] & m_n[:, None]
     o_y = o_m[None, :] * N + o_n[:, None]
-    b_acc += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(p_y + o_y, cast(b_acc, p_y.dtype.element_ty), mask=m_y)
+    b_y += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + o_y, cast(b_y, p_y.dtype.element_ty), mask=m_y)
 
 
 def launch_token_attention_linear(
     out: Tensor, x_qkv: Tensor, t_qkv: Tensor, h_qkv: Tensor, wo: Tensor, residual: Tensor,
-    n_heads: int, n_kv_heads: int, max_batch: int, scale: Tensor | None = None,
+    n_heads: int, n_kv_heads: int, scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Run :func:`token_attention_linear` into `out`, contiguous [M, dim], without checking the arguments."""
-    (B2, W), (M, N) = h_qkv.shape, out.shape
+    W, (M, N) = h_qkv.shape[1], out.shape
     D = W // (n_heads + 2 * n_kv_heads)
-    constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6 * max_batch, weight=wo.dtype)
+    constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6, weight=wo.dtype)
     constants |= {"N": N, "W": W, "H": n_heads, "HKV": n_kv_heads, "D": D}
-    grid = (triton.cdiv(M, constants["BLOCK_M"]), triton.cdiv(N, constants["BLOCK_N"]))
-    _token_attention_linear_kernel[grid](
-        x_qkv, t_qkv, h_qkv, stored(wo), scale, residual, out, M, B2, x_qkv.shape[0], t_qkv.shape[0], **constants
+    constants["GROUP"] = triton.next_power_of_2(n_heads // n_kv_heads)
+    # loads of 16 bytes need this alignment
+    is_aligned = all((qkv.data_ptr() - x_qkv.data_ptr()) % 16 == 0 for qkv in (t_qkv, h_qkv))
+    constants["ALIGN"] = 16 // x_qkv.element_size() if is_aligned else 1
+    _token_attention_linear_kernel[(1, triton.cdiv(N, constants["BLOCK_N"]))](
+        x_qkv, t_qkv, h_qkv, stored(wo), scale, residual, out, M, len(x_qkv), len(t_qkv), **constants
     )
 
 
@@ -253,35 +292,34 @@ def token_attention_linear(
     residual: Tensor,
     n_heads: int,
     n_kv_heads: int,
-    max_batch: int,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``residual + attention @ wo.T`` in one launch, for few requests: each block repeats the attention.
+    """Compute ``residual + attention @ wo.T`` of one request in one launch. Each block repeats the attention.
 
     Args:
-        x_qkv: [n_x, W] bf16 or fp16, see :func:`token_attention`, also for `n_heads`, `n_kv_heads` and `max_batch`.
-        t_qkv: [n_t, W], q | k | v of the t tokens.
-        h_qkv: [2B, W], q | k | v of the h tokens.
+        x_qkv: [n_x, W] bf16 or fp16, see :func:`token_attention`, also for `n_heads` and `n_kv_heads`; n_x = 1 or 2.
+        t_qkv: [n_t, W], q | k | v of the t tokens; n_t = 1 or 2.
+        h_qkv: [2, W], q | k | v of the h tokens.
         wo: [dim, H * D], the output projection, as a checkpoint stores it, in x_qkv's dtype or in 8 bits.
-        residual: [6B, dim], or [2B, dim] to compute only the queries of the x tokens.
+        residual: [6, dim], or [2, dim] to compute only the queries of the x tokens.
         n_heads: H query heads.
         n_kv_heads: Hkv key heads.
-        max_batch: the most requests that the operator is prepared for.
         scale: fp32 [dim], the scale of each row of `wo` in 8 bits, else None.
 
     Returns:
-        [6B, dim] or [2B, dim], like `residual`, token-major, summed in fp32 and rounded once.
+        [6, dim] or [2, dim], like `residual`, token-major. The softmax and all sums are fp32. The softmax is rounded
+        before its product with the values, and so is the attention before its product with `wo`.
 
     Raises:
         TypeError: the tensors are fp32. For fp32, call :func:`token_attention` and then
             :func:`voxkern.kernels.linear.linear`.
-        ValueError: B is not in 1..max_batch, or W does not fit `n_heads` and `n_kv_heads`.
+        ValueError: there is more than one request, or W does not fit `n_heads` and `n_kv_heads`.
     """
     if h_qkv.dtype == torch.float32:  # a product over 128 fp32 columns needs more registers than a thread has
         raise TypeError("h_qkv is torch.float32 but must be bf16 or fp16: for fp32 call token_attention, then linear")
-    attended = token_attention.declare(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, 3, max_batch)
+    attended = token_attention.declare(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, 3, 1)
     N, _ = expect_weight("wo", wo, ("dim", attended.shape[1]), scale, like=h_qkv)
     M, _ = expect("residual", residual, ("M", N), like=h_qkv)
-    if M not in (len(h_qkv), 3 * len(h_qkv)):
-        raise ValueError(f"residual has {M} rows but must have 2B = {len(h_qkv)} or 6B = {3 * len(h_qkv)}")
+    if M not in (2, 6):
+        raise ValueError(f"residual has {M} rows but must have 2 or 6")
     return residual.new_empty(M, N)

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from checks import own_or
 from poison import assert_bands, guarded
 from torch import Tensor
@@ -23,7 +21,7 @@ from voxkern.kernels.semantic_argmax import (
     semantic_argmax,
     semantic_argmax_scratch,
 )
-from voxkern.kernels.token_attention import attend_tokens, launch_token_attention, token_attention
+from voxkern.kernels.token_attention import launch_token_attention, token_attention
 from voxkern.reference.config import NOT_FINITE
 
 NAN = float("nan")
@@ -83,31 +81,6 @@ def test_a_request_does_not_depend_on_the_others(
             mine = {n: args[n][rows_of(part, B, len(args[n]))] for n in own}
             for one, all_ in zip(run(op, args | mine), whole, strict=True):
                 assert torch.equal(one, all_[rows_of(part, B, len(all_))])
-
-
-@triton.jit(do_not_specialize=["n_x", "n_t", "B2"])
-def _prologue_kernel(
-    p_x, p_t, p_h, p_out, B2, n_x, n_t,
-    W: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    # attend_tokens is called as in token_attention_linear: for a tile of rows, head by head
-    o_row = tl.arange(0, ROWS).to(tl.int64)
-    m_row = o_row < 3 * B2
-    o_d = tl.arange(0, D)
-    for i_head in range(H):
-        b_o = attend_tokens(p_x, p_t, p_h, o_row, m_row, B2, n_x, n_t, i_head, W, H, HKV, D)
-        tl.store(p_out + o_row[:, None] * (H * D) + (i_head * D + o_d)[None, :], b_o)
-
-
-@pytest.mark.parametrize("shared", [0, 1])
-def test_attention_inside_another_kernel(shared: int, device: torch.device) -> None:
-    make = TensorMaker(device=str(device))
-    args = attention_bench.token_attention_inputs(token_sizes(n_x=2 - shared, n_t=1 - shared), make)
-    x, t, h = args["x_qkv"], args["t_qkv"], args["h_qkv"]
-    out = torch.empty(32, 4 * 16, device=device)
-    _prologue_kernel[(1,)](x, t, h, out, 10, len(x), len(t), W=128, H=4, HKV=2, D=16, ROWS=32)
-    torch.testing.assert_close(out[:30], token_attention(**args))
-    assert (out[30:] == 0).all()
 
 
 @pytest.mark.interpreter("loads are counted by address")

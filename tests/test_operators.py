@@ -128,7 +128,8 @@ def test_odd_shapes_have_two_tiles_and_a_partial_last_one(entry: Entry, case: Ca
 def test_every_operator_has_its_shapes() -> None:
     for entry in ENTRIES:
         assert sum(not case.public for case in entry.cases) >= 2, entry.name
-        assert {"b1", "b32"} <= {case.name.rpartition("-")[2] for case in entry.cases if case.public}, entry.name
+        wanted = {"b1"} if entry.name == "token_attention_linear" else {"b1", "b32"}  # that operator is for one request
+        assert wanted <= {case.name.rpartition("-")[2] for case in entry.cases if case.public}, entry.name
         assert entry.op.__doc__, entry.name
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
 

@@ -213,7 +213,9 @@ def test_only_the_selected_trials_are_timed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_absent_providers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None if name == "vllm_omni" else name)
-    assert providers.missing("cpu") == {"voxkern": "no GPU", "vllm-omni": "no vllm_omni", "flashinfer": "no GPU"}
+    assert providers.missing("cpu") == {
+        "voxkern": "no GPU", "voxkern-overlap": "no GPU", "vllm-omni": "no vllm_omni", "flashinfer": "no GPU",
+    }  # fmt: skip
     assert providers.missing("cuda") == {"vllm-omni": "no vllm_omni"}
     assert Selection().timed == ["torch", "transformers"]
     assert Selection(device="cuda").timed == ["voxkern", "torch", "torch.compile", "transformers", "flashinfer"]

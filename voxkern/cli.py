@@ -250,6 +250,8 @@ def warmup(
     arch: Annotated[str | None, typer.Option(help="GPU architecture such as sm_90; default: this GPU's.")] = None,
     max_batch: Annotated[int, typer.Option(help="Requests that run side by side, as for load().")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    quantize: Annotated[str | None, typer.Option(help="int8 or fp8, as for load().")] = None,
+    overlap: Annotated[bool, typer.Option("--overlap", help="For load(overlap=True); needs sm_90 or newer.")] = False,
 ) -> None:
     """Compile all kernels of a model in advance, also for a GPU that this machine lacks. The weights are not read."""
     from .warmup import warm_up
@@ -269,7 +271,13 @@ def warmup(
         params = public_params() if source is None else read_params(find_folder(source))
         with err.status("compiling") as status:
             n = warm_up(
-                Config.from_params(params), arch, max_batch, dtypes[dtype], lambda name: status.update(f"ready: {name}")
+                Config.from_params(params),
+                arch,
+                max_batch,
+                dtypes[dtype],
+                lambda name: status.update(f"ready: {name}"),
+                quantize,
+                overlap,
             )
     err.print(f"{n} kernels are ready for {arch}, max_batch {max_batch}, {dtype}", highlight=False)
 

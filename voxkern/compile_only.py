@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 ARCHITECTURES = {
     "sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304, "gfx950": 256,
 }  # fmt: skip
+OVERLAPPING = ("sm_90", "sm_100", "sm_120")  # architectures on which launches can overlap, see kernels/overlap.py
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -36,6 +37,7 @@ class Binary:
         warps: warps per block.
         stages: stages of the software pipeline.
         constants: the kernel's constexprs by name.
+        overlaps: whether launches start while the launch before them runs.
         files: paths of the files that the compiler wrote, by file name.
     """
 
@@ -46,6 +48,7 @@ class Binary:
     warps: int
     stages: int
     constants: dict[str, Any]
+    overlaps: bool = False
     files: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -114,8 +117,9 @@ class CompileOnlyDriver:
         """Return the function that Triton calls for each launch of a binary; repeated calls are allowed."""
         constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
         binary = Binary(
-            metadata.name, metadata.hash, self.arch, metadata.shared, metadata.num_warps, metadata.num_stages, constants
-        )
+            metadata.name, metadata.hash, self.arch, metadata.shared, metadata.num_warps, metadata.num_stages,
+            constants, getattr(metadata, "launch_pdl", False),
+        )  # fmt: skip
         self.loading = binary
 
         def launch(x: int, y: int, z: int, *_: Any) -> None:

@@ -28,7 +28,7 @@ from .prompt import PromptMaker
 from .reference import VoxtralTTS
 from .reference.quantized import format_of
 from .text import MAX_CHARS, PromptEncoder, split_text
-from .validation import is_list, per_text, resolve_device, resolve_dtype, to_int, use_kernels
+from .validation import is_list, per_text, require_overlap, resolve_device, resolve_dtype, to_int, use_kernels
 from .voice import check_name, read_recording, voice_prefix
 
 T = TypeVar("T")
@@ -45,6 +45,7 @@ def load(
     cache_tokens: int | None = None,
     graphs: bool = True,
     quantize: str | None = None,
+    overlap: bool = False,
 ) -> "TTS":
     """Load a checkpoint, and return a model that generates speech from text.
 
@@ -72,6 +73,8 @@ def load(
             launches the kernels one by one, which gives the same bits but is slower. `graphs` has no effect without
             kernels or on a CPU.
         quantize: "int8" or "fp8" keeps the large weights in 8 bits: 4.6 GB instead of 8.0 GB for the public model.
+        overlap: True starts each kernel of a frame while the kernel before it still runs, which gives the same bits. It
+            needs kernels on an NVIDIA GPU of compute capability 9.0 or newer. Overlap has not been run on a GPU.
 
     Raises:
         ValueError: an argument has a value that cannot be used; or the checkpoint cannot be used, in which case the
@@ -83,7 +86,10 @@ def load(
     if cache_tokens is not None:
         cache_tokens = to_int("cache_tokens", cache_tokens, PAGE_SIZE, None)
     target = resolve_device(device)
-    settings = (max_batch, use_kernels(backend, target), cache_tokens, graphs)
+    kernels = use_kernels(backend, target)
+    if overlap:
+        require_overlap(target, kernels)
+    settings = (max_batch, kernels, cache_tokens, graphs, overlap)
     if quantize is not None:
         format_of(quantize)  # a wrong name must fail before the download
     folder = DEMO if source is None else find_folder(source)
@@ -107,10 +113,11 @@ class TTS:
         use_kernels: bool = False,
         cache_tokens: int | None = None,
         graphs: bool = True,
+        overlap: bool = False,
     ) -> None:
         self.model: VoxtralTTS = checkpoint.model
         self.max_batch = max_batch
-        self._cache_tokens, self._graphs = cache_tokens, graphs
+        self._cache_tokens, self._graphs, self._overlap = cache_tokens, graphs, overlap
         self._engine: tuple[Hashable, Engine] | None = None
         self._engine_lock, self._pid = threading.Lock(), os.getpid()
         if use_kernels:
@@ -373,7 +380,8 @@ class TTS:
             self._engine_lock, self._pid = threading.Lock(), os.getpid()
         with self._engine_lock:
             if self._engine is None or self._engine[0] != key:
-                self._engine = (key, new_engine(self.model, self.max_batch, self._cache_tokens, self._graphs))
+                engine = new_engine(self.model, self.max_batch, self._cache_tokens, self._graphs, self._overlap)
+                self._engine = (key, engine)
             return self._engine[1]
 
     def _make_requests(self, text: str, params: GenerationParams) -> list[Request]:

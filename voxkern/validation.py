@@ -142,6 +142,36 @@ def use_kernels(backend: str, device: torch.device) -> bool:
     return backend == "triton"
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Return whether launches can overlap on a device: on an NVIDIA GPU of compute capability 9.0 or newer."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def require_overlap(device: torch.device, kernels: bool) -> None:
+    """Raise an error unless a model's launches can overlap.
+
+    Args:
+        device: the model's device.
+        kernels: whether the model runs on kernels.
+
+    Raises:
+        ValueError: the model runs without kernels, or its device is not an NVIDIA GPU of compute capability 9.0 or
+            newer.
+    """
+    if not kernels:
+        raise ValueError("overlap is True, but without kernels no launches overlap: use backend='triton'")
+    if not can_overlap(device):
+        raise ValueError(
+            f"overlap is True, but device is {str(device)!r} and launches overlap only on NVIDIA GPUs of compute "
+            "capability 9.0 or newer, such as an H100: use overlap=False"
+        )
+
+
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """Return the torch dtype of an argument, which is a dtype or its name; for None return None.
 

@@ -92,7 +92,8 @@ def steps() -> Iterator[tuple[str, Callable[[Session], list[ResultRow]]]]:
     for entry in entries():
         yield f"check of {entry.name}", partial(check, entry=entry)
     for B in FRAMES:
-        yield f"frame-b{B}", partial(_timed, subject="frame", shape=f"frame-b{B}", providers=PROVIDERS)
+        providers = (*PROVIDERS, "voxkern-overlap")
+        yield f"frame-b{B}", partial(_timed, subject="frame", shape=f"frame-b{B}", providers=providers)
     yield "first sound and memory", product
     for entry in entries():
         yield entry.name, partial(_timed, subject=entry.name, providers=PROVIDERS)

@@ -20,6 +20,7 @@ import voxkern
 from bench.micro.providers import Check, LazyCall, Trial, by_codes, by_distance, by_frame, missing, results_of
 from bench.ops.registry import FLOATS, ROOT
 from voxkern.checkpoint import read_checkpoint, read_params
+from voxkern.kernels.launch_config import overlapped
 from voxkern.random_checkpoint import public_params, random_tensor
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.attention import PagedCache
@@ -29,6 +30,7 @@ from voxkern.reference.config import N_SPECIAL_CODES, MoEConfig
 from voxkern.reference.flow_head import FlowHead
 from voxkern.reference.model import make_head
 from voxkern.reference.moe import MoEBlock
+from voxkern.reference.quantized import FORMATS, quantizable, quantize_weight, replace_linears
 
 DEMO = ROOT / "voxkern" / "demo"
 PUBLIC_MODEL_BYTES = 60e9  # GPU memory for the public model and for its fp64 copy, which checks the results
@@ -132,9 +134,16 @@ def demo_head(dtype: str, device: str) -> FlowHead:
 
 
 def public_head(dtype: str, device: str) -> FlowHead:
-    """Return a flow head of the public sizes with random weights."""
+    """Return a flow head of the public sizes with random weights; for "int8" and "fp8", large weights have 8 bits."""
     config = Config.from_params(public_params())
-    head: FlowHead = filled(lambda: make_head(config.acoustic_transformer, config.audio), dtype, device)
+    plain = "bf16" if dtype in FORMATS else dtype
+    head: FlowHead = filled(lambda: make_head(config.acoustic_transformer, config.audio), plain, device)
+    if dtype in FORMATS:
+        linears = quantizable(head)
+        replace_linears(head, linears, FORMATS[dtype])
+        for name, one in linears.items():
+            layer = head.get_submodule(name)
+            layer.weight, layer.qscale_weight = quantize_weight(one.weight.detach(), FORMATS[dtype])
     return head
 
 
@@ -170,7 +179,7 @@ def numbers(*shape: int, seed: int = 1) -> Tensor:
 
 def head_args(head: FlowHead, B: int) -> dict[str, Tensor]:
     """Return a flow head's arguments for `B` requests: hidden states of RMS 1, guidance of 1.2, and noise."""
-    weight = head.semantic_codebook_output.weight
+    weight = head.input_projection.weight
     return {
         "h": numbers(B, head.config.input_dim).to(weight),
         "cfg_alpha": torch.full((B,), 1.2, device=weight.device),
@@ -190,7 +199,8 @@ def head_trial(
         params: returns the contents of the ``params.json`` from which the public server builds the same head.
     """
     head = make(point.dtype, point.device)
-    peers = {} if "vllm-omni" in missing(point.device) else {"vllm-omni": LazyCall(lambda: server_head(head, params()))}
+    lacks_peer = point.dtype in FORMATS or "vllm-omni" in missing(point.device)
+    peers = {} if lacks_peer else {"vllm-omni": LazyCall(lambda: server_head(head, params()))}
 
     def run(head: FlowHead, h: Tensor, cfg_alpha: Tensor, noise: Tensor) -> Tensor:
         return head(h, cfg_alpha, noise, STEPS)  # type: ignore[no-any-return]
@@ -292,7 +302,17 @@ def frame_trial(point: BenchPoint, make: Callable[[str, str], VoxtralTTS], B: in
         return [codes, wave, step(model, model.embed_codes(given), **cache)]
 
     ours = partial(use_kernels, run, model, B)
-    return trial_of(point, model, run, args, by_frame, ours, steps=f"euler:{STEPS}")
+    trial = trial_of(point, model, run, args, by_frame, ours, steps=f"euler:{STEPS}")
+    if "voxkern" not in trial.variants:
+        return trial
+    kernels = trial.variants["voxkern"]
+
+    def overlapping(**args: Tensor) -> list[Tensor]:
+        with overlapped():
+            found: list[Tensor] = kernels(**args)
+            return found
+
+    return replace(trial, variants={**trial.variants, "voxkern-overlap": overlapping})
 
 
 def random_codes(B: int) -> Tensor:
@@ -394,7 +414,8 @@ def modules(device: str) -> list[ModuleBench]:
         ]
     for B in (1, 4, 16):
         public = partial(head_trial, make=public_head, B=B, params=public_params)
-        found.append(ModuleBench("flow_head", f"public-b{B}", public, ("bf16",), large=True))
+        dtypes = ("bf16", *FORMATS) if B == 1 else ("bf16",)
+        found.append(ModuleBench("flow_head", f"public-b{B}", public, dtypes, large=True))
     layer = partial(backbone_trial, make=public_layer, B=1)
     return [*found, ModuleBench("backbone", "public-layer-b1", layer, ("bf16",), large=True)]
 

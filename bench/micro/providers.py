@@ -18,10 +18,12 @@ from torch import Tensor
 from bench.ops.accuracy import CEILINGS, judge
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, each_tensor, listed, to_dtype
 from bench.static.traffic import fewest_bytes
+from voxkern.validation import can_overlap
 
 # provider -> (packages that the provider needs, whether it needs a GPU)
 PROVIDERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "voxkern": (("triton",), True),
+    "voxkern-overlap": (("triton",), True),  # with launches that overlap; whole frames only
     "torch": ((), False),
     "torch.compile": ((), False),
     "vllm-omni": (("vllm", "vllm_omni"), False),
@@ -38,6 +40,8 @@ def missing(device: str) -> dict[str, str]:
     for name, (packages, gpu) in PROVIDERS.items():
         lacks = [f"no {package}" for package in packages if importlib.util.find_spec(package) is None]
         lacks += ["no GPU"] if gpu and not device.startswith("cuda") else []
+        if name == "voxkern-overlap" and not lacks and not can_overlap(torch.device(device)):
+            lacks = ["no GPU of compute capability 9.0 or newer"]
         if lacks:
             found[name] = ", ".join(lacks)
     return found

@@ -46,7 +46,6 @@ TILES = {
     "codec_conv": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
     "semantic_argmax": {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_K": 256},
     "token_attention": {"BLOCK_B": 32},
-    "token_attention_linear": {"BLOCK_M": 16, "BLOCK_N": 256},
     "flow_step": {"BLOCK_N": 256, "BLOCK_K": 64},
     "prefill_attention": {"COLUMNS_Q": 64, "BLOCK_N": 64},
     "codec_attention": {"BLOCK_Q": 64},

@@ -34,7 +34,7 @@ RUN = "<p>Times on GPUs that are marked as measured come from: {}. All others ar
 SECTIONS = (
     (
         "Where a frame's time should go",
-        ("roofline", "batches", "bounds", "quantized", "filling", "work", "launches", "frame", "cache"),
+        ("roofline", "batches", "bounds", "quantized", "overlapped", "filling", "work", "launches", "frame", "cache"),
         "frame",
     ),
     ("Why a flow head: against a depth transformer", ("claim",), "claim"),

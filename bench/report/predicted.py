@@ -1,5 +1,8 @@
 """The tables of a frame's predicted times."""
 
+import itertools
+import math
+
 from bench.report.figures import Figures, ReportTable
 from bench.static import filling as filled
 from bench.static.roofline import SOLVERS
@@ -68,6 +71,26 @@ def quantized(figures: Figures) -> ReportTable:
     )
     title = "Predicted time of a frame with 8-bit weights"
     return ReportTable(title, note, "python -m bench roofline", ("GPU", *map(_batch, SHAPES)), lines)
+
+
+def overlapped(figures: Figures) -> ReportTable:
+    """Make the table of a frame's predicted time with launches that overlap, with bf16 and with int8 weights."""
+    lines = []
+    for name in figures.values("subject", bench="roofline", metric="time with overlap"):
+        wanted = {"bench": "roofline", "subject": name, "steps": "euler:7"}
+        line = [name]
+        for shape, dtype in itertools.product(SHAPES, ("bf16", "int8")):
+            metrics = ("time", "time with overlap", "floor")
+            rows = [figures.one(**wanted, metric=metric, shape=shape, dtype=dtype) for metric in metrics]
+            usual, less, least = (row.value if row else math.nan for row in rows)
+            line.append(f"{usual:.2f} / {less:.2f} ({less / least:.2f})")
+        lines.append(line)
+    head = ("GPU", *(f"{_batch(shape)}, {dtype}" for shape in SHAPES for dtype in ("bf16", "int8")))
+    note = (
+        "Predicted milliseconds of a whole frame without / with overlap, and in brackets the latter over the floor; 7 "
+        f"evaluations. Between two launches, overlap is assumed to take 1.1 us instead of 2.2. {PREDICTED}"
+    )
+    return ReportTable("Predicted time of a frame with overlap", note, "python -m bench roofline", head, lines)
 
 
 def filling(figures: Figures) -> ReportTable:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from bench.report.figures import Figures, ReportTable
-from bench.report.predicted import PREDICTED, batches, bounds, filling, quantized, roofline, work
+from bench.report.predicted import PREDICTED, batches, bounds, filling, overlapped, quantized, roofline, work
 from bench.results import ResultRow
 from bench.static.ledger import LedgerRow
 
@@ -16,7 +16,8 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
     made = {
         "frame": frame(figures), "launches": launches(figures), "cache": cache(figures), "server": server(figures),
         "claim": claim(figures), "roofline": roofline(figures), "batches": batches(figures), "work": work(figures),
-        "bounds": bounds(figures), "quantized": quantized(figures), "filling": filling(figures),
+        "bounds": bounds(figures), "quantized": quantized(figures), "overlapped": overlapped(figures),
+        "filling": filling(figures),
         "errors": errors(figures), "distortion": distortion(figures), "recognition": recognition(figures),
         "engine": engine(figures), "host": host(figures), "micro": micro(figures), "gpu": gpu(figures),
         "resources": resources(ledger),

@@ -182,8 +182,11 @@ def compute(
 
 
 def written(constants: Mapping[str, Any]) -> str:
-    """Return a kernel's sizes and tiles, which have names in upper case, as the ledger writes them."""
-    return " ".join(f"{name}={constants[name]}" for name in sorted(constants) if name.isupper())
+    """Return a kernel's sizes and tiles, which have names in upper case, as the ledger writes them.
+
+    OVERLAP is left out, because launches in the ledger do not overlap.
+    """
+    return " ".join(f"{name}={constants[name]}" for name in sorted(constants) if name.isupper() and name != "OVERLAP")
 
 
 def faults(rows: Iterable[LedgerRow]) -> list[str]:

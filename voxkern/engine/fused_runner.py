@@ -15,6 +15,7 @@ from torch import Tensor
 from ..fused.backbone import FusedBackbone, TokenBatch
 from ..fused.flow_head import FusedHead
 from ..kernels.decode_state import launch_update_decode_state
+from ..kernels.launch_config import overlapped
 from ..kernels.operator import on_device
 from ..reference import VoxtralTTS
 from ..reference.noise import seed_tensor
@@ -52,14 +53,16 @@ class DecodeBatch:
         solver: str,
         codec: CodecRunner | None = None,
         capture: Capture | None = None,
+        overlap: bool = False,
     ) -> None:
         """Allocate `n_slots` free rows; with `capture`, also capture the graphs of a frame.
 
-        If `codec` is fused, its launches are part of a frame.
+        If `codec` is fused, its launches are part of a frame. `overlap` is whether the launches of a frame overlap.
         """
         self._backbone, self._flow_head = fused_modules_of(model)
         self._kv, self._steps, self._solver = kv_cache.kv, steps, solver
         self._codec = codec if codec is not None and codec.is_fused else None
+        self._overlap = overlap
         weight = model.norm.weight
         device, config = weight.device, model.config
         self.slots: set[int] = set()
@@ -103,16 +106,17 @@ class DecodeBatch:
             The samples of all slots, see :meth:`CodecRunner.launch`, or None if the codec is not fused.
         """
         hidden, lengths = self._hidden[:rows], self.lengths[:rows]
-        codes, next_embedding = self._flow_head.generate_codes(
-            hidden, self._cfg_alpha[:rows],
-            steps=self._steps, solver=self._solver, seed=self._seeds[:rows], frame=self.n_frames[:rows],
-        )  # fmt: skip
-        with on_device("update_decode_state", codes):
-            launch_update_decode_state(
-                codes, self._max_frames[:rows], lengths, self.n_frames[:rows], self.codes[:rows], self.valid[:rows]
-            )
-        self._backbone.decode(next_embedding, self._kv, self._block_table[:rows], lengths, hidden)
-        return None if self._codec is None else self._codec.launch(self.codes, self.valid)
+        with overlapped(self._overlap):
+            codes, next_embedding = self._flow_head.generate_codes(
+                hidden, self._cfg_alpha[:rows],
+                steps=self._steps, solver=self._solver, seed=self._seeds[:rows], frame=self.n_frames[:rows],
+            )  # fmt: skip
+            with on_device("update_decode_state", codes):
+                launch_update_decode_state(
+                    codes, self._max_frames[:rows], lengths, self.n_frames[:rows], self.codes[:rows], self.valid[:rows]
+                )
+            self._backbone.decode(next_embedding, self._kv, self._block_table[:rows], lengths, hidden)
+            return None if self._codec is None else self._codec.launch(self.codes, self.valid)
 
 
 class FusedRunner:
@@ -128,10 +132,14 @@ class FusedRunner:
         max_seq_len: int,
         codec: CodecRunner,
         capture: Capture | None = None,
+        overlap: bool = False,
     ) -> None:
-        """Make `n_slots` slots, at most the accelerated model's `max_batch`; with `capture`, frames replay graphs."""
+        """Make `n_slots` slots, at most the accelerated model's `max_batch`; with `capture`, frames replay graphs.
+
+        `overlap` is whether the launches of a frame overlap.
+        """
         self.model, self.n_slots, self.kv_cache, self.max_seq_len = model, n_slots, kv_cache, max_seq_len
-        self._codec, self._capture = codec, capture
+        self._codec, self._capture, self._overlap = codec, capture, overlap
         self._addresses, self._streams = weight_addresses(model), codec.streams
         self._backbone, self._flow_head = fused_modules_of(model)
         self._batches: dict[tuple[int, str], DecodeBatch] = {}
@@ -168,7 +176,14 @@ class FusedRunner:
             for known in idle[: max(0, len(self._batches) - MAX_DECODE_BATCHES + 1)]:
                 del self._batches[known]
             self._batches[key] = DecodeBatch(
-                self.model, self.n_slots, self.kv_cache, self.max_seq_len, *key, self._codec, self._capture
+                self.model,
+                self.n_slots,
+                self.kv_cache,
+                self.max_seq_len,
+                *key,
+                self._codec,
+                self._capture,
+                self._overlap,
             )
         self._batches[key].add(slot, request, hidden, pages)
 

@@ -16,7 +16,9 @@ MAX_FRAMES = 2048  # 164 s; vLLM-Omni has the same limit
 PROMPT_TOKENS = 512  # the default KV cache has space for this many prompt tokens per request, and MAX_FRAMES frames
 
 
-def new_engine(model: VoxtralTTS, max_batch: int, cache_tokens: int | None, graphs: bool) -> Engine:
+def new_engine(
+    model: VoxtralTTS, max_batch: int, cache_tokens: int | None, graphs: bool, overlap: bool = False
+) -> Engine:
     """Make an engine for a model in its present dtype and on its present device.
 
     Args:
@@ -25,6 +27,7 @@ def new_engine(model: VoxtralTTS, max_batch: int, cache_tokens: int | None, grap
         cache_tokens: tokens of the KV cache. None takes space for 2560 tokens of each request, and one page for its
             voice. If the limit of the model or the kernels is below 2560 tokens, it takes that limit instead.
         graphs: whether an accelerated model's launches are replayed as CUDA graphs, if it is on a GPU.
+        overlap: whether an accelerated model's launches in a frame overlap.
 
     Raises:
         ValueError: the model's weights have several dtypes or devices.
@@ -50,7 +53,7 @@ def new_engine(model: VoxtralTTS, max_batch: int, cache_tokens: int | None, grap
     from .fused_runner import FusedRunner  # needs Triton
 
     capture = capture_for(weight.device) if graphs else None
-    runner = FusedRunner(model, n, kv_cache, longest, codec, capture)
+    runner = FusedRunner(model, n, kv_cache, longest, codec, capture, overlap)
     return Engine(runner, codec, config.audio.n_codebooks)
 
 

@@ -30,10 +30,6 @@ from ..reference.quantized import scale_of, scales_of_qkv
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 from .flow_head import FusedHead, HeadBuffers, NoiseSource, StepTables
 
-# The largest number of rows for which attention is fused into wo. With 16 rows, q, k and v take 36 KB of each pipeline
-# stage, beside 8 KB of weights: too few weight bytes would be in flight, see TOKEN_ATTENTION_LINEAR.
-MAX_FUSED_ROWS = 8
-
 
 @dataclass(frozen=True)
 class TransformerHeadBuffers(HeadBuffers):
@@ -207,10 +203,8 @@ class FusedTransformerHead(FusedHead):
         config, rows = self.module.config, len(residual)
         wo, scale = layer.attention.wo.weight, scale_of(layer.attention.wo)
         heads = (config.n_heads, config.n_kv_heads)
-        if self._max_rows <= MAX_FUSED_ROWS and residual.dtype != torch.float32:
-            launch_token_attention_linear(
-                b.stream[:rows], x_qkv, t_qkv, h_qkv, wo, residual, *heads, self.max_batch, scale
-            )
+        if self.max_batch == 1 and residual.dtype != torch.float32:
+            launch_token_attention_linear(b.stream[:rows], x_qkv, t_qkv, h_qkv, wo, residual, *heads, scale)
             return
         attended = b.attended[:rows]
         launch_token_attention(attended, x_qkv, t_qkv, h_qkv, *heads, rows // len(h_qkv), self.max_batch)

@@ -1,0 +1,117 @@
+"""Check in machine code that kernels whose launches overlap touch no memory before they wait.
+
+``python -m bench overlap`` compiles the frames of the public model, at batch 1 and 32, for the architectures on which
+launches can overlap (voxkern/kernels/overlap.py). No kernel runs. A complaint is printed for
+
+- a launch of the frame that does not overlap,
+- a kernel that does not wait,
+- a kernel that loads from or stores to memory before its wait; prefetches are allowed,
+- a kernel that ends before its wait, or jumps over it. Without either, every block waits.
+
+Both the PTX and the machine code that the assembler makes of it are checked, because the assembler may reorder
+instructions. On sm_100, matrix products need tensor memory, which a kernel allocates before its wait.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import voxkern
+from bench.static.work import public
+from voxkern.compile_only import OVERLAPPING, Binary, CompiledLaunch, compiling_for
+from voxkern.engine.codec_runner import CodecRunner
+from voxkern.engine.fused_runner import DecodeBatch
+from voxkern.engine.kv_cache import PAGE_SIZE, KVCache
+from voxkern.reference import Config, VoxtralTTS
+
+BATCHES = (1, 32)
+# Accesses to memory that all blocks share, and ends. LDC loads parameters, LDS and STS access a block's shared memory,
+# and CCTL is the prefetch.
+PTX = r"(?:ld|st|atom|red|cp|multimem|mbarrier)\.(?!param|shared|.*\.shared)|(?:ret|exit|trap|call)\b"
+SASS = r"(?:LDG|LD|STG|ST|ATOM|ATOMG|RED|REDG|LDGSTS|UBLK\w*|UTMA\w*|EXIT|RET|CALL|BPT)\b"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of machine code or PTX: a label, an instruction, or both. A label of machine code is an address."""
+
+    label: str
+    instruction: str
+    operands: str
+
+
+def faults(ptx: str, sass: str) -> list[str]:
+    """Return a message for each way in which a kernel breaks the rule of overlap.
+
+    Args:
+        ptx: the PTX of one kernel.
+        sass: the disassembled machine code of the same kernel.
+    """
+    _, _, text = ptx[ptx.index(".entry") :].partition("\n{\n")
+    lines = re.findall(r"^(?:(\$\w+):|\s+(?:@!?%\w+\s+)?([a-z][\w.:]*)([^;]*);)", text, re.MULTILINE)
+    found = _faults("PTX", [Line(*line) for line in lines], "griddepcontrol.wait", PTX)
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
+    return found + _faults(
+        "machine code", [Line(f"0x{at.lstrip('0') or 0}", *rest) for at, *rest in lines], "ACQBULK", SASS
+    )
+
+
+def _faults(where: str, lines: Sequence[Line], wait: str, forbidden: str) -> list[str]:
+    names = [line.instruction for line in lines]
+    if wait not in names:
+        return [f"{where}: never waits"]
+    before = lines[: names.index(wait)]
+    labels = {line.label for line in before} | {lines[len(before)].label}
+    wrong = [line.instruction for line in before if re.match(forbidden, line.instruction)]
+    jumps = [line for line in before if re.match(r"bra|BRA|brx|BRX|JM", line.instruction)]
+    wrong += [line.instruction for line in jumps if not labels.intersection(line.operands.replace(",", " ").split())]
+    return [f"{where}: {one} before the wait" for one in dict.fromkeys(wrong)]
+
+
+def faults_of(binary: Binary) -> list[str]:
+    """Return :func:`faults` of a compiled kernel."""
+    (ptx,) = (path for path in binary.files.values() if path.endswith(".ptx"))
+    return [f"{binary.kernel}, {binary.arch}: {fault}" for fault in faults(Path(ptx).read_text(), binary.listing)]
+
+
+def launches_of_frame(
+    config: Config, arch: str, max_batch: int, dtype: torch.dtype = torch.bfloat16
+) -> list[CompiledLaunch]:
+    """Compile the frame of a model for `arch`, with overlap, and return its launches in order."""
+    with compiling_for(arch) as launches, torch.device("meta"), torch.inference_mode():
+        model = VoxtralTTS(config).to(dtype).requires_grad_(False)
+        voxkern.accelerate(model, max_batch)
+        kv_cache = KVCache(config.backbone, 2, dtype, torch.device("meta"))
+        # three steps, because the first and the last run other kernels than those between them
+        codec = CodecRunner(model, max_batch)
+        batch = DecodeBatch(model, max_batch, kv_cache, PAGE_SIZE, 3, "euler", codec, overlap=True)
+        batch.launch(max_batch)  # makes tables, whose launches are not a frame's
+        launches.clear()
+        batch.launch(max_batch)
+        return list(launches)
+
+
+def complaints(launches: Iterable[CompiledLaunch]) -> list[str]:
+    """Return a message for each launch that does not overlap, and for each fault of the kernels of the others."""
+    binaries = {launch.binary.hash: launch.binary for launch in launches}.values()
+    found = [f"{one.kernel}, {one.arch}: launched without overlap" for one in binaries if not one.overlaps]
+    return found + [fault for one in binaries if one.overlaps for fault in faults_of(one)]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compile and check the frames, print the complaints, and return 1 if there is one, else 0."""
+    argparse.ArgumentParser(prog="python -m bench overlap", description=__doc__).parse_args(arguments)
+    found = []
+    for arch in OVERLAPPING:
+        for B in BATCHES:
+            launches = launches_of_frame(public(), arch, B)
+            kernels = len({launch.binary.hash for launch in launches})
+            found += complaints(launches)
+            print(f"{arch}, batch {B}: {len(launches)} launches of {kernels} kernels", flush=True)
+    print(*found, sep="\n", end="\n" if found else "")
+    print(f"overlap: {len(found)} complaints")
+    return 1 if found else 0

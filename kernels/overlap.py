@@ -1,0 +1,58 @@
+"""Overlap launches: a kernel starts while the kernel before it still runs (programmatic dependent launch, sm_90).
+
+Between two launches in a CUDA graph, a GPU is idle for one to two microseconds: the last blocks of a kernel end, the
+next kernel starts, and its first loads take their time. With overlap, the next kernel starts as soon as all blocks of
+the kernel before it have started::
+
+    without overlap   | kernel 1 |  start, first loads  | kernel 2 |
+    with overlap      | kernel 1                 |
+                           | start, prefetch, wait | kernel 2 |
+
+The rule for every kernel of this package: its first statements are :func:`wait_for_launches`, and before that at most
+:func:`prefetch_rows` and arithmetic. Before the wait, a kernel neither loads nor stores, and no block may end.
+So a kernel sees all stores of the kernel before it, and the order of launches is transitive: the kernel before has
+waited for its own predecessor. A prefetch changes no result, whatever it reads, because it loads into no register. It
+only moves weights from memory to the L2 cache, which all multiprocessors share. ``bench/static/overlap.py`` checks the
+rule in machine code.
+
+A launch overlaps within :func:`voxkern.kernels.launch_config.overlapped`. Overlap has not been run on a GPU.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["prefetch_rows", "wait_for_launches"]
+
+OFF = tl.constexpr(False)  # the default of every kernel's constant OVERLAP
+SECTOR = tl.constexpr(32)  # bytes that one prefetch instruction moves at least
+SECTORS = tl.constexpr(16)  # sectors of each row that are prefetched: 512 bytes, or 4.7 MB of 9216 rows
+
+
+@triton.jit
+def wait_for_launches(OVERLAP: tl.constexpr):
+    """Allow the next launch to start, and wait until all launches before this one have ended."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # type: ignore[attr-defined]
+        tl.extra.cuda.gdc_wait()  # type: ignore[attr-defined]
+
+
+@triton.jit
+def prefetch_rows(p_w, o_n, n, first, K: tl.constexpr, OVERLAP: tl.constexpr):
+    """Move the first bytes of a block's weights from memory to the L2 cache, if launches overlap.
+
+    Args:
+        p_w: weights [n, K].
+        o_n: int block, the block's rows.
+        n: rows of the weights; rows from `n` on count as the last row.
+        first: the block's first column.
+        K: columns of the weights.
+        OVERLAP: whether launches overlap.
+    """
+    if OVERLAP:
+        STEP: tl.constexpr = SECTOR * 8 // p_w.dtype.element_ty.primitive_bitwidth  # elements of a sector
+        o_k = tl.minimum(first + tl.arange(0, SECTORS) * STEP, K - 1)
+        p_sector = p_w + tl.minimum(o_n, n - 1)[:, None] * K + o_k[None, :]
+        # the instruction has no result, but inline assembly must have one
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p_sector], dtype=tl.int32, is_pure=False, pack=1
+        )
