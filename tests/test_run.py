@@ -216,9 +216,12 @@ def test_absent_providers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert providers.missing("cpu") == {
         "voxkern": "no GPU", "voxkern-overlap": "no GPU", "vllm-omni": "no vllm_omni", "flashinfer": "no GPU",
     }  # fmt: skip
+    monkeypatch.setattr(providers, "can_overlap", lambda device: device == torch.device("cuda"))
     assert providers.missing("cuda") == {"vllm-omni": "no vllm_omni"}
     assert Selection().timed == ["torch", "transformers"]
-    assert Selection(device="cuda").timed == ["voxkern", "torch", "torch.compile", "transformers", "flashinfer"]
+    assert Selection(device="cuda").timed == [
+        "voxkern", "voxkern-overlap", "torch", "torch.compile", "transformers", "flashinfer",
+    ]  # fmt: skip
     assert Selection(providers=("torch.compile", "voxkern")).timed == ["torch.compile"]
     with pytest.raises(SystemExit, match="none of the providers voxkern is available here"):
         run.main(["--provider", "voxkern", "--csv", "-"])

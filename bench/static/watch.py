@@ -168,7 +168,8 @@ def watching(start: Callable[[Launch], Watcher], indirect: Sequence[Tensor] = ()
         named = dict(zip(self.arg_names, args, strict=False)) | kwargs
         regions = [Region.of(name, arg) for name, arg in named.items() if isinstance(arg, Tensor)]
         regions += [Region.of(f"indirect[{i}]", arg) for i, arg in enumerate(indirect)]
-        launch = Launch(self.fn.__name__, grid, {name: named[name] for name in self.constexprs}, regions)
+        constants = {name: named[name] for name in self.constexprs if name in named}  # without defaults
+        launch = Launch(self.fn.__name__, grid, constants, regions)
         hooks = _Hooks(launch, start(launch), len(indirect))
         self.grid = (len(hooks.watcher.blocks), 1, 1)
 
