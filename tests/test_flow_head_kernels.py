@@ -21,7 +21,7 @@ from voxkern.kernels.semantic_argmax import (
     semantic_argmax,
     semantic_argmax_scratch,
 )
-from voxkern.kernels.token_attention import launch_token_attention, token_attention
+from voxkern.kernels.token_attention import launch_token_attention, token_attention, token_attention_linear
 from voxkern.reference.config import NOT_FINITE
 
 NAN = float("nan")
@@ -81,6 +81,18 @@ def test_a_request_does_not_depend_on_the_others(
             mine = {n: args[n][rows_of(part, B, len(args[n]))] for n in own}
             for one, all_ in zip(run(op, args | mine), whole, strict=True):
                 assert torch.equal(one, all_[rows_of(part, B, len(all_))])
+
+
+def test_attention_with_wo_reads_tokens_at_any_address(device: torch.device) -> None:
+    """Loads of 16 bytes need tokens whose distances are multiples of 16 bytes. Other distances give the same bits."""
+    make = TensorMaker(torch.bfloat16, str(device))
+    sizes = SimpleNamespace(B=1, max_batch=1, n_x=2, n_t=1, n_tokens=3, N=40, H=4, HKV=2, D=16)
+    args = attention_bench.token_attention_linear_inputs(sizes, make)
+    moved = dict(args)
+    for name, first in (("x_qkv", 1), ("t_qkv", 0), ("h_qkv", 3)):
+        moved[name] = args[name].new_empty(first + args[name].numel())[first:].view_as(args[name]).copy_(args[name])
+    assert (moved["t_qkv"].data_ptr() - moved["x_qkv"].data_ptr()) % 16
+    assert torch.equal(token_attention_linear(**moved), token_attention_linear(**args))
 
 
 @pytest.mark.interpreter("loads are counted by address")

@@ -1,0 +1,274 @@
+"""What 8-bit weights do to the sound of the demo voice.
+
+``python -m bench quantization`` compares the schemes of bench/quality/schemes.py in two ways.
+
+**Given histories.** Each model receives the frames that bf16 has generated as its past, and generates the next frame
+after each of them (bench/quality/errors.py). The truth is the same checkpoint in fp64, without 8-bit weights. Two
+faithful bf16 implementations, PyTorch and the kernels, differ from this truth, too. They are the yardstick. The kernels
+run in Triton's interpreter.
+
+**Free running.** Each model speaks 100 strings of digits and 40 sentences by itself, with several solvers. A speech
+recogniser counts the words, and the lengths are compared with those of bf16.
+"""
+
+import argparse
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.ops.registry import ROOT
+from bench.quality.errors import Flips, History, conditions, generate_histories, large_tiles, snr, sound
+from bench.quality.recognition import digit_strings, sentences
+from bench.quality.schemes import FP8, FP8_BY_TENSOR, INT4, INT8, PLAIN, Scheme, schemes
+from bench.results import FILE, ResultRow, read, store, with_provenance
+from bench.static.work import dram_bytes, frame, public, public_model
+from voxkern.checkpoint import read_checkpoint
+from voxkern.generation_params import CFG_ALPHA
+from voxkern.reference.config import END_AUDIO
+from voxkern.reference.quantized import quantizable
+from voxkern.reference.train.data import DIGITS, WORDS
+from voxkern.reference.train.recogniser import Recogniser, words_right
+from voxkern.tts import DEMO, TTS
+
+COMMAND = "python -m bench quantization"
+STEPS, ROWS, MAX_FRAMES = 7, 64, 15
+TEXTS = ("seven three", "zero nine", "five two", "eight one")  # in 2 voices; with their prompts 128 states: 2 x ROWS
+FITTED_ON = ("four six", "nine seven", "two zero", "three eight")  # texts for scales that are fitted to inputs
+SOLVERS = ("euler:2", "euler:4", "euler:7", "ab2:2", "ab2:4", "ab2:7")
+SPEAKING = (PLAIN, INT8, FP8, FP8_BY_TENSOR, INT4)
+STRINGS, LONGEST = 100, 150  # strings of digits, with 2 sentences for each 5 of them; the most frames of a text
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model generates after the given histories.
+
+    Attributes:
+        latents: fp64 [N, K], the acoustic latents before they are quantised.
+        codes: int64 [N, 37], with the +2 offset.
+    """
+
+    latents: Tensor
+    codes: Tensor
+
+
+@torch.inference_mode()
+def generated(tts: TTS, histories: list[History]) -> Result:
+    """Generate the latents and codes of the frame after each state of :func:`conditions`."""
+    head, latents, codes = tts.model.acoustic_transformer, [], []
+    for h, noise in zip(*(torch.split(rows, ROWS) for rows in conditions(tts, histories)), strict=True):
+        alpha = torch.full((len(h),), CFG_ALPHA)
+        latents.append(head.solve(h, alpha, noise, STEPS).double())
+        codes.append(head(h, alpha, noise, STEPS))
+    return Result(torch.cat(latents), torch.cat(codes))
+
+
+def spoken(tts: TTS, histories: list[History], codes: Tensor, truth: Tensor) -> Tensor:
+    """Decode generated frames history by history, without those for which the truth is END.
+
+    A frame that is END only in `codes` is replaced by the truth's.
+    """
+    frames = torch.where((codes[:, :1] == END_AUDIO) | (codes[:, :1] < END_AUDIO), truth, codes)
+    parts = torch.split(frames, [len(history.codes) + 1 for history in histories])
+    wanted = torch.split(truth[:, 0] != END_AUDIO, [len(part) for part in parts])
+    changed = [
+        History(history.text, history.voice, history.seed, part[mask])
+        for history, part, mask in zip(histories, parts, wanted, strict=True)
+    ]
+    return sound(tts, [history for history in changed if len(history.codes)])
+
+
+@torch.inference_mode()
+def mean_squares(tts: TTS, histories: list[History]) -> dict[str, Tensor]:
+    """Return the mean square of each input of the large layers, fp32 [K], over the frames after the histories."""
+    sums: dict[str, Tensor] = {}
+
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2).float()
+        total, n = sums.get(name, (torch.zeros(x.shape[1]), 0))  # type: ignore[misc]
+        sums[name] = (total + x.square().sum(0), n + len(x))  # type: ignore[assignment]
+
+    hooks = [
+        linear.register_forward_pre_hook(functools.partial(note, name))
+        for name, linear in quantizable(tts.model).items()
+    ]
+    generated(tts, histories)
+    for hook in hooks:
+        hook.remove()
+    return {name: total / n for name, (total, n) in sums.items()}  # type: ignore[misc]
+
+
+def plain(dtype: torch.dtype = torch.bfloat16, use_kernels: bool = False) -> TTS:
+    """Return the demo voice in `dtype`, without quantised layers."""
+    return TTS(read_checkpoint(DEMO, dtype), ROWS, use_kernels=use_kernels)
+
+
+def given() -> list[ResultRow]:
+    """Measure every scheme after given histories. The process must run with ``TRITON_INTERPRET=1``."""
+    from bench.static.interpreter import speed_up  # needs Triton
+
+    speed_up()
+    histories = generate_histories(plain(), list(TEXTS), MAX_FRAMES)
+    truth, codec = generated(plain(torch.float64), histories), plain(torch.float32)
+    importance = mean_squares(plain(torch.float32), generate_histories(plain(), list(FITTED_ON), MAX_FRAMES))
+    exact = spoken(codec, histories, truth.codes, truth.codes)
+    config, found = plain().model.config, []
+    all_ = list(schemes(config.acoustic_transformer.n_layers, config.backbone.n_layers))
+    for scheme, provider in [(one, "torch") for one in all_] + [(one, "voxkern") for one in (PLAIN, INT8)]:
+        checkpoint = read_checkpoint(DEMO, torch.bfloat16)
+        scheme.apply(checkpoint.model, importance)
+        with large_tiles():
+            result = generated(TTS(checkpoint, ROWS, use_kernels=provider == "voxkern"), histories)
+        decibels = snr(spoken(codec, histories, result.codes, truth.codes), exact)
+        rmse = float((result.latents - truth.latents).square().mean().sqrt())
+        found += rows_given(scheme, provider, Flips.of(result.codes, truth.codes), rmse, decibels)
+        print(f"{scheme.name} {provider}: RMSE {rmse:.4f}, SNR {decibels:.1f} dB", flush=True)
+    return found
+
+
+def rows_given(scheme: Scheme, provider: str, flips: Flips, rmse: float, decibels: float) -> list[ResultRow]:
+    """Return the rows of one scheme after given histories."""
+    share = 100 / max(flips.acoustic, 1)
+    figures = {
+        "acoustic codes compared": (flips.acoustic, "codes", "counted"),
+        "acoustic codes flipped": (share * sum(flips.by), "%", "counted"),
+        "acoustic codes flipped by more than 1 level": (share * sum(flips.by[1:]), "%", "counted"),
+        "semantic codes compared": (flips.semantic, "codes", "counted"),
+        "semantic codes flipped": (100 * flips.semantic_flipped / flips.semantic, "%", "counted"),
+        "RMSE of latents": (rmse, "1", "measured"),
+        "SNR of the sound": (decibels, "dB", "measured"),
+    }
+    return [_row(scheme, metric, *figure, provider, f"given, {len(TEXTS)} texts") for metric, figure in figures.items()]
+
+
+def sizes() -> list[ResultRow]:
+    """Count the bytes of the public model and of one request's frame, with each scheme."""
+    config, model = public(), public_model()
+    memory = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    whole = dram_bytes([one for part in frame(1, STEPS).values() for one in part])
+    found = []
+    for scheme in schemes(config.acoustic_transformer.n_layers, config.backbone.n_layers):
+        less, less_a_frame = scheme.saved(model, STEPS)
+        found.append(_row(scheme, "bytes of the public model", memory - less, "B", "counted", "voxkern", "public"))
+        found.append(_row(scheme, "bytes of a frame", whole - less_a_frame, "B", "counted", "voxkern", "public"))
+    return found
+
+
+def texts() -> list[str]:
+    """Return the texts that the models speak by themselves."""
+    return digit_strings(STRINGS) + sentences(2 * STRINGS // 5)
+
+
+def speak(scheme: Scheme, solver: str) -> list[tuple[int, int, bool]]:
+    """Speak all texts, and return for each its number of words that are recognised, of frames, and whether it ended."""
+    torch.set_num_threads(1)
+    checkpoint = read_checkpoint(DEMO, torch.bfloat16)
+    scheme.apply(checkpoint.model, {})
+    tts, all_ = TTS(checkpoint, 32), texts()
+    voices, (name, _, steps) = list(tts.voices), solver.partition(":")
+    audios = tts.generate(
+        all_, [voices[i % len(voices)] for i in range(len(all_))], list(range(len(all_))),
+        steps=int(steps), solver=name, max_frames=LONGEST,
+    )  # fmt: skip
+    digits, words = Recogniser(DIGITS), Recogniser(WORDS)
+    found = []
+    for i, (text, audio) in enumerate(zip(all_, audios, strict=True)):
+        heard = (digits if i < STRINGS else words).recognise(audio.samples, tts.sampling_rate)
+        found.append((words_right(text.split(), heard), audio.codes.shape[1], audio.ended))
+    return found
+
+
+def free() -> list[ResultRow]:
+    """Measure the free-running schemes: all with ``euler:7``, and bf16, int8 and fp8 with every solver."""
+    asked = [(scheme, solver) for solver in SOLVERS for scheme in SPEAKING]
+    asked = [(scheme, solver) for scheme, solver in asked if solver == "euler:7" or scheme in (PLAIN, INT8, FP8)]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        results = dict(
+            zip(
+                asked,
+                pool.map(_speak, *zip(*((scheme.name, solver) for scheme, solver in asked), strict=True)),
+                strict=True,
+            )
+        )
+    return [row for scheme, solver in asked for row in rows_free(scheme, solver, results)]
+
+
+def _speak(name: str, solver: str) -> list[tuple[int, int, bool]]:
+    """Run :func:`speak` for the scheme with this name; functions in a scheme cannot be sent to another process."""
+    return speak(next(scheme for scheme in SPEAKING if scheme.name == name), solver)
+
+
+def rows_free(
+    scheme: Scheme, solver: str, results: dict[tuple[Scheme, str], list[tuple[int, int, bool]]]
+) -> list[ResultRow]:
+    """Return the rows of one scheme that runs free with one solver."""
+    words, frames, ended = (np.array(column) for column in zip(*results[scheme, solver], strict=True))
+    usual = np.array([n for _, n, _ in results[PLAIN, solver]])
+    asked = sum(len(text.split()) for text in texts())
+    figures = {
+        "words": (float(asked), "words"),
+        "words recognised": (100 * float(words.sum()) / asked, "%"),
+        "ended by itself": (100 * float(ended.mean()), "%"),
+        "texts of another length than bf16": (100 * float((frames != usual).mean()), "%"),
+        "length over bf16's": (float(frames.sum() / usual.sum()), "1"),
+        "greatest length over bf16's": (float((frames / usual).max()), "1"),
+    }
+    shape = f"free, {len(frames)} texts"
+    return [_row(scheme, metric, *figure, "measured", "torch", shape, solver) for metric, figure in figures.items()]
+
+
+def _row(
+    scheme: Scheme, metric: str, value: float, unit: str, how: str, provider: str, shape: str,
+    steps: str = f"euler:{STEPS}",
+) -> ResultRow:  # fmt: skip
+    return ResultRow("quantization", scheme.name, metric, value, unit, how, COMMAND, provider, shape, "bf16", steps)
+
+
+def rows() -> list[ResultRow]:
+    """Measure everything, and return the rows. Given histories are measured in a new process, in the interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.csv"
+        command = [sys.executable, "-m", "bench", "quantization", "--csv", str(file)]
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        subprocess.run(command, cwd=ROOT, env=env, check=True)
+        found = read(file.read_text())
+    return [*found, *sizes(), *free()]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a line for each scheme and solver, and write the rows if ``--csv`` is given."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument(
+        "--csv", type=Path, nargs="?", const=FILE, metavar="FILE", help=f"store the rows in FILE, or in {FILE.name}"
+    )
+    args = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        torch.set_num_threads(2)
+        found = with_provenance(given())
+    else:
+        found = rows()
+        print(table(found))
+        found = with_provenance(found)
+    if args.csv:
+        store(found, args.csv)
+    return 0
+
+
+def table(rows: Iterable[ResultRow]) -> str:
+    """Return the lines to print: the figures of each scheme, provider, shape and solver."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        key = (row.subject, row.provider, row.shape, row.steps)
+        groups.setdefault(key, []).append(f"{row.metric} {row.value:.4g} {row.unit if row.unit != '1' else ''}".strip())
+    return "\n".join(f"{', '.join(key)}: {', '.join(figures)}" for key, figures in groups.items())
