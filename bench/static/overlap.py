@@ -13,6 +13,7 @@ instructions. On sm_100, matrix products need tensor memory, which a kernel allo
 """
 
 import argparse
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ BATCHES = (1, 32)
 # Accesses to memory that all blocks share, and ends. LDC loads parameters, LDS and STS access a block's shared memory,
 # and CCTL is the prefetch.
 PTX = r"(?:ld|st|atom|red|cp|multimem|mbarrier)\.(?!param|shared|.*\.shared)|(?:ret|exit|trap|call)\b"
-SASS = r"(?:LDG|LD|STG|ST|ATOM|ATOMG|RED|REDG|LDGSTS|UBLK\w*|UTMA\w*|EXIT|RET|CALL|BPT)\b"
+SASS = r"(?:LDG|LD|STG|ST|ATOM|ATOMG|RED|REDG|LDGSTS|UBLK\w*|UTMA\w*|EXIT|RET|BPT)\b"
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,20 @@ def _faults(where: str, lines: Sequence[Line], wait: str, forbidden: str) -> lis
         return [f"{where}: never waits"]
     before = lines[: names.index(wait)]
     labels = {line.label for line in before} | {lines[len(before)].label}
-    wrong = [line.instruction for line in before if re.match(forbidden, line.instruction)]
+    executed = [
+        *before,
+        *(one for line in before if line.instruction.startswith("CALL") for one in _called(lines, line)),
+    ]
+    wrong = [line.instruction for line in executed if re.match(forbidden, line.instruction)]
     jumps = [line for line in before if re.match(r"bra|BRA|brx|BRX|JM", line.instruction)]
     wrong += [line.instruction for line in jumps if not labels.intersection(line.operands.replace(",", " ").split())]
     return [f"{where}: {one} before the wait" for one in dict.fromkeys(wrong)]
+
+
+def _called(lines: Sequence[Line], call: Line) -> list[Line]:
+    """Return the instructions of a subroutine, such as an integer division, up to its return."""
+    first = next(i for i, line in enumerate(lines) if line.label in call.operands.split())
+    return list(itertools.takewhile(lambda line: not line.instruction.startswith("RET"), lines[first:]))
 
 
 def faults_of(binary: Binary) -> list[str]:
