@@ -28,10 +28,18 @@ def test_inventory(full_folder: Path) -> None:
 
 def _run(code: str, *arguments: str) -> tuple[str, int]:
     """Run Python code in a fresh process; return its standard error and its peak resident bytes."""
-    code += "\nimport sys; print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
+    said, _, peak = _run_and_end(code, *arguments)
+    return said, peak
+
+
+def _run_and_end(code: str, *arguments: str) -> tuple[str, int, int]:
+    """Run Python code in a fresh process; return its standard error, and its resident bytes at the end and at most."""
+    code += "\nfor name in ('VmRSS', 'VmHWM'):"
+    code += "\n    print(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1])"
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stderr, int(done.stdout.split()[-1]) * 1024
+    end, peak = (int(number) * 1024 for number in done.stdout.split()[-2:])
+    return done.stderr, end, peak
 
 
 def test_say(full_folder: Path, tmp_path: Path) -> None:
@@ -52,3 +60,14 @@ def test_change_of_dtype(full_folder: Path) -> None:
     _, peak = _run(code, str(full_folder))
     print(f"peak {peak / 1e9:.2f} GB")
     assert peak < 1.2 * 2 * WEIGHTS
+
+
+def test_memory_with_int8_weights(full_folder: Path) -> None:
+    """A process with int8 weights takes .62 of the memory, and quantising takes at most two tensors more."""
+    code = "import sys, voxkern; tts = voxkern.load(sys.argv[1], backend='torch', quantize=sys.argv[2] or None)"
+    _, plain, _ = _run_and_end(code, str(full_folder), "")
+    _, int8, peak = _run_and_end(code, str(full_folder), "int8")
+    largest = max(t.numel for t in tensor_table(full_folder).values()) * 2
+    print(f"bf16 {plain / 1e9:.2f} GB, int8 {int8 / 1e9:.2f} GB = {int8 / plain:.3f}, peak {peak / 1e9:.2f} GB")
+    assert int8 < 0.62 * plain
+    assert peak < 0.62 * plain + 2 * largest
