@@ -22,6 +22,7 @@ TOOLS = {
     "errors": ("quality", "count the codes that rounding flips, against fp64"),
     "distortion": ("quality", "measure what fewer evaluations of the velocity network cost"),
     "recognition": ("quality", "count the words of the demo voice that a speech recogniser hears"),
+    "quantization": ("quality", "measure what weights in 8 bits do to the sound"),
     "demo_voice": ("quality", "write the demo voice's checkpoint from trained weights"),
     "report": ("report", "measure on this machine, then write the page, the pictures and the tables"),
 }

@@ -1,19 +1,18 @@
 """Overlap launches: a kernel starts while the kernel before it still runs (programmatic dependent launch, sm_90).
 
-Between two launches in a CUDA graph, a GPU is idle for one to two microseconds: the last blocks of a kernel end, the
-next kernel starts, and its first loads take their time. With overlap, the next kernel starts as soon as all blocks of
-the kernel before it have started::
+In a CUDA graph, a GPU is nearly idle for about 2 us between two kernels. One kernel ends, the next kernel starts, and
+waits for its first loads. With overlap, the next kernel starts earlier: when all blocks of the kernel before it have
+started, and a multiprocessor has registers and shared memory left::
 
     without overlap   | kernel 1 |  start, first loads  | kernel 2 |
     with overlap      | kernel 1                 |
                            | start, prefetch, wait | kernel 2 |
 
-The rule for every kernel of this package: its first statements are :func:`wait_for_launches`, and before that at most
-:func:`prefetch_rows` and arithmetic. Before the wait, a kernel neither loads nor stores, and no block may end.
-So a kernel sees all stores of the kernel before it, and the order of launches is transitive: the kernel before has
-waited for its own predecessor. A prefetch changes no result, whatever it reads, because it loads into no register. It
-only moves weights from memory to the L2 cache, which all multiprocessors share. ``bench/static/overlap.py`` checks the
-rule in machine code.
+Every kernel of this package calls :func:`wait_for_launches` before it loads, stores or returns. Before this call, it
+may compute addresses and call :func:`prefetch_rows`. The wait ends when the kernel before it has ended. That kernel has
+waited for its own predecessor, so all earlier stores are visible. A prefetch changes no result, whatever it reads,
+because it loads into no register. It only moves weights from memory to the L2 cache, which all multiprocessors share.
+``bench/static/overlap.py`` checks the rule in machine code.
 
 A launch overlaps within :func:`voxkern.kernels.launch_config.overlapped`. Overlap has not been run on a GPU.
 """

@@ -18,7 +18,8 @@ Rows that are equal for many pairs are stored once. In the first layer, the two 
 For BLOCK_B requests, a block of ``token_attention`` computes all queries that read one key head: 2 branches, 3 tokens
 and H / Hkv query heads. No other block loads these q, k and v, except those of a shared t row. With only three keys,
 scores are elementwise products and sums, not matrix products. ``token_attention_linear`` is for one request. It is
-tiled along the rows of wo, and each block repeats the attention, which matrix products make cheap, and saves a launch.
+tiled along the rows of wo. Each block repeats the attention, which saves a launch and takes few instructions as matrix
+products.
 """
 
 import torch
@@ -47,14 +48,16 @@ TOKEN_ATTENTION = LaunchConfigs(
 )
 
 # With BLOCK_N = 32, a step of the public model holds 32 KB of 16-bit weights: the columns of wo that belong to the four
-# heads of a key head. On AMD GPUs, 192 blocks with 16 rows of wo have 16 KB of weights in flight each.
+# heads of a key head. With 3 stages, two steps lie in shared memory: 92,160 of the 101,376 bytes on sm_86, sm_89 and
+# sm_120. On AMD GPUs, 192 blocks with 16 rows of wo have 16 KB of weights in flight each.
+MAX_FUSED_COLUMNS = 512  # columns of the heads of one key head; with more, a step does not fit into shared memory
 TOKEN_ATTENTION_LINEAR = LaunchConfigs(
     "token_attention_linear",
     """
     arch         | BLOCK_M  BLOCK_N  num_warps  num_stages
     interpreter  | 16       32       4          1
-    gfx942       | 16       16       4          2
     gfx950       | 16       16       4          3
+    gfx*         | 16       16       4          2
     sm_*         | 8        32       4          3
     """,
 )
@@ -198,7 +201,7 @@ def token_attention(
 
 @triton.jit
 def _offset_of_token(p_x, p_t, p_h, o_row, n_x, n_t, W: tl.constexpr, ALIGN: tl.constexpr):
-    """Return the number of elements from `p_x` to q | k | v of each token, so that one pointer serves all tokens.
+    """Return the offset of each token's q | k | v from `p_x`, in elements; one pointer then serves all three tensors.
 
     Args:
         p_x: [n_x, W], q | k | v of the x tokens, one for both branches or one for each.
@@ -215,7 +218,7 @@ def _offset_of_token(p_x, p_t, p_h, o_row, n_x, n_t, W: tl.constexpr, ALIGN: tl.
     to_h = tl.multiple_of((p_h.to(tl.int64) - p_x.to(tl.int64)) // SIZE, ALIGN)
     token, branch = o_row // 2, o_row % 2
     o_x, o_t, o_h = tl.minimum(branch, n_x - 1) * W, to_t + tl.minimum(branch, n_t - 1) * W, to_h + branch * W
-    # a sum and no tl.where, from whose result the compiler cannot infer the alignment
+    # a sum, because the compiler cannot infer the alignment of tl.where's result
     return (token == 0).to(tl.int64) * o_x + (token == 1).to(tl.int64) * o_t + (token == 2).to(tl.int64) * o_h
 
 
@@ -227,8 +230,8 @@ def _token_attention_linear_kernel(
     GROUP: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
-    # A step computes the query heads of one key head, each with products of its own, so that each warp has a head. The
-    # keys of all tokens are 16 columns of scores, of which a query sees the three of its branch.
+    # A step computes the query heads of one key head, by batched products. In the public model, each of the four warps
+    # has one head. The six keys are the rows of the scores, padded to 16. A query sees the three keys of its branch.
     G: tl.constexpr = H // HKV
     COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
     o_m, o_n = tl.arange(0, BLOCK_M), tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -275,7 +278,7 @@ def launch_token_attention_linear(
     constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6, weight=wo.dtype)
     constants |= {"N": N, "W": W, "H": n_heads, "HKV": n_kv_heads, "D": D}
     constants["GROUP"] = triton.next_power_of_2(n_heads // n_kv_heads)
-    # loads of 16 bytes need this alignment
+    # loads of 16 bytes need tokens whose addresses differ by multiples of 16 bytes
     is_aligned = all((qkv.data_ptr() - x_qkv.data_ptr()) % 16 == 0 for qkv in (t_qkv, h_qkv))
     constants["ALIGN"] = 16 // x_qkv.element_size() if is_aligned else 1
     _token_attention_linear_kernel[(1, triton.cdiv(N, constants["BLOCK_N"]))](
@@ -313,11 +316,17 @@ def token_attention_linear(
     Raises:
         TypeError: the tensors are fp32. For fp32, call :func:`token_attention` and then
             :func:`voxkern.kernels.linear.linear`.
-        ValueError: there is more than one request, or W does not fit `n_heads` and `n_kv_heads`.
+        ValueError: there is more than one request, W does not fit `n_heads` and `n_kv_heads`, the heads of a key head
+            have more than 512 columns, or `residual` has neither 2 nor 6 rows.
     """
     if h_qkv.dtype == torch.float32:  # a product over 128 fp32 columns needs more registers than a thread has
         raise TypeError("h_qkv is torch.float32 but must be bf16 or fp16: for fp32 call token_attention, then linear")
     attended = token_attention.declare(x_qkv, t_qkv, h_qkv, n_heads, n_kv_heads, 3, 1)
+    if (columns := attended.shape[1] // n_kv_heads) > MAX_FUSED_COLUMNS:
+        raise ValueError(
+            f"the heads of one key head have {columns} columns (n_heads / n_kv_heads * D) but may have "
+            f"{MAX_FUSED_COLUMNS}: call token_attention, then linear"
+        )
     N, _ = expect_weight("wo", wo, ("dim", attended.shape[1]), scale, like=h_qkv)
     M, _ = expect("residual", residual, ("M", N), like=h_qkv)
     if M not in (2, 6):

@@ -170,5 +170,14 @@ def replace_linears(model: nn.Module, linears: Mapping[str, nn.Linear], format_:
         setattr(model.get_submodule(parent), child, QuantizedLinear(linear.in_features, linear.out_features, format_))
 
 
+def quantize_linears(model: nn.Module, linears: Mapping[str, nn.Linear], format_: Format) -> None:
+    """Replace `linears`, a part of the result of :func:`quantizable`, by layers with their weights in 8 bits."""
+    replace_linears(model, linears, format_)
+    for name, linear in linears.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear)
+        layer.weight, layer.qscale_weight = quantize_weight(linear.weight.detach(), format_)
+
+
 def _blocks(n: int) -> Iterator[slice]:
     return (slice(first, first + ROWS) for first in range(0, n, ROWS))

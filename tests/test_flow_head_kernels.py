@@ -83,16 +83,25 @@ def test_a_request_does_not_depend_on_the_others(
                 assert torch.equal(one, all_[rows_of(part, B, len(all_))])
 
 
+@pytest.mark.interpreter("launches are recorded in the interpreter")
 def test_attention_with_wo_reads_tokens_at_any_address(device: torch.device) -> None:
-    """Loads of 16 bytes need tokens whose distances are multiples of 16 bytes. Other distances give the same bits."""
+    """The compiler may load 16 bytes at once only where the tokens' distances are multiples of 16 bytes."""
     make = TensorMaker(torch.bfloat16, str(device))
     sizes = SimpleNamespace(B=1, max_batch=1, n_x=2, n_t=1, n_tokens=3, N=40, H=4, HKV=2, D=16)
     args = attention_bench.token_attention_linear_inputs(sizes, make)
     moved = dict(args)
     for name, first in (("x_qkv", 1), ("t_qkv", 0), ("h_qkv", 3)):
         moved[name] = args[name].new_empty(first + args[name].numel())[first:].view_as(args[name]).copy_(args[name])
-    assert (moved["t_qkv"].data_ptr() - moved["x_qkv"].data_ptr()) % 16
-    assert torch.equal(token_attention_linear(**moved), token_attention_linear(**args))
+    with counting() as launches:
+        assert torch.equal(token_attention_linear(**moved), token_attention_linear(**args))
+    assert [launch.constants["ALIGN"] for launch in launches] == [1, 8]
+
+
+def test_heads_that_do_not_fit_into_shared_memory() -> None:
+    sizes = SimpleNamespace(B=1, max_batch=1, n_x=2, n_t=1, n_tokens=3, N=40, H=8, HKV=1, D=128)
+    args = attention_bench.token_attention_linear_inputs(sizes, TensorMaker(torch.bfloat16))
+    with pytest.raises(ValueError, match=r"have 1024 columns .* but may have 512"):
+        token_attention_linear(**args)
 
 
 @pytest.mark.interpreter("loads are counted by address")

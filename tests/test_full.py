@@ -26,13 +26,7 @@ def test_inventory(full_folder: Path) -> None:
     assert (full_folder / "consolidated.safetensors").stat().st_size == 8_004_752_248  # the published file's size
 
 
-def _run(code: str, *arguments: str) -> tuple[str, int]:
-    """Run Python code in a fresh process; return its standard error and its peak resident bytes."""
-    said, _, peak = _run_and_end(code, *arguments)
-    return said, peak
-
-
-def _run_and_end(code: str, *arguments: str) -> tuple[str, int, int]:
+def _run(code: str, *arguments: str) -> tuple[str, int, int]:
     """Run Python code in a fresh process; return its standard error, and its resident bytes at the end and at most."""
     code += "\nfor name in ('VmRSS', 'VmHWM'):"
     code += "\n    print(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1])"
@@ -45,7 +39,7 @@ def _run_and_end(code: str, *arguments: str) -> tuple[str, int, int]:
 def test_say(full_folder: Path, tmp_path: Path) -> None:
     code = "import sys; from voxkern.cli import app; app(sys.argv[1:], standalone_mode=False)"
     out = tmp_path / "hello.wav"
-    said, peak = _run(code, "say", "Hello", "--model", str(full_folder), "--max-frames", "3", "-o", str(out))
+    said, _, peak = _run(code, "say", "Hello", "--model", str(full_folder), "--max-frames", "3", "-o", str(out))
     print(said.splitlines()[-1], f"peak {peak / 1e9:.2f} GB")
     assert out.stat().st_size == 44 + 3 * 1920 * 2
     assert peak < 1.2 * WEIGHTS
@@ -57,16 +51,16 @@ def test_change_of_dtype(full_folder: Path) -> None:
     memory = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     if memory * 1024 < 2.5 * WEIGHTS:
         pytest.skip("16 GB of weights in fp32 need 20 GB of free memory, and this machine has less")
-    _, peak = _run(code, str(full_folder))
+    _, _, peak = _run(code, str(full_folder))
     print(f"peak {peak / 1e9:.2f} GB")
     assert peak < 1.2 * 2 * WEIGHTS
 
 
 def test_memory_with_int8_weights(full_folder: Path) -> None:
-    """A process with int8 weights takes .62 of the memory, and quantising takes at most two tensors more."""
+    """With int8 weights, a process takes less than 0.62 of the memory, and the two largest tensors more at its peak."""
     code = "import sys, voxkern; tts = voxkern.load(sys.argv[1], backend='torch', quantize=sys.argv[2] or None)"
-    _, plain, _ = _run_and_end(code, str(full_folder), "")
-    _, int8, peak = _run_and_end(code, str(full_folder), "int8")
+    _, plain, _ = _run(code, str(full_folder), "")
+    _, int8, peak = _run(code, str(full_folder), "int8")
     largest = max(t.numel for t in tensor_table(full_folder).values()) * 2
     print(f"bf16 {plain / 1e9:.2f} GB, int8 {int8 / 1e9:.2f} GB = {int8 / plain:.3f}, peak {peak / 1e9:.2f} GB")
     assert int8 < 0.62 * plain

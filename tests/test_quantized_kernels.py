@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from voxkern.kernels.norm_linear import norm_swiglu
 from voxkern.kernels.qkv import norm_qkv
 from voxkern.kernels.quantized import stored, widen
 from voxkern.random_checkpoint import TINY_MOE, make_checkpoint
-from voxkern.reference.quantized import FORMATS, QuantizedLinear, quantizable, quantize_weight, replace_linears
+from voxkern.reference.quantized import FORMATS, QuantizedLinear, quantizable, quantize_linears
 
 QUANTIZED = [entry for entry in entries() if "int8" in entry.cases[0].dtypes]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,14 +64,6 @@ def test_sums_that_are_not_scaled_may_exceed_fp16(device: torch.device) -> None:
     x = torch.full((3, 64), 100.0, dtype=torch.float16, device=device)
     y = linear(x, q, None, None, None, 3, scale=scale)
     assert torch.equal(y, torch.full_like(y, 8128.0))
-
-
-def quantize_linears(model: nn.Module, linears: Mapping[str, nn.Linear], format_: str) -> None:
-    """Replace some linear layers by layers with their weights in 8 bits."""
-    replace_linears(model, linears, FORMATS[format_])
-    for name, one in linears.items():
-        layer = model.get_submodule(name)
-        layer.weight, layer.qscale_weight = quantize_weight(one.weight.detach(), FORMATS[format_])
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +128,7 @@ def test_only_some_layers_in_8_bits(folders: dict[str, Path], device: torch.devi
     head = read_checkpoint(folders["dense"], device=device).model.acoustic_transformer
     linears = quantizable(head)
     for layer, format_ in ((1, "int8"), (2, "fp8")):
-        quantize_linears(head, {n: one for n, one in linears.items() if f"layers.{layer}." in n}, format_)
+        quantize_linears(head, {n: one for n, one in linears.items() if f"layers.{layer}." in n}, FORMATS[format_])
     exact = copy.deepcopy(head)
     voxkern.accelerate(head, 2)
     g = torch.Generator().manual_seed(0)
@@ -146,7 +137,7 @@ def test_only_some_layers_in_8_bits(folders: dict[str, Path], device: torch.devi
     torch.testing.assert_close(head.solve(*args), exact.solve(*args), rtol=1e-4, atol=1e-4)
     first = {n: one for n, one in linears.items() if "layers.0." in n}
     for one in (head, exact):
-        quantize_linears(one, first, "int8")
+        quantize_linears(one, first, FORMATS["int8"])
     voxkern.accelerate(head, 2)
     torch.testing.assert_close(head.solve(*args), exact.solve(*args), rtol=1e-4, atol=1e-4)
     for one in (head, exact):
@@ -212,7 +203,7 @@ def test_what_cannot_be_quantised_is_named(folders: dict[str, Path], server: SGL
         ("layers.1", "layers.1.shared_experts.w2"),
     ):
         mixed = copy.deepcopy(model)
-        quantize_linears(mixed, {part: linears[part]}, "int8")
+        quantize_linears(mixed, {part: linears[part]}, FORMATS["int8"])
         with pytest.raises(ValueError, match=f"{name} has weights in torch.float32 and torch.int8, which one kernel"):
             voxkern.accelerate(mixed)
     wq = server.layers["0"].attention.wq

@@ -21,6 +21,23 @@ def _warm_up(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+def test_what_load_quantises_or_overlaps(tiny_folder: Path, tmp_path: Path) -> None:
+    """`--quantize` compiles the kernels of a checkpoint in 8 bits, and `--overlap` those of a frame once more."""
+    quantize_checkpoint(tiny_folder, tmp_path / "quantized", "int8")
+    assert "kernels are ready" in _warm_up(tmp_path / "cache", str(tmp_path / "quantized"), "--arch", "sm_90").stderr
+    made = set((tmp_path / "cache").rglob("*.cubin"))
+    assert (
+        "kernels are ready"
+        in _warm_up(tmp_path / "cache", str(tiny_folder), "--arch", "sm_90", "--quantize", "int8").stderr
+    )
+    assert set((tmp_path / "cache").rglob("*.cubin")) == made
+    _warm_up(tmp_path / "cache", str(tiny_folder), "--arch", "sm_90", "--quantize", "int8", "--overlap")
+    more = {path.stem for path in set((tmp_path / "cache").rglob("*.cubin")) - made}
+    assert "_linear_kernel" in more
+    assert "_prefill_attention_kernel" not in more
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("format_", [None, "int8"])
 def test_compiles_once(tiny_folder: Path, tmp_path: Path, format_: str | None) -> None:
     """The first run writes a binary of every launched kernel to the cache on disk; a second run adds none."""
@@ -49,3 +66,5 @@ def test_errors(tmp_path: Path) -> None:
     assert unknown.returncode == 1
     assert "arch must be one of sm_80" in unknown.stderr
     assert "name one with --arch" in _warm_up(tmp_path).stderr
+    old = _warm_up(tmp_path, "--arch", "sm_80", "--overlap")
+    assert "overlap needs one of the architectures sm_90, sm_100, sm_120, got 'sm_80'" in " ".join(old.stderr.split())

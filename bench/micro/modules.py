@@ -30,7 +30,7 @@ from voxkern.reference.config import N_SPECIAL_CODES, MoEConfig
 from voxkern.reference.flow_head import FlowHead
 from voxkern.reference.model import make_head
 from voxkern.reference.moe import MoEBlock
-from voxkern.reference.quantized import FORMATS, quantizable, quantize_weight, replace_linears
+from voxkern.reference.quantized import FORMATS, quantizable, quantize_linears
 
 DEMO = ROOT / "voxkern" / "demo"
 PUBLIC_MODEL_BYTES = 60e9  # GPU memory for the public model and for its fp64 copy, which checks the results
@@ -139,11 +139,7 @@ def public_head(dtype: str, device: str) -> FlowHead:
     plain = "bf16" if dtype in FORMATS else dtype
     head: FlowHead = filled(lambda: make_head(config.acoustic_transformer, config.audio), plain, device)
     if dtype in FORMATS:
-        linears = quantizable(head)
-        replace_linears(head, linears, FORMATS[dtype])
-        for name, one in linears.items():
-            layer = head.get_submodule(name)
-            layer.weight, layer.qscale_weight = quantize_weight(one.weight.detach(), FORMATS[dtype])
+        quantize_linears(head, quantizable(head), FORMATS[dtype])
     return head
 
 

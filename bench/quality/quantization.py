@@ -2,13 +2,16 @@
 
 ``python -m bench quantization`` compares the schemes of bench/quality/schemes.py in two ways.
 
-**Given histories.** Each model receives the frames that bf16 has generated as its past, and generates the next frame
+**Teacher forcing.** Each model receives the frames that bf16 has generated as its past, and generates the next frame
 after each of them (bench/quality/errors.py). The truth is the same checkpoint in fp64, without 8-bit weights. Two
-faithful bf16 implementations, PyTorch and the kernels, differ from this truth, too. They are the yardstick. The kernels
+faithful bf16 implementations, PyTorch and the kernels, differ from this truth, too. They are the baseline. The kernels
 run in Triton's interpreter.
 
-**Free running.** Each model speaks 100 strings of digits and 40 sentences by itself, with several solvers. A speech
-recogniser counts the words, and the lengths are compared with those of bf16.
+**Free running.** Each model generates 100 strings of digits and 40 sentences on its own past, with several solvers. A
+speech recogniser counts the words, and the lengths are compared with those of 16-bit weights. All models compute in
+fp32, so that only the weights differ. One of them is the checkpoint in bf16, as a baseline.
+
+With TRITON_INTERPRET=1, only teacher forcing is measured.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -27,26 +30,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.ops.registry import ROOT
+from bench.ops.registry import FLOATS, ROOT
 from bench.quality.errors import Flips, History, conditions, generate_histories, large_tiles, snr, sound
 from bench.quality.recognition import digit_strings, sentences
-from bench.quality.schemes import FP8, FP8_BY_TENSOR, INT4, INT8, PLAIN, Scheme, schemes
+from bench.quality.schemes import FP8, FP8_BY_TENSOR, INT4, INT8, PLAIN, Scheme, dequantized, schemes
 from bench.results import FILE, ResultRow, read, store, with_provenance
 from bench.static.work import dram_bytes, frame, public, public_model
 from voxkern.checkpoint import read_checkpoint
 from voxkern.generation_params import CFG_ALPHA
 from voxkern.reference.config import END_AUDIO
-from voxkern.reference.quantized import quantizable
+from voxkern.reference.quantized import QuantizedLinear, quantizable
 from voxkern.reference.train.data import DIGITS, WORDS
 from voxkern.reference.train.recogniser import Recogniser, words_right
 from voxkern.tts import DEMO, TTS
 
 COMMAND = "python -m bench quantization"
 STEPS, ROWS, MAX_FRAMES = 7, 64, 15
-TEXTS = ("seven three", "zero nine", "five two", "eight one")  # in 2 voices; with their prompts 128 states: 2 x ROWS
+# texts in 2 voices, with 16 states each: 4 x ROWS
+TEXTS = ("seven three", "zero nine", "five two", "eight one", "six four", "nine eight", "two seven", "three zero")
 FITTED_ON = ("four six", "nine seven", "two zero", "three eight")  # texts for scales that are fitted to inputs
 SOLVERS = ("euler:2", "euler:4", "euler:7", "ab2:2", "ab2:4", "ab2:7")
 SPEAKING = (PLAIN, INT8, FP8, FP8_BY_TENSOR, INT4)
+MAIN_SCHEMES, OTHER_SOLVERS = (PLAIN, INT8, FP8), ("euler:7", "ab2:4")  # other schemes run with these solvers only
 STRINGS, LONGEST = 100, 150  # strings of digits, with 2 sentences for each 5 of them; the most frames of a text
 
 
@@ -63,6 +68,21 @@ class Result:
     codes: Tensor
 
 
+@dataclass(frozen=True)
+class Text:
+    """What became of one text.
+
+    Attributes:
+        words: number of its words that were recognised.
+        frames: number of its frames.
+        ended: whether it ended by itself, before the limit of frames.
+    """
+
+    words: int
+    frames: int
+    ended: bool
+
+
 @torch.inference_mode()
 def generated(tts: TTS, histories: list[History]) -> Result:
     """Generate the latents and codes of the frame after each state of :func:`conditions`."""
@@ -74,12 +94,12 @@ def generated(tts: TTS, histories: list[History]) -> Result:
     return Result(torch.cat(latents), torch.cat(codes))
 
 
-def spoken(tts: TTS, histories: list[History], codes: Tensor, truth: Tensor) -> Tensor:
+def decoded(tts: TTS, histories: list[History], codes: Tensor, truth: Tensor) -> Tensor:
     """Decode generated frames history by history, without those for which the truth is END.
 
-    A frame that is END only in `codes` is replaced by the truth's.
+    A frame without sound in `codes` alone (END, EMPTY or not finite) is replaced by the truth's, so it adds no error.
     """
-    frames = torch.where((codes[:, :1] == END_AUDIO) | (codes[:, :1] < END_AUDIO), truth, codes)
+    frames = torch.where(codes[:, :1] <= END_AUDIO, truth, codes)
     parts = torch.split(frames, [len(history.codes) + 1 for history in histories])
     wanted = torch.split(truth[:, 0] != END_AUDIO, [len(part) for part in parts])
     changed = [
@@ -91,13 +111,16 @@ def spoken(tts: TTS, histories: list[History], codes: Tensor, truth: Tensor) -> 
 
 @torch.inference_mode()
 def mean_squares(tts: TTS, histories: list[History]) -> dict[str, Tensor]:
-    """Return the mean square of each input of the large layers, fp32 [K], over the frames after the histories."""
-    sums: dict[str, Tensor] = {}
+    """Return the mean square of each input of the large layers, fp32 [K].
+
+    The mean is over prompts and frames in the backbone, and over all evaluations in the flow head.
+    """
+    sums: dict[str, tuple[Tensor, int]] = {}
 
     def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].flatten(0, -2).float()
-        total, n = sums.get(name, (torch.zeros(x.shape[1]), 0))  # type: ignore[misc]
-        sums[name] = (total + x.square().sum(0), n + len(x))  # type: ignore[assignment]
+        total, n = sums.get(name, (torch.zeros(x.shape[1]), 0))
+        sums[name] = total + x.square().sum(0), n + len(x)
 
     hooks = [
         linear.register_forward_pre_hook(functools.partial(note, name))
@@ -106,7 +129,7 @@ def mean_squares(tts: TTS, histories: list[History]) -> dict[str, Tensor]:
     generated(tts, histories)
     for hook in hooks:
         hook.remove()
-    return {name: total / n for name, (total, n) in sums.items()}  # type: ignore[misc]
+    return {name: total / n for name, (total, n) in sums.items()}
 
 
 def plain(dtype: torch.dtype = torch.bfloat16, use_kernels: bool = False) -> TTS:
@@ -122,19 +145,36 @@ def given() -> list[ResultRow]:
     histories = generate_histories(plain(), list(TEXTS), MAX_FRAMES)
     truth, codec = generated(plain(torch.float64), histories), plain(torch.float32)
     importance = mean_squares(plain(torch.float32), generate_histories(plain(), list(FITTED_ON), MAX_FRAMES))
-    exact = spoken(codec, histories, truth.codes, truth.codes)
+    exact = decoded(codec, histories, truth.codes, truth.codes)
     config, found = plain().model.config, []
     all_ = list(schemes(config.acoustic_transformer.n_layers, config.backbone.n_layers))
-    for scheme, provider in [(one, "torch") for one in all_] + [(one, "voxkern") for one in (PLAIN, INT8)]:
+    for scheme, provider in [(one, "torch") for one in all_] + [(PLAIN, "voxkern")]:
         checkpoint = read_checkpoint(DEMO, torch.bfloat16)
         scheme.apply(checkpoint.model, importance)
         with large_tiles():
             result = generated(TTS(checkpoint, ROWS, use_kernels=provider == "voxkern"), histories)
-        decibels = snr(spoken(codec, histories, result.codes, truth.codes), exact)
+        decibels = snr(decoded(codec, histories, result.codes, truth.codes), exact)
         rmse = float((result.latents - truth.latents).square().mean().sqrt())
         found += rows_given(scheme, provider, Flips.of(result.codes, truth.codes), rmse, decibels)
         print(f"{scheme.name} {provider}: RMSE {rmse:.4f}, SNR {decibels:.1f} dB", flush=True)
+    for scheme in (INT8, FP8):
+        share = 100 * share_of_worst_rows(scheme, importance)
+        found.append(_row(scheme, "error in the worst 1 % of rows", share, "%", "measured", "torch", "demo voice"))
     return found
+
+
+def share_of_worst_rows(scheme: Scheme, importance: Mapping[str, Tensor]) -> float:
+    """Return the share of the squared error of all layers' outputs that comes from the worst hundredth of rows.
+
+    The errors are estimated from the mean squares of the inputs, without their correlations.
+    """
+    errors = []
+    for name, linear in quantizable(plain().model).items():
+        new = scheme.convert(linear, None)
+        assert isinstance(new, QuantizedLinear)
+        errors.append(((dequantized(new) - linear.weight.float()).square() * importance[name]).sum(1))
+    found = torch.cat(errors).sort(descending=True).values
+    return float(found[: len(found) // 100].sum() / found.sum())
 
 
 def rows_given(scheme: Scheme, provider: str, flips: Flips, rmse: float, decibels: float) -> list[ResultRow]:
@@ -166,72 +206,70 @@ def sizes() -> list[ResultRow]:
 
 
 def texts() -> list[str]:
-    """Return the texts that the models speak by themselves."""
+    """Return the texts that the models generate on their own past."""
     return digit_strings(STRINGS) + sentences(2 * STRINGS // 5)
 
 
-def speak(scheme: Scheme, solver: str) -> list[tuple[int, int, bool]]:
-    """Speak all texts, and return for each its number of words that are recognised, of frames, and whether it ended."""
+def generate_texts(name: str, solver: str, dtype: torch.dtype) -> list[Text]:
+    """Generate all texts with the scheme of :data:`SPEAKING` that has this name, and one solver, in `dtype`."""
     torch.set_num_threads(1)
-    checkpoint = read_checkpoint(DEMO, torch.bfloat16)
+    scheme = next(scheme for scheme in SPEAKING if scheme.name == name)
+    checkpoint = read_checkpoint(DEMO, dtype)
     scheme.apply(checkpoint.model, {})
     tts, all_ = TTS(checkpoint, 32), texts()
-    voices, (name, _, steps) = list(tts.voices), solver.partition(":")
+    voices, (kind, _, steps) = list(tts.voices), solver.partition(":")
     audios = tts.generate(
         all_, [voices[i % len(voices)] for i in range(len(all_))], list(range(len(all_))),
-        steps=int(steps), solver=name, max_frames=LONGEST,
+        steps=int(steps), solver=kind, max_frames=LONGEST,
     )  # fmt: skip
     digits, words = Recogniser(DIGITS), Recogniser(WORDS)
     found = []
     for i, (text, audio) in enumerate(zip(all_, audios, strict=True)):
-        heard = (digits if i < STRINGS else words).recognise(audio.samples, tts.sampling_rate)
-        found.append((words_right(text.split(), heard), audio.codes.shape[1], audio.ended))
+        recognised = (digits if i < STRINGS else words).recognise(audio.samples, tts.sampling_rate)
+        found.append(Text(words_right(text.split(), recognised), audio.codes.shape[1], audio.ended))
     return found
 
 
 def free() -> list[ResultRow]:
-    """Measure the free-running schemes: all with ``euler:7``, and bf16, int8 and fp8 with every solver."""
-    asked = [(scheme, solver) for solver in SOLVERS for scheme in SPEAKING]
-    asked = [(scheme, solver) for scheme, solver in asked if solver == "euler:7" or scheme in (PLAIN, INT8, FP8)]
+    """Measure the schemes that run free, and return their rows."""
+    settings = [
+        (scheme.name, solver, torch.float32)
+        for solver in SOLVERS for scheme in SPEAKING if scheme in MAIN_SCHEMES or solver in OTHER_SOLVERS
+    ]  # fmt: skip
+    settings.append((PLAIN.name, f"euler:{STEPS}", torch.bfloat16))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        results = dict(
-            zip(
-                asked,
-                pool.map(_speak, *zip(*((scheme.name, solver) for scheme, solver in asked), strict=True)),
-                strict=True,
-            )
-        )
-    return [row for scheme, solver in asked for row in rows_free(scheme, solver, results)]
+        results = dict(zip(settings, pool.map(generate_texts, *zip(*settings, strict=True)), strict=True))
+    found = []
+    for name, solver, dtype in settings:
+        usual = results[PLAIN.name, solver, torch.float32]
+        found += rows_free(name, solver, dtype, results[name, solver, dtype], usual)
+    return found
 
 
-def _speak(name: str, solver: str) -> list[tuple[int, int, bool]]:
-    """Run :func:`speak` for the scheme with this name; functions in a scheme cannot be sent to another process."""
-    return speak(next(scheme for scheme in SPEAKING if scheme.name == name), solver)
-
-
-def rows_free(
-    scheme: Scheme, solver: str, results: dict[tuple[Scheme, str], list[tuple[int, int, bool]]]
-) -> list[ResultRow]:
-    """Return the rows of one scheme that runs free with one solver."""
-    words, frames, ended = (np.array(column) for column in zip(*results[scheme, solver], strict=True))
-    usual = np.array([n for _, n, _ in results[PLAIN, solver]])
-    asked = sum(len(text.split()) for text in texts())
+def rows_free(name: str, solver: str, dtype: torch.dtype, result: list[Text], usual: list[Text]) -> list[ResultRow]:
+    """Return the rows of one scheme that runs free with one solver; `usual` is the result of 16-bit weights."""
+    lengths = np.array([one.frames / other.frames for one, other in zip(result, usual, strict=True)])
+    n_words = sum(len(text.split()) for text in texts())
     figures = {
-        "words": (float(asked), "words"),
-        "words recognised": (100 * float(words.sum()) / asked, "%"),
-        "ended by itself": (100 * float(ended.mean()), "%"),
-        "texts of another length than bf16": (100 * float((frames != usual).mean()), "%"),
-        "length over bf16's": (float(frames.sum() / usual.sum()), "1"),
-        "greatest length over bf16's": (float((frames / usual).max()), "1"),
+        "words": (float(n_words), "words"),
+        "words recognised": (100 * sum(one.words for one in result) / n_words, "%"),
+        "ended by itself": (100 * float(np.mean([one.ended for one in result])), "%"),
+        "texts of another length": (100 * float((lengths != 1).mean()), "%"),
+        "mean length": (float(lengths.mean()), "1"),
+        "greatest length": (float(lengths.max()), "1"),
     }
-    shape = f"free, {len(frames)} texts"
-    return [_row(scheme, metric, *figure, "measured", "torch", shape, solver) for metric, figure in figures.items()]
+    dtype_ = next(name for name, one in FLOATS.items() if one == dtype)
+    shape = f"free, {len(result)} texts"
+    return [
+        ResultRow("quantization", name, metric, value, unit, "measured", COMMAND, "torch", shape, dtype_, solver)
+        for metric, (value, unit) in figures.items()
+    ]
 
 
 def _row(
-    scheme: Scheme, metric: str, value: float, unit: str, how: str, provider: str, shape: str,
-    steps: str = f"euler:{STEPS}",
+    scheme: Scheme, metric: str, value: float, unit: str, how: str, provider: str, shape: str
 ) -> ResultRow:  # fmt: skip
+    steps = f"euler:{STEPS}"
     return ResultRow("quantization", scheme.name, metric, value, unit, how, COMMAND, provider, shape, "bf16", steps)
 
 

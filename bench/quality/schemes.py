@@ -1,7 +1,7 @@
 """Ways to store the large weights of a model in fewer bits, and the bytes that each takes.
 
 A scheme replaces some of the linear layers that :func:`voxkern.reference.quantized.quantizable` finds. The layers with
-8-bit weights are the product's own. 4-bit weights exist only here: their layers hold the numbers that 4 bits stand for,
+8-bit weights are voxkern's. 4-bit weights exist only here: their layers hold the numbers that 4 bits stand for,
 rounded to the model's dtype.
 """
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from voxkern.reference import VoxtralTTS
-from voxkern.reference.quantized import FORMATS, SMALLEST_SCALE, Format, QuantizedLinear, quantizable
+from voxkern.reference.quantized import FORMATS, SMALLEST_SCALE, Format, QuantizedLinear, quantizable, quantize_weight
 
 GROUP = 32  # columns of a row that share a scale of 4-bit weights
-CLIPPED = torch.linspace(1.0, 0.5, 26)  # shares of the largest number of a row that are tried as the largest stored one
+SHARES_TRIED = torch.linspace(1.0, 0.5, 26)  # the largest number that is stored / the largest of the row
 HEAD = "acoustic_transformer."
+FIRST_QKV = rf"{re.escape(HEAD)}layers\.0\.attention\.w[qkv]"
 Importance = Tensor | None  # fp32 [K], the mean square of each input of a layer, or None for equal weights
 Convert = Callable[[nn.Linear, Importance], nn.Module]
 
@@ -62,14 +63,16 @@ class Scheme:
     def saved(self, model: VoxtralTTS, evaluations: int) -> tuple[float, float]:
         """Return the bytes that the scheme saves against 16 bits: of the model, and of one request's frame.
 
-        A frame reads the layers of the flow head once for each of `evaluations`, and all others once.
+        A frame reads the layers of the flow head once for each of `evaluations`, and all others once. It reads wq, wk
+        and wv of the head's first layer once more, for the hidden state's token.
         """
         memory = frame = 0.0
         for name, linear in quantizable(model).items():
             if self.takes(name):
                 less = linear.weight.numel() * (16 - self.bits(linear.in_features)) / 8
                 memory += less
-                frame += less * (evaluations if name.startswith(f"{HEAD}layers.") else 1)
+                times = evaluations if name.startswith(f"{HEAD}layers.") else 1
+                frame += less * (times + bool(re.fullmatch(FIRST_QKV, name)))
         return memory, frame
 
 
@@ -84,9 +87,10 @@ def stored(linear: nn.Linear, scale: Tensor, format_: Format) -> QuantizedLinear
 
 
 def by_rows(linear: nn.Linear, importance: Importance, format_: Format) -> nn.Module:
-    """Store the weight with one scale for each row, as the product does."""
-    largest = linear.weight.detach().float().abs().amax(1)
-    return stored(linear, (largest / format_.largest).clamp(min=SMALLEST_SCALE), format_)
+    """Store the weight with one scale for each row, as voxkern does."""
+    new = QuantizedLinear(linear.in_features, linear.out_features, format_)
+    new.weight, new.qscale_weight = quantize_weight(linear.weight.detach(), format_)
+    return new
 
 
 def by_tensor(linear: nn.Linear, importance: Importance, format_: Format) -> nn.Module:
@@ -96,7 +100,7 @@ def by_tensor(linear: nn.Linear, importance: Importance, format_: Format) -> nn.
 
 
 def clipped(linear: nn.Linear, importance: Importance, format_: Format) -> nn.Module:
-    """Store the weight with the scale of each row that has the least squared error, of those in :data:`CLIPPED`.
+    """Store the weight with the scale of each row that has the least squared error, of those in :data:`SHARES_TRIED`.
 
     With `importance`, the error of a column counts in proportion to the mean square of its input.
     """
@@ -105,9 +109,9 @@ def clipped(linear: nn.Linear, importance: Importance, format_: Format) -> nn.Mo
     largest = weight.abs().amax(1).clamp(min=SMALLEST_SCALE) / format_.largest
     errors = torch.stack([
         ((dequantized(stored(linear, share * largest, format_)) - weight).square() * columns).sum(1)
-        for share in CLIPPED
+        for share in SHARES_TRIED
     ])  # fmt: skip
-    return stored(linear, CLIPPED[errors.argmin(0)] * largest, format_)
+    return stored(linear, SHARES_TRIED[errors.argmin(0)] * largest, format_)
 
 
 def dequantized(layer: QuantizedLinear) -> Tensor:

@@ -40,6 +40,11 @@ SECTIONS = (
     ("Why a flow head: against a depth transformer", ("claim",), "claim"),
     ("Beside the public server", ("server",), None),
     ("Errors, in the model's own currency", ("errors", "distortion", "recognition"), "steps"),
+    (
+        "What 8-bit weights do to the sound",
+        ("quantization_given", "quantization_free", "quantization_cpu"),
+        "quantization",
+    ),
     ("What the compiler makes of it", ("resources",), "resources"),
     ("Measured on a GPU", ("gpu",), None),
     ("Measured on a CPU", ("engine", "host", "micro"), None),

@@ -88,7 +88,8 @@ def overlapped(figures: Figures) -> ReportTable:
     head = ("GPU", *(f"{_batch(shape)}, {dtype}" for shape in SHAPES for dtype in ("bf16", "int8")))
     note = (
         "Predicted milliseconds of a whole frame without / with overlap, and in brackets the latter over the floor; 7 "
-        f"evaluations. Between two launches, overlap is assumed to take 1.1 us instead of 2.2. {PREDICTED}"
+        "evaluations. The gap between two launches, with the latency of the first load, is assumed to be 1.1 us with "
+        f"overlap and 2.2 us without. {PREDICTED}"
     )
     return ReportTable("Predicted time of a frame with overlap", note, "python -m bench roofline", head, lines)
 

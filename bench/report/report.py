@@ -1,8 +1,9 @@
 """The report of all figures: ``python -m bench report`` measures on this machine, and writes the page and pictures.
 
 Every part runs in its own process and stores its rows in ``bench/results.csv``. Then ``bench/report.html``,
-``bench/plots/*.png`` and the tables between the markers in README.md and docs/figures.md are made from the newest rows
-and the ledger. With ``--no-measure`` nothing is measured.
+``bench/plots/*.png`` and the tables between the markers in README.md and docs/ are made from the newest rows
+and the ledger. With ``--no-measure`` nothing is measured. ``quantization`` takes 13 minutes, and is measured only with
+``--only quantization``.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 import voxkern
 from bench import results
 from bench.__main__ import TOOLS
-from bench.report import page, plots
+from bench.report import page, plots, quantization
 from bench.report.figures import Figures, ReportTable
 from bench.report.tables import tables
 from bench.results import ResultRow
@@ -27,11 +28,13 @@ from bench.static import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, PLOTS = ROOT / "bench" / "report.html", ROOT / "bench" / "plots"
-MARKED_FILES = (ROOT / "README.md", ROOT / "docs" / "figures.md")  # have generated tables between markers
+DOCS = ROOT / "docs"
+MARKED_FILES = (ROOT / "README.md", DOCS / "figures.md", DOCS / "quantization.md")  # have tables between markers
 # two of these run at once, because none measures time
 COUNTED = ("recognition", "distortion", "frame", "errors", "server_cost", "roofline", "filling")
 TIMED = ("depth", "host", "engine", "run")  # one runs at a time, because another would slow it down
 PARTS = (*COUNTED, *TIMED)  # modules of bench/; each except `run` has a function `rows()`
+LONG = ("quantization",)  # measured only if `--only` names it
 SAID = "seven three one"  # text that the demo voice speaks, for the README's picture
 INTERPRETED = ("frame", "host")  # these need Triton's interpreter, which is chosen when Triton is imported
 MARKED = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -41,8 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     """Measure the parts, write the report, and return the exit status: 1 if a part failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
     parser.add_argument("--no-measure", action="store_true", help="measure nothing; write the page from existing rows")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="measure only these parts")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # starts the process of one part
+    parser.add_argument("--only", choices=(*PARTS, *LONG), nargs="+", default=PARTS, help="measure only these parts")
+    parser.add_argument("--part", choices=(*PARTS, *LONG), help=argparse.SUPPRESS)  # starts the process of one part
     options = parser.parse_args(arguments)
     if options.part:
         rows = import_module(f"bench.{TOOLS[options.part][0]}.{options.part}").rows()
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def failures(parts: Sequence[str]) -> list[str]:
     """Run the parts, and return the names of those that failed."""
-    counted, timed = ([part for part in group if part in parts] for group in (COUNTED, TIMED))
+    counted, timed = ([part for part in group if part in parts] for group in (COUNTED, (*TIMED, *LONG)))
     with ThreadPoolExecutor(2) as two:
         well = [*two.map(measured, counted)]
     well += map(measured, timed)
@@ -92,6 +95,7 @@ def write() -> None:
     pictures = {
         "frame": plots.png(plots.frame_times(figures)), "claim": plots.png(plots.claim(figures)),
         "steps": plots.png(plots.error_by_steps(figures)), "resources": plots.png(plots.resources(compiled)),
+        "quantization": plots.png(quantization.errors_by_bytes(figures)),
     }  # fmt: skip
     said = voxkern.load(backend="torch").generate(SAID, voice="slt", seed=7)
     title = f'voxkern say "{SAID}" --seed 7'

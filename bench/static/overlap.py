@@ -1,10 +1,11 @@
 """Check in machine code that kernels whose launches overlap touch no memory before they wait.
 
-``python -m bench overlap`` compiles the frames of the public model, at batch 1 and 32, for the architectures on which
-launches can overlap (voxkern/kernels/overlap.py). No kernel runs. A complaint is printed for
+``python -m bench overlap`` compiles frames of the public model for the architectures on which launches can overlap
+(voxkern/kernels/overlap.py): in bf16 at batch 1 and 32, and with 8-bit weights at batch 1. No kernel runs. A complaint
+is printed for
 
 - a launch of the frame that does not overlap,
-- a kernel that does not wait,
+- a kernel that does not wait, or waits under a condition,
 - a kernel that loads from or stores to memory before its wait; prefetches are allowed,
 - a kernel that ends before its wait, or jumps over it. Without either, every block waits.
 
@@ -28,19 +29,33 @@ from voxkern.engine.codec_runner import CodecRunner
 from voxkern.engine.fused_runner import DecodeBatch
 from voxkern.engine.kv_cache import PAGE_SIZE, KVCache
 from voxkern.reference import Config, VoxtralTTS
+from voxkern.reference.quantized import FORMATS, quantizable, replace_linears
 
-BATCHES = (1, 32)
+FRAMES = ((1, None), (32, None), (1, "int8"), (1, "fp8"))  # batch and format of the large weights
 # Accesses to memory that all blocks share, and ends. LDC loads parameters, LDS and STS access a block's shared memory,
-# and CCTL is the prefetch.
-PTX = r"(?:ld|st|atom|red|cp|multimem|mbarrier)\.(?!param|shared|.*\.shared)|(?:ret|exit|trap|call)\b"
+# LDL and STL a thread's own memory, and CCTL is the prefetch.
+PTX = (
+    r"cp\.(?!async\.(?:bulk\.)?(?:commit|wait))|(?:ld|st|atom|red|multimem|mbarrier)\.(?!param|shared|.*\.shared)"
+    r"|(?:ret|exit|trap|call)\b"
+)
 SASS = r"(?:LDG|LD|STG|ST|ATOM|ATOMG|RED|REDG|LDGSTS|UBLK\w*|UTMA\w*|EXIT|RET|BPT)\b"
+PTX_LINE = re.compile(r"^(\$\w+):|(?:^|(?<=[;{]))\s*(@!?%\w+\s+)?([a-z][\w.:]*)([^;]*);", re.MULTILINE)
+SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of machine code or PTX: a label, an instruction, or both. A label of machine code is an address."""
+    """One line of PTX or machine code. A line of PTX is a label or an instruction.
+
+    Attributes:
+        label: the label, or the address in machine code.
+        predicate: the condition under which a thread runs the instruction, or "".
+        instruction: the instruction with its modifiers.
+        operands: the rest of the line.
+    """
 
     label: str
+    predicate: str
     instruction: str
     operands: str
 
@@ -53,34 +68,38 @@ def faults(ptx: str, sass: str) -> list[str]:
         sass: the disassembled machine code of the same kernel.
     """
     _, _, text = ptx[ptx.index(".entry") :].partition("\n{\n")
-    lines = re.findall(r"^(?:(\$\w+):|\s+(?:@!?%\w+\s+)?([a-z][\w.:]*)([^;]*);)", text, re.MULTILINE)
-    found = _faults("PTX", [Line(*line) for line in lines], "griddepcontrol.wait", PTX)
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
-    return found + _faults(
-        "machine code", [Line(f"0x{at.lstrip('0') or 0}", *rest) for at, *rest in lines], "ACQBULK", SASS
-    )
+    found = _faults("PTX", [Line(*line) for line in PTX_LINE.findall(text)], "griddepcontrol.wait", PTX)
+    lines = [Line(f"0x{at.lstrip('0') or 0}", *rest) for at, *rest in SASS_LINE.findall(sass)]
+    return found + _faults("machine code", lines, "ACQBULK", SASS)
 
 
 def _faults(where: str, lines: Sequence[Line], wait: str, forbidden: str) -> list[str]:
     names = [line.instruction for line in lines]
     if wait not in names:
         return [f"{where}: never waits"]
-    before = lines[: names.index(wait)]
-    labels = {line.label for line in before} | {lines[len(before)].label}
-    executed = [
-        *before,
-        *(one for line in before if line.instruction.startswith("CALL") for one in _called(lines, line)),
-    ]
-    wrong = [line.instruction for line in executed if re.match(forbidden, line.instruction)]
-    jumps = [line for line in before if re.match(r"bra|BRA|brx|BRX|JM", line.instruction)]
-    wrong += [line.instruction for line in jumps if not labels.intersection(line.operands.replace(",", " ").split())]
+    waits, before = lines[names.index(wait)], lines[: names.index(wait)]
+    if waits.predicate:
+        return [f"{where}: waits only under the condition {waits.predicate.strip()}"]
+    labels = {line.label for line in (*before, waits)}
+    wrong = [line.instruction for line in before if re.match(forbidden, line.instruction)]
+    for line in before:
+        if line.instruction.startswith("CALL"):
+            wrong += [one for one in _called(lines, line) if re.match(f"{forbidden}|CALL|BRX|JM", one)]
+        elif re.match(r"bra|BRA|brx|BRX|JM", line.instruction):
+            wrong += [] if labels.intersection(line.operands.replace(",", " ").split()) else [line.instruction]
     return [f"{where}: {one} before the wait" for one in dict.fromkeys(wrong)]
 
 
-def _called(lines: Sequence[Line], call: Line) -> list[Line]:
-    """Return the instructions of a subroutine, such as an integer division, up to its return."""
-    first = next(i for i, line in enumerate(lines) if line.label in call.operands.split())
-    return list(itertools.takewhile(lambda line: not line.instruction.startswith("RET"), lines[first:]))
+def _called(lines: Sequence[Line], call: Line) -> list[str]:
+    """Return the instructions of a subroutine, such as an integer division, from its start to its return.
+
+    The result is the call itself, if its target is not known.
+    """
+    first = next((i for i, line in enumerate(lines) if line.label in call.operands.split()), None)
+    if first is None:
+        return [call.instruction]
+    body = itertools.takewhile(lambda line: not line.instruction.startswith("RET"), lines[first:])
+    return [line.instruction for line in body]
 
 
 def faults_of(binary: Binary) -> list[str]:
@@ -89,14 +108,17 @@ def faults_of(binary: Binary) -> list[str]:
     return [f"{binary.kernel}, {binary.arch}: {fault}" for fault in faults(Path(ptx).read_text(), binary.listing)]
 
 
-def launches_of_frame(
-    config: Config, arch: str, max_batch: int, dtype: torch.dtype = torch.bfloat16
-) -> list[CompiledLaunch]:
-    """Compile the frame of a model for `arch`, with overlap, and return its launches in order."""
+def launches_of_frame(config: Config, arch: str, max_batch: int, format_: str | None = None) -> list[CompiledLaunch]:
+    """Compile the frame of a model in bf16 for `arch`, with overlap, and return its launches in order.
+
+    `format_` is the format of the large weights, "int8" or "fp8", or None for bf16.
+    """
     with compiling_for(arch) as launches, torch.device("meta"), torch.inference_mode():
-        model = VoxtralTTS(config).to(dtype).requires_grad_(False)
+        model = VoxtralTTS(config).bfloat16().requires_grad_(False)
+        if format_ is not None:
+            replace_linears(model, quantizable(model), FORMATS[format_])
         voxkern.accelerate(model, max_batch)
-        kv_cache = KVCache(config.backbone, 2, dtype, torch.device("meta"))
+        kv_cache = KVCache(config.backbone, 2, torch.bfloat16, torch.device("meta"))
         # three steps, because the first and the last run other kernels than those between them
         codec = CodecRunner(model, max_batch)
         batch = DecodeBatch(model, max_batch, kv_cache, PAGE_SIZE, 3, "euler", codec, overlap=True)
@@ -118,11 +140,11 @@ def main(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser(prog="python -m bench overlap", description=__doc__).parse_args(arguments)
     found = []
     for arch in OVERLAPPING:
-        for B in BATCHES:
-            launches = launches_of_frame(public(), arch, B)
+        for B, format_ in FRAMES:
+            launches = launches_of_frame(public(), arch, B, format_)
             kernels = len({launch.binary.hash for launch in launches})
             found += complaints(launches)
-            print(f"{arch}, batch {B}: {len(launches)} launches of {kernels} kernels", flush=True)
+            print(f"{arch}, batch {B}, {format_ or 'bf16'}: {len(launches)} launches of {kernels} kernels", flush=True)
     print(*found, sep="\n", end="\n" if found else "")
     print(f"overlap: {len(found)} complaints")
     return 1 if found else 0

@@ -24,7 +24,7 @@ from ..kernels.linear import launch_linear, linear_shares
 from ..kernels.norm_linear import launch_norm_swiglu, norm_swiglu_shares
 from ..kernels.qkv import launch_norm_qkv, norm_qkv_shares
 from ..kernels.shares import Shares
-from ..kernels.token_attention import launch_token_attention, launch_token_attention_linear
+from ..kernels.token_attention import MAX_FUSED_COLUMNS, launch_token_attention, launch_token_attention_linear
 from ..reference.attention import TransformerBlock
 from ..reference.quantized import scale_of, scales_of_qkv
 from ..reference.transformer_head import FlowMatchingAudioTransformer
@@ -190,6 +190,12 @@ class FusedTransformerHead(FusedHead):
         """Return the most rows of a launch that has `rows` rows for the requests of `b`."""
         return rows // len(b.x) * self.max_batch
 
+    def _fuses_attention(self, dtype: torch.dtype) -> bool:
+        """Return whether attention and wo are one launch."""
+        config = self.module.config
+        columns = config.n_heads // config.n_kv_heads * config.head_dim
+        return self.max_batch == 1 and dtype != torch.float32 and columns <= MAX_FUSED_COLUMNS
+
     def _attend(
         self,
         b: TransformerHeadBuffers,
@@ -203,7 +209,7 @@ class FusedTransformerHead(FusedHead):
         config, rows = self.module.config, len(residual)
         wo, scale = layer.attention.wo.weight, scale_of(layer.attention.wo)
         heads = (config.n_heads, config.n_kv_heads)
-        if self.max_batch == 1 and residual.dtype != torch.float32:
+        if self._fuses_attention(residual.dtype):
             launch_token_attention_linear(b.stream[:rows], x_qkv, t_qkv, h_qkv, wo, residual, *heads, scale)
             return
         attended = b.attended[:rows]
