@@ -15,7 +15,7 @@ TOOLS = {
     "ledger": ("static", "compile every kernel for every architecture; --check compares with bench/ledger.csv"),
     "frame": ("static", "count the launches, bytes and multiply-adds of a frame in Triton's interpreter"),
     "roofline": ("static", "predict the time of a frame on each GPU"),
-    "overlap": ("static", "check that kernels whose launches overlap touch no memory before they wait"),
+    "overlap": ("static", "check that overlapping kernels touch no memory before they wait"),
     "filling": ("static", "show how well each launch of a frame fills each GPU"),
     "search": ("static", "search for the tiles with the shortest predicted time"),
     "server_cost": ("static", "count the launches and bytes of the public server's flow head"),

@@ -278,7 +278,7 @@ def launch_token_attention_linear(
     constants = TOKEN_ATTENTION_LINEAR(N=N, K=n_heads * D, dtype=h_qkv.dtype, rows=6, weight=wo.dtype)
     constants |= {"N": N, "W": W, "H": n_heads, "HKV": n_kv_heads, "D": D}
     constants["GROUP"] = triton.next_power_of_2(n_heads // n_kv_heads)
-    # loads of 16 bytes need tokens whose addresses differ by multiples of 16 bytes
+    # loads of 16 bytes need tokens at distances of multiples of 16 bytes
     is_aligned = all((qkv.data_ptr() - x_qkv.data_ptr()) % 16 == 0 for qkv in (t_qkv, h_qkv))
     constants["ALIGN"] = 16 // x_qkv.element_size() if is_aligned else 1
     _token_attention_linear_kernel[(1, triton.cdiv(N, constants["BLOCK_N"]))](

@@ -7,21 +7,31 @@ import ast
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
 
 import voxkern
+from bench.ops.registry import Entry, TensorMaker, entries
 from bench.static.overlap import faults
 from voxkern import tts as tts_module
 from voxkern.engine import fused_runner
 from voxkern.kernels.launch_config import launch_options, overlapped
+from voxkern.kernels.overlap import wait_for_launches
 from voxkern.validation import require_overlap
 
 ROOT = Path(__file__).resolve().parents[1]
+ACCESS = r"create_(?:masked_)?(?:load|store)|create_atomic_\w+|create_descriptor_(?:load|store|gather|scatter)"
 # what a kernel may call before it waits; arithmetic is allowed too
 HARMLESS = {
     "program_id", "num_programs", "arange", "to", "cdiv", "minimum", "maximum", "where", "len", "next_power_of_2",
@@ -186,6 +196,89 @@ def test_the_launches_of_a_loaded_model_overlap(tiny_folder: Path, monkeypatch: 
         seen.clear()
         voxkern.load(tiny_folder, backend="triton", overlap=overlap).generate("a", seed=1, max_frames=2, steps=1)
         assert set(seen) == {overlap}
+
+
+@contextlib.contextmanager
+def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Record the starts, waits and accesses of all programs, in order, in Triton's interpreter.
+
+    The interpreter has no wait and no prefetch, so stand-ins take their places.
+    """
+    builder, events = interpreter.InterpreterBuilder, list[str]()
+
+    def note(name: str, event: str) -> None:
+        original = getattr(builder, name)
+
+        def run(self: Any, *args: Any, **named: Any) -> Any:
+            events.append(event)
+            return original(self, *args, **named)
+
+        patch.setattr(builder, name, run)
+
+    with monkeypatch.context() as patch, overlapped():
+        for name in filter(re.compile(ACCESS).fullmatch, dir(builder)):
+            note(name, name)
+        note("set_grid_idx", "start")
+        patch.setattr(tl.extra.cuda, "gdc_wait", lambda: events.append("wait"))
+        patch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+        patch.setattr(builder, "create_inline_asm", lambda *_: SimpleNamespace(get_result=lambda i: None))
+        yield events
+
+
+def programs(events: list[str]) -> list[list[str]]:
+    """Return the events of each program, without its start."""
+    starts = [i for i, event in enumerate(events) if event == "start"]
+    return [events[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True)]
+
+
+def results(op: Any, args: dict[str, Any]) -> list[torch.Tensor]:
+    """Run an operator, and return its results and the arguments that it writes to."""
+    out = op(**args)
+    returned = [] if out is None else [out] if isinstance(out, torch.Tensor) else list(out)
+    return returned + [args[name] for name in op.mutates]
+
+
+@pytest.mark.interpreter("the order of accesses is recorded in the interpreter")
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.name)
+def test_no_program_touches_memory_before_it_waits(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every program of every operator waits once, before all else, and gives the usual result."""
+    case = entry.cases[0]
+    args = [entry.args(case, TensorMaker.of(case.float_dtype)) for _ in range(2)]
+    expected = results(entry.op, args[0])
+    with recording(monkeypatch) as events:
+        found = results(entry.op, args[1])
+    assert programs(events)
+    for program in programs(events):
+        assert program[0] == "wait"
+        assert program.count("wait") == 1
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _loads_early(p_x, p_y, OVERLAP: tl.constexpr):
+    x = tl.load(p_x + tl.program_id(0))
+    wait_for_launches(OVERLAP)
+    tl.store(p_y + tl.program_id(0), x)
+
+
+@triton.jit
+def _ends_early(p_x, p_y, OVERLAP: tl.constexpr):
+    if tl.program_id(0) > 0:
+        return
+    wait_for_launches(OVERLAP)
+    tl.store(p_y, tl.load(p_x))
+
+
+@pytest.mark.interpreter("the order of accesses is recorded in the interpreter")
+def test_programs_that_do_not_wait_first_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.ones(2), torch.zeros(2)
+    with recording(monkeypatch) as events:
+        _loads_early[(2,)](x, y, OVERLAP=True)
+    assert [program[0] for program in programs(events)] == ["create_load"] * 2
+    with recording(monkeypatch) as events:
+        _ends_early[(2,)](x, y, OVERLAP=True)
+    assert [program[:1] for program in programs(events)] == [["wait"], []]
 
 
 def test_overlap_is_an_option_of_launches() -> None:

@@ -9,7 +9,7 @@ run in Triton's interpreter.
 
 **Free running.** Each model generates 100 strings of digits and 40 sentences on its own past, with several solvers. A
 speech recogniser counts the words, and the lengths are compared with those of 16-bit weights. All models compute in
-fp32, so that only the weights differ. One of them is the checkpoint in bf16, as a baseline.
+fp32, so that only the weights differ, and 8-bit weights are dequantised once. The checkpoint in bf16 is the baseline.
 
 With TRITON_INTERPRET=1, only teacher forcing is measured.
 """
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from bench.ops.registry import FLOATS, ROOT
 from bench.quality.errors import Flips, History, conditions, generate_histories, large_tiles, snr, sound
 from bench.quality.recognition import digit_strings, sentences
-from bench.quality.schemes import FP8, FP8_BY_TENSOR, INT4, INT8, PLAIN, Scheme, dequantized, schemes
+from bench.quality.schemes import FP8, FP8_BY_TENSOR, INT4, INT8, PLAIN, Scheme, dequantize, dequantized, schemes
 from bench.results import FILE, ResultRow, read, store, with_provenance
 from bench.static.work import dram_bytes, frame, public, public_model
 from voxkern.checkpoint import read_checkpoint
@@ -216,6 +216,7 @@ def generate_texts(name: str, solver: str, dtype: torch.dtype) -> list[Text]:
     scheme = next(scheme for scheme in SPEAKING if scheme.name == name)
     checkpoint = read_checkpoint(DEMO, dtype)
     scheme.apply(checkpoint.model, {})
+    dequantize(checkpoint.model)
     tts, all_ = TTS(checkpoint, 32), texts()
     voices, (kind, _, steps) = list(tts.voices), solver.partition(":")
     audios = tts.generate(

@@ -119,6 +119,16 @@ def dequantized(layer: QuantizedLinear) -> Tensor:
     return layer.weight.float() * layer.qscale_weight[:, None]
 
 
+def dequantize(model: nn.Module) -> None:
+    """Replace layers with 8-bit weights by fp32 layers with the numbers that these stand for, which run faster."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            parent, _, child = name.rpartition(".")
+            new = nn.Linear(layer.in_features, layer.out_features, bias=False).requires_grad_(False)
+            new.weight.copy_(dequantized(layer))
+            setattr(model.get_submodule(parent), child, new)
+
+
 def int4_by_groups(linear: nn.Linear, importance: Importance) -> nn.Module:
     """Return a layer with the numbers that 4-bit weights stand for: integers in -7..7 times a group's scale in fp16."""
     groups = linear.weight.detach().float().unflatten(1, (-1, GROUP))

@@ -1,4 +1,4 @@
-"""Check in machine code that kernels whose launches overlap touch no memory before they wait.
+"""Check in machine code that overlapping kernels touch no memory before they wait.
 
 ``python -m bench overlap`` compiles frames of the public model for the architectures on which launches can overlap
 (voxkern/kernels/overlap.py): in bf16 at batch 1 and 32, and with 8-bit weights at batch 1. No kernel runs. A complaint
@@ -122,7 +122,7 @@ def launches_of_frame(config: Config, arch: str, max_batch: int, format_: str | 
         # three steps, because the first and the last run other kernels than those between them
         codec = CodecRunner(model, max_batch)
         batch = DecodeBatch(model, max_batch, kv_cache, PAGE_SIZE, 3, "euler", codec, overlap=True)
-        batch.launch(max_batch)  # makes tables, whose launches are not a frame's
+        batch.launch(max_batch)  # makes tables; their launches are not a frame's
         launches.clear()
         batch.launch(max_batch)
         return list(launches)
