@@ -11,7 +11,7 @@ PROVIDERS = {"torch": "PyTorch", "voxkern": "kernels"}
 # scheme -> place of its name beside its point, in points
 NAMED = {
     "bf16": (4, 4), "int8": (4, 4), "fp8": (-26, -4), "fp8, by tensor": (6, 2), "int4, groups of 32": (6, -3),
-    "int8, backbone": (4, 4), "int8, flow head": (4, 8),
+    "int8, backbone": (-30, -12), "int8, flow head": (4, 4),
 }  # fmt: skip
 
 
