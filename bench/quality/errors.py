@@ -211,13 +211,18 @@ def large_tiles() -> Iterator[None]:
 
 
 def rows(n_texts: int = N_TEXTS) -> list[ResultRow]:
-    """Measure all figures in a new process, and return their rows.
+    """Measure all figures in a new process, and return their rows."""
+    return rows_in_interpreter("errors", "--texts", str(n_texts))
+
+
+def rows_in_interpreter(tool: str, *arguments: str) -> list[ResultRow]:
+    """Run a tool of ``python -m bench`` in a new process, and return the rows that it stores.
 
     The new process runs kernels in the interpreter, which Triton selects when it is imported.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.csv"
-        command = [sys.executable, "-m", "bench", "errors", "--texts", str(n_texts), "--csv", str(file)]
+        command = [sys.executable, "-m", "bench", tool, *arguments, "--csv", str(file)]
         env = {**os.environ, "TRITON_INTERPRET": "1"}
         subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
         return read(file.read_text())

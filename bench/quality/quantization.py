@@ -17,9 +17,6 @@ With TRITON_INTERPRET=1, only teacher forcing is measured.
 import argparse
 import functools
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -30,11 +27,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.ops.registry import FLOATS, ROOT
-from bench.quality.errors import Flips, History, conditions, generate_histories, large_tiles, snr, sound
+from bench.ops.registry import FLOATS
+from bench.quality.errors import (
+    Flips,
+    History,
+    conditions,
+    generate_histories,
+    large_tiles,
+    rows_in_interpreter,
+    snr,
+    sound,
+)
 from bench.quality.recognition import digit_strings, sentences
 from bench.quality.schemes import FP8, FP8_BY_TENSOR, INT4, INT8, PLAIN, Scheme, dequantize, dequantized, schemes
-from bench.results import FILE, ResultRow, read, store, with_provenance
+from bench.results import FILE, ResultRow, store, with_provenance
 from bench.static.work import dram_bytes, frame, public, public_model
 from voxkern.checkpoint import read_checkpoint
 from voxkern.generation_params import CFG_ALPHA
@@ -159,7 +165,7 @@ def given() -> list[ResultRow]:
         print(f"{scheme.name} {provider}: RMSE {rmse:.4f}, SNR {decibels:.1f} dB", flush=True)
     for scheme in (INT8, FP8):
         share = 100 * share_of_worst_rows(scheme, importance)
-        found.append(_row(scheme, "error in the worst 1 % of rows", share, "%", "measured", "torch", "demo voice"))
+        found.append(_row(scheme.name, "error in the worst 1 % of rows", share, "%", "measured", "torch", "demo voice"))
     return found
 
 
@@ -189,7 +195,9 @@ def rows_given(scheme: Scheme, provider: str, flips: Flips, rmse: float, decibel
         "RMSE of latents": (rmse, "1", "measured"),
         "SNR of the sound": (decibels, "dB", "measured"),
     }
-    return [_row(scheme, metric, *figure, provider, f"given, {len(TEXTS)} texts") for metric, figure in figures.items()]
+    return [
+        _row(scheme.name, metric, *figure, provider, f"given, {len(TEXTS)} texts") for metric, figure in figures.items()
+    ]
 
 
 def sizes() -> list[ResultRow]:
@@ -200,8 +208,8 @@ def sizes() -> list[ResultRow]:
     found = []
     for scheme in schemes(config.acoustic_transformer.n_layers, config.backbone.n_layers):
         less, less_a_frame = scheme.saved(model, STEPS)
-        found.append(_row(scheme, "bytes of the public model", memory - less, "B", "counted", "voxkern", "public"))
-        found.append(_row(scheme, "bytes of a frame", whole - less_a_frame, "B", "counted", "voxkern", "public"))
+        found.append(_row(scheme.name, "bytes of the public model", memory - less, "B", "counted", "voxkern", "public"))
+        found.append(_row(scheme.name, "bytes of a frame", whole - less_a_frame, "B", "counted", "voxkern", "public"))
     return found
 
 
@@ -262,27 +270,20 @@ def rows_free(name: str, solver: str, dtype: torch.dtype, result: list[Text], us
     dtype_ = next(name for name, one in FLOATS.items() if one == dtype)
     shape = f"free, {len(result)} texts"
     return [
-        ResultRow("quantization", name, metric, value, unit, "measured", COMMAND, "torch", shape, dtype_, solver)
-        for metric, (value, unit) in figures.items()
+        _row(name, metric, *figure, "measured", "torch", shape, dtype_, solver) for metric, figure in figures.items()
     ]
 
 
 def _row(
-    scheme: Scheme, metric: str, value: float, unit: str, how: str, provider: str, shape: str
+    name: str, metric: str, value: float, unit: str, how: str, provider: str, shape: str,
+    dtype: str = "bf16", steps: str = f"euler:{STEPS}",
 ) -> ResultRow:  # fmt: skip
-    steps = f"euler:{STEPS}"
-    return ResultRow("quantization", scheme.name, metric, value, unit, how, COMMAND, provider, shape, "bf16", steps)
+    return ResultRow("quantization", name, metric, value, unit, how, COMMAND, provider, shape, dtype, steps)
 
 
 def rows() -> list[ResultRow]:
-    """Measure everything, and return the rows. Given histories are measured in a new process, in the interpreter."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.csv"
-        command = [sys.executable, "-m", "bench", "quantization", "--csv", str(file)]
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        subprocess.run(command, cwd=ROOT, env=env, check=True)
-        found = read(file.read_text())
-    return [*found, *sizes(), *free()]
+    """Measure everything, and return the rows. Teacher forcing is measured in a new process, in the interpreter."""
+    return [*rows_in_interpreter("quantization"), *sizes(), *free()]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -253,7 +253,7 @@ def check(file: Path = FILE, compile_all: bool = False) -> list[str]:
 
 
 def _of_arch(arch: str, known: Known) -> list[LedgerRow]:
-    all_entries = entries()  # imports the kernels, whose line numbers `skipping` then sets to 0
+    all_entries = entries()  # imports the kernels, so that `skipping` can set their line numbers to 0
     with known_kernels.skipping(known.rows):
         return [
             row
