@@ -37,8 +37,8 @@ __all__ = ["linear"]
 # On AMD GPUs, a kernel with two stages keeps the next tile in registers while it multiplies the tile in shared memory.
 # The 304 compute units of an MI300X need 11 KB in flight each, so a stage has 16 to 32 KB of weights, and SHARES gives
 # every unit a block. gfx950 has 160 KB of shared memory instead of 64, into which it copies asynchronously.
-# Warps that share rows of 8-bit weights would each widen them. Most small tiles therefore have one warp for every 16
-# rows of weights. In a large tile, many rows of x share the cost of widening.
+# If two warps use the same rows of 8-bit weights, both widen them. Most small tiles therefore have one warp for every
+# 16 rows of weights. In a large tile, widening costs little beside the products with many rows of x.
 # A codec launch may have more rows than `max_rows`, because a chunk may have many frames. So its SHARES is 0.
 LINEAR = LaunchConfigs(
     "linear",

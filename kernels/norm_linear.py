@@ -37,8 +37,8 @@ __all__ = ["norm_linear", "norm_swiglu"]
 # pipelined, and every step waits for it.
 # On sm_120, norm_linear spills registers with BLOCK_M = 64 on four warps, and with BLOCK_M = 32 and BLOCK_K = 128.
 # norm_qkv uses this table too. On sm_120, norm_qkv spills with BLOCK_M = 32 and BLOCK_N = 64 on eight warps.
-# 8-bit weights have tiles of their own, for the reason given in linear.py. With some tiles of the
-# int8 rows, fp8 would spill registers, so fp8 has rows of its own there.
+# 8-bit weights have their own tiles, for the reason given in linear.py. Where fp8 would spill registers with the tiles
+# of int8, fp8 has its own lines.
 # On NVIDIA GPUs, fp32 products run on the ordinary FP32 units, which read their operands from registers, so larger fp32
 # tiles spill.
 NORM_LINEAR = LaunchConfigs(

@@ -2,7 +2,7 @@
 
 In a CUDA graph, a GPU is nearly idle for about 2 us between two kernels. One kernel ends, the next kernel starts, and
 waits for its first loads. With overlap, the next kernel starts earlier: when all blocks of the kernel before it have
-started, and a multiprocessor has registers and shared memory left::
+reached their wait, and a multiprocessor has registers and shared memory left::
 
     without overlap   | kernel 1 |  start, first loads  | kernel 2 |
     with overlap      | kernel 1                 |

@@ -18,8 +18,8 @@ Rows that are equal for many pairs are stored once. In the first layer, the two 
 For BLOCK_B requests, a block of ``token_attention`` computes all queries that read one key head: 2 branches, 3 tokens
 and H / Hkv query heads. No other block loads these q, k and v, except those of a shared t row. With only three keys,
 scores are elementwise products and sums, not matrix products. ``token_attention_linear`` is for one request. It is
-tiled along the rows of wo. Each block repeats the attention, which saves a launch and takes few instructions as matrix
-products.
+tiled along the rows of wo. Each block repeats the attention, which saves a launch. The attention is computed by matrix
+products, which take few instructions.
 """
 
 import torch
@@ -49,8 +49,8 @@ TOKEN_ATTENTION = LaunchConfigs(
 
 # With BLOCK_N = 32, a step of the public model holds 32 KB of 16-bit weights: the columns of wo that belong to the four
 # heads of a key head. With 3 stages, two steps lie in shared memory: 92,160 of the 101,376 bytes on sm_86, sm_89 and
-# sm_120. On AMD GPUs, 192 blocks with 16 rows of wo have 16 KB of weights in flight each.
-MAX_FUSED_COLUMNS = 512  # columns of the heads of one key head; with more, a step does not fit into shared memory
+# sm_120. On AMD GPUs, each of 192 blocks with 16 rows of wo has 16 KB of weights in flight on gfx942, and 32 KB on
+# gfx950.
 TOKEN_ATTENTION_LINEAR = LaunchConfigs(
     "token_attention_linear",
     """
@@ -61,6 +61,9 @@ TOKEN_ATTENTION_LINEAR = LaunchConfigs(
     sm_*         | 8        32       4          3
     """,
 )
+
+
+MAX_FUSED_COLUMNS = 512  # columns of the heads of one key head; with more, a step does not fit into shared memory
 
 
 @triton.jit
@@ -316,8 +319,8 @@ def token_attention_linear(
     Raises:
         TypeError: the tensors are fp32. For fp32, call :func:`token_attention` and then
             :func:`voxkern.kernels.linear.linear`.
-        ValueError: there is more than one request, W does not fit `n_heads` and `n_kv_heads`, the heads of a key head
-            have more than 512 columns, or `residual` has neither 2 nor 6 rows.
+        ValueError: `h_qkv` has more than one request, or W does not fit `n_heads` and `n_kv_heads`. The heads of a key
+            head have more than 512 columns, or `residual` has neither 2 nor 6 rows.
     """
     if h_qkv.dtype == torch.float32:  # a product over 128 fp32 columns needs more registers than a thread has
         raise TypeError("h_qkv is torch.float32 but must be bf16 or fp16: for fp32 call token_attention, then linear")

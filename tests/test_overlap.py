@@ -1,4 +1,4 @@
-"""Tests of launches that overlap: the rule in every kernel's source and machine code, and the way to ask for overlap.
+"""Tests of launches that overlap: the rule in every kernel's source and machine code, and the option for it.
 
 Kernels are compiled in processes of their own, because the tests run in Triton's interpreter, which compiles nothing.
 """
@@ -72,7 +72,7 @@ def test_every_kernel_waits_before_it_touches_memory() -> None:
         assert node.args.args[-1].arg == "OVERLAP", f"{name}: {node.name}"
         paths = [node.body]
         branch = next((one for one in node.body if isinstance(one, ast.If) and "SHARES" in ast.unparse(one.test)), None)
-        if branch is not None:  # both ways of dividing tiles wait for themselves
+        if branch is not None:  # each branch must wait itself
             before = node.body[: node.body.index(branch)]
             paths = [before + branch.body, before + branch.orelse]
         for path in paths:

@@ -142,7 +142,7 @@ def read_checkpoint(
             state[name] = row_scales(name, info, tensor, scales[name]).to(device)
         elif quantize and layer in to_quantize:
             state[name], scale = quantize_weight(tensor.to(device), FORMATS[quantize])
-            _check_finite(name, info, scale)  # not finite if a value of the row is not
+            _check_finite(name, info, scale)  # the scale is not finite if a value of its row is not finite
             state[f"{layer}.qscale_weight"] = scale
         else:
             # With `quantize`, tensors are copied, because a mapped one keeps the 16-bit weights around it mapped too.

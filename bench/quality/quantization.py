@@ -63,7 +63,7 @@ STRINGS, LONGEST = 100, 150  # strings of digits, with 2 sentences for each 5 of
 
 @dataclass(frozen=True)
 class Result:
-    """What a model generates after the given histories.
+    """The latents and codes that a model generates with teacher forcing.
 
     Attributes:
         latents: fp64 [N, K], the acoustic latents before they are quantised.
@@ -76,7 +76,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Text:
-    """What became of one text.
+    """The words, the length and the end of one generated text.
 
     Attributes:
         words: number of its words that were recognised.

@@ -17,7 +17,7 @@ from voxkern.reference import VoxtralTTS
 from voxkern.reference.quantized import FORMATS, SMALLEST_SCALE, Format, QuantizedLinear, quantizable, quantize_weight
 
 GROUP = 32  # columns of a row that share a scale of 4-bit weights
-SHARES_TRIED = torch.linspace(1.0, 0.5, 26)  # the largest number that is stored / the largest of the row
+SHARES_TRIED = torch.linspace(1.0, 0.5, 26)  # limits of clipping, as shares of the row's largest number
 HEAD = "acoustic_transformer."
 FIRST_QKV = rf"{re.escape(HEAD)}layers\.0\.attention\.w[qkv]"
 Importance = Tensor | None  # fp32 [K], the mean square of each input of a layer, or None for equal weights

@@ -1,4 +1,4 @@
-"""The tables of the report, the README and docs/figures.md, made from the committed rows and the ledger only."""
+"""The tables of the report, the README and docs/, made from the committed rows and the ledger only."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -58,8 +58,8 @@ class LedgerRow:
         loads: kinds of loads from memory with their widths in bits; the kind that loads the most bytes is first. LDGSTS
             is the asynchronous copy. A narrow LDG in a loop with LDGSTS stalls the loop.
         matrix: the matrix instructions, or ``-``.
-        step: instructions of a warp in one step of the product, or 0 if the compiler unrolled its loop. For AMD, only
-            vector instructions count.
+        step: instructions of a warp in one step of the product, or 0 if no loop has matrix instructions, for example
+            because the compiler unrolled it. For AMD, only vector instructions count.
         code: bytes of machine code.
         digest: the first digits of the SHA-256 of the machine code, for NVIDIA; ``-`` for AMD.
         source: the first digits of Triton's hash of source, constants, options and compilers, see

@@ -80,10 +80,10 @@ def _instructions(listing: str) -> Instructions:
 
 
 def _step(listing: str) -> int:
-    """Count a warp's instructions in one step of a product: those in the innermost loop that has matrix instructions.
+    """Count a warp's instructions in one pass of the innermost loop that has matrix instructions.
 
-    The result is that of the longest such loop, or 0 without one. For AMD, only vector instructions count, because the
-    others run beside them.
+    If there are several such loops, the longest counts. The result is 0 if there is none. For AMD, only vector
+    instructions count, because the others run beside them.
     """
     code, backwards = (_sass if "/*0000*/" in listing else _amdgcn)(listing)
     bodies = {(first, last): [text for at, text in code if first <= at <= last] for first, last in set(backwards)}

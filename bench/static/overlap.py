@@ -7,7 +7,7 @@ is printed for
 - a launch of the frame that does not overlap,
 - a kernel that does not wait, or waits under a condition,
 - a kernel that loads from or stores to memory before its wait; prefetches are allowed,
-- a kernel that ends before its wait, or jumps over it. Without either, every block waits.
+- a kernel that ends before its wait, or jumps over it. If a kernel does neither, every block waits.
 
 Both the PTX and the machine code that the assembler makes of it are checked, because the assembler may reorder
 instructions. On sm_100, matrix products need tensor memory, which a kernel allocates before its wait.
@@ -32,8 +32,8 @@ from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.quantized import FORMATS, quantizable, replace_linears
 
 FRAMES = ((1, None), (32, None), (1, "int8"), (1, "fp8"))  # batch and format of the large weights
-# Accesses to memory that all blocks share, and ends. LDC loads parameters, LDS and STS access a block's shared memory,
-# LDL and STL a thread's own memory, and CCTL is the prefetch.
+# Instructions that access memory shared by all blocks, or end the kernel. LDC loads parameters, LDS and STS access a
+# block's shared memory, LDL and STL a thread's own memory, and CCTL is the prefetch.
 PTX = (
     r"cp\.(?!async\.(?:bulk\.)?(?:commit|wait))|(?:ld|st|atom|red|multimem|mbarrier)\.(?!param|shared|.*\.shared)"
     r"|(?:ret|exit|trap|call)\b"
@@ -86,7 +86,8 @@ def _faults(where: str, lines: Sequence[Line], wait: str, forbidden: str) -> lis
         if line.instruction.startswith("CALL"):
             wrong += [one for one in _called(lines, line) if re.match(f"{forbidden}|CALL|BRX|JM", one)]
         elif re.match(r"bra|BRA|brx|BRX|JM", line.instruction):
-            wrong += [] if labels.intersection(line.operands.replace(",", " ").split()) else [line.instruction]
+            jumps_over = labels.isdisjoint(line.operands.replace(",", " ").split())
+            wrong += [line.instruction] if jumps_over else []
     return [f"{where}: {one} before the wait" for one in dict.fromkeys(wrong)]
 
 
@@ -122,14 +123,14 @@ def launches_of_frame(config: Config, arch: str, max_batch: int, format_: str | 
         # three steps, because the first and the last run other kernels than those between them
         codec = CodecRunner(model, max_batch)
         batch = DecodeBatch(model, max_batch, kv_cache, PAGE_SIZE, 3, "euler", codec, overlap=True)
-        batch.launch(max_batch)  # makes tables; their launches are not a frame's
+        batch.launch(max_batch)  # also fills the step tables, by launches that are not part of a frame
         launches.clear()
         batch.launch(max_batch)
         return list(launches)
 
 
 def complaints(launches: Iterable[CompiledLaunch]) -> list[str]:
-    """Return a message for each launch that does not overlap, and for each fault of the kernels of the others."""
+    """Return a message for each kernel launched without overlap, and for each fault of the other kernels."""
     binaries = {launch.binary.hash: launch.binary for launch in launches}.values()
     found = [f"{one.kernel}, {one.arch}: launched without overlap" for one in binaries if not one.overlaps]
     return found + [fault for one in binaries if one.overlaps for fault in faults_of(one)]

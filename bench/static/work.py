@@ -335,7 +335,7 @@ def public() -> Config:
 
 @functools.cache
 def public_model(format_: str | None = None) -> VoxtralTTS:
-    """Return the public model in bf16, without memory, with its large weights in the format "int8" or "fp8"."""
+    """Return the public model in bf16, without memory; with `format_`, its large weights are "int8" or "fp8"."""
     with torch.device("meta"):
         model = VoxtralTTS(public()).bfloat16().requires_grad_(False)
         if format_ is not None:
