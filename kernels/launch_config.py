@@ -123,7 +123,7 @@ class LaunchConfigs:
         Raises:
             ValueError: no row of the table matches.
         """
-        name = DTYPES_IN_8_BITS.get(weight or dtype, DTYPES[dtype]) if dtype != torch.float32 else "fp32"
+        name = DTYPES[dtype] if dtype == torch.float32 else DTYPES_IN_8_BITS.get(weight or dtype, DTYPES[dtype])
         chosen = launch_options() | dict(self._choose(N, K, name, architecture(), rows, phase))
         for values in _overrides.get(self.kernel, ()):
             chosen.update(values)

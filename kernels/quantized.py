@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import INTERPRETED
+from .launch_config import DTYPES_IN_8_BITS
 from .operator import expect
 
 __all__ = ["expect_same_format", "expect_weight", "scaled", "stored", "widen"]
@@ -79,7 +80,7 @@ def expect_weight(
         TypeError: a dtype is wrong, scales are missing, or there are scales for a weight that is not in 8 bits.
         ValueError: a shape, stride or device is wrong.
     """
-    is_8_bit = isinstance(weight, Tensor) and weight.dtype in (torch.int8, torch.float8_e4m3fn)
+    is_8_bit = isinstance(weight, Tensor) and weight.dtype in DTYPES_IN_8_BITS
     if is_8_bit and scale is None:
         raise TypeError(f"{name} is {weight.dtype} but has no scales: pass one scale for each of its rows")
     if not is_8_bit and scale is not None:

@@ -1,5 +1,6 @@
 """The whole model: backbone, flow head and codec, with the checkpoint's tensor names."""
 
+import torch
 from torch import Tensor
 
 from .backbone import Backbone
@@ -7,6 +8,7 @@ from .codec import AudioTokenizer
 from .config import AcousticTransformerConfig, AudioModelConfig, Config, VelocityMLPConfig
 from .flow_head import FlowHead
 from .mlp_head import FlowMatchingAudioMLP
+from .quantized import Format, quantizable, replace_linears
 from .transformer_head import FlowMatchingAudioTransformer
 
 
@@ -43,3 +45,18 @@ class VoxtralTTS(Backbone):
         The embedding of a generated frame is the backbone's next input, and no text embedding is added to it.
         """
         return self.mm_audio_embeddings.audio_codebook_embeddings(codes)  # type: ignore[no-any-return]
+
+
+def model_without_memory(config: Config, dtype: torch.dtype, format_: Format | None = None) -> VoxtralTTS:
+    """Create a model on the meta device, for its shapes alone.
+
+    Args:
+        config: the model's sizes.
+        dtype: dtype of the weights.
+        format_: the format of the large weights, or None for `dtype`.
+    """
+    with torch.device("meta"):
+        model = VoxtralTTS(config).to(dtype).requires_grad_(False)
+        if format_ is not None:
+            replace_linears(model, quantizable(model), format_)
+    return model

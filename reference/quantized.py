@@ -56,24 +56,26 @@ def format_of(name: str) -> Format:
     return FORMATS[name]
 
 
-def quantize_weight(weight: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, format_: Format, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantise a weight by rows: each row is divided by its scale and rounded to nearest, ties to even.
 
     Args:
         weight: [N, K], floating-point. A row with a value that is not finite in fp32 gets a scale that is not finite.
         format_: the format.
+        scale: fp32 [N], the scales; None takes the smallest with which no number of a row is clipped.
 
     Returns:
         The 8-bit numbers, [N, K] in the format's dtype, and the scales, fp32 [N].
     """
     q = torch.empty(weight.shape, dtype=format_.dtype, device=weight.device)
-    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     for rows in _blocks(len(weight)):
         block = weight[rows].float()
-        scale[rows] = (block.abs().amax(1) / format_.largest).clamp(min=SMALLEST_SCALE)
-        block = (block / scale[rows, None]).clamp(-format_.largest, format_.largest)
+        largest = block.abs().amax(1)
+        scales[rows] = (largest / format_.largest).clamp(min=SMALLEST_SCALE) if scale is None else scale[rows]
+        block = (block / scales[rows, None]).clamp(-format_.largest, format_.largest)
         q[rows] = (block.round() if format_.dtype == torch.int8 else block).to(format_.dtype)
-    return q, scale
+    return q, scales
 
 
 def widened(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -166,17 +168,20 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
 def replace_linears(model: nn.Module, linears: Mapping[str, nn.Linear], format_: Format) -> None:
     """Replace `linears`, a part of the result of :func:`quantizable`, by layers with 8-bit weights, not yet loaded."""
     for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear(linear.in_features, linear.out_features, format_))
+        model.set_submodule(name, QuantizedLinear(linear.in_features, linear.out_features, format_))
 
 
 def quantize_linears(model: nn.Module, linears: Mapping[str, nn.Linear], format_: Format) -> None:
     """Replace `linears`, a part of the result of :func:`quantizable`, by layers with their weights in 8 bits."""
-    replace_linears(model, linears, format_)
     for name, linear in linears.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, QuantizedLinear)
-        layer.weight, layer.qscale_weight = quantize_weight(linear.weight.detach(), format_)
+        model.set_submodule(name, quantized(linear, format_))
+
+
+def quantized(linear: nn.Linear, format_: Format, scale: Tensor | None = None) -> QuantizedLinear:
+    """Return a layer with the weight of `linear` in 8 bits; `scale` is that of :func:`quantize_weight`."""
+    new = QuantizedLinear(linear.in_features, linear.out_features, format_)
+    new.weight, new.qscale_weight = quantize_weight(linear.weight.detach(), format_, scale)
+    return new
 
 
 def _blocks(n: int) -> Iterator[slice]:

@@ -12,8 +12,9 @@ import torch
 
 from .accelerate import accelerate
 from .engine.kv_cache import PAGE_SIZE, KVCache
-from .reference import Config, VoxtralTTS
-from .reference.quantized import FORMATS, format_of, quantizable, replace_linears
+from .reference import Config
+from .reference.model import model_without_memory
+from .reference.quantized import FORMATS, format_of
 from .validation import require_triton, to_int
 
 ROWS = (1, 2, 3, 8)  # rows of batches and prompts to compile; the ledger checks that other numbers need no others
@@ -80,9 +81,7 @@ def warm_up(
     with compiling_for(arch), torch.device("meta"):
         hooks.add(note)
         try:
-            model = VoxtralTTS(config).to(dtype).requires_grad_(False)
-            if format_ is not None:
-                replace_linears(model, quantizable(model), format_)
+            model = model_without_memory(config, dtype, format_)
             accelerate(model, max_batch)
             kv_cache = KVCache(config.backbone, 2, dtype, torch.device("meta"))
             # two steps, because the last step runs other kernels than the first

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from voxkern.reference import VoxtralTTS
-from voxkern.reference.quantized import FORMATS, SMALLEST_SCALE, Format, QuantizedLinear, quantizable, quantize_weight
+from voxkern.reference.quantized import FORMATS, SMALLEST_SCALE, Format, QuantizedLinear, quantizable, quantized
 
 GROUP = 32  # columns of a row that share a scale of 4-bit weights
 SHARES_TRIED = torch.linspace(1.0, 0.5, 26)  # limits of clipping, as shares of the row's largest number
@@ -55,9 +55,7 @@ class Scheme:
         """
         for name, linear in quantizable(model).items():
             if self.takes(name):
-                parent, _, child = name.rpartition(".")
-                new = self.convert(linear, importance[name] if self.is_fitted else None)
-                setattr(model.get_submodule(parent), child, new)
+                model.set_submodule(name, self.convert(linear, importance[name] if self.is_fitted else None))
         return model
 
     def saved(self, model: VoxtralTTS, evaluations: int) -> tuple[float, float]:
@@ -76,27 +74,15 @@ class Scheme:
         return memory, frame
 
 
-def stored(linear: nn.Linear, scale: Tensor, format_: Format) -> QuantizedLinear:
-    """Return the layer with 8-bit weights at the given scales, fp32 [N]."""
-    weight = linear.weight.detach().float() / scale[:, None]
-    weight = weight.clamp(-format_.largest, format_.largest)
-    new = QuantizedLinear(linear.in_features, linear.out_features, format_)
-    new.weight = (weight.round() if format_.dtype == torch.int8 else weight).to(format_.dtype)
-    new.qscale_weight = scale
-    return new
-
-
 def by_rows(linear: nn.Linear, importance: Importance, format_: Format) -> nn.Module:
     """Store the weight with one scale for each row, as voxkern does."""
-    new = QuantizedLinear(linear.in_features, linear.out_features, format_)
-    new.weight, new.qscale_weight = quantize_weight(linear.weight.detach(), format_)
-    return new
+    return quantized(linear, format_)
 
 
 def by_tensor(linear: nn.Linear, importance: Importance, format_: Format) -> nn.Module:
     """Store the weight with one scale for all rows."""
     largest = linear.weight.detach().float().abs().amax()
-    return stored(linear, (largest / format_.largest).expand(linear.out_features).clone(), format_)
+    return quantized(linear, format_, (largest / format_.largest).expand(linear.out_features))
 
 
 def clipped(linear: nn.Linear, importance: Importance, format_: Format) -> nn.Module:
@@ -108,10 +94,10 @@ def clipped(linear: nn.Linear, importance: Importance, format_: Format) -> nn.Mo
     columns = torch.ones(linear.in_features) if importance is None else importance
     largest = weight.abs().amax(1).clamp(min=SMALLEST_SCALE) / format_.largest
     errors = torch.stack([
-        ((dequantized(stored(linear, share * largest, format_)) - weight).square() * columns).sum(1)
+        ((dequantized(quantized(linear, format_, share * largest)) - weight).square() * columns).sum(1)
         for share in SHARES_TRIED
     ])  # fmt: skip
-    return stored(linear, SHARES_TRIED[errors.argmin(0)] * largest, format_)
+    return quantized(linear, format_, SHARES_TRIED[errors.argmin(0)] * largest)
 
 
 def dequantized(layer: QuantizedLinear) -> Tensor:
@@ -123,10 +109,9 @@ def dequantize(model: nn.Module) -> None:
     """Replace layers with 8-bit weights by fp32 layers with the numbers that these stand for, which run faster."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantizedLinear):
-            parent, _, child = name.rpartition(".")
             new = nn.Linear(layer.in_features, layer.out_features, bias=False).requires_grad_(False)
             new.weight.copy_(dequantized(layer))
-            setattr(model.get_submodule(parent), child, new)
+            model.set_submodule(name, new)
 
 
 def int4_by_groups(linear: nn.Linear, importance: Importance) -> nn.Module:

@@ -28,8 +28,9 @@ from voxkern.compile_only import OVERLAPPING, Binary, CompiledLaunch, compiling_
 from voxkern.engine.codec_runner import CodecRunner
 from voxkern.engine.fused_runner import DecodeBatch
 from voxkern.engine.kv_cache import PAGE_SIZE, KVCache
-from voxkern.reference import Config, VoxtralTTS
-from voxkern.reference.quantized import FORMATS, quantizable, replace_linears
+from voxkern.reference import Config
+from voxkern.reference.model import model_without_memory
+from voxkern.reference.quantized import FORMATS
 
 FRAMES = ((1, None), (32, None), (1, "int8"), (1, "fp8"))  # batch and format of the large weights
 # Instructions that access memory shared by all blocks, or end the kernel. LDC loads parameters, LDS and STS access a
@@ -115,9 +116,7 @@ def launches_of_frame(config: Config, arch: str, max_batch: int, format_: str | 
     `format_` is the format of the large weights, "int8" or "fp8", or None for bf16.
     """
     with compiling_for(arch) as launches, torch.device("meta"), torch.inference_mode():
-        model = VoxtralTTS(config).bfloat16().requires_grad_(False)
-        if format_ is not None:
-            replace_linears(model, quantizable(model), FORMATS[format_])
+        model = model_without_memory(config, torch.bfloat16, None if format_ is None else FORMATS[format_])
         voxkern.accelerate(model, max_batch)
         kv_cache = KVCache(config.backbone, 2, torch.bfloat16, torch.device("meta"))
         # three steps, because the first and the last run other kernels than those between them

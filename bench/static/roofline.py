@@ -172,7 +172,9 @@ def _evenly(one: Work, gpu: GPU, assume: Assumptions) -> float:
 
 def _running(one: Work, gpu: GPU, assume: Assumptions, instructions: bool) -> float:
     row = one.kernel and binary(one.kernel, gpu.arch)
-    return running(one, gpu, assume, row.resident, instructions * row.step) if row else _evenly(one, gpu, assume)
+    if row is None:
+        return _evenly(one, gpu, assume)
+    return running(one, gpu, assume, row.resident, row.step if instructions else 0)
 
 
 def running(one: Work, gpu: GPU, assume: Assumptions, resident: int, step: int = 0) -> float:

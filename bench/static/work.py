@@ -35,7 +35,8 @@ from voxkern.random_checkpoint import public_params
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.backbone import Backbone
 from voxkern.reference.codec import AudioTokenizer
-from voxkern.reference.quantized import FORMATS, quantizable, replace_linears
+from voxkern.reference.model import model_without_memory
+from voxkern.reference.quantized import FORMATS
 
 CONTEXT = 400  # tokens before the frame: a voice of 150, a sentence, and about ten seconds of speech
 CHUNK = 1  # frames that the codec decodes at once: the engine decodes each frame as soon as it is generated
@@ -336,11 +337,7 @@ def public() -> Config:
 @functools.cache
 def public_model(format_: str | None = None) -> VoxtralTTS:
     """Return the public model in bf16, without memory; with `format_`, its large weights are "int8" or "fp8"."""
-    with torch.device("meta"):
-        model = VoxtralTTS(public()).bfloat16().requires_grad_(False)
-        if format_ is not None:
-            replace_linears(model, quantizable(model), FORMATS[format_])
-        return model
+    return model_without_memory(public(), torch.bfloat16, None if format_ is None else FORMATS[format_])
 
 
 @functools.cache
