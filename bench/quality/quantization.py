@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from bench.quality.schemes import FP8, FP8_BY_TENSOR, INT4, INT8, PLAIN, Scheme,
 from bench.results import FILE, ResultRow, store, with_provenance
 from bench.static.work import dram_bytes, frame, public, public_model
 from voxkern.checkpoint import read_checkpoint
+from voxkern.engine import runner
 from voxkern.generation_params import CFG_ALPHA
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.quantized import QuantizedLinear, quantizable
@@ -59,6 +61,7 @@ SOLVERS = ("euler:2", "euler:4", "euler:7", "ab2:2", "ab2:4", "ab2:7")
 SPEAKING = (PLAIN, INT8, FP8, FP8_BY_TENSOR, INT4)
 MAIN_SCHEMES, OTHER_SOLVERS = (PLAIN, INT8, FP8), ("euler:7", "ab2:4")  # other schemes run with these solvers only
 STRINGS, LONGEST = 100, 150  # strings of digits, with 2 sentences for each 5 of them; the most frames of a text
+SLOTS = 32  # texts that are generated side by side
 
 
 @dataclass(frozen=True)
@@ -225,8 +228,9 @@ def generate_texts(name: str, solver: str, dtype: torch.dtype) -> list[Text]:
     checkpoint = read_checkpoint(DEMO, dtype)
     scheme.apply(checkpoint.model, {})
     dequantize(checkpoint.model)
-    tts, all_ = TTS(checkpoint, 32), texts()
-    voices, (kind, _, steps) = list(tts.voices), solver.partition(":")
+    with mock.patch.object(runner, "BLOCK_ROWS", SLOTS):  # one large block: half the time, other roundings
+        tts = TTS(checkpoint, SLOTS)
+    all_, voices, (kind, _, steps) = texts(), list(tts.voices), solver.partition(":")
     audios = tts.generate(
         all_, [voices[i % len(voices)] for i in range(len(all_))], list(range(len(all_))),
         steps=int(steps), solver=kind, max_frames=LONGEST,
