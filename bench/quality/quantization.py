@@ -228,13 +228,13 @@ def generate_texts(name: str, solver: str, dtype: torch.dtype) -> list[Text]:
     checkpoint = read_checkpoint(DEMO, dtype)
     scheme.apply(checkpoint.model, {})
     dequantize(checkpoint.model)
+    tts, all_ = TTS(checkpoint, SLOTS), texts()
+    voices, (kind, _, steps) = list(tts.voices), solver.partition(":")
     with mock.patch.object(runner, "BLOCK_ROWS", SLOTS):  # one large block: half the time, other roundings
-        tts = TTS(checkpoint, SLOTS)
-    all_, voices, (kind, _, steps) = texts(), list(tts.voices), solver.partition(":")
-    audios = tts.generate(
-        all_, [voices[i % len(voices)] for i in range(len(all_))], list(range(len(all_))),
-        steps=int(steps), solver=kind, max_frames=LONGEST,
-    )  # fmt: skip
+        audios = tts.generate(
+            all_, [voices[i % len(voices)] for i in range(len(all_))], list(range(len(all_))),
+            steps=int(steps), solver=kind, max_frames=LONGEST,
+        )  # fmt: skip
     digits, words = Recogniser(DIGITS), Recogniser(WORDS)
     found = []
     for i, (text, audio) in enumerate(zip(all_, audios, strict=True)):
