@@ -2,7 +2,7 @@
 
 Every part runs in its own process and stores its rows in ``bench/results.csv``. Then ``bench/report.html``,
 ``bench/plots/*.png`` and the tables between the markers in README.md and docs/ are made from the newest rows
-and the ledger. With ``--no-measure`` nothing is measured. ``quantization`` takes 20 minutes, and is measured only with
+and the ledger. With ``--no-measure`` nothing is measured. ``quantization`` takes 13 minutes, and is measured only with
 ``--only quantization``.
 """
 
