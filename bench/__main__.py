@@ -10,6 +10,7 @@ TOOLS = {
     "gpu": ("micro", "measure the most important figures in a few minutes of a GPU"),
     "tune": ("micro", "search launch configs for this machine's GPU"),
     "engine": ("micro", "time many requests at once, and their memory"),
+    "serve": ("micro", "time the speech server with many clients at once"),
     "host": ("micro", "measure the host's work between two frames, on a stand-in for a GPU"),
     "depth": ("micro", "compare the flow head with a depth transformer: bytes, launches, times"),
     "ledger": ("static", "compile every kernel for every architecture; --check compares with bench/ledger.csv"),

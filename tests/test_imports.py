@@ -27,9 +27,9 @@ MAY_IMPORT = {
 }
 # part of voxkern -> parts of voxkern that it may not import; the direction is tts -> engine -> fused
 MAY_NOT_IMPORT = {
-    "fused": ("tts", "engine", "integrations", "accelerate"),
-    "engine": ("tts", "integrations", "accelerate"),
-    "integrations": ("tts", "engine"),
+    "fused": ("tts", "engine", "integrations", "accelerate", "serve"),
+    "engine": ("tts", "integrations", "accelerate", "serve"),
+    "integrations": ("tts", "engine", "serve"),
 }
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from soundfile import LibsndfileError, SoundFile
+from soundfile import SoundFile
 
 from . import __version__
 from .audio import Audio, least_sound, sound_format, to_int16
@@ -26,35 +25,20 @@ from .checkpoint import find_folder, quantize_checkpoint, read_params, read_voic
 from .engine.kv_cache import cache_bytes
 from .generation_params import CFG_ALPHA
 from .output_file import check_target, replacing
+from .plain_errors import err, plain_errors
 from .random_checkpoint import TINY_MOE, make_checkpoint, public_params
 from .reference import Config
 from .reference.config import BackboneConfig
 from .reference.quantized import format_of
+from .serve.command import serve
 from .tts import DEMO, load
 from .validation import has_triton, to_int
 from .voice import default_first
 from .weight_files import tensor_table, usual_dtype
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-out, err = Console(), Console(stderr=True)
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turn a known error into one printed sentence and exit status 1. Other errors keep their traceback.
-
-    The known errors are those of files, memory and missing packages, and a ValueError or FloatingPointError that
-    voxkern raises. A ValueError or FloatingPointError that another package raises is a bug and keeps its traceback.
-    """
-    own = (ValueError, FloatingPointError)
-    try:
-        yield
-    except (*own, OSError, MemoryError, ModuleNotFoundError, torch.OutOfMemoryError, LibsndfileError) as error:
-        *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
-        if isinstance(error, own) and not raised_in.f_globals["__name__"].startswith("voxkern."):
-            raise
-        err.print(f"voxkern: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+app.command()(serve)
+out = Console()
 
 
 @app.callback()
@@ -93,7 +77,7 @@ def say(
 
     The exit status is 0, or 1 after an error, 2 after a wrong option, or 3 if the model ends before any sound.
     """
-    with _plain_errors():
+    with plain_errors():
         words = _text(text, file)
         if voice is not None and clip is not None:
             raise ValueError("give --voice or --clip, not both")
@@ -149,7 +133,7 @@ def info(
     seconds: Annotated[float, typer.Option(help="Seconds of speech per request.")] = 60.0,
 ) -> None:
     """Show the content of a checkpoint and the memory that it needs; for the demo voice, also the words it can say."""
-    with _plain_errors():
+    with plain_errors():
         to_int("batch", batch, 1, 10**6)
         if not 0 < seconds <= 10**9:  # false for NaN too
             raise ValueError(f"seconds must be more than 0 and at most 10^9, got {seconds}")
@@ -211,7 +195,7 @@ def make(
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is in the folder.")] = False,
 ) -> None:
     """Write a checkpoint with random weights, in the public checkpoint's format. The model generates noise."""
-    with _plain_errors(), err.status("drawing weights"):
+    with plain_errors(), err.status("drawing weights"):
         if moe and full:
             raise ValueError("give --full or --moe, not both: the public model has no experts")
         if folder.exists() and not folder.is_dir():
@@ -230,7 +214,7 @@ def quantize(
     format_: Annotated[str, typer.Option("--format", help="int8 or fp8 (e4m3), with a scale for each row.")] = "int8",
 ) -> None:
     """Write a checkpoint with its large weights in 8 bits (the public model: 4.6 GB instead of 8.0 GB)."""
-    with _plain_errors():
+    with plain_errors():
         format_of(format_)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder}: is not an empty folder")
@@ -256,7 +240,7 @@ def warmup(
     """Compile all kernels of a model in advance, also for a GPU that this machine lacks. The weights are not read."""
     from .warmup import warm_up
 
-    with _plain_errors():
+    with plain_errors():
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise ValueError("kernels are not compiled in Triton's interpreter: unset TRITON_INTERPRET")
         dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -62,6 +62,10 @@ class PromptMaker:
         self._encoder.remove(name)
         del self.voices[name]
 
+    def count_tokens(self, text: str, voice: str | None) -> int:
+        """Return the number of tokens of the prompt for one part of a text; the errors are those of :meth:`make`."""
+        return len(self._encoder.encode(text, self._default() if voice is None else voice))
+
     def make(self, text: str, voice: str | None, positions: int) -> Prompt:
         """Make the prompt for one part of a text.
 

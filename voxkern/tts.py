@@ -5,7 +5,7 @@ import itertools
 import os
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,10 +19,11 @@ from .accelerate import accelerate
 from .audio import Audio
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
 from .engine.engine import Engine
+from .engine.frame_thread import iterate
 from .engine.kv_cache import PAGE_SIZE, PrefixKey
 from .engine.make import MAX_FRAMES, fused_backbone_of, new_engine
 from .engine.request import Request
-from .engine.streaming import SpeechStream, chunk_sizes, iterate_in_thread
+from .engine.streaming import SpeechStream, chunk_sizes
 from .generation_params import CFG_ALPHA, GenerationParams
 from .prompt import PromptMaker
 from .reference import VoxtralTTS
@@ -172,6 +173,15 @@ class TTS:
         """
         self._prompts.remove(name)
 
+    def count_tokens(self, text: str, voice: str | None = None) -> int:
+        """Return the tokens of the prompts of a text, with those of the voice; a long text has several prompts.
+
+        Raises:
+            ValueError: the text is empty or has a character that cannot be encoded, or the voice is unknown.
+            TypeError: `text` is not a string.
+        """
+        return sum(self._prompts.count_tokens(part, voice) for part in split_text(text, MAX_CHARS))
+
     def reset(self) -> None:
         """Drop all that was derived from the weights: prefixes in the KV cache, prepared weights and CUDA graphs.
 
@@ -183,6 +193,18 @@ class TTS:
             accelerate(self.model, fused_backbone.max_batch)
         with self._engine_lock:
             self._engine = None
+
+    def close(self) -> None:
+        """End all requests of :meth:`submit`, and free the memory of the engine: its KV cache and CUDA graphs.
+
+        The iterators of these requests raise a RuntimeError. This method waits for the frame in flight, and for the
+        end of the thread that runs frames for asyncio. Requests of other threads continue. The model can still be used:
+        the next call makes a new engine.
+        """
+        with self._engine_lock:
+            current, self._engine = self._engine, None
+        if current is not None:
+            current[1].frame_thread.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TTS":
         """Return an independent copy with its own model and voices; running requests stay with the original."""
@@ -344,12 +366,13 @@ class TTS:
 
     async def submit(
         self, text: str, voice: str | None = None, seed: int | None = None, **arguments: Any
-    ) -> AsyncIterator[Audio]:
+    ) -> AsyncGenerator[Audio, None]:
         """Generate speech for one text in chunks, for asyncio: ``async for chunk in await tts.submit(text)``.
 
-        The chunks are those of :meth:`stream`. Each iterator has a separate thread, so the event loop never waits for a
-        frame. Only one of these threads at a time runs a frame, for all requests. Leaving the iteration early, or
-        cancelling the task that iterates, stops the generation and frees the memory in use.
+        The chunks are those of :meth:`stream`. One thread runs the frames of all iterators, so the event loop never
+        waits for a frame. The thread starts when the first chunk is requested, and ends when no iterator is left.
+        Chunks that are not read yet stay in memory. Leaving the iteration early, or cancelling the task that iterates,
+        stops the generation and frees the memory in use.
 
         Args:
             text: the text to speak.
@@ -365,8 +388,10 @@ class TTS:
                 raised before anything runs.
             TypeError: an argument has the wrong type, or is unknown; the message names it.
             FloatingPointError: raised by the iterator: a frame has NaN or infinity.
+            RuntimeError: raised by the iterator: the model was closed.
         """
-        return iterate_in_thread(self.stream(text, voice, seed, **arguments))
+        stream = self.stream(text, voice, seed, **arguments)
+        return iterate(stream, stream.engine.frame_thread)
 
     @property
     def engine(self) -> Engine:

@@ -1,7 +1,7 @@
 """The scheduler: many requests share a model, which runs frame by frame; requests join and leave between frames.
 
-No background thread runs. A caller that waits for a frame runs it for all requests, and the callers in other threads
-wait until that frame is done. Calls from several threads are safe, and nothing needs to be shut down.
+A caller that waits for a frame runs it for all requests, and the callers in other threads wait until that frame is
+done. Calls from several threads are safe. For asyncio callers one thread waits; it runs only while they have requests.
 
 Requests are admitted in order, and an admitted request at once gets all pages that it may ever need. So no request
 holds pages while it waits for more. No request is overtaken, and all requests are served.
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..audio import Audio
 from ..reference.config import N_SPECIAL_CODES, NOT_FINITE
 from .codec_runner import CodecRunner
+from .frame_thread import FrameThread
 from .kv_cache import PrefixCache
 from .request import Request, RequestState
 from .runner import FrameOutput, ModelRunner
@@ -36,6 +37,7 @@ class Engine:
         prefix_cache: the prefixes of prompts in the KV cache.
         n_codebooks: codes per frame.
         running: admitted requests by slot.
+        frame_thread: runs frames for asyncio callers.
     """
 
     def __init__(self, runner: ModelRunner, codec: CodecRunner, n_codebooks: int) -> None:
@@ -49,6 +51,7 @@ class Engine:
         self._frame_lock = threading.Lock()  # held by the thread that runs a frame
         self._pid = os.getpid()  # the process in which the frame lock was taken last
         self._frame_done, self._epoch = threading.Condition(), 0
+        self.frame_thread = FrameThread(self.run_until)
 
     @property
     def n_waiting(self) -> int:

@@ -1,9 +1,7 @@
-"""Deliver a request's audio in chunks while its frames are generated, also for asyncio."""
+"""Deliver a request's audio in chunks while its frames are generated."""
 
-import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
 
 from ..audio import Audio
@@ -28,11 +26,15 @@ class SpeechStream:
     The last chunk may be empty. In the last chunk, `ended` is True if the model ended every request by END; in earlier
     chunks `ended` is False. Nothing runs before the first chunk is requested. Closing or dropping the stream stops the
     work and frees the memory in use.
+
+    Attributes:
+        engine: the engine that runs the requests.
     """
 
     def __init__(self, engine: Engine, requests: list[Request], sizes: Iterator[int]) -> None:
         """`sizes`: frames of each chunk; the last chunk of a request may have fewer."""
-        self._engine, self._requests, self._sizes = engine, deque(requests), sizes
+        self.engine, self._requests, self._sizes = engine, deque(requests), sizes
+        self._size = next(sizes)
         self._state: RequestState | None = None
         self._ended, self._closed = True, False
         self._first_sound: float | None = None
@@ -45,54 +47,54 @@ class SpeechStream:
 
         If a request fails, its frames that are left are returned first. The error is raised when none is left.
         """
-        while not self._closed and (self._state is not None or self._requests):
-            state = self._state = self._state or self._engine.submit(self._requests.popleft())
-            if self._closed:  # another thread has closed the stream just now
-                self._engine.cancel(state)
-                break
-            size = next(self._sizes)
+        while (state := self._current()) is not None:
             try:
-                self._engine.wait(state, size)
+                self.engine.wait(state, self._size)
             except BaseException:
                 self.close()
                 raise
             if self._closed:
                 break
-            chunk = state.take(size)
-            if state.finished and not state.codes and state.error is None:
-                self._ended, self._state = self._ended and state.ended, None
-                last = not self._requests
-                chunk = replace(chunk, ended=last and self._ended)
-                if last or chunk.codes.size:
-                    return self._timed(chunk)
-            else:
-                return self._timed(chunk)
+            if not self._is_over(state) or not self._requests:
+                return self._take(state)
         raise StopIteration
+
+    def is_ready(self) -> bool:
+        """Return whether ``next`` can return or raise at once; the first call submits the stream's first request."""
+        state = self._current()
+        return state is None or state.finished or len(state.codes) >= self._size
 
     def close(self) -> None:
         """Stop the stream; any thread may call this at any time."""
         self._closed, state = True, self._state
         if state is not None:
-            self._engine.cancel(state)
+            self.engine.cancel(state)
 
     def __del__(self) -> None:
         self.close()
 
-    def _timed(self, chunk: Audio) -> Audio:
+    def _current(self) -> RequestState | None:
+        """Return the request whose frames come next, and submit it if need be; None after the last request."""
+        if self._state is not None and self._is_over(self._state) and self._requests:
+            self._ended, self._state = self._ended and self._state.ended, None
+            self._size = next(self._sizes)  # an empty chunk that is left out counts as a chunk
+        if self._state is None and self._requests and not self._closed:
+            self._state = self.engine.submit(self._requests.popleft())
+            if self._closed:  # another thread has closed the stream just now
+                self.engine.cancel(self._state)
+        return None if self._closed else self._state
+
+    def _take(self, state: RequestState) -> Audio:
+        """Return the next chunk of a request."""
+        chunk = state.take(self._size)
+        self._size = next(self._sizes)
+        if self._is_over(state):
+            self._ended, self._state = self._ended and state.ended, None
+            chunk = replace(chunk, ended=not self._requests and self._ended)
         if self._first_sound is None:
             self._first_sound = chunk.timings.first_sound
         return replace(chunk, timings=replace(chunk.timings, first_sound=self._first_sound))
 
-
-async def iterate_in_thread(stream: SpeechStream) -> AsyncIterator[Audio]:
-    """Iterate over a stream's chunks, which a thread computes; close the stream when the iteration ends.
-
-    Each stream has a separate thread. asyncio's own pool has few threads: many streams would wait for each other.
-    """
-    own = ThreadPoolExecutor(1, "voxkern")
-    try:
-        while (chunk := await asyncio.get_running_loop().run_in_executor(own, next, stream, None)) is not None:
-            yield chunk
-    finally:
-        stream.close()
-        own.shutdown(wait=False)
+    def _is_over(self, state: RequestState) -> bool:
+        """Return whether a request has ended without an error, and all its frames are taken."""
+        return state.finished and not state.codes and state.error is None

@@ -1,0 +1,129 @@
+"""Time ``voxkern serve`` with the demo voice and many clients at once: ``python -m bench serve``.
+
+The server runs in a process of its own, on this machine. Each client sends one text after the other over one connection
+to 127.0.0.1, and reads the sound as pcm. The received bytes are compared with those of ``generate`` with the same seed.
+Clients and server share the processors.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from bench.results import FILE, ResultRow, store, with_provenance
+from voxkern import load
+
+COMMAND = "python -m bench serve"
+CLIENTS = (1, 8, 32, 128)
+TEXTS = ("seven three one", "good evening", "four six", "nine nine two five", "monday", "two zero", "eight", "one two")
+MAX_BATCH, WAITING = 32, 128
+LEAST_REQUESTS = 32  # a few clients send several texts each, so that the percentiles mean something
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client received for one text.
+
+    Attributes:
+        status: the HTTP status.
+        first: seconds from the request to its first byte of sound.
+        received: number of bytes that arrived.
+        expected: number of bytes of the whole sound.
+        is_equal: whether the bytes are those of ``generate``.
+    """
+
+    status: int
+    first: float
+    received: int
+    expected: int
+    is_equal: bool
+
+
+@contextlib.contextmanager
+def running_server(*flags: str) -> Iterator[str]:
+    """Run ``voxkern serve`` on a free port until the ``with`` block ends, and yield its address."""
+    command = [sys.executable, "-c", "from voxkern.cli import app; app()", "serve", "--port", "0", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        try:
+            yield next(line.split("running on ")[1].split()[0] for line in process.stderr if "running on http" in line)
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+async def ask(client: httpx.AsyncClient, text: str, seed: int, expected: bytes) -> Answer:
+    """Send one text, and return what arrived."""
+    body = {"input": text, "seed": seed, "response_format": "pcm"}
+    start, first, received = time.perf_counter(), float("nan"), b""
+    async with client.stream("POST", "/v1/audio/speech", json=body) as response:
+        with contextlib.suppress(httpx.RemoteProtocolError):  # a body without an end
+            async for part in response.aiter_bytes():
+                if not received:
+                    first = time.perf_counter() - start
+                received += part
+    return Answer(response.status_code, first, len(received), len(expected), received == expected)
+
+
+async def ask_all(address: str, n_clients: int, expected: Sequence[bytes]) -> tuple[list[Answer], float]:
+    """Let all clients send their texts at once; return all answers, and the seconds that they took together."""
+    limits = httpx.Limits(max_connections=n_clients)
+    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=600) as client:
+
+        async def one_client(index: int) -> list[Answer]:
+            own = range(index, max(n_clients, LEAST_REQUESTS), n_clients)
+            return [await ask(client, TEXTS[i % len(TEXTS)], i % len(TEXTS), expected[i % len(TEXTS)]) for i in own]
+
+        start = time.perf_counter()
+        answers = await asyncio.gather(*map(one_client, range(n_clients)))
+        return [answer for own in answers for answer in own], time.perf_counter() - start
+
+
+def rows() -> list[ResultRow]:
+    """Measure each number of clients, and return the rows."""
+    tts = load(max_batch=MAX_BATCH)
+    audios = tts.generate(list(TEXTS), seed=list(range(len(TEXTS))))
+    expected, rate = [audio.pcm16() for audio in audios], 2 * tts.sampling_rate
+    found = []
+    with running_server("--max-batch", str(MAX_BATCH), "--max-waiting", str(WAITING)) as address:
+        for n_clients in CLIENTS:
+            answers, seconds = asyncio.run(ask_all(address, n_clients, expected))
+            first = [answer.first for answer in answers if answer.status == 200]
+            figures = {
+                "requests": (len(answers), "requests"),
+                "first sound, p50": (float(np.percentile(first, 50)), "s"),
+                "first sound, p95": (float(np.percentile(first, 95)), "s"),
+                "sound": (sum(answer.received for answer in answers) / rate / seconds, "s/s"),
+                "failures": (sum(answer.status != 200 or not answer.is_equal for answer in answers), "requests"),
+                "bytes lost": (sum(max(0, answer.expected - answer.received) for answer in answers), "B"),
+            }
+            found += [
+                ResultRow(
+                    "serve", "demo voice", metric, value, unit, "measured", COMMAND, "torch", f"{n_clients} clients"
+                )
+                for metric, (value, unit) in figures.items()
+            ]
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a line for each number of clients, and write the rows if ``--csv`` is given."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument(
+        "--csv", type=Path, nargs="?", const=FILE, metavar="FILE", help=f"store the rows in FILE, or in {FILE.name}"
+    )
+    args = parser.parse_args(arguments)
+    found = with_provenance(rows())
+    for row in found:
+        print(f"{row.shape}: {row.metric} {row.value:.3g} {row.unit}")
+    if args.csv:
+        store(found, args.csv)
+    return 0

@@ -1,0 +1,33 @@
+"""Run a server in a thread of the test process, on loopback."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+
+import voxkern
+from voxkern.serve.server import SpeechServer, make_server
+from voxkern.serve.settings import ServeSettings
+
+NAMES = ("tiny", "tts-1")
+
+
+@contextlib.contextmanager
+def serving(tts: voxkern.TTS, **settings: object) -> Iterator[tuple[httpx.Client, SpeechServer]]:
+    """Serve a model on a free port; yield a client, and the server, which ends with the ``with`` block."""
+    server = make_server(tts, ServeSettings(NAMES, **settings), "127.0.0.1", 0)  # type: ignore[arg-type]
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client, server
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()

@@ -1,0 +1,127 @@
+"""One thread that runs frames for all asyncio callers of an engine."""
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
+
+from ..audio import Audio
+
+# What a stream's reader receives: chunks, and at the end None or the error that ended the stream.
+Deliver = Callable[[Audio | BaseException | None], object]
+
+
+class ChunkStream(Protocol):
+    """The part of :class:`SpeechStream` that the thread uses."""
+
+    def __next__(self) -> Audio:
+        """Return the next chunk."""
+
+    def is_ready(self) -> bool:
+        """Return whether ``next`` can return or raise at once."""
+
+    def close(self) -> None:
+        """Stop the stream."""
+
+
+class FrameThread:
+    """Runs an engine's frames in one thread, and delivers the chunks of all streams that were added.
+
+    The thread starts when the first stream is added, and ends when no stream is left. Other threads may use the engine
+    at the same time. A stream does not wait for its reader: chunks that are not read yet stay in memory.
+    """
+
+    def __init__(self, run_until: Callable[[Callable[[], bool]], None]) -> None:
+        """`run_until`: the engine's method that runs frames until its argument returns True."""
+        self._run_until = run_until
+        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._streams: dict[ChunkStream, Deliver] = {}
+        self._thread: threading.Thread | None = None
+
+    def add(self, stream: ChunkStream, deliver: Deliver) -> None:
+        """Run a stream to its end, and call `deliver` in the thread with each chunk.
+
+        If `deliver` raises a RuntimeError, as an event loop does that is closed, the stream is closed.
+        """
+        if self._pid != os.getpid():  # after a fork: the thread and the lock's holder exist only in the parent
+            self._lock, self._pid = threading.Lock(), os.getpid()
+            self._streams, self._thread = {}, None
+        with self._lock:
+            self._streams[stream] = deliver
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="voxkern frames")
+                self._thread.start()
+
+    def remove(self, stream: ChunkStream) -> None:
+        """Close a stream. Its slot and pages are free at the end of the frame in flight."""
+        with self._lock:
+            self._streams.pop(stream, None)
+        stream.close()
+
+    def close(self) -> None:
+        """Close all streams, so that their readers receive a RuntimeError, and wait until the thread has ended."""
+        with self._lock:
+            streams, thread = dict(self._streams), self._thread
+        for stream, deliver in streams.items():
+            self._end(stream, deliver, RuntimeError("the model was closed while it generated this speech"))
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while streams := self._streams_or_end():
+            try:
+                self._run_until(self._any_ready)
+            except BaseException as error:  # no stream can go on without frames
+                for stream, deliver in streams.items():
+                    self._end(stream, deliver, error)
+            for stream, deliver in streams.items():
+                self._deliver_ready(stream, deliver)
+
+    def _streams_or_end(self) -> dict[ChunkStream, Deliver]:
+        """Return the streams; if there are none, let the next call of :meth:`add` start a new thread."""
+        with self._lock:
+            if not self._streams:
+                self._thread = None
+            return dict(self._streams)
+
+    def _any_ready(self) -> bool:
+        with self._lock:
+            streams = list(self._streams)
+        ready = [stream.is_ready() for stream in streams]  # of all, because this call submits a new stream's request
+        return not ready or any(ready)
+
+    def _deliver_ready(self, stream: ChunkStream, deliver: Deliver) -> None:
+        while stream in self._streams and stream.is_ready():
+            try:
+                chunk = next(stream)
+            except StopIteration:
+                self._end(stream, deliver, None)
+            except BaseException as error:
+                self._end(stream, deliver, error)
+            else:
+                try:
+                    deliver(chunk)
+                except RuntimeError:  # the reader's event loop is closed
+                    self.remove(stream)
+
+    def _end(self, stream: ChunkStream, deliver: Deliver, last: BaseException | None) -> None:
+        """Remove a stream, and deliver the end of its chunks to its reader, if the reader's event loop still runs."""
+        self.remove(stream)
+        with contextlib.suppress(RuntimeError):
+            deliver(last)
+
+
+async def iterate(stream: ChunkStream, frames: FrameThread) -> AsyncGenerator[Audio, None]:
+    """Iterate over a stream's chunks, which a thread generates; close the stream when the iteration ends."""
+    loop = asyncio.get_running_loop()
+    received: asyncio.Queue[Audio | BaseException | None] = asyncio.Queue()
+    frames.add(stream, lambda item: loop.call_soon_threadsafe(received.put_nowait, item))
+    try:
+        while (item := await received.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        frames.remove(stream)

@@ -1,0 +1,80 @@
+"""The routes of the server, and the API key."""
+
+import hmac
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..tts import TTS
+from .errors import APIError, http_error
+from .metrics import Metrics
+from .settings import ServeSettings
+from .speech import Speech
+
+
+def make_app(tts: TTS, settings: ServeSettings) -> Starlette:
+    """Return an ASGI application that serves a model. Its ``state.speech`` is the :class:`Speech` of its requests."""
+    metrics, created = Metrics(tts), int(time.time())
+    speech = Speech(tts, settings, metrics)
+
+    async def models(request: Request) -> Response:
+        about = {"object": "model", "created": created, "owned_by": "voxkern"}
+        return JSONResponse({"object": "list", "data": [{"id": name} | about for name in settings.model_names]})
+
+    async def voices(request: Request) -> Response:
+        return JSONResponse({"voices": sorted(tts.voices), "uploaded_voices": []})  # vLLM-Omni's form
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(request: Request) -> Response:
+        return JSONResponse({"ready": not speech.closing}, 503 if speech.closing else 200)
+
+    async def figures(request: Request) -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        speech.close()
+
+    app = Starlette(
+        routes=[
+            Route("/v1/audio/speech", speech, methods=["POST"]),
+            Route("/v1/audio/voices", voices),
+            Route("/v1/models", models),
+            Route("/health", health),
+            Route("/ready", ready),
+            Route("/metrics", figures),
+        ],
+        middleware=[Middleware(RequireKey, key=settings.api_key)] if settings.api_key else [],
+        exception_handlers={HTTPException: http_error},
+        lifespan=lifespan,
+    )
+    app.state.speech = speech
+    return app
+
+
+class RequireKey:
+    """Refuses requests to ``/v1`` that lack the API key."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._expected = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application if the key is right. The comparison takes the same time for every wrong key."""
+        app = self._app
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+                app = APIError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"}).response()
+        await app(scope, receive, send)

@@ -1,0 +1,28 @@
+"""The names and limits of a server."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Names and limits of a server; each is a flag of ``voxkern serve``.
+
+    Attributes:
+        model_names: the names by which requests may call the model; the first is the one that is listed.
+        max_waiting: the most requests that wait for a slot.
+        max_chars: the most characters of a request's text.
+        max_body: the most bytes of a request's body.
+        body_seconds: the most seconds that a body may take to arrive.
+        request_seconds: the most seconds from a request's first byte to the last byte of its sound.
+        shutdown_seconds: the most seconds that running requests may take after SIGTERM.
+        api_key: the key that requests must have; None accepts all requests.
+    """
+
+    model_names: tuple[str, ...]
+    max_waiting: int = 64
+    max_chars: int = 4096
+    max_body: int = 1_000_000
+    body_seconds: float = 10.0
+    request_seconds: float = 600.0
+    shutdown_seconds: float = 30.0
+    api_key: str | None = None

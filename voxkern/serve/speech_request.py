@@ -1,0 +1,106 @@
+"""Check the fields of a request for speech."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import APIError
+from .formats import FORMATS, SoundFormat
+from .settings import ServeSettings
+
+ARGUMENTS = ("seed", "steps", "solver", "cfg_alpha", "max_frames")  # fields beyond OpenAI's: arguments of TTS.stream
+FIELDS = ("model", "input", "voice", "response_format", "stream_format", "speed", "instructions", *ARGUMENTS)
+
+
+@dataclass(frozen=True)
+class SpeechRequest:
+    """Holds the checked fields of a request.
+
+    Attributes:
+        text: the text to speak.
+        voice: name of the voice; None takes the default.
+        sound_format: the format of the sound.
+        as_events: whether the sound is sent as server-sent events.
+        arguments: arguments of :meth:`voxkern.TTS.stream`, not checked yet.
+    """
+
+    text: str
+    voice: str | None
+    sound_format: SoundFormat
+    as_events: bool
+    arguments: dict[str, Any]
+
+
+def read_request(body: bytes, settings: ServeSettings) -> SpeechRequest:
+    """Return the checked fields of a request's body.
+
+    Raises:
+        APIError: the body is no JSON object in UTF-8, or a field is missing, unknown or wrong.
+    """
+    fields = _fields(body)
+    for name in fields:
+        if name not in FIELDS:
+            raise _wrong("unknown_field", name, f"{name!r} is not a field of this server: it has {', '.join(FIELDS)}")
+    _check_model(fields.get("model"), settings)
+    if fields.get("speed") not in (None, 1):
+        raise _wrong("unsupported_field", "speed", "speed must be 1: the model cannot change it")
+    if fields.get("instructions") not in (None, ""):
+        raise _wrong("unsupported_field", "instructions", "instructions are not supported: the model takes none")
+    return SpeechRequest(
+        text=_text(fields, settings),
+        voice=_voice(fields.get("voice")),
+        sound_format=FORMATS[_one_of(fields, "response_format", tuple(FORMATS), "mp3")],
+        as_events=_one_of(fields, "stream_format", ("audio", "sse"), "audio") == "sse",
+        arguments={name: fields[name] for name in ARGUMENTS if fields.get(name) is not None},
+    )
+
+
+def _fields(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body.decode())
+    except UnicodeDecodeError as error:
+        raise _wrong("invalid_json", None, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise _wrong("invalid_json", None, f"the body is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise _wrong("invalid_json", None, f"the body must be a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def _check_model(name: Any, settings: ServeSettings) -> None:
+    if name is not None and name not in settings.model_names:
+        message = f"model is {name!r}, but this server has {', '.join(settings.model_names)}"
+        raise APIError(404, "model_not_found", message, "model")
+
+
+def _text(fields: dict[str, Any], settings: ServeSettings) -> str:
+    if "input" not in fields:
+        raise _wrong("missing_field", "input", "input is missing: it has the text to speak")
+    text = fields["input"]
+    if not isinstance(text, str):
+        raise _wrong("wrong_type", "input", f"input must be a string, got {type(text).__name__}")
+    if len(text) > settings.max_chars:
+        message = f"input has {len(text)} characters, but this server takes at most {settings.max_chars}"
+        raise _wrong("input_too_long", "input", message)
+    return text
+
+
+def _voice(value: Any) -> str | None:
+    """Return the name of a voice that is given as a string or, in OpenAI's form, as ``{"id": name}``."""
+    name = value["id"] if isinstance(value, dict) and value.keys() == {"id"} else value
+    if name is not None and not isinstance(name, str):
+        raise _wrong("wrong_type", "voice", 'voice must be a name, or {"id": name}')
+    return name
+
+
+def _one_of(fields: dict[str, Any], name: str, values: tuple[str, ...], default: str) -> str:
+    value = fields.get(name)
+    if value is None:
+        return default
+    if value not in values:
+        raise _wrong("unsupported_value", name, f"{name} must be one of {', '.join(values)}, got {value!r}")
+    return str(value)
+
+
+def _wrong(code: str, param: str | None, message: str) -> APIError:
+    return APIError(400, code, message, param)
