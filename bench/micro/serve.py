@@ -2,7 +2,7 @@
 
 The server runs in a process of its own, on this machine. Each client sends one text after the other over one connection
 to 127.0.0.1, and reads the sound as pcm. The received bytes are compared with those of ``generate`` with the same seed.
-Clients and server share the processors.
+Clients and server share the processors: the model has one thread less than torch takes by default.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import torch
 
 from bench.results import FILE, ResultRow, store, with_provenance
 from voxkern import load
@@ -89,6 +90,7 @@ async def ask_all(address: str, n_clients: int, expected: Sequence[bytes]) -> tu
 
 def rows() -> list[ResultRow]:
     """Measure each number of clients, and return the rows."""
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # as the server does
     tts = load(max_batch=MAX_BATCH)
     audios = tts.generate(list(TEXTS), seed=list(range(len(TEXTS))))
     expected, rate = [audio.pcm16() for audio in audios], 2 * tts.sampling_rate

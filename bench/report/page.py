@@ -47,7 +47,7 @@ SECTIONS = (
     ),
     ("What the compiler makes of it", ("resources",), "resources"),
     ("Measured on a GPU", ("gpu",), None),
-    ("Measured on a CPU", ("engine", "host", "micro"), None),
+    ("Measured on a CPU", ("engine", "served", "host", "micro"), None),
 )
 
 

@@ -29,10 +29,11 @@ from bench.static import ledger
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, PLOTS = ROOT / "bench" / "report.html", ROOT / "bench" / "plots"
 DOCS = ROOT / "docs"
-MARKED_FILES = (ROOT / "README.md", DOCS / "figures.md", DOCS / "quantization.md")  # have tables between markers
+# pages with tables between markers
+MARKED_FILES = (ROOT / "README.md", DOCS / "figures.md", DOCS / "quantization.md", DOCS / "serving.md")
 # two of these run at once, because none measures time
 COUNTED = ("recognition", "distortion", "frame", "errors", "server_cost", "roofline", "filling")
-TIMED = ("depth", "host", "engine", "run")  # one runs at a time, because another would slow it down
+TIMED = ("depth", "host", "engine", "serve", "run")  # one runs at a time, because another would slow it down
 PARTS = (*COUNTED, *TIMED)  # modules of bench/; each except `run` has a function `rows()`
 LONG = ("quantization",)  # measured only if `--only` names it
 SAID = "seven three one"  # text that the demo voice speaks, for the README's picture

@@ -20,7 +20,7 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
         "bounds": bounds(figures), "quantized": quantized(figures), "overlapped": overlapped(figures),
         "filling": filling(figures),
         "errors": errors(figures), "distortion": distortion(figures), "recognition": recognition(figures),
-        "engine": engine(figures), "host": host(figures), "micro": micro(figures), "gpu": gpu(figures),
+        "engine": engine(figures), "served": served(figures), "host": host(figures), "micro": micro(figures), "gpu": gpu(figures),
         "resources": resources(ledger), "quantization_given": quantization.given(figures),
         "quantization_free": quantization.free(figures), "quantization_cpu": quantization.on_this_cpu(figures),
     }  # fmt: skip
@@ -236,6 +236,24 @@ def engine(figures: Figures) -> ReportTable:
             "keys and values of 64 / 400 / 1000 tokens, MB a request")  # fmt: skip
     note = "Plain PyTorch on one thread of this CPU, 7 evaluations; 12.5 frames a second are one voice in real time."
     return ReportTable("Many requests at once", note, "python -m bench engine", head, lines)
+
+
+def served(figures: Figures) -> ReportTable:
+    """Make the table of the server's speed with many clients at once."""
+    lines, device = [], ""
+    for row in figures.all(bench="serve", metric="requests"):
+        wanted, device = {"bench": "serve", "shape": row.shape}, row.device
+        lines.append([
+            row.shape.removesuffix(" clients"), f"{row.value:.0f}",
+            figures.value(".2f", **wanted, metric="first sound, p50"),
+            figures.value(".2f", **wanted, metric="first sound, p95"),
+            figures.value(".2f", **wanted, metric="sound"),
+            figures.value(".0f", **wanted, metric="failures"), figures.value(".0f", **wanted, metric="bytes lost"),
+        ])  # fmt: skip
+    head = ("clients", "requests", "first sound, p50, s", "p95, s", "seconds of sound a second", "failures",
+            "bytes lost")  # fmt: skip
+    note = f"`voxkern serve` with the demo voice, 32 slots and 7 evaluations. Clients share the processors. {device}."
+    return ReportTable("The speech server", note, "python -m bench serve", head, lines)
 
 
 def micro(figures: Figures) -> ReportTable:

@@ -3,6 +3,7 @@
 import ipaddress
 from typing import Annotated
 
+import torch
 import typer
 
 from ..plain_errors import err, plain_errors
@@ -20,7 +21,7 @@ def serve(
         typer.Option(help="Name of the model in requests, several times if need be; default: --model's last part."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
     max_batch: Annotated[int, typer.Option(help="Requests that run side by side.")] = 32,
     cache_tokens: Annotated[int | None, typer.Option(help="Tokens of the KV cache, as for load().")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if torch finds one.")] = None,
@@ -28,15 +29,21 @@ def serve(
     backend: Annotated[str, typer.Option(help="auto, triton or torch, as for load().")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or fp8, as for load().")] = None,
     overlap: Annotated[bool, typer.Option("--overlap", help="As for load(overlap=True).")] = False,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.")] = (
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads of the model; default: torch's number less one, for connections.", min=1),
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.", min=0)] = (
         DEFAULT.max_waiting
     ),
-    max_chars: Annotated[int, typer.Option(help="Characters of a text.")] = DEFAULT.max_chars,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request's body.")] = DEFAULT.max_body,
-    body_seconds: Annotated[float, typer.Option(help="Seconds for a body to arrive.")] = DEFAULT.body_seconds,
-    request_seconds: Annotated[float, typer.Option(help="Seconds for a whole request.")] = DEFAULT.request_seconds,
+    max_chars: Annotated[int, typer.Option(help="Characters of a text.", min=1)] = DEFAULT.max_chars,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request's body.", min=1)] = DEFAULT.max_body,
+    body_seconds: Annotated[float, typer.Option(help="Seconds for a body to arrive.", min=0.1)] = DEFAULT.body_seconds,
+    request_seconds: Annotated[
+        float, typer.Option(help="Seconds for a whole request.", min=0.1)
+    ] = DEFAULT.request_seconds,
     shutdown_seconds: Annotated[
-        float, typer.Option(help="Seconds that running requests may take after SIGTERM.")
+        float, typer.Option(help="Seconds that running requests may take after SIGTERM.", min=1)
     ] = DEFAULT.shutdown_seconds,
     api_key: Annotated[
         str | None, typer.Option(envvar="VOXKERN_API_KEY", help="Key that requests to /v1 must have.")
@@ -68,6 +75,8 @@ def serve(
                 f"voxkern serve needs {error.name}, which is not installed: pip install 'voxkern[serve]', or "
                 "'.[serve]' in a clone"
             ) from None
+        # a thread that waits for a processor delays all others, so the connections get a processor of their own
+        torch.set_num_threads(threads or max(1, torch.get_num_threads() - 1))
         with err.status("loading"):
             tts = load(
                 model,
