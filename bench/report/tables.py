@@ -20,7 +20,8 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
         "bounds": bounds(figures), "quantized": quantized(figures), "overlapped": overlapped(figures),
         "filling": filling(figures),
         "errors": errors(figures), "distortion": distortion(figures), "recognition": recognition(figures),
-        "engine": engine(figures), "served": served(figures), "host": host(figures), "micro": micro(figures), "gpu": gpu(figures),
+        "engine": engine(figures), "served": served(figures), "host": host(figures), "micro": micro(figures),
+        "gpu": gpu(figures),
         "resources": resources(ledger), "quantization_given": quantization.given(figures),
         "quantization_free": quantization.free(figures), "quantization_cpu": quantization.on_this_cpu(figures),
     }  # fmt: skip
