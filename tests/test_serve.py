@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,18 @@ def expected(tts: voxkern.TTS) -> voxkern.Audio:
 
 def settled(tts: voxkern.TTS) -> bool:
     """Wait until no request runs; return whether all pages are free."""
-    for _ in range(500):
-        if not tts.engine.n_running and not tts.engine.n_waiting:
-            break
-        time.sleep(0.01)
+    wait_for(lambda: not tts.engine.n_running and not tts.engine.n_waiting)
     tts.engine.prefix_cache.clear()
     cache = tts.engine.runner.kv_cache
     return (tts.engine.n_running, tts.engine.n_waiting, cache.n_free) == (0, 0, cache.n_pages)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Wait until a condition is true, for at most 30 s."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
 
 
 def test_pcm_is_generates_sound(client: Any, expected: voxkern.Audio) -> None:
@@ -266,8 +271,7 @@ def test_a_full_queue_refuses_requests(tts: voxkern.TTS, expected: voxkern.Audio
     with serving(tts, max_waiting=1) as (client, _), ThreadPoolExecutor(3) as pool:
         long = BODY | {"max_frames": 40, "steps": 16}
         waiting = [pool.submit(client.post, SPEECH, json=long) for _ in range(3)]
-        while tts.engine.n_running + tts.engine.n_waiting < 3:
-            time.sleep(0.005)
+        wait_for(lambda: tts.engine.n_running + tts.engine.n_waiting == 3)
         refused = client.post(SPEECH, json=BODY)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) > 0
@@ -284,14 +288,12 @@ def test_a_client_that_leaves_frees_its_slot(tts: voxkern.TTS, name: str) -> Non
         head = f"POST {SPEECH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with connect(client) as leaving:
             leaving.sendall(head + body)
-            while not tts.engine.n_running:
-                time.sleep(0.002)
+            wait_for(lambda: tts.engine.n_running)
             if name == "pcm":
                 assert leaving.recv(100)
             state = next(iter(tts.engine.running.values()))
         n_frames = state.n_frames
-        while not state.finished:
-            time.sleep(0.001)
+        wait_for(lambda: state.finished)
         assert state.n_frames - n_frames < 20  # of 900
         assert settled(tts)
         assert 'errors_total{code="client_gone"} 1.0' in client.get("/metrics").text
@@ -333,6 +335,7 @@ def test_metrics(tts: voxkern.TTS, expected: voxkern.Audio) -> None:
     assert float(figures["voxkern_real_time_factor_count"]) == 2
     assert (figures["voxkern_running"], figures["voxkern_waiting"]) == ("0.0", "0.0")
     assert float(figures["voxkern_pages"]) == tts.engine.runner.kv_cache.n_pages
+    assert float(figures["voxkern_pages_in_use"]) == 1  # the cached voice
 
 
 def test_no_thread_and_no_file_is_left(tts: voxkern.TTS) -> None:
@@ -367,13 +370,14 @@ def process(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str]]
 
 
 def wait_until_refused(address: str) -> None:
-    for _ in range(200):
+    def refused() -> bool:
         try:
             httpx.get(f"{address}/health")
         except httpx.ConnectError:
-            return
-        time.sleep(0.02)
-    raise AssertionError("the server still accepts connections")
+            return True
+        return False
+
+    wait_for(refused)
 
 
 def test_sigterm_completes_running_requests(tiny_folder: Path) -> None:

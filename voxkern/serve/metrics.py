@@ -1,5 +1,7 @@
 """The figures of GET /metrics, in the form that Prometheus reads."""
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..tts import TTS
@@ -32,11 +34,11 @@ class Metrics:
             "voxkern_real_time_factor", "Seconds of a request for each second of its sound", registry=registry,
             buckets=FACTORS,
         )  # fmt: skip
-        gauges = {
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "waiting": ("Requests that wait for a slot", lambda: tts.engine.n_waiting),
             "running": ("Requests in a slot", lambda: tts.engine.n_running),
             "pages": ("Pages of the KV cache", lambda: tts.engine.runner.kv_cache.n_pages),
-            "pages_free": ("Pages that no request and no cached voice uses", lambda: tts.engine.runner.kv_cache.n_free),
+            "pages_in_use": ("Pages of requests and of cached voices", lambda: pages_in_use(tts)),
         }
         for name, (help_, read) in gauges.items():
             Gauge(f"voxkern_{name}", help_, registry=registry).set_function(read)
@@ -44,3 +46,9 @@ class Metrics:
     def text(self) -> bytes:
         """Return all figures in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def pages_in_use(tts: TTS) -> int:
+    """Return the number of pages of the KV cache that requests or cached voices hold."""
+    kv_cache = tts.engine.runner.kv_cache
+    return kv_cache.n_pages - kv_cache.n_free
