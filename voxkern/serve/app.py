@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..tts import TTS
 from .errors import APIError, http_error
 from .metrics import Metrics
+from .page import page_routes
 from .settings import ServeSettings
 from .speech import Speech
 
@@ -54,6 +55,7 @@ def make_app(tts: TTS, settings: ServeSettings) -> Starlette:
             Route("/health", health),
             Route("/ready", ready),
             Route("/metrics", figures),
+            *page_routes(tts, settings),
         ],
         middleware=[Middleware(RequireKey, key=settings.api_key)] if settings.api_key else [],
         exception_handlers={HTTPException: http_error},

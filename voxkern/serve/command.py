@@ -7,6 +7,7 @@ import torch
 import typer
 
 from ..plain_errors import err, plain_errors
+from ..reference.train.data import WORDS
 from ..tts import load
 from .settings import ServeSettings
 
@@ -67,6 +68,7 @@ def serve(
             request_seconds=request_seconds,
             shutdown_seconds=shutdown_seconds,
             api_key=api_key,
+            words=WORDS if model is None else (),
         )
         try:
             from .server import make_server

@@ -16,6 +16,7 @@ class ServeSettings:
         request_seconds: the most seconds from a request's first byte to the last byte of its sound.
         shutdown_seconds: the most seconds that running requests may take after SIGTERM.
         api_key: the key that requests must have; None accepts all requests.
+        words: the words that the model can speak, for the page; empty if it speaks any text.
     """
 
     model_names: tuple[str, ...]
@@ -26,3 +27,4 @@ class ServeSettings:
     request_seconds: float = 600.0
     shutdown_seconds: float = 30.0
     api_key: str | None = None
+    words: tuple[str, ...] = ()
