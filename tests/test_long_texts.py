@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 import regex
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voxkern.text import split_text
+from voxkern.text import split_sentences, split_text
 
 ONE_MILLION = 1_000_000
 ALPHABET = "ab1. ,!?;\n\t\"'()é…‥—-\xa0\u3000\u200b。！，、「」（）“”«»漢かッー한가กิ\u0301\u200d👩🇩\ufeff"
@@ -112,3 +112,48 @@ def test_lone_surrogates() -> None:
     for text, max_chars in (("a" * 9 + "\udfff", 4), ("a" * 9 + "\udfff", None)):
         with pytest.raises(ValueError, match=r"text has a lone surrogate, U\+DFFF, at position 9"):
             split_text(text, max_chars)
+
+
+PIECES = st.lists(
+    st.text(st.sampled_from("ab 1.?!,;\n\"')(]”“’»«…。！？、\u3000\xa0€%\u0301\u200dé한中🇩🇪\ufeff$-"), max_size=12)
+)
+
+
+@settings(max_examples=300)
+@given(PIECES)
+def test_sentences_do_not_depend_on_the_pieces_in_which_they_arrive(pieces: list[str]) -> None:
+    """Sentences are taken off while a text arrives in pieces, or from the whole text: they are the same."""
+    sentences, rest = [], ""
+    for piece in pieces:
+        new, rest = split_sentences(rest + piece)
+        sentences += new
+    assert (sentences, rest) == split_sentences("".join(pieces))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences", "rest"),
+    [
+        ("Hello there. How are you?", ["Hello there."], "How are you?"),
+        ('"Yes." I paid 3.5 euros! And', ['"Yes."', "I paid 3.5 euros!"], "And"),
+        ("one two\nthree four\nfive", ["one two", "three four"], "five"),
+        ("你好。再见。好", ["你好。"], "再见。好"),  # fewer than 3 characters follow the second end
+        ("No end yet", [], "No end yet"),
+        ("Wait... what", ["Wait..."], "what"),
+        ("\n \n ", [], "\n \n "),
+        ("", [], ""),
+        (f"{'word ' * 200}end. Next one", [f"{'word ' * 200}end."], "Next one"),
+    ],
+)
+def test_sentences_that_are_complete(text: str, sentences: list[str], rest: str) -> None:
+    assert split_sentences(text) == (sentences, rest)
+
+
+def test_the_end_of_a_sentence_is_certain_only_when_three_characters_follow() -> None:
+    assert split_sentences("One. Two")[0] == ["One."]
+    assert split_sentences("One. T")[0] == []
+
+
+def test_ten_thousand_sentences_take_linear_time() -> None:
+    start = time.perf_counter()
+    assert len(split_sentences("So it goes. " * 10_000)[0]) == 9_999
+    assert time.perf_counter() - start < 20

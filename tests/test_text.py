@@ -11,9 +11,10 @@ import mistral_common
 import pytest
 
 from voxkern.checkpoint import CheckpointError
+from voxkern.prompt import PromptEncoder
 from voxkern.random_checkpoint import TINY_VOICES, byte_tokenizer
 from voxkern.reference.config import AudioModelConfig
-from voxkern.text import PromptEncoder, split_text
+from voxkern.text import split_text
 
 AUDIO = AudioModelConfig(8192, 21, 36, audio_token_id=24, begin_audio_token_id=25)
 

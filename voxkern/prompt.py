@@ -1,13 +1,17 @@
 """Make the prompts of requests: the tokens of a text, with a voice's embeddings in place of the [AUDIO] tokens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .reference import VoxtralTTS
-from .text import PromptEncoder
+from .reference.config import AudioModelConfig
+from .text import BYTE_ORDER_MARK, check_text, is_blank
 from .voice import check_rows, default_first
+from .weight_files import CheckpointError
 
 N_TEMPLATE = 5  # tokens of a prompt besides the voice and the text
 
@@ -26,6 +30,80 @@ class Prompt:
     embeddings: Tensor
     voice: Tensor
     n_shared: int
+
+
+class PromptEncoder:
+    """Encodes requests as ``[BOS] [BEGIN_AUDIO] [AUDIO] x N [NEXT_AUDIO_TEXT] text [REPEAT_AUDIO_TEXT] [BEGIN_AUDIO]``.
+
+    The model later reads the voice's N embeddings in place of the [AUDIO] tokens. The text is not normalised.
+    """
+
+    def __init__(self, path: Path, voices: Mapping[str, int], audio: AudioModelConfig, vocab_size: int) -> None:
+        """Read a ``tekken.json``.
+
+        Args:
+            path: the file.
+            voices: maps each voice's name to N, the number of its embeddings. If the file gives a number of tokens for
+                a voice, that number must be N.
+            audio: the model's configuration, for the ids of [AUDIO] and [BEGIN_AUDIO].
+            vocab_size: number of token ids that the model can embed.
+
+        Raises:
+            CheckpointError: the file is not a tokenizer for speech, gives a voice another number of tokens than N, has
+                other ids of [AUDIO] and [BEGIN_AUDIO] than the model, or has more ids than the model can embed.
+            ImportError: mistral-common is not installed.
+        """
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+        try:
+            self.tokenizer = MistralTokenizer.from_file(path).instruct_tokenizer
+        except Exception as error:  # mistral-common raises many kinds of exception for a wrong file
+            raise CheckpointError(f"{path}: cannot be read as a tekken tokenizer ({error!r})") from error
+        encoder = self.tokenizer.audio_encoder
+        if encoder is None:
+            raise CheckpointError(f"{path}: has no 'audio' section, so it cannot encode speech requests")
+        ids, n_ids = encoder.special_ids, self.tokenizer.tokenizer.n_words
+        for token, key, of_file, of_model in (
+            ("[AUDIO]", "audio_token_id", ids.audio, audio.audio_token_id),
+            ("[BEGIN_AUDIO]", "begin_audio_token_id", ids.begin_audio, audio.begin_audio_token_id),
+        ):
+            if of_file != of_model:
+                raise CheckpointError(f"{path}: {token} has id {of_file}, but the model's {key} is {of_model}")
+        if n_ids > vocab_size:
+            raise CheckpointError(f"{path}: has {n_ids} token ids, but the model's vocab_size is {vocab_size}")
+        known = encoder.audio_config.voice_num_audio_tokens or {}
+        for name, length in voices.items():
+            if known.get(name, length) != length:
+                raise CheckpointError(
+                    f"{path}: gives voice {name!r} {known[name]} tokens, but the voice's file has {length} embeddings"
+                )
+        # this object and the tokenizer share one dict, so that add() and remove() change both
+        self.voices = encoder.audio_config.voice_num_audio_tokens = dict(voices)
+
+    def add(self, voice: str, length: int) -> None:
+        """Add a voice that has `length` embeddings."""
+        self.voices[voice] = length
+
+    def remove(self, voice: str) -> None:
+        """Remove a voice."""
+        del self.voices[voice]
+
+    def encode(self, text: str, voice: str) -> list[int]:
+        """Return the token ids of a request. Byte order marks at the start of the text are left out.
+
+        Raises:
+            ValueError: `text` is empty or has a lone surrogate, or `voice` is unknown.
+            TypeError: `text` is not a string.
+        """
+        from mistral_common.protocol.speech.request import SpeechRequest
+
+        check_text(text)
+        if is_blank(text):
+            raise ValueError("text is empty")
+        if voice not in self.voices:
+            raise ValueError(f"voice {voice!r} is unknown; known voices: {', '.join(sorted(self.voices)) or 'none'}")
+        request = SpeechRequest(input=text.lstrip(BYTE_ORDER_MARK), voice=voice)
+        return list(self.tokenizer.encode_speech_request(request).tokens)
 
 
 class PromptMaker:

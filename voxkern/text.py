@@ -1,21 +1,18 @@
-"""Encode a text and a voice's name as the token ids of mistral-common's speech request, and split long texts."""
+"""Split texts: into parts for the model, and into sentences while a text arrives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-
-from .reference.config import AudioModelConfig
-from .weight_files import CheckpointError
 
 if TYPE_CHECKING:
     import regex
 
 MAX_CHARS = 400  # about 30 s of English
 BYTE_ORDER_MARK = "\ufeff"
+CERTAIN = 3  # characters after a place that decide whether a sentence ends there
 
 # The classes of the characters around a place decide whether a text may be cut there. The name of a class is one ASCII
 # character. A character of the text belongs to the first class that matches it. The properties in ``\p{..}`` are those
@@ -67,80 +64,6 @@ ATTACHED = "efhkpqwzV"  # `_CutPlaces.allowed` allows a cut before one of these 
 Mask = NDArray[np.bool_]
 
 
-class PromptEncoder:
-    """Encodes requests as ``[BOS] [BEGIN_AUDIO] [AUDIO] x N [NEXT_AUDIO_TEXT] text [REPEAT_AUDIO_TEXT] [BEGIN_AUDIO]``.
-
-    The model later reads the voice's N embeddings in place of the [AUDIO] tokens. The text is not normalised.
-    """
-
-    def __init__(self, path: Path, voices: Mapping[str, int], audio: AudioModelConfig, vocab_size: int) -> None:
-        """Read a ``tekken.json``.
-
-        Args:
-            path: the file.
-            voices: maps each voice's name to N, the number of its embeddings. If the file gives a number of tokens for
-                a voice, that number must be N.
-            audio: the model's configuration, for the ids of [AUDIO] and [BEGIN_AUDIO].
-            vocab_size: number of token ids that the model can embed.
-
-        Raises:
-            CheckpointError: the file is not a tokenizer for speech, gives a voice another number of tokens than N, has
-                other ids of [AUDIO] and [BEGIN_AUDIO] than the model, or has more ids than the model can embed.
-            ImportError: mistral-common is not installed.
-        """
-        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-        try:
-            self.tokenizer = MistralTokenizer.from_file(path).instruct_tokenizer
-        except Exception as error:  # mistral-common raises many kinds of exception for a wrong file
-            raise CheckpointError(f"{path}: cannot be read as a tekken tokenizer ({error!r})") from error
-        encoder = self.tokenizer.audio_encoder
-        if encoder is None:
-            raise CheckpointError(f"{path}: has no 'audio' section, so it cannot encode speech requests")
-        ids, n_ids = encoder.special_ids, self.tokenizer.tokenizer.n_words
-        for token, key, of_file, of_model in (
-            ("[AUDIO]", "audio_token_id", ids.audio, audio.audio_token_id),
-            ("[BEGIN_AUDIO]", "begin_audio_token_id", ids.begin_audio, audio.begin_audio_token_id),
-        ):
-            if of_file != of_model:
-                raise CheckpointError(f"{path}: {token} has id {of_file}, but the model's {key} is {of_model}")
-        if n_ids > vocab_size:
-            raise CheckpointError(f"{path}: has {n_ids} token ids, but the model's vocab_size is {vocab_size}")
-        known = encoder.audio_config.voice_num_audio_tokens or {}
-        for name, length in voices.items():
-            if known.get(name, length) != length:
-                raise CheckpointError(
-                    f"{path}: gives voice {name!r} {known[name]} tokens, but the voice's file has {length} embeddings"
-                )
-        # this object and the tokenizer share one dict, so that add() and remove() change both
-        self.voices = encoder.audio_config.voice_num_audio_tokens = dict(voices)
-
-    def add(self, voice: str, length: int) -> None:
-        """Add a voice that has `length` embeddings."""
-        self.voices[voice] = length
-
-    def remove(self, voice: str) -> None:
-        """Remove a voice."""
-        del self.voices[voice]
-
-    def encode(self, text: str, voice: str) -> list[int]:
-        """Return the token ids of a request. Byte order marks at the start of the text are left out.
-
-        Raises:
-            ValueError: `text` is empty or has a lone surrogate, or `voice` is unknown.
-            TypeError: `text` is not a string.
-        """
-        from mistral_common.protocol.speech.request import SpeechRequest
-
-        _check(text)
-        if _is_blank(text):
-            raise ValueError("text is empty")
-        if voice not in self.voices:
-            raise ValueError(f"voice {voice!r} is unknown; known voices: {', '.join(sorted(self.voices)) or 'none'}")
-        request = SpeechRequest(input=text.lstrip(BYTE_ORDER_MARK), voice=voice)
-        return list(self.tokenizer.encode_speech_request(request).tokens)
-
-
 def split_text(text: str, max_chars: int | None) -> list[str]:
     """Split a text at the ends of sentences, into as few parts as possible.
 
@@ -169,10 +92,10 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
         ValueError: `text` has a lone surrogate.
         TypeError: `text` is not a string.
     """
-    _check(text)
+    check_text(text)
     if max_chars is None or len(text) <= max_chars:
         return [text]
-    if _is_blank(text):
+    if is_blank(text):
         return [""]
     starts, ends = _pieces(text, max_chars)
     n_pieces = len(starts)
@@ -185,10 +108,50 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
         piece = following[piece]
     bounds = np.array([*firsts, n_pieces])
     parts = [text[a:b] for a, b in zip(starts[bounds[:-1]].tolist(), ends[bounds[1:] - 1].tolist(), strict=True)]
-    return [part for part in parts if part[0] != BYTE_ORDER_MARK or not _is_blank(part)]
+    return [part for part in parts if part[0] != BYTE_ORDER_MARK or not is_blank(part)]
 
 
-def _check(text: object) -> None:
+def split_sentences(text: str) -> tuple[list[str], str]:
+    """Split off the sentences at the start of a text that are complete, whatever follows the text.
+
+    The end of a sentence is certain when :data:`CERTAIN` characters follow it. So the ends of sentences do not depend
+    on the pieces in which a text arrives, if each piece is appended to the rest.
+
+    Returns:
+        The complete sentences without the white space around each, and the rest of the text.
+
+    Raises:
+        ValueError: `text` has a lone surrogate.
+        TypeError: `text` is not a string.
+    """
+    check_text(text)
+    sentences = []
+    while len(text) >= CERTAIN and (end := _first_end(text)):
+        sentences.append(text[:end].strip())
+        text = text[end:]
+    return [sentence for sentence in sentences if not is_blank(sentence)], text
+
+
+def _first_end(text: str) -> int:
+    """Return the end of the first sentence, or 0 if no end is certain."""
+    for n in _doubling(64, len(text)):  # so the time is in proportion to the sentence, not to the text
+        places = _CutPlaces(text[:n])
+        ends = np.flatnonzero(places.sentences()[:-CERTAIN])
+        ends = ends[ends > places.start]
+        if len(ends):
+            return int(ends[0])
+    return 0
+
+
+def _doubling(first: int, last: int) -> Iterator[int]:
+    """Yield `first`, twice as much, and so on, and then a number of at least `last`."""
+    while first < last:
+        yield first
+        first *= 2
+    yield first
+
+
+def check_text(text: object) -> None:
     """Raise an error if `text` is not a string, or if UTF-8 cannot encode it."""
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, got {type(text).__name__}")
@@ -199,7 +162,8 @@ def _check(text: object) -> None:
         raise ValueError(f"text has a lone surrogate, U+{code:04X}, at position {error.start}") from None
 
 
-def _is_blank(text: str) -> bool:
+def is_blank(text: str) -> bool:
+    """Return whether a text has only white space and byte order marks."""
     return not text.replace(BYTE_ORDER_MARK, "").strip()
 
 

@@ -25,10 +25,10 @@ from .engine.make import MAX_FRAMES, fused_backbone_of, new_engine
 from .engine.request import Request
 from .engine.streaming import SpeechStream, chunk_sizes
 from .generation_params import CFG_ALPHA, GenerationParams
-from .prompt import PromptMaker
+from .prompt import PromptEncoder, PromptMaker
 from .reference import VoxtralTTS
 from .reference.quantized import format_of
-from .text import MAX_CHARS, PromptEncoder, split_text
+from .text import MAX_CHARS, split_text
 from .validation import is_list, per_text, require_overlap, resolve_device, resolve_dtype, to_int, use_kernels
 from .voice import check_name, read_recording, voice_prefix
 
