@@ -15,16 +15,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..tts import TTS
 from .errors import APIError, http_error
-from .metrics import Metrics
 from .page import page_routes
+from .service import SpeechService
 from .settings import ServeSettings
 from .speech import Speech
 
 
 def make_app(tts: TTS, settings: ServeSettings) -> Starlette:
-    """Return an ASGI application that serves a model. Its ``state.speech`` is the :class:`Speech` of its requests."""
-    metrics, created = Metrics(tts), int(time.time())
-    speech = Speech(tts, settings, metrics)
+    """Return an ASGI application that serves a model. Its ``state.service`` is the :class:`SpeechService`."""
+    service, created = SpeechService(tts, settings), int(time.time())
 
     async def models(request: Request) -> Response:
         about = {"object": "model", "created": created, "owned_by": "voxkern"}
@@ -37,19 +36,19 @@ def make_app(tts: TTS, settings: ServeSettings) -> Starlette:
         return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> Response:
-        return JSONResponse({"ready": not speech.closing}, 503 if speech.closing else 200)
+        return JSONResponse({"ready": not service.closing}, 503 if service.closing else 200)
 
     async def figures(request: Request) -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        speech.close()
+        service.close()
 
     app = Starlette(
         routes=[
-            Route("/v1/audio/speech", speech, methods=["POST"]),
+            Route("/v1/audio/speech", Speech(service), methods=["POST"]),
             Route("/v1/audio/voices", voices),
             Route("/v1/models", models),
             Route("/health", health),
@@ -61,7 +60,7 @@ def make_app(tts: TTS, settings: ServeSettings) -> Starlette:
         exception_handlers={HTTPException: http_error},
         lifespan=lifespan,
     )
-    app.state.speech = speech
+    app.state.service = service
     return app
 
 

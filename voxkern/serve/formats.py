@@ -51,6 +51,9 @@ class FileWriter:
         return file.getvalue()
 
 
+Writer = StreamWriter | FileWriter
+
+
 def wav_header(sampling_rate: int) -> bytes:
     """Return the header of a WAV stream of unknown length: one channel, 16-bit integers."""
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sampling_rate, 2 * sampling_rate, 2, 16)
@@ -67,7 +70,7 @@ class SoundFormat:
     """
 
     media_type: str
-    writer: Callable[[int], StreamWriter | FileWriter]
+    writer: Callable[[int], Writer]
 
 
 FORMATS = {

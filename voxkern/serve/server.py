@@ -6,8 +6,8 @@ import uvicorn
 
 from ..tts import TTS
 from .app import make_app
+from .service import SpeechService
 from .settings import ServeSettings
-from .speech import Speech
 
 
 class SpeechServer(uvicorn.Server):
@@ -17,13 +17,13 @@ class SpeechServer(uvicorn.Server):
     signal it returns at once. uvicorn's own server would raise the signal again, and the exit status would not be 0.
     """
 
-    def __init__(self, config: uvicorn.Config, speech: Speech) -> None:
+    def __init__(self, config: uvicorn.Config, service: SpeechService) -> None:
         super().__init__(config)
-        self._speech = speech
+        self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end the server."""
-        self._speech.closing = True
+        self._service.closing = True
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -34,4 +34,4 @@ def make_server(tts: TTS, settings: ServeSettings, host: str, port: int) -> Spee
     config = uvicorn.Config(
         app, host, port, timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)), server_header=False
     )
-    return SpeechServer(config, app.state.speech)
+    return SpeechServer(config, app.state.service)

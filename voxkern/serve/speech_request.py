@@ -1,6 +1,7 @@
 """Check the fields of a request for speech."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,70 +38,86 @@ def read_request(body: bytes, settings: ServeSettings) -> SpeechRequest:
     Raises:
         APIError: the body is no JSON object in UTF-8, or a field is missing, unknown or wrong.
     """
-    fields = _fields(body)
-    for name in fields:
-        if name not in FIELDS:
-            raise _wrong("unknown_field", name, f"{name!r} is not a field of this server: it has {', '.join(FIELDS)}")
-    _check_model(fields.get("model"), settings)
-    if fields.get("speed") not in (None, 1):
-        raise _wrong("unsupported_field", "speed", "speed must be 1: the model cannot change it")
-    if fields.get("instructions") not in (None, ""):
-        raise _wrong("unsupported_field", "instructions", "instructions are not supported: the model takes none")
+    fields = read_fields(body, FIELDS)
+    check_fields(fields, settings)
     return SpeechRequest(
         text=_text(fields, settings),
-        voice=_voice(fields.get("voice")),
-        sound_format=FORMATS[_one_of(fields, "response_format", tuple(FORMATS), "mp3")],
-        as_events=_one_of(fields, "stream_format", ("audio", "sse"), "audio") == "sse",
-        arguments={name: fields[name] for name in ARGUMENTS if fields.get(name) is not None},
+        voice=voice_of(fields.get("voice")),
+        sound_format=FORMATS[one_of(fields, "response_format", tuple(FORMATS), "mp3")],
+        as_events=one_of(fields, "stream_format", ("audio", "sse"), "audio") == "sse",
+        arguments={name: fields[name] for name in ARGUMENTS if name in fields},
     )
 
 
-def _fields(body: bytes) -> dict[str, Any]:
+def read_fields(body: bytes, known: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a JSON object in UTF-8; a field without a value (null) counts as missing.
+
+    Raises:
+        APIError: the body is no such object, or has a field that is not one of `known`.
+    """
     try:
         fields = json.loads(body.decode())
     except UnicodeDecodeError as error:
-        raise _wrong("invalid_json", None, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise wrong("invalid_json", None, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise _wrong("invalid_json", None, f"the body is not JSON: {error}") from None
+        raise wrong("invalid_json", None, f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise _wrong("invalid_json", None, f"the body must be a JSON object, got {type(fields).__name__}")
+        raise wrong("invalid_json", None, f"the body must be a JSON object, got {type(fields).__name__}")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for name in fields:
+        if name not in known:
+            raise wrong("unknown_field", name, f"{name!r} is not a field of this server: it has {', '.join(known)}")
     return fields
 
 
-def _check_model(name: Any, settings: ServeSettings) -> None:
+def check_fields(fields: dict[str, Any], settings: ServeSettings) -> None:
+    """Raise an APIError if the model is unknown, or if the speed or the instructions ask for what it cannot do."""
+    name = fields.get("model")
     if name is not None and name not in settings.model_names:
         message = f"model is {name!r}, but this server has {', '.join(settings.model_names)}"
         raise APIError(404, "model_not_found", message, "model")
+    if fields.get("speed", 1) != 1:
+        raise wrong("unsupported_field", "speed", "speed must be 1: the model cannot change it")
+    if fields.get("instructions", "") != "":
+        raise wrong("unsupported_field", "instructions", "instructions are not supported: the model takes none")
 
 
 def _text(fields: dict[str, Any], settings: ServeSettings) -> str:
     if "input" not in fields:
-        raise _wrong("missing_field", "input", "input is missing: it has the text to speak")
+        raise wrong("missing_field", "input", "input is missing: it has the text to speak")
     text = fields["input"]
     if not isinstance(text, str):
-        raise _wrong("wrong_type", "input", f"input must be a string, got {type(text).__name__}")
+        raise wrong("wrong_type", "input", f"input must be a string, got {type(text).__name__}")
     if len(text) > settings.max_chars:
         message = f"input has {len(text)} characters, but this server takes at most {settings.max_chars}"
-        raise _wrong("input_too_long", "input", message)
+        raise wrong("input_too_long", "input", message)
     return text
 
 
-def _voice(value: Any) -> str | None:
-    """Return the name of a voice that is given as a string or, in OpenAI's form, as ``{"id": name}``."""
+def voice_of(value: Any) -> str | None:
+    """Return the name of a voice that is given as a string or, in OpenAI's form, as ``{"id": name}``.
+
+    Raises:
+        APIError: the value is neither.
+    """
     name = value["id"] if isinstance(value, dict) and value.keys() == {"id"} else value
     if name is not None and not isinstance(name, str):
-        raise _wrong("wrong_type", "voice", 'voice must be a name, or {"id": name}')
+        raise wrong("wrong_type", "voice", 'voice must be a name, or {"id": name}')
     return name
 
 
-def _one_of(fields: dict[str, Any], name: str, values: tuple[str, ...], default: str) -> str:
-    value = fields.get(name)
-    if value is None:
-        return default
+def one_of(fields: dict[str, Any], name: str, values: tuple[str, ...], default: str) -> str:
+    """Return the value of a field that must be one of `values`.
+
+    Raises:
+        APIError: the field has another value.
+    """
+    value = fields.get(name, default)
     if value not in values:
-        raise _wrong("unsupported_value", name, f"{name} must be one of {', '.join(values)}, got {value!r}")
+        raise wrong("unsupported_value", name, f"{name} must be one of {', '.join(values)}, got {value!r}")
     return str(value)
 
 
-def _wrong(code: str, param: str | None, message: str) -> APIError:
+def wrong(code: str, param: str | None, message: str) -> APIError:
+    """Return the error for a request that is wrong."""
     return APIError(400, code, message, param)
