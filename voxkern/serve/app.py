@@ -10,13 +10,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from ..tts import TTS
 from .errors import APIError, http_error
 from .page import page_routes
 from .service import SpeechService
+from .session import run_session
 from .settings import ServeSettings
 from .speech import Speech
 
@@ -41,6 +43,9 @@ def make_app(tts: TTS, settings: ServeSettings) -> Starlette:
     async def figures(request: Request) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def session(websocket: WebSocket) -> None:
+        await run_session(websocket, service)
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
@@ -49,6 +54,7 @@ def make_app(tts: TTS, settings: ServeSettings) -> Starlette:
     app = Starlette(
         routes=[
             Route("/v1/audio/speech", Speech(service), methods=["POST"]),
+            WebSocketRoute("/v1/audio/speech/stream", session),
             Route("/v1/audio/voices", voices),
             Route("/v1/models", models),
             Route("/health", health),
@@ -73,7 +79,7 @@ class RequireKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application if the key is right. The comparison takes the same time for every wrong key."""
         app = self._app
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+        if scope["type"] != "lifespan" and scope["path"].startswith("/v1/"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"

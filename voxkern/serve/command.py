@@ -43,6 +43,12 @@ def serve(
     request_seconds: Annotated[
         float, typer.Option(help="Seconds for a whole request.", min=0.1)
     ] = DEFAULT.request_seconds,
+    max_sessions: Annotated[int, typer.Option(help="WebSocket sessions that may be open.", min=0)] = (
+        DEFAULT.max_sessions
+    ),
+    idle_seconds: Annotated[
+        float, typer.Option(help="Seconds without a message after which a session ends.", min=0.1)
+    ] = DEFAULT.idle_seconds,
     shutdown_seconds: Annotated[
         float, typer.Option(help="Seconds that running requests may take after SIGTERM.", min=1)
     ] = DEFAULT.shutdown_seconds,
@@ -67,6 +73,8 @@ def serve(
             body_seconds=body_seconds,
             request_seconds=request_seconds,
             shutdown_seconds=shutdown_seconds,
+            max_sessions=max_sessions,
+            idle_seconds=idle_seconds,
             api_key=api_key,
             words=WORDS if model is None else (),
         )

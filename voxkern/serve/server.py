@@ -1,5 +1,8 @@
 """Listen for requests, and end in order at SIGTERM."""
 
+import asyncio
+import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -15,15 +18,27 @@ class SpeechServer(uvicorn.Server):
 
     At SIGTERM or SIGINT the server refuses new requests, waits for running ones up to a limit, and returns. At a second
     signal it returns at once. uvicorn's own server would raise the signal again, and the exit status would not be 0.
+
+    Attributes:
+        service: what the server serves.
     """
 
     def __init__(self, config: uvicorn.Config, service: SpeechService) -> None:
         super().__init__(config)
-        self._service = service
+        self.service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for running requests, because uvicorn would close WebSockets at once; then end the server."""
+        for server in self.servers:
+            server.close()  # no more connections
+        end = time.monotonic() + self.service.settings.shutdown_seconds
+        while self.service.n_admitted and not self.force_exit and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end the server."""
-        self._service.closing = True
+        self.service.closing = True
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -32,6 +47,11 @@ def make_server(tts: TTS, settings: ServeSettings, host: str, port: int) -> Spee
     """Return a server of a model; its ``run()`` listens at `host` and `port` until a signal ends it."""
     app = make_app(tts, settings)
     config = uvicorn.Config(
-        app, host, port, timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)), server_header=False
+        app,
+        host,
+        port,
+        ws_max_size=settings.max_body,
+        timeout_graceful_shutdown=1,  # for last bytes: SpeechServer.shutdown has waited for requests before
+        server_header=False,
     )
     return SpeechServer(config, app.state.service)

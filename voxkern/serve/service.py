@@ -26,12 +26,13 @@ class SpeechService:
         settings: names and limits.
         metrics: counts requests.
         closing: whether the server is ending, so that new requests are refused.
-        n_admitted: number of requests that wait or run.
+        n_admitted: number of requests that wait or run; an utterance of a session counts as one.
+        n_sessions: number of open WebSocket sessions.
     """
 
     def __init__(self, tts: TTS, settings: ServeSettings) -> None:
         self.tts, self.settings, self.metrics = tts, settings, Metrics(tts)
-        self.closing, self.n_admitted = False, 0
+        self.closing, self.n_admitted, self.n_sessions = False, 0, 0
         self._encoder = ThreadPoolExecutor(1, "voxkern encoder")  # the event loop must not wait for mp3
 
     @contextlib.contextmanager

@@ -15,6 +15,8 @@ class ServeSettings:
         body_seconds: the most seconds that a body may take to arrive.
         request_seconds: the most seconds from a request's first byte to the last byte of its sound.
         shutdown_seconds: the most seconds that running requests may take after SIGTERM.
+        max_sessions: the most WebSocket sessions that are open.
+        idle_seconds: the most seconds between two messages of a session for which nothing is left to send.
         api_key: the key that requests must have; None accepts all requests.
         words: the words that the model can speak, for the page; empty if it speaks any text.
     """
@@ -26,5 +28,7 @@ class ServeSettings:
     body_seconds: float = 10.0
     request_seconds: float = 600.0
     shutdown_seconds: float = 30.0
+    max_sessions: int = 256
+    idle_seconds: float = 60.0
     api_key: str | None = None
     words: tuple[str, ...] = ()

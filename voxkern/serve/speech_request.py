@@ -1,7 +1,7 @@
 """Check the fields of a request for speech."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ def read_request(body: bytes, settings: ServeSettings) -> SpeechRequest:
     Raises:
         APIError: the body is no JSON object in UTF-8, or a field is missing, unknown or wrong.
     """
-    fields = read_fields(body, FIELDS)
+    fields = known_fields(read_object(body), FIELDS)
     check_fields(fields, settings)
     return SpeechRequest(
         text=_text(fields, settings),
@@ -49,11 +49,11 @@ def read_request(body: bytes, settings: ServeSettings) -> SpeechRequest:
     )
 
 
-def read_fields(body: bytes, known: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a JSON object in UTF-8; a field without a value (null) counts as missing.
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body or a message.
 
     Raises:
-        APIError: the body is no such object, or has a field that is not one of `known`.
+        APIError: the body is not a JSON object in UTF-8.
     """
     try:
         fields = json.loads(body.decode())
@@ -63,11 +63,20 @@ def read_fields(body: bytes, known: Sequence[str]) -> dict[str, Any]:
         raise wrong("invalid_json", None, f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise wrong("invalid_json", None, f"the body must be a JSON object, got {type(fields).__name__}")
-    fields = {name: value for name, value in fields.items() if value is not None}
-    for name in fields:
+    return fields
+
+
+def known_fields(fields: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that have a value (not null).
+
+    Raises:
+        APIError: a field is not one of `known`.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in given:
         if name not in known:
             raise wrong("unknown_field", name, f"{name!r} is not a field of this server: it has {', '.join(known)}")
-    return fields
+    return given
 
 
 def check_fields(fields: dict[str, Any], settings: ServeSettings) -> None:
