@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx
 
 import voxkern
+from voxkern.serve.app import make_app
 from voxkern.serve.server import SpeechServer, make_server
 from voxkern.serve.settings import ServeSettings
 
@@ -17,7 +18,8 @@ NAMES = ("tiny", "tts-1")
 @contextlib.contextmanager
 def serving(tts: voxkern.TTS, **settings: object) -> Iterator[tuple[httpx.Client, SpeechServer]]:
     """Serve a model on a free port; yield a client, and the server, which ends with the ``with`` block."""
-    server = make_server(tts, ServeSettings(NAMES, **settings), "127.0.0.1", 0)  # type: ignore[arg-type]
+    chosen = ServeSettings(NAMES, **settings)  # type: ignore[arg-type]
+    server = make_server(make_app(tts, chosen), chosen, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +126,18 @@ class Audio:
         with replacing(path) as new:
             _write(new, self.samples, self.sampling_rate, file_format)
         return path
+
+
+def join_parts(parts: list[Audio]) -> Audio:
+    """Join the parts of a text into one Audio.
+
+    No part is returned before all are done. So ``first_sound`` is the first part's time in the queue, plus the work of
+    all parts. The seconds of a frame that several parts share are added once for each part, as in the other timings.
+    """
+    joined, first = Audio.join(parts), parts[0].timings
+    waited = first.first_sound - first.total  # seconds in the queue before the first part was admitted
+    timings = replace(joined.timings, first_sound=waited + joined.timings.total)
+    return replace(joined, ended=all(part.ended for part in parts), timings=timings)
 
 
 def to_int16(samples: NDArray[np.float32]) -> NDArray[np.int16]:

@@ -6,7 +6,6 @@ import os
 import secrets
 import threading
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, overload
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .accelerate import accelerate
-from .audio import Audio
+from .audio import Audio, join_parts
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
 from .engine.engine import Engine
 from .engine.frame_thread import iterate
@@ -308,7 +307,7 @@ class TTS:
         ]
         requests = [self._make_requests(*one) for one in zip(texts, params, strict=True)]
         audios = iter(self.engine.generate(list(itertools.chain(*requests)), on_frame))
-        joined = [_joined([next(audios) for _ in of_text]) for of_text in requests]
+        joined = [join_parts([next(audios) for _ in of_text]) for of_text in requests]
         return joined[0] if isinstance(text, str) else joined
 
     def stream(
@@ -424,15 +423,3 @@ class TTS:
         max_frames = to_int("max_frames", max_frames, 1, n_left)
         prefix = PrefixKey.of(prompt.voice, runner.weights_version(), prompt.n_shared)
         return Request(prompt.embeddings, seed, params.cfg_alpha, max_frames, steps, params.solver, prefix)
-
-
-def _joined(parts: list[Audio]) -> Audio:
-    """Join the parts of a text into one Audio.
-
-    No part is returned before all are done. So ``first_sound`` is the first part's time in the queue, plus the work of
-    all parts. The seconds of a frame that several parts share are added once for each part, as in the other timings.
-    """
-    joined, first = Audio.join(parts), parts[0].timings
-    waited = first.first_sound - first.total  # seconds in the queue before the first part was admitted
-    timings = replace(joined.timings, first_sound=waited + joined.timings.total)
-    return replace(joined, ended=all(part.ended for part in parts), timings=timings)

@@ -4,6 +4,7 @@ import hmac
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,13 +15,23 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from ..tts import TTS
+from ..tts import TTS, load
 from .errors import APIError, http_error
 from .page import page_routes
 from .service import SpeechService
 from .session import run_session
 from .settings import ServeSettings
 from .speech import Speech
+
+
+def load_app(source: str | None, settings: ServeSettings, **arguments: Any) -> Starlette:
+    """Load a model with the arguments of :func:`voxkern.load`, and return the application that serves it.
+
+    Two frames are generated, so that no request waits for the engine, for compiled kernels or for CUDA graphs.
+    """
+    tts = load(source, **arguments)
+    tts.generate("one", seed=0, max_frames=2)
+    return make_app(tts, settings)
 
 
 def make_app(tts: TTS, settings: ServeSettings) -> Starlette:

@@ -7,12 +7,9 @@ import torch
 import typer
 
 from ..plain_errors import err, plain_errors
-from ..reference.train.data import WORDS
-from ..tts import load
-from .settings import ServeSettings
+from .settings import ServeSettings, settings_for
 
 DEFAULT = ServeSettings(())
-DEMO_NAME = "voxkern-demo"  # the demo voice's name in requests
 
 
 def serve(
@@ -65,8 +62,9 @@ def serve(
     """
     with plain_errors():
         _check(host, api_key, no_api_key)
-        settings = ServeSettings(
-            model_names=tuple(name or [DEMO_NAME if model is None else model.rstrip("/").rpartition("/")[2]]),
+        settings = settings_for(
+            model,
+            name or (),
             max_waiting=max_waiting,
             max_chars=max_chars,
             max_body=max_body,
@@ -76,9 +74,9 @@ def serve(
             max_sessions=max_sessions,
             idle_seconds=idle_seconds,
             api_key=api_key,
-            words=WORDS if model is None else (),
         )
         try:
+            from .app import load_app
             from .server import make_server
         except ModuleNotFoundError as error:
             raise ValueError(
@@ -88,8 +86,9 @@ def serve(
         # a thread that waits for a processor delays all others, so the connections get a processor of their own
         torch.set_num_threads(threads or max(1, torch.get_num_threads() - 1))
         with err.status("loading"):
-            tts = load(
+            app = load_app(
                 model,
+                settings,
                 device=device,
                 dtype=dtype,
                 backend=backend,
@@ -98,8 +97,7 @@ def serve(
                 quantize=quantize,
                 overlap=overlap,
             )
-            tts.generate("one", seed=0, max_frames=2)  # makes the engine, and captures its graphs
-        server = make_server(tts, settings, host, port)
+        server = make_server(app, settings, host, port)
     server.run()
 
 

@@ -6,9 +6,8 @@ import time
 from types import FrameType
 
 import uvicorn
+from starlette.applications import Starlette
 
-from ..tts import TTS
-from .app import make_app
 from .service import SpeechService
 from .settings import ServeSettings
 
@@ -43,9 +42,8 @@ class SpeechServer(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(tts: TTS, settings: ServeSettings, host: str, port: int) -> SpeechServer:
-    """Return a server of a model; its ``run()`` listens at `host` and `port` until a signal ends it."""
-    app = make_app(tts, settings)
+def make_server(app: Starlette, settings: ServeSettings, host: str, port: int) -> SpeechServer:
+    """Return a server of an application; its ``run()`` listens at `host` and `port` until a signal ends it."""
     config = uvicorn.Config(
         app,
         host,

@@ -1,6 +1,12 @@
 """The names and limits of a server."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from ..reference.train.data import WORDS
+
+DEMO_NAME = "voxkern-demo"  # the demo voice's name in requests
 
 
 @dataclass(frozen=True)
@@ -32,3 +38,15 @@ class ServeSettings:
     idle_seconds: float = 60.0
     api_key: str | None = None
     words: tuple[str, ...] = ()
+
+
+def settings_for(source: str | None, names: Sequence[str] = (), **limits: Any) -> ServeSettings:
+    """Return the settings for a model.
+
+    Args:
+        source: a checkpoint folder or a hub id; None is the demo voice, which can speak certain words only.
+        names: the names by which requests may call the model; by default, the last part of `source`.
+        **limits: other fields of :class:`ServeSettings`.
+    """
+    usual = DEMO_NAME if source is None else source.rstrip("/").rpartition("/")[2]
+    return ServeSettings(tuple(names) or (usual,), words=WORDS if source is None else (), **limits)
