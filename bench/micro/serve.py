@@ -8,6 +8,7 @@ Clients and server share the processors: the model has one thread less than torc
 import argparse
 import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
 import time
@@ -23,9 +24,11 @@ from bench.results import FILE, ResultRow, store, with_provenance
 from voxkern import load
 
 COMMAND = "python -m bench serve"
-CLIENTS = (1, 8, 32, 128)
+SERVER = "voxkern serve"
+CLIENTS, REPLICA_CLIENTS = (1, 8, 32, 128), 32
 TEXTS = ("seven three one", "good evening", "four six", "nine nine two five", "monday", "two zero", "eight", "one two")
 MAX_BATCH, WAITING = 32, 128
+BYTES_A_SECOND = 48_000  # of sound: 24 kHz, 16 bits
 LEAST_REQUESTS = 32  # a few clients send several texts each, so that the percentiles mean something
 
 
@@ -88,44 +91,83 @@ async def ask_all(address: str, n_clients: int, expected: Sequence[bytes]) -> tu
         return [answer for own in answers for answer in own], time.perf_counter() - start
 
 
+@contextlib.contextmanager
+def running_replicas(n: int) -> Iterator[str]:
+    """Run `n` replicas of the server on Ray Serve until the ``with`` block ends, and yield their address."""
+    import ray  # optional
+    from ray import serve
+
+    from voxkern.serve.ray_app import app
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.init(num_cpus=n + 1, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(app({"replicas": str(n), "max_batch": str(MAX_BATCH), "max_waiting": str(WAITING)}))
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def measured(address: str, server: str, n_clients: int, expected: Sequence[bytes]) -> list[ResultRow]:
+    """Let clients send their texts, and return the rows; `server` is the rows' subject."""
+    answers, seconds = asyncio.run(ask_all(address, n_clients, expected))
+    first = [answer.first for answer in answers if answer.status == 200]
+    figures = {
+        "requests": (len(answers), "requests"),
+        "first sound, p50": (float(np.percentile(first, 50)), "s"),
+        "first sound, p95": (float(np.percentile(first, 95)), "s"),
+        "sound": (sum(answer.received for answer in answers) / BYTES_A_SECOND / seconds, "s/s"),
+        "failures": (sum(answer.status != 200 or not answer.is_equal for answer in answers), "requests"),
+        "bytes lost": (sum(max(0, answer.expected - answer.received) for answer in answers), "B"),
+    }
+    shape, command = f"{n_clients} clients", COMMAND if server == SERVER else f"{COMMAND} --ray"
+    return [
+        ResultRow("serve", server, metric, value, unit, "measured", command, "torch", shape)
+        for metric, (value, unit) in figures.items()
+    ]
+
+
+def expected_sounds() -> list[bytes]:
+    """Return the sounds of :data:`TEXTS`, with as many threads as a server takes."""
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    audios = load(max_batch=MAX_BATCH).generate(list(TEXTS), seed=list(range(len(TEXTS))))
+    return [audio.pcm16() for audio in audios]
+
+
 def rows() -> list[ResultRow]:
     """Measure each number of clients, and return the rows."""
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # as the server does
-    tts = load(max_batch=MAX_BATCH)
-    audios = tts.generate(list(TEXTS), seed=list(range(len(TEXTS))))
-    expected, rate = [audio.pcm16() for audio in audios], 2 * tts.sampling_rate
-    found = []
+    expected, found = expected_sounds(), []
     with running_server("--max-batch", str(MAX_BATCH), "--max-waiting", str(WAITING)) as address:
         for n_clients in CLIENTS:
-            answers, seconds = asyncio.run(ask_all(address, n_clients, expected))
-            first = [answer.first for answer in answers if answer.status == 200]
-            figures = {
-                "requests": (len(answers), "requests"),
-                "first sound, p50": (float(np.percentile(first, 50)), "s"),
-                "first sound, p95": (float(np.percentile(first, 95)), "s"),
-                "sound": (sum(answer.received for answer in answers) / rate / seconds, "s/s"),
-                "failures": (sum(answer.status != 200 or not answer.is_equal for answer in answers), "requests"),
-                "bytes lost": (sum(max(0, answer.expected - answer.received) for answer in answers), "B"),
-            }
-            found += [
-                ResultRow(
-                    "serve", "demo voice", metric, value, unit, "measured", COMMAND, "torch", f"{n_clients} clients"
-                )
-                for metric, (value, unit) in figures.items()
-            ]
+            found += measured(address, SERVER, n_clients, expected)
+    return found
+
+
+def replica_rows() -> list[ResultRow]:
+    """Measure one and two replicas on this machine, each with one thread, and return the rows."""
+    expected, found = expected_sounds(), []
+    for n in (1, 2):
+        with running_replicas(n) as address:
+            measured(address, "warm-up", REPLICA_CLIENTS, expected)
+            found += measured(address, f"Ray Serve, replicas: {n}", REPLICA_CLIENTS, expected)
     return found
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a line for each number of clients, and write the rows if ``--csv`` is given."""
+    """Print a line for each figure, and write the rows if ``--csv`` is given."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--ray", action="store_true", help="measure replicas on Ray Serve instead")
     parser.add_argument(
         "--csv", type=Path, nargs="?", const=FILE, metavar="FILE", help=f"store the rows in FILE, or in {FILE.name}"
     )
     args = parser.parse_args(arguments)
-    found = with_provenance(rows())
+    found = with_provenance(replica_rows() if args.ray else rows())
     for row in found:
-        print(f"{row.shape}: {row.metric} {row.value:.3g} {row.unit}")
+        print(f"{row.subject}, {row.shape}: {row.metric} {row.value:.3g} {row.unit}")
     if args.csv:
         store(found, args.csv)
     return 0

@@ -243,17 +243,20 @@ def served(figures: Figures) -> ReportTable:
     """Make the table of the server's speed with many clients at once."""
     lines, device = [], ""
     for row in figures.all(bench="serve", metric="requests"):
-        wanted, device = {"bench": "serve", "shape": row.shape}, row.device
+        wanted, device = {"bench": "serve", "subject": row.subject, "shape": row.shape}, row.device
         lines.append([
-            row.shape.removesuffix(" clients"), f"{row.value:.0f}",
+            row.subject, row.shape.removesuffix(" clients"), f"{row.value:.0f}",
             figures.value(".2f", **wanted, metric="first sound, p50"),
             figures.value(".2f", **wanted, metric="first sound, p95"),
             figures.value(".2f", **wanted, metric="sound"),
             figures.value(".0f", **wanted, metric="failures"), figures.value(".0f", **wanted, metric="bytes lost"),
         ])  # fmt: skip
-    head = ("clients", "requests", "first sound, p50, s", "p95, s", "seconds of sound a second", "failures",
+    head = ("server", "clients", "requests", "first sound, p50, s", "p95, s", "seconds of sound a second", "failures",
             "bytes lost")  # fmt: skip
-    note = f"`voxkern serve` with the demo voice, 32 slots and 7 evaluations. Clients share the processors. {device}."
+    note = (
+        "The demo voice with 7 evaluations; 32 slots in each server or replica, which have one thread. Clients and "
+        f"Ray's own processes share the two processors. {device}."
+    )
     return ReportTable("The speech server", note, "python -m bench serve", head, lines)
 
 
