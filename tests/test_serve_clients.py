@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import json
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ pytest.importorskip("httpx", reason="the tests of the server need httpx: pip ins
 
 import httpx
 from serving import serving
+from websockets.sync.client import connect
 
 import voxkern
 from voxkern.reference.train.data import WORDS
@@ -86,6 +88,26 @@ def test_curl(address: str) -> None:
     command = ["curl", "-s", f"{address}{SPEECH}", "-d", f'{{"input": "{TEXT}", "seed": 1}}']
     done = subprocess.run(command, capture_output=True, check=True, timeout=60)
     assert words(*soundfile.read(io.BytesIO(done.stdout))) == TEXT  # mp3
+
+
+def test_text_that_arrives_word_by_word(address: str, tts: voxkern.TTS) -> None:
+    """A client sends words, as a language model does. Each line is a sentence, and its words are recognised."""
+    url = address.replace("http", "ws") + f"{SPEECH}/stream"
+    found: list[bytes] = []
+    with connect(url) as connection:
+        config = {"type": "session.config", "voice": "slt", "response_format": "pcm", "stream_audio": True, "seed": 1}
+        connection.send(json.dumps(config))
+        for word in ("seven ", "three ", "one\n", "good ", "evening\n", "four ", "six"):
+            connection.send(json.dumps({"type": "input.text", "text": word}))
+        connection.send(json.dumps({"type": "input.done"}))
+        while not isinstance(message := connection.recv(timeout=60), str) or "session.done" not in message:
+            if isinstance(message, bytes):
+                found[-1] += message
+            elif "audio.start" in message:
+                found.append(b"")
+    sounds = [np.frombuffer(sound, "<i2") / 32767 for sound in found]
+    assert [words(sound, 24000) for sound in sounds] == ["seven three one", "good evening", "four six"]
+    assert found[0] == tts.generate("seven three one", "slt", 1).pcm16()
 
 
 @pytest.mark.slow
