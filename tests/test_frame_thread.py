@@ -1,9 +1,11 @@
 """Tests of the thread that runs frames for asyncio callers: its start, its end, and what runs beside it."""
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -114,8 +116,9 @@ def test_close_ends_all_requests_and_the_thread(tts: voxkern.TTS) -> None:
 
     async def run_all() -> list[object]:
         tasks = [asyncio.create_task(collect(tts, seed, max_frames=500, steps=8)) for seed in range(6)]
-        while tts.engine.n_running < 4:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(30):
+            while tts.engine.n_running < 4:
+                await asyncio.sleep(0.01)
         engine = tts.engine
         await asyncio.to_thread(tts.close)
         assert not frame_threads()
@@ -128,6 +131,30 @@ def test_close_ends_all_requests_and_the_thread(tts: voxkern.TTS) -> None:
     assert asyncio.run(collect(tts, 3)).samples.tobytes() == expected
     tts.close()
     tts.close()  # closing twice is no error
+
+
+def test_close_frees_the_engine_at_once(tts: voxkern.TTS) -> None:
+    """No cycle of references keeps the KV cache until a garbage collection."""
+    asyncio.run(collect(tts, 3))
+    wait_until_no_thread_is_left()
+    cache = weakref.ref(tts.engine.runner.kv_cache.kv)
+    gc.collect()
+    gc.disable()
+    try:
+        tts.close()
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
+def test_an_iterator_that_starts_after_close_raises(tts: voxkern.TTS) -> None:
+    async def read_late() -> None:
+        chunks = await tts.submit("seven", seed=3, **ARGUMENTS)
+        tts.close()
+        await anext(chunks)
+
+    with pytest.raises(RuntimeError, match="the model was closed"):
+        asyncio.run(read_late())
 
 
 def test_a_closed_event_loop_ends_its_requests(tts: voxkern.TTS) -> None:
@@ -156,7 +183,7 @@ def test_an_error_of_all_frames_reaches_all_readers(tts: voxkern.TTS, monkeypatc
         return await asyncio.gather(*(collect(tts, seed) for seed in range(3)), return_exceptions=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tts.engine.frame_thread, "_run_until", fail)
+        patch.setattr(tts.engine, "run_until", fail)
         errors = asyncio.run(run_all())
     assert all(isinstance(error, MemoryError) for error in errors)
     wait_until_no_thread_is_left()

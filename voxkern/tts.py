@@ -18,11 +18,10 @@ from .accelerate import accelerate
 from .audio import Audio, join_parts
 from .checkpoint import TOKENIZER, Checkpoint, find_folder, read_checkpoint
 from .engine.engine import Engine
-from .engine.frame_thread import iterate
 from .engine.kv_cache import PAGE_SIZE, PrefixKey
 from .engine.make import MAX_FRAMES, fused_backbone_of, new_engine
 from .engine.request import Request
-from .engine.streaming import SpeechStream, chunk_sizes
+from .engine.streaming import SpeechStream, chunk_sizes, iterate
 from .generation_params import CFG_ALPHA, GenerationParams
 from .prompt import PromptEncoder, PromptMaker
 from .reference import VoxtralTTS
@@ -369,7 +368,7 @@ class TTS:
         """Generate speech for one text in chunks, for asyncio: ``async for chunk in await tts.submit(text)``.
 
         The chunks are those of :meth:`stream`. One thread runs the frames of all iterators, so the event loop never
-        waits for a frame. The thread starts when the first chunk is requested, and ends when no iterator is left.
+        waits for a frame. The thread starts when the first chunk is requested, and ends when all are generated.
         Chunks that are not read yet stay in memory. Leaving the iteration early, or cancelling the task that iterates,
         stops the generation and frees the memory in use.
 
@@ -389,8 +388,7 @@ class TTS:
             FloatingPointError: raised by the iterator: a frame has NaN or infinity.
             RuntimeError: raised by the iterator: the model was closed.
         """
-        stream = self.stream(text, voice, seed, **arguments)
-        return iterate(stream, stream.engine.frame_thread)
+        return iterate(self.stream(text, voice, seed, **arguments))
 
     @property
     def engine(self) -> Engine:

@@ -9,6 +9,6 @@
     fused_runner.py  the implementation on fused modules, in static memory
     codec_runner.py  decodes the frames of all requests to samples
     cuda_graphs.py   captures a frame as one CUDA graph
-    streaming.py     delivers a request's audio in chunks
+    streaming.py     delivers a request's audio in chunks, also for asyncio
     frame_thread.py  one thread that runs the frames of all asyncio callers
 """

@@ -51,7 +51,7 @@ class Engine:
         self._frame_lock = threading.Lock()  # held by the thread that runs a frame
         self._pid = os.getpid()  # the process in which the frame lock was taken last
         self._frame_done, self._epoch = threading.Condition(), 0
-        self.frame_thread = FrameThread(self.run_until)
+        self.frame_thread = FrameThread()
 
     @property
     def n_waiting(self) -> int:

@@ -1,16 +1,17 @@
 """One thread that runs frames for all asyncio callers of an engine."""
 
-import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 from ..audio import Audio
 
 # What a stream's reader receives: chunks, and at the end None or the error that ended the stream.
 Deliver = Callable[[Audio | BaseException | None], object]
+RunUntil = Callable[[Callable[[], bool]], None]
+CLOSED = "the model was closed before this speech was complete"
 
 
 class ChunkStream(Protocol):
@@ -29,30 +30,46 @@ class ChunkStream(Protocol):
 class FrameThread:
     """Runs an engine's frames in one thread, and delivers the chunks of all streams that were added.
 
-    The thread starts when the first stream is added, and ends when no stream is left. Other threads may use the engine
-    at the same time. A stream does not wait for its reader: chunks that are not read yet stay in memory.
+    The thread starts when the first stream is added, and ends when all streams are delivered. Other threads may use the
+    engine at the same time. A stream does not wait for its reader: chunks that are not read yet stay in memory.
     """
 
-    def __init__(self, run_until: Callable[[Callable[[], bool]], None]) -> None:
-        """`run_until`: the engine's method that runs frames until its argument returns True."""
-        self._run_until = run_until
+    def __init__(self) -> None:
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._streams: dict[ChunkStream, Deliver] = {}
         self._thread: threading.Thread | None = None
+        self._closed = False
 
-    def add(self, stream: ChunkStream, deliver: Deliver) -> None:
+    def add(self, stream: ChunkStream, deliver: Deliver, run_until: RunUntil) -> None:
         """Run a stream to its end, and call `deliver` in the thread with each chunk.
 
         If `deliver` raises a RuntimeError, as an event loop does that is closed, the stream is closed.
+
+        Args:
+            stream: the stream.
+            deliver: receives the chunks, and at the end None or an error.
+            run_until: the engine's method that runs frames until its argument returns True. It is an argument, not an
+                attribute, because a cycle of references would keep the engine's memory until a garbage collection.
+
+        Raises:
+            RuntimeError: the model was closed.
         """
         if self._pid != os.getpid():  # after a fork: the thread and the lock's holder exist only in the parent
             self._lock, self._pid = threading.Lock(), os.getpid()
             self._streams, self._thread = {}, None
         with self._lock:
-            self._streams[stream] = deliver
+            if self._closed:
+                raise RuntimeError(CLOSED)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="voxkern frames")
-                self._thread.start()
+                thread = threading.Thread(target=self._run, args=(run_until,), name="voxkern frames")
+                self._streams[stream] = deliver
+                try:
+                    thread.start()
+                except BaseException:
+                    del self._streams[stream]
+                    raise
+                self._thread = thread
+            self._streams[stream] = deliver
 
     def remove(self, stream: ChunkStream) -> None:
         """Close a stream. Its slot and pages are free at the end of the frame in flight."""
@@ -63,19 +80,19 @@ class FrameThread:
     def close(self) -> None:
         """Close all streams, so that their readers receive a RuntimeError, and wait until the thread has ended."""
         with self._lock:
-            streams, thread = dict(self._streams), self._thread
-        for stream, deliver in streams.items():
-            self._end(stream, deliver, RuntimeError("the model was closed while it generated this speech"))
+            self._closed, streams, thread = True, list(self._streams), self._thread
+        for stream in streams:
+            self._end(stream, RuntimeError(CLOSED))
         if thread is not None:
             thread.join()
 
-    def _run(self) -> None:
+    def _run(self, run_until: RunUntil) -> None:
         while streams := self._streams_or_end():
             try:
-                self._run_until(self._any_ready)
+                run_until(self._any_ready)
             except BaseException as error:  # no stream can go on without frames
-                for stream, deliver in streams.items():
-                    self._end(stream, deliver, error)
+                for stream in streams:
+                    self._end(stream, error)
             for stream, deliver in streams.items():
                 self._deliver_ready(stream, deliver)
 
@@ -97,31 +114,20 @@ class FrameThread:
             try:
                 chunk = next(stream)
             except StopIteration:
-                self._end(stream, deliver, None)
+                self._end(stream, None)
             except BaseException as error:
-                self._end(stream, deliver, error)
+                self._end(stream, error)
             else:
                 try:
                     deliver(chunk)
                 except RuntimeError:  # the reader's event loop is closed
                     self.remove(stream)
 
-    def _end(self, stream: ChunkStream, deliver: Deliver, last: BaseException | None) -> None:
-        """Remove a stream, and deliver the end of its chunks to its reader, if the reader's event loop still runs."""
-        self.remove(stream)
-        with contextlib.suppress(RuntimeError):
-            deliver(last)
-
-
-async def iterate(stream: ChunkStream, frames: FrameThread) -> AsyncGenerator[Audio, None]:
-    """Iterate over a stream's chunks, which a thread generates; close the stream when the iteration ends."""
-    loop = asyncio.get_running_loop()
-    received: asyncio.Queue[Audio | BaseException | None] = asyncio.Queue()
-    frames.add(stream, lambda item: loop.call_soon_threadsafe(received.put_nowait, item))
-    try:
-        while (item := await received.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        frames.remove(stream)
+    def _end(self, stream: ChunkStream, last: BaseException | None) -> None:
+        """Close a stream, and deliver the end of its chunks, unless another thread has removed the stream before."""
+        with self._lock:
+            deliver = self._streams.pop(stream, None)
+        stream.close()
+        if deliver is not None:
+            with contextlib.suppress(RuntimeError):  # the reader's event loop is closed
+                deliver(last)

@@ -1,7 +1,8 @@
-"""Deliver a request's audio in chunks while its frames are generated."""
+"""Deliver a request's audio in chunks while its frames are generated, also for asyncio."""
 
+import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 
 from ..audio import Audio
@@ -66,7 +67,8 @@ class SpeechStream:
 
     def close(self) -> None:
         """Stop the stream; any thread may call this at any time."""
-        self._closed, state = True, self._state
+        self._closed = True  # before `_state` is read: `_current` reads them in the other order
+        state = self._state
         if state is not None:
             self.engine.cancel(state)
 
@@ -98,3 +100,17 @@ class SpeechStream:
     def _is_over(self, state: RequestState) -> bool:
         """Return whether a request has ended without an error, and all its frames are taken."""
         return state.finished and not state.codes and state.error is None
+
+
+async def iterate(stream: SpeechStream) -> AsyncGenerator[Audio, None]:
+    """Iterate over a stream's chunks, which the engine's thread generates; close the stream when the iteration ends."""
+    loop, thread = asyncio.get_running_loop(), stream.engine.frame_thread
+    received: asyncio.Queue[Audio | BaseException | None] = asyncio.Queue()
+    thread.add(stream, lambda item: loop.call_soon_threadsafe(received.put_nowait, item), stream.engine.run_until)
+    try:
+        while (item := await received.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        thread.remove(stream)
