@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 
@@ -13,6 +13,21 @@ from voxkern.serve.server import SpeechServer, make_server
 from voxkern.serve.settings import ServeSettings
 
 NAMES = ("tiny", "tts-1")
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Wait until a condition is true, for at most 30 s."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def settled(tts: voxkern.TTS) -> bool:
+    """Wait until no request runs; return whether all pages are free."""
+    wait_for(lambda: not tts.engine.n_running and not tts.engine.n_waiting)
+    tts.engine.prefix_cache.clear()
+    return tts.engine.runner.kv_cache.n_free == tts.engine.runner.kv_cache.n_pages
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,16 @@ pytest.importorskip("starlette", reason="the server needs starlette: pip install
 pytest.importorskip("httpx", reason="the tests of the server need httpx: pip install 'voxkern[test]'")
 
 import httpx
-from serving import serving
+from serving import NAMES, serving, settled, wait_for
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
 
 import voxkern
 from voxkern.cli import app
+from voxkern.serve.app import make_app
 from voxkern.serve.formats import UNKNOWN_SIZE
+from voxkern.serve.settings import ServeSettings
 
 ARGUMENTS = {"seed": 5, "steps": 1, "max_frames": 6}
 SPEECH = "/v1/audio/speech"
@@ -54,22 +59,6 @@ def expected(tts: voxkern.TTS) -> voxkern.Audio:
     audio = tts.generate("seven", "ada", **ARGUMENTS)
     assert audio.codes.shape[1] == 6
     return audio
-
-
-def settled(tts: voxkern.TTS) -> bool:
-    """Wait until no request runs; return whether all pages are free."""
-    wait_for(lambda: not tts.engine.n_running and not tts.engine.n_waiting)
-    tts.engine.prefix_cache.clear()
-    cache = tts.engine.runner.kv_cache
-    return (tts.engine.n_running, tts.engine.n_waiting, cache.n_free) == (0, 0, cache.n_pages)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    """Wait until a condition is true, for at most 30 s."""
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_pcm_is_generates_sound(client: Any, expected: voxkern.Audio) -> None:
@@ -173,6 +162,8 @@ WRONG = [
     ({"input": 7}, 400, "wrong_type", "input"),
     ({"input": ""}, 400, "invalid_value", "input"),
     (b'{"input": "\\ud800"}', 400, "invalid_value", "input"),
+    (b'{"\\ud800": 1}', 400, "unknown_field", "\ud800"),
+    ({"input": "one", "model": "m" * 100_000}, 404, "model_not_found", "model"),
     ({"input": "x" * 4097}, 400, "input_too_long", "input"),
     ({"input": "one", "voice": "eve"}, 400, "unknown_voice", "voice"),
     ({"input": "one", "voice": {"name": "ada"}}, 400, "wrong_type", "voice"),
@@ -211,31 +202,40 @@ def test_unknown_paths_and_methods(client: Any) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-def parts(n: int) -> Iterator[bytes]:
-    """Yield a body of `n` MB in parts, so that its length is not sent in advance."""
-    for _ in range(n):
-        yield b" " * 1_000_000
-
-
-@pytest.mark.parametrize("content", [b" " * 10_000_000, parts(10)], ids=["length", "parts"])
-def test_ten_megabytes_are_refused(client: Any, content: Any) -> None:
-    with contextlib.suppress(httpx.WriteError):  # the server may close the connection before all bytes are sent
-        answer = client.post(SPEECH, content=content)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_long")
-    assert client.post(SPEECH, json=BODY).status_code == 200
-
-
 def connect(client: Any) -> socket.socket:
     return socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
 
 
-def test_a_slow_body_is_refused(tts: voxkern.TTS) -> None:
-    with serving(tts, body_seconds=0.3) as (client, _), connect(client) as slow:
-        slow.sendall(b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        start = time.monotonic()
+def answer_to(client: Any, *parts: bytes) -> bytes:
+    """Send a POST request with these headers and this body over a new connection, and return the answer."""
+    with connect(client) as connection:
+        connection.sendall(f"POST {SPEECH} HTTP/1.1\r\nHost: x\r\n".encode() + b"".join(parts))
         answer = b""
-        while part := slow.recv(4096):
+        while part := connection.recv(4096):
             answer += part
+    return answer
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (b"Content-Length: 10000000\r\n\r\n",),
+        (b"Transfer-Encoding: chunked\r\n\r\n", b"f4241\r\n", b" " * 1_000_001),
+    ],
+    ids=["length", "chunks"],
+)
+def test_ten_megabytes_are_refused(client: Any, parts: tuple[bytes, ...]) -> None:
+    """A body with a length is refused before it arrives, and a body in chunks as soon as it is too long."""
+    answer = answer_to(client, *parts)
+    assert b" 413 " in answer.split(b"\r\n")[0]
+    assert b"body_too_long" in answer
+    assert client.post(SPEECH, json=BODY).status_code == 200
+
+
+def test_a_slow_body_is_refused(tts: voxkern.TTS) -> None:
+    with serving(tts, body_seconds=0.3) as (client, _):
+        start = time.monotonic()
+        answer = answer_to(client, b"Content-Length: 100\r\n\r\n{")
         assert b" 408 " in answer.split(b"\r\n")[0]
         assert b"body_too_slow" in answer
         assert 0.2 < time.monotonic() - start < 5
@@ -243,8 +243,8 @@ def test_a_slow_body_is_refused(tts: voxkern.TTS) -> None:
 
 
 def test_a_request_that_takes_too_long_is_ended(tts: voxkern.TTS) -> None:
-    long = BODY | {"max_frames": 900, "steps": 16}
-    with serving(tts, request_seconds=0.5) as (client, _):
+    long = BODY | {"max_frames": 900, "steps": 64}
+    with serving(tts, request_seconds=1.5) as (client, _):
         answer = client.post(SPEECH, json=long | {"response_format": "flac"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "too_slow")
         with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):  # part of the sound was sent
@@ -262,7 +262,20 @@ def test_the_key(tts: voxkern.TTS) -> None:
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         right = {"Authorization": "Bearer secret"}
         assert client.post(SPEECH, json=BODY, headers=right).status_code == 200
-        assert client.get("/health").status_code == client.get("/metrics").status_code == 200
+        for path in ("/health", "/ready", "/metrics", "/", "/about"):
+            assert client.get(path).status_code == 200
+
+
+def test_the_key_is_needed_below_a_prefix_too(tts: voxkern.TTS) -> None:
+    settings = ServeSettings(NAMES, api_key="secret")
+    outer = Starlette(routes=[Mount("/tts", make_app(tts, settings))])
+    with TestClient(outer) as client:
+        assert client.get("/tts/health").status_code == 200
+        assert client.get("/tts/v1/models").status_code == 401
+        assert client.post(f"/tts{SPEECH}", json=BODY).status_code == 401
+        right = {"Authorization": "Bearer secret"}
+        assert client.get("/tts/v1/models", headers=right).status_code == 200
+    assert "secret" not in repr(settings)
 
 
 def test_a_full_queue_refuses_requests(tts: voxkern.TTS, expected: voxkern.Audio) -> None:

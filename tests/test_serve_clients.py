@@ -112,7 +112,7 @@ def test_text_that_arrives_word_by_word(address: str, tts: voxkern.TTS) -> None:
 
 @pytest.mark.slow
 def test_128_clients_at_once() -> None:
-    """With 32 slots and 64 places to wait, 32 clients are refused. All others receive exactly their sounds."""
+    """32 requests run and 64 may wait, so some are refused. All others receive exactly their sounds."""
     tts = voxkern.load(device="cpu", backend="torch", max_batch=32)
     texts = [("one two", "four six", "eight")[i % 3] for i in range(128)]
     expected = [audio.pcm16() for audio in tts.generate(texts, seed=list(range(128)))]

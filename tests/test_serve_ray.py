@@ -39,7 +39,17 @@ def address() -> Iterator[str]:
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(app({"replicas": "2", "max_batch": str(MAX_BATCH), "device": "cpu", "backend": "torch"}))
+        serve.run(
+            app(
+                {
+                    "replicas": "2",
+                    "no_api_key": "true",
+                    "max_batch": str(MAX_BATCH),
+                    "device": "cpu",
+                    "backend": "torch",
+                }
+            )
+        )
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
     finally:
@@ -72,7 +82,7 @@ async def ask(client: Any, i: int) -> tuple[int, bytes | None]:
 
 
 @pytest.mark.slow
-def test_a_session_stays_on_its_replica(address: str, expected: dict[str, bytes]) -> None:
+def test_a_session_gives_the_same_sound(address: str, expected: dict[str, bytes]) -> None:
     url = address.replace("http", "ws") + f"{SPEECH}/stream"
     with connect(url) as connection:
         config = {"type": "session.config", "response_format": "pcm", "stream_audio": True}
@@ -129,11 +139,20 @@ def test_a_replica_that_dies_loses_only_its_requests(address: str, expected: dic
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"replica": "2"}, "'replica' is not an argument: there are model, replicas"),
+        ({"replica": "2"}, "'replica' is not an argument: the arguments are model"),
         ({"replicas": "two"}, "replicas must be of type int, got 'two'"),
         ({"max_waiting": "1.5"}, "max_waiting must be of type int"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        app(arguments)
+        app(arguments | {"no_api_key": "true"})
+
+
+def test_a_key_is_needed_unless_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("", " "):
+        monkeypatch.setenv("VOXKERN_API_KEY", key)
+        with pytest.raises(ValueError, match="set a key in VOXKERN_API_KEY"):
+            app({})
+    monkeypatch.setenv("VOXKERN_API_KEY", "secret")
+    app({})

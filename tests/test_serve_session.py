@@ -3,8 +3,9 @@
 import contextlib
 import json
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ pytest.importorskip("httpx", reason="the tests of the server need httpx: pip ins
 
 import io
 
-from serving import serving
+from serving import serving, settled, wait_for
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 import voxkern
-from voxkern.serve import speaker
+from voxkern.serve import formats, speaker
 
 ARGUMENTS = {"seed": 5, "steps": 1, "max_frames": 6}
 CONFIG = {"type": "session.config", "voice": "ada", "response_format": "pcm", "stream_audio": True, **ARGUMENTS}
@@ -78,19 +79,6 @@ def sounds(messages: list[Any]) -> dict[str, bytes]:
     return found
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-def settled(tts: voxkern.TTS) -> bool:
-    wait_for(lambda: not tts.engine.n_running and not tts.engine.n_waiting)
-    tts.engine.prefix_cache.clear()
-    return tts.engine.runner.kv_cache.n_free == tts.engine.runner.kv_cache.n_pages
-
-
 def text_of(piece: str) -> dict[str, str]:
     return {"type": "input.text", "text": piece}
 
@@ -123,9 +111,9 @@ def test_text_in_pieces_gives_the_sound_of_each_sentence(tts: voxkern.TTS) -> No
 
 
 def test_vllm_omnis_clients_work(tts: voxkern.TTS) -> None:
-    """Their configuration has fields without values, `speaker`, and no streaming: one WAV file for each text."""
+    """Their configuration has `speaker`, fields of other models, and no streaming: one WAV file for each text."""
     config = {
-        "type": "session.config", "model": "tiny", "speaker": "bob", "task_type": None, "language": None,
+        "type": "session.config", "model": "tiny", "speaker": "bob", "task_type": "CustomVoice", "language": "Auto",
         "split_granularity": "none", "word_timestamps": None, **ARGUMENTS,
     }  # fmt: skip
     with session(tts) as connection:
@@ -150,8 +138,9 @@ def test_a_sentence_is_spoken_before_the_text_ends(tts: voxkern.TTS) -> None:
 
 
 def test_the_next_sentence_runs_while_one_is_sent(tts: voxkern.TTS, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client does not read. Two sentences are generated ahead of it, and not one more."""
+    """The first sentence is not sent. The second is generated meanwhile, and the third is not."""
     started: list[str] = []
+    released = threading.Event()
     submit = tts.submit
 
     async def counted(text: str, *arguments: Any, **named: Any) -> Any:
@@ -159,7 +148,7 @@ def test_the_next_sentence_runs_while_one_is_sent(tts: voxkern.TTS, monkeypatch:
         return await submit(text, *arguments, **named)
 
     async def stuck(self: speaker.Speaker, sentence: speaker.Sentence) -> None:
-        await speaker.asyncio.sleep(0.6)
+        await speaker.asyncio.to_thread(released.wait, 30)
 
     monkeypatch.setattr(tts, "submit", counted)
     monkeypatch.setattr(speaker.Speaker, "_send_sentence", stuck)
@@ -168,12 +157,13 @@ def test_the_next_sentence_runs_while_one_is_sent(tts: voxkern.TTS, monkeypatch:
         wait_for(lambda: len(started) == 2)
         time.sleep(0.2)
         assert started == ["A one.", "B two."]
+        released.set()
         until(connection, "session.done")
     assert started == ["A one.", "B two.", "C three.", "D four."]
 
 
 def test_a_session_reads_no_more_text_than_it_can_speak(tts: voxkern.TTS, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While 4 x max_chars characters wait, the next message is not read. It is read when sentences are sent."""
+    """While 16 x max_chars characters wait, the next message is not read. It is read when sentences are sent."""
     sending = speaker.Speaker._send_sentence
     waiting: list[int] = []
 
@@ -184,9 +174,9 @@ def test_a_session_reads_no_more_text_than_it_can_speak(tts: voxkern.TTS, monkey
 
     monkeypatch.setattr(speaker.Speaker, "_send_sentence", slow)
     with session(tts, max_chars=20) as connection:
-        send(connection, CONFIG | {"max_frames": 1}, *[text_of("One two. ")] * 40, DONE)
-        assert until(connection, "session.done")[-1]["total_sentences"] == 40
-    assert 60 < max(waiting) <= 80 + 20
+        send(connection, CONFIG | {"max_frames": 1}, *[text_of("One two. ")] * 60, DONE)
+        assert until(connection, "session.done")[-1]["total_sentences"] == 60
+    assert 300 < max(waiting) <= 320 + 20
 
 
 WRONG = [
@@ -210,7 +200,7 @@ WRONG = [
 
 
 def test_wrong_messages_are_errors_of_one_session(tts: voxkern.TTS) -> None:
-    """Each wrong message is answered by an error, and the session goes on; another session notices nothing."""
+    """Each wrong message is answered by an error, and the session goes on. Another session gives its sound."""
     expected = {"seven": tts.generate("seven", "ada", **ARGUMENTS).pcm16()}
     with serving(tts) as (client, _), open_session(client) as wrong, open_session(client) as other:
         send(wrong, CONFIG)
@@ -254,10 +244,13 @@ def test_cancel_ends_the_utterance_at_once(tts: voxkern.TTS) -> None:
         long = CONFIG | {"max_frames": 900, "steps": 32}
         send(connection, long, text_of("One two. Three four. Five six. "))
         until(connection, "audio.start")
+        wait_for(lambda: tts.engine.n_running == 2)
+        states = list(tts.engine.running.values())
         send(connection, {"type": "cancel"})
         done = until(connection, "session.done")[-1]
         assert (done["cancelled"], done["utterance_index"]) == (True, 0)
         assert settled(tts)
+        assert max(state.n_frames for state in states) < 450  # of 900
         send(connection, CONFIG, text_of("seven"), DONE)
         messages = until(connection, "session.done")
         assert messages[-1]["utterance_index"] == 1
@@ -270,7 +263,9 @@ def test_a_client_that_leaves_frees_its_slots(tts: voxkern.TTS) -> None:
             send(connection, CONFIG | {"max_frames": 900, "steps": 32}, text_of("One two. Three four. Five. "))
             until(connection, "audio.start")
             wait_for(lambda: tts.engine.n_running == 2)
+            states = list(tts.engine.running.values())
         assert settled(tts)
+        assert max(state.n_frames for state in states) < 450  # of 900
         wait_for(lambda: server.service.n_admitted == server.service.n_sessions == 0)
 
 
@@ -299,14 +294,11 @@ def test_an_engines_error_ends_one_sentence(
 
 
 def test_limits_of_sessions(tts: voxkern.TTS) -> None:
-    """More sessions than allowed are refused, a session without messages ends, and so does one without a place."""
-    with serving(tts, max_sessions=1, idle_seconds=0.3, max_waiting=0) as (client, server):
-        with open_session(client) as first:
-            with pytest.raises(InvalidStatus) as refused:
-                open_session(client)
-            assert refused.value.response.status_code == 429
-            send(first, CONFIG)
-            assert receive(first)["code"] == "idle"
+    """More sessions than allowed are refused, and so is an utterance if too many requests wait."""
+    with serving(tts, max_sessions=1, max_waiting=0) as (client, server):
+        with open_session(client), pytest.raises(InvalidStatus) as refused:
+            open_session(client)
+        assert refused.value.response.status_code == 429
         wait_for(lambda: server.service.n_sessions == 0)
         with open_session(client) as second:
             server.service.n_admitted = tts.max_batch
@@ -316,6 +308,85 @@ def test_limits_of_sessions(tts: voxkern.TTS) -> None:
                 receive(second)
             assert closed.value.rcvd.code == 1013
             server.service.n_admitted = 0
+
+
+def test_an_idle_session_ends_and_so_does_an_endless_utterance(tts: voxkern.TTS) -> None:
+    for settings, messages, code in (
+        ({"idle_seconds": 0.3}, [CONFIG], "idle"),
+        ({"idle_seconds": 0.3}, [CONFIG, text_of("o"), *[text_of("")] * 3], "idle"),
+        ({"idle_seconds": 2.0, "request_seconds": 0.1}, [CONFIG, text_of("one")], "too_slow"),
+    ):
+        with session(tts, **settings) as connection:
+            send(connection, *messages)
+            assert receive(connection)["code"] == code
+            with pytest.raises(ConnectionClosed) as closed:
+                receive(connection)
+            assert closed.value.rcvd.code == 1008
+
+
+def test_cancel_ends_utterances_whose_text_is_complete(tts: voxkern.TTS) -> None:
+    """After ``input.done``, the dropped utterances end in order. A cancel while nothing runs does nothing."""
+    long = CONFIG | {"max_frames": 900, "steps": 32}
+    with session(tts) as connection:
+        send(connection, long, {"type": "cancel"}, text_of("One."), DONE, text_of("Two."), DONE, text_of("Three"))
+        until(connection, "audio.start")
+        send(connection, {"type": "cancel"}, DONE)
+        ends = [until(connection, "session.done")[-1] for _ in range(4)]
+    assert [(end["utterance_index"], end.get("cancelled", False)) for end in ends] == [
+        (0, True), (1, True), (2, True), (3, False),
+    ]  # fmt: skip
+
+
+def test_close_comes_after_the_sound(tts: voxkern.TTS) -> None:
+    with session(tts) as connection:
+        send(connection, CONFIG, text_of("seven"), DONE, {"type": "session.close"})
+        sound = sounds(until(connection, "session.done"))["seven"]
+        with pytest.raises(ConnectionClosed) as closed:
+            receive(connection)
+    assert closed.value.rcvd.code == 1000
+    assert sound == tts.generate("seven", "ada", **ARGUMENTS).pcm16()
+
+
+def test_halves_of_a_character_that_arrive_in_two_messages_are_joined(tts: voxkern.TTS) -> None:
+    """JSON writes an emoji as two escapes, which a client may cut. A half without its other half is an error."""
+    first, second = (f'{{"type": "input.text", "text": "{half}"}}' for half in ("one \\ud83d", "\\ude00 two"))
+    with session(tts) as connection:
+        send(connection, CONFIG, first, second, DONE)
+        assert list(sounds(until(connection, "session.done"))) == ["one \U0001f600 two"]
+        send(connection, second)
+        assert receive(connection)["code"] == "invalid_value"
+        send(connection, first, DONE)
+        assert [m["code"] for m in until(connection, "session.done") if "code" in m] == ["invalid_value"]
+
+
+def test_an_error_of_the_encoder_ends_one_sentence(tts: voxkern.TTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: formats.FileWriter) -> bytes:
+        raise RuntimeError("planted")
+
+    config = CONFIG | {"response_format": "flac", "stream_audio": False}
+    with session(tts) as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(formats.FileWriter, "finish", fail)
+            send(connection, config, text_of("One."), DONE)
+            _, error, done, _ = until(connection, "session.done")
+        assert (error["code"], done["error"]) == ("failed", True)
+        send(connection, text_of("One."), DONE)
+        assert until(connection, "session.done")[1].startswith(b"fLaC")
+
+
+def test_pages_of_other_sites_are_refused_without_a_key(tts: voxkern.TTS) -> None:
+    """A browser names the page's site in the header ``Origin``."""
+    with serving(tts) as (client, _):
+        own = f"http://127.0.0.1:{client.base_url.port}"
+        with pytest.raises(InvalidStatus) as refused:
+            open_session(client, {"Origin": "http://other.example"})
+        assert refused.value.response.status_code == 403
+        body = {"input": "seven", **ARGUMENTS}
+        for origin, status in (("http://other.example", 403), ("null", 403), (own, 200)):
+            assert client.post("/v1/audio/speech", json=body, headers={"Origin": origin}).status_code == status
+        with open_session(client, {"Origin": own}) as connection:
+            send(connection, CONFIG, text_of("seven"), DONE)
+            until(connection, "session.done")
 
 
 def test_the_key(tts: voxkern.TTS) -> None:

@@ -58,7 +58,10 @@ def running_server(*flags: str) -> Iterator[str]:
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
         try:
-            yield next(line.split("running on ")[1].split()[0] for line in process.stderr if "running on http" in line)
+            lines = (line for line in process.stderr if "running on http" in line)
+            if (line := next(lines, None)) is None:
+                raise RuntimeError("the server ended before it listened")
+            yield line.split("running on ")[1].split()[0]
         finally:
             process.terminate()
             process.communicate()
@@ -105,7 +108,8 @@ def running_replicas(n: int) -> Iterator[str]:
     ray.init(num_cpus=n + 1, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(app({"replicas": str(n), "max_batch": str(MAX_BATCH), "max_waiting": str(WAITING)}))
+        settings = {"max_batch": MAX_BATCH, "max_waiting": WAITING, "replicas": n, "no_api_key": "true"}
+        serve.run(app({name: str(value) for name, value in settings.items()}))
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
     finally:
@@ -131,16 +135,16 @@ def measured(address: str, server: str, n_clients: int, expected: Sequence[bytes
     ]
 
 
-def expected_sounds() -> list[bytes]:
+def expected_sounds(n_threads: int) -> list[bytes]:
     """Return the sounds of :data:`TEXTS`, with as many threads as a server takes."""
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    torch.set_num_threads(n_threads)
     audios = load(max_batch=MAX_BATCH).generate(list(TEXTS), seed=list(range(len(TEXTS))))
     return [audio.pcm16() for audio in audios]
 
 
 def rows() -> list[ResultRow]:
     """Measure each number of clients, and return the rows."""
-    expected, found = expected_sounds(), []
+    expected, found = expected_sounds(max(1, torch.get_num_threads() - 1)), []
     with running_server("--max-batch", str(MAX_BATCH), "--max-waiting", str(WAITING)) as address:
         for n_clients in CLIENTS:
             found += measured(address, SERVER, n_clients, expected)
@@ -149,7 +153,7 @@ def rows() -> list[ResultRow]:
 
 def replica_rows() -> list[ResultRow]:
     """Measure one and two replicas on this machine, each with one thread, and return the rows."""
-    expected, found = expected_sounds(), []
+    expected, found = expected_sounds(1), []
     for n in (1, 2):
         with running_replicas(n) as address:
             measured(address, "warm-up", REPLICA_CLIENTS, expected)

@@ -10,12 +10,13 @@
     speech.py          POST /v1/audio/speech: from a request's body to its sound
     speech_request.py  checks the fields of a request
     reply.py           sends a sound, events or an error
-    limits.py          limits of a body's size and time, and of a client that has gone
+    limits.py          limits of a body; stops the work when a client has gone
     formats.py         wav, pcm, mp3, flac and opus
     session.py         WS /v1/audio/speech/stream: text that arrives in pieces
     session_config.py  checks the fields of a session
     speaker.py         generates a session's sentences, and sends them in order
     page.py            the page at /
+    ray_app.py         replicas on Ray Serve
     metrics.py         the figures of GET /metrics
     errors.py          errors in OpenAI's JSON form
 """

@@ -23,6 +23,8 @@ from .session import run_session
 from .settings import ServeSettings
 from .speech import Speech
 
+PUBLIC = ("/", "/about", "/health", "/ready", "/metrics")  # paths that need no API key
+
 
 def load_app(source: str | None, settings: ServeSettings, **arguments: Any) -> Starlette:
     """Load a model with the arguments of :func:`voxkern.load`, and return the application that serves it.
@@ -73,7 +75,7 @@ def make_app(tts: TTS, settings: ServeSettings) -> Starlette:
             Route("/metrics", figures),
             *page_routes(tts, settings),
         ],
-        middleware=[Middleware(RequireKey, key=settings.api_key)] if settings.api_key else [],
+        middleware=[Middleware(Guard, key=settings.api_key)],
         exception_handlers={HTTPException: http_error},
         lifespan=lifespan,
     )
@@ -81,18 +83,28 @@ def make_app(tts: TTS, settings: ServeSettings) -> Starlette:
     return app
 
 
-class RequireKey:
-    """Refuses requests to ``/v1`` that lack the API key."""
+class Guard:
+    """Refuses requests that lack the API key or, if no key is set, requests of other sites' pages in a browser."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._expected = app, f"Bearer {key}".encode()
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app, self._expected = app, None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application if the key is right. The comparison takes the same time for every wrong key."""
-        app = self._app
-        if scope["type"] != "lifespan" and scope["path"].startswith("/v1/"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
-                app = APIError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"}).response()
-        await app(scope, receive, send)
+        """Run the application unless the request is refused."""
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        error = None
+        if scope["path"].removeprefix(scope.get("root_path", "")) not in PUBLIC:  # all paths but these need the key
+            error = self._refusal(dict(scope["headers"]))
+        await (self._app if error is None else error.response())(scope, receive, send)
+
+    def _refusal(self, headers: dict[bytes, bytes]) -> APIError | None:
+        if self._expected is None:
+            site = headers.get(b"origin", b"").rpartition(b"//")[2]
+            if site in (b"", headers.get(b"host")):
+                return None
+            return APIError(403, "other_site", "without an API key, pages of other sites are refused")
+        if hmac.compare_digest(headers.get(b"authorization", b""), self._expected):  # takes the same time for all keys
+            return None
+        message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+        return APIError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})

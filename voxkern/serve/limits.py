@@ -1,4 +1,4 @@
-"""Limits of a request's body, and the end of the work for a client that has gone."""
+"""Limit the size and the time of a body, and stop the work for a client that has gone."""
 
 import asyncio
 from collections.abc import Coroutine

@@ -14,9 +14,9 @@ class Metrics:
     """Counts the requests of one server.
 
     Attributes:
-        requests: finished requests for speech, by the status that the client received.
+        requests: finished requests for speech, by status; 499 is a client that has gone.
         errors: failed requests for speech, by the error's code.
-        audio_seconds: seconds of sound that were generated.
+        audio_seconds: seconds of sound that were sent.
         first_sound: seconds from a request's body to its first sound.
         real_time_factor: seconds of a request, with its time in the queue, for each second of its sound.
     """
@@ -26,7 +26,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("voxkern_requests", "Finished requests for speech", ["status"], registry=registry)
         self.errors = Counter("voxkern_errors", "Failed requests for speech", ["code"], registry=registry)
-        self.audio_seconds = Counter("voxkern_audio_seconds", "Seconds of sound that were generated", registry=registry)
+        self.audio_seconds = Counter("voxkern_audio_seconds", "Seconds of sound that were sent", registry=registry)
         self.first_sound = Histogram(
             "voxkern_first_sound_seconds", "Seconds to the first sound", registry=registry, buckets=SECONDS
         )

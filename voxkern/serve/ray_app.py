@@ -2,6 +2,7 @@
 
 ::
 
+    export VOXKERN_API_KEY=...
     serve run voxkern.serve.ray_app:app model=mistralai/Voxtral-4B-TTS-2603 replicas=2 gpus=1
 
 Each replica is one process with one model, and runs the application of ``voxkern serve``. A WebSocket stays on its
@@ -9,6 +10,7 @@ replica. If a replica dies, its requests end with an error, and Ray starts a new
 """
 
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,15 +18,16 @@ from ray import serve
 from starlette.applications import Starlette
 
 from .app import load_app
-from .settings import settings_for
+from .settings import ServeSettings, settings_for
 
 # Arguments of `app` and their types. The values of `serve run` are text.
-SCALING = {"replicas": int, "max_replicas": int, "cpus": float, "gpus": float}
-LOADING = {"max_batch": int, "cache_tokens": int, "device": str, "dtype": str, "backend": str, "quantize": str}
-LIMITS = {
-    "max_waiting": int, "max_chars": int, "max_body": int, "max_sessions": int,
-    "body_seconds": float, "request_seconds": float, "idle_seconds": float,
+SCALING: dict[str, type] = {"replicas": int, "max_replicas": int, "cpus": float, "gpus": float}
+LOADING: dict[str, type] = {
+    "max_batch": int, "cache_tokens": int, "device": str, "dtype": str, "backend": str, "quantize": str,
 }  # fmt: skip
+LIMITS: dict[str, type] = {
+    one.name: type(one.default) for one in fields(ServeSettings) if isinstance(one.default, float | int)
+}
 
 
 def app(arguments: dict[str, str]) -> serve.Application:
@@ -33,20 +36,28 @@ def app(arguments: dict[str, str]) -> serve.Application:
     The API key of all replicas is the variable ``VOXKERN_API_KEY`` of the process that runs this function.
 
     Args:
-        arguments: `model`, a checkpoint folder or hub id that every machine can read, or the demo voice if it is
-            missing; `replicas`, their number (1); `max_replicas`, to which their number may grow under load;
-            `cpus` (1) and `gpus` (0) of each replica; arguments of :func:`voxkern.load`, such as `max_batch` (32);
-            and the limits of each replica, as for ``voxkern serve``.
+        arguments: each is optional:
+
+            - `model`: a checkpoint folder or hub id that every machine can read; the default is the demo voice;
+            - `replicas`: their number (1); `max_replicas`: the number to which they may grow under load;
+            - `cpus` (1) and `gpus` (0): those of each replica;
+            - arguments of :func:`voxkern.load`, such as `max_batch` (32);
+            - the limits of each replica, as for ``voxkern serve``;
+            - `no_api_key`: "true" if no key is needed, although Ray may listen beyond this machine.
 
     Raises:
-        ValueError: an argument is unknown, or has a value of a wrong type.
+        ValueError: an argument is unknown, or has a value of a wrong type; or no key is set.
     """
+    api_key = os.environ.get("VOXKERN_API_KEY", "").strip() or None
+    if api_key is None and arguments.get("no_api_key") != "true":
+        raise ValueError("set a key in VOXKERN_API_KEY, or give no_api_key=true: Ray may listen beyond this machine")
     model = arguments.get("model")
     known = SCALING | LOADING | LIMITS
-    values = {name: _value(name, text, known) for name, text in arguments.items() if name != "model"}
+    given = {name: text for name, text in arguments.items() if name not in ("model", "no_api_key")}
+    values = {name: _value(name, text, known) for name, text in given.items()}
     loading: dict[str, Any] = {"max_batch": 32} | {name: values[name] for name in LOADING if name in values}
     limits = {name: values[name] for name in LIMITS if name in values}
-    settings = settings_for(model, api_key=os.environ.get("VOXKERN_API_KEY"), **limits)
+    settings = settings_for(model, api_key=api_key, **limits)
     n_cpus = values.get("cpus", 1.0)
 
     def build() -> Starlette:
@@ -59,6 +70,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
         name="voxkern",
         ray_actor_options={"num_cpus": n_cpus, "num_gpus": values.get("gpus", 0.0)},
         # more than a replica accepts, so that a full replica answers with 429, and Ray does not keep a queue
+        graceful_shutdown_timeout_s=settings.shutdown_seconds,
         max_ongoing_requests=loading["max_batch"] + settings.max_waiting + settings.max_sessions + 16,
         **_scaling(values, loading["max_batch"]),
     )
@@ -75,7 +87,7 @@ def _scaling(values: dict[str, Any], max_batch: int) -> dict[str, Any]:
 
 def _value(name: str, text: str, known: dict[str, Any]) -> Any:
     if name not in known:
-        raise ValueError(f"{name!r} is not an argument: there are model, {', '.join(known)}")
+        raise ValueError(f"{name!r} is not an argument: the arguments are model, no_api_key, {', '.join(known)}")
     try:
         return known[name](text)
     except ValueError:

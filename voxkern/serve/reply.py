@@ -43,7 +43,7 @@ class Reply:
         """Send an error.
 
         After a part of the sound, the error is an event. If the sound is not sent as events, the body gets no end, so
-        that the client does not take the part for the whole.
+        that the client sees that it is incomplete.
         """
         if not self.status:
             self.status = error.status

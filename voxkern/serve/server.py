@@ -49,6 +49,9 @@ def make_server(app: Starlette, settings: ServeSettings, host: str, port: int) -
         host,
         port,
         ws_max_size=settings.max_body,
+        ws_per_message_deflate=False,  # a small message could become a large one
+        ws_ping_interval=None,  # its answer waits behind text that is not read yet; SpeechSession has time limits
+        limit_concurrency=app.state.service.most_connections,
         timeout_graceful_shutdown=1,  # for last bytes: SpeechServer.shutdown has waited for requests before
         server_header=False,
     )

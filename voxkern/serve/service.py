@@ -9,7 +9,7 @@ from typing import Any
 
 from ..audio import Audio
 from ..tts import TTS
-from .errors import APIError
+from .errors import APIError, shown
 from .formats import Writer
 from .metrics import Metrics
 from .settings import ServeSettings
@@ -35,6 +35,11 @@ class SpeechService:
         self.closing, self.n_admitted, self.n_sessions = False, 0, 0
         self._encoder = ThreadPoolExecutor(1, "voxkern encoder")  # the event loop must not wait for mp3
 
+    @property
+    def most_connections(self) -> int:
+        """The most connections that make sense: all that may be admitted, and 64 for short requests and errors."""
+        return self.tts.max_batch + self.settings.max_waiting + self.settings.max_sessions + 64
+
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
         """Count a request while it waits or runs.
@@ -45,7 +50,7 @@ class SpeechService:
         if self.closing:
             raise APIError(503, "closing", "the server is ending", headers={"retry-after": "5", "connection": "close"})
         if self.n_admitted >= self.tts.max_batch + self.settings.max_waiting:
-            message = f"{self.settings.max_waiting} requests are waiting, and no more may wait"
+            message = f"the limit of {self.settings.max_waiting} waiting requests is reached"
             raise APIError(429, "queue_full", message, headers={"retry-after": "1"})
         self.n_admitted += 1
         try:
@@ -70,7 +75,7 @@ class SpeechService:
     def check_voice(self, voice: str | None) -> None:
         """Raise an APIError if the model lacks a voice."""
         if voice is not None and voice not in self.tts.voices:
-            message = f"voice is {voice!r}, but the model has {', '.join(self.tts.voices)}"
+            message = f"voice is {shown(voice)}, but the model has {', '.join(self.tts.voices)}"
             raise APIError(400, "unknown_voice", message, "voice")
 
     async def finish(self, writer: Writer) -> bytes:

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import shown
 from .formats import FORMATS, FileWriter, Writer
 from .settings import ServeSettings
 from .speech_request import ARGUMENTS, check_fields, known_fields, one_of, voice_of, wrong
 
 FIELDS = (
-    "type", "model", "voice", "speaker", "response_format", "stream_audio", "split_granularity", "speed",
-    "instructions", *ARGUMENTS,
+    "type", "model", "voice", "speaker", "response_format", "stream_audio", "split_granularity", "task_type",
+    "language", "speed", "instructions", *ARGUMENTS,
 )  # fmt: skip
 
 
@@ -48,9 +49,11 @@ def read_config(message: Mapping[str, Any], settings: ServeSettings) -> SessionC
     """
     fields = known_fields(message, FIELDS)
     check_fields(fields, settings)
+    one_of(fields, "task_type", ("CustomVoice",), "CustomVoice")  # vLLM-Omni's clients send these two
+    one_of(fields, "language", ("Auto",), "Auto")
     stream_audio = fields.get("stream_audio", False)
     if not isinstance(stream_audio, bool):
-        raise wrong("wrong_type", "stream_audio", f"stream_audio must be true or false, got {stream_audio!r}")
+        raise wrong("wrong_type", "stream_audio", f"stream_audio must be true or false, got {shown(stream_audio)}")
     response_format = one_of(fields, "response_format", tuple(FORMATS), "wav")
     if stream_audio and response_format != "pcm":
         wanted = f"stream_audio needs response_format pcm, got {response_format}"

@@ -1,7 +1,7 @@
 """The names and limits of a server."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..reference.train.data import WORDS
@@ -14,12 +14,13 @@ class ServeSettings:
     """Names and limits of a server; each is a flag of ``voxkern serve``.
 
     Attributes:
-        model_names: the names by which requests may call the model; the first is the one that is listed.
+        model_names: the names by which requests may call the model; the page shows the first.
         max_waiting: the most requests that wait for a slot.
         max_chars: the most characters of a request's text.
         max_body: the most bytes of a request's body.
         body_seconds: the most seconds that a body may take to arrive.
-        request_seconds: the most seconds from a request's first byte to the last byte of its sound.
+        request_seconds: the most seconds from a request's headers to the last byte of its sound. A session's utterance
+            may be open for the same time.
         shutdown_seconds: the most seconds that running requests may take after SIGTERM.
         max_sessions: the most WebSocket sessions that are open.
         idle_seconds: the most seconds between two messages of a session for which nothing is left to send.
@@ -36,7 +37,7 @@ class ServeSettings:
     shutdown_seconds: float = 30.0
     max_sessions: int = 256
     idle_seconds: float = 60.0
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     words: tuple[str, ...] = ()
 
 

@@ -8,12 +8,13 @@ import time
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from .errors import APIError
+from .errors import no_sound
 from .limits import read_body, while_connected
 from .reply import Reply
 from .service import SpeechService
 from .speech_request import SpeechRequest, read_request
 
+LAST_SECONDS = 5.0  # the most seconds for sending an error
 CLIENT_GONE = 499  # the usual status in logs for a client that has gone; it is never sent
 
 
@@ -35,7 +36,10 @@ class Speech:
             reply.status = CLIENT_GONE
             service.metrics.errors.labels("client_gone").inc()
         except Exception as error:
-            await reply.fail(service.api_error(error, reply.id), scope, receive)
+            known = service.api_error(error, reply.id)
+            with contextlib.suppress(TimeoutError):  # a client that does not read gets no error either
+                async with asyncio.timeout(LAST_SECONDS):
+                    await reply.fail(known, scope, receive)
         service.metrics.requests.labels(str(reply.status)).inc()
 
     async def _respond(self, request: SpeechRequest, reply: Reply) -> None:
@@ -47,6 +51,7 @@ class Speech:
         reply.headers = {"content-type": media_type, "x-seed": str(seed)}
         writer = request.sound_format.writer(service.tts.sampling_rate)
         n_frames, seconds = 0, 0.0
+        n_input = service.tts.count_tokens(request.text, request.voice) if request.as_events else 0
         chunks = await service.chunks(request.text, request.voice, request.arguments)
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
@@ -55,13 +60,9 @@ class Speech:
                 n_frames, seconds = n_frames + chunk.codes.shape[1], seconds + chunk.seconds
                 await reply.sound(writer.add(chunk))
         if not seconds:
-            raise APIError(500, "no_sound", "the model generated END before any sound: try another seed")
+            raise no_sound()
         await reply.sound(await service.finish(writer))
-        await reply.done({"type": "speech.audio.done", "usage": self._usage(request, n_frames), "ended": chunk.ended})
+        usage = {"input_tokens": n_input, "output_tokens": n_frames, "total_tokens": n_input + n_frames}
+        await reply.done({"type": "speech.audio.done", "usage": usage, "ended": chunk.ended})
         service.metrics.audio_seconds.inc(seconds)
         service.metrics.real_time_factor.observe((time.perf_counter() - start) / seconds)
-
-    def _usage(self, request: SpeechRequest, n_frames: int) -> dict[str, int]:
-        """Return the tokens of a request in OpenAI's form: those of its prompts, and one for each frame."""
-        n_input = self._service.tts.count_tokens(request.text, request.voice)
-        return {"input_tokens": n_input, "output_tokens": n_frames, "total_tokens": n_input + n_frames}

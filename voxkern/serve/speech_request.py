@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import APIError
+from .errors import APIError, shown
 from .formats import FORMATS, SoundFormat
 from .settings import ServeSettings
 
@@ -75,7 +75,9 @@ def known_fields(fields: Mapping[str, Any], known: Sequence[str]) -> dict[str, A
     given = {name: value for name, value in fields.items() if value is not None}
     for name in given:
         if name not in known:
-            raise wrong("unknown_field", name, f"{name!r} is not a field of this server: it has {', '.join(known)}")
+            raise wrong(
+                "unknown_field", name[:80], f"{shown(name)} is not a field of this server: it has {', '.join(known)}"
+            )
     return given
 
 
@@ -83,7 +85,7 @@ def check_fields(fields: dict[str, Any], settings: ServeSettings) -> None:
     """Raise an APIError if the model is unknown, or if the speed or the instructions ask for what it cannot do."""
     name = fields.get("model")
     if name is not None and name not in settings.model_names:
-        message = f"model is {name!r}, but this server has {', '.join(settings.model_names)}"
+        message = f"model is {shown(name)}, but this server has {', '.join(settings.model_names)}"
         raise APIError(404, "model_not_found", message, "model")
     if fields.get("speed", 1) != 1:
         raise wrong("unsupported_field", "speed", "speed must be 1: the model cannot change it")
@@ -123,7 +125,7 @@ def one_of(fields: dict[str, Any], name: str, values: tuple[str, ...], default: 
     """
     value = fields.get(name, default)
     if value not in values:
-        raise wrong("unsupported_value", name, f"{name} must be one of {', '.join(values)}, got {value!r}")
+        raise wrong("unsupported_value", name, f"{name} must be one of {', '.join(values)}, got {shown(value)}")
     return str(value)
 
 
