@@ -397,7 +397,7 @@ def test_a_full_queue_is_shown(open_page: Callable[..., Page], address: str, dem
     with httpx.stream("POST", **others), httpx.stream("POST", **others):
         assert demo.engine.n_running == 2
         page.speak(TEXT)
-        page.wait_for_status(re.escape("0 requests are waiting, and no more may wait (status 429). Try again in 1 s."))
+        page.wait_for_status(re.escape("the limit of 0 waiting requests is reached (status 429). Try again in 1 s."))
     page.expected_errors = ["status of 429"]
 
 
