@@ -117,16 +117,16 @@ def test_128_clients_at_once() -> None:
     texts = [("one two", "four six", "eight")[i % 3] for i in range(128)]
     expected = [audio.pcm16() for audio in tts.generate(texts, seed=list(range(128)))]
 
-    async def ask(client: Any, seed: int) -> Any:
+    async def post(client: Any, seed: int) -> Any:
         body = {"input": texts[seed], "seed": seed, "response_format": "pcm"}
         return await client.post(SPEECH, json=body)
 
-    async def ask_all(address: Any) -> list[Any]:
+    async def post_all(address: Any) -> list[Any]:
         async with httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=128)) as client:
-            return await asyncio.gather(*(ask(client, seed) for seed in range(128)))
+            return await asyncio.gather(*(post(client, seed) for seed in range(128)))
 
     with serving(tts) as (client, _):
-        answers = asyncio.run(ask_all(client.base_url))
+        answers = asyncio.run(post_all(client.base_url))
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= 96
@@ -141,7 +141,7 @@ def test_a_thousand_requests_with_disconnects_leave_nothing(tiny_folder: Any) ->
     expected = [tts.generate("seven", seed=seed, steps=2, max_frames=12).pcm16() for seed in range(10)]
     complete = 0
 
-    async def ask(client: Any, index: int, draw: random.Random) -> None:
+    async def post(client: Any, index: int, draw: random.Random) -> None:
         nonlocal complete
         name = draw.choice(["pcm", "pcm", "flac"])
         body = {"input": "seven", "seed": index % 10, "steps": 2, "max_frames": 12, "response_format": name}
@@ -156,12 +156,12 @@ def test_a_thousand_requests_with_disconnects_leave_nothing(tiny_folder: Any) ->
             assert answer.content == expected[index % 10]
             complete += 1
 
-    async def ask_all(address: Any) -> None:
+    async def post_all(address: Any) -> None:
         draw, at_once = random.Random(0), asyncio.Semaphore(40)
 
         async def one(client: Any, index: int) -> None:
             async with at_once:
-                await ask(client, index, draw)
+                await post(client, index, draw)
 
         async with httpx.AsyncClient(base_url=address, timeout=600) as client:
             await asyncio.gather(*(one(client, index) for index in range(1000)))
@@ -169,7 +169,7 @@ def test_a_thousand_requests_with_disconnects_leave_nothing(tiny_folder: Any) ->
     gc.collect()
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with serving(tts, max_waiting=64) as (client, _):
-        asyncio.run(ask_all(client.base_url))
+        asyncio.run(post_all(client.base_url))
         engine, end = tts.engine, time.monotonic() + 30
         while engine.n_running or engine.n_waiting:
             assert time.monotonic() < end

@@ -70,7 +70,7 @@ def replicas() -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
-async def ask(client: Any, i: int) -> tuple[int, bytes | None]:
+async def post(client: Any, i: int) -> tuple[int, bytes | None]:
     """Return the status of a request, and its sound; None if the sound had no end."""
     text = TEXTS[i % len(TEXTS)]
     body = {"input": text, "seed": i % len(TEXTS), "response_format": "pcm"}
@@ -105,7 +105,7 @@ def test_a_replica_that_dies_loses_only_its_requests(address: str, expected: dic
 
     async def under_load() -> list[Any]:
         async with httpx.AsyncClient(base_url=address, timeout=120) as client:
-            requests = [asyncio.create_task(ask(client, i)) for i in range(24)]
+            requests = [asyncio.create_task(post(client, i)) for i in range(24)]
             await asyncio.sleep(2)
             os.kill(first[0], signal.SIGKILL)
             return await asyncio.gather(*requests, return_exceptions=True)
@@ -127,7 +127,7 @@ def test_a_replica_that_dies_loses_only_its_requests(address: str, expected: dic
 
     async def again() -> list[Any]:
         async with httpx.AsyncClient(base_url=address, timeout=120) as client:
-            return await asyncio.gather(*(ask(client, i) for i in range(12)))
+            return await asyncio.gather(*(post(client, i) for i in range(12)))
 
     answers = asyncio.run(again())
     while any(status != 200 for status, _ in answers):  # the new replica is still loading

@@ -33,7 +33,7 @@ LEAST_REQUESTS = 32  # a few clients send several texts each, so that the percen
 
 
 @dataclass(frozen=True)
-class Answer:
+class Received:
     """What a client received for one text.
 
     Attributes:
@@ -67,7 +67,7 @@ def running_server(*flags: str) -> Iterator[str]:
             process.communicate()
 
 
-async def ask(client: httpx.AsyncClient, text: str, seed: int, expected: bytes) -> Answer:
+async def post(client: httpx.AsyncClient, text: str, seed: int, expected: bytes) -> Received:
     """Send one text, and return what arrived."""
     body = {"input": text, "seed": seed, "response_format": "pcm"}
     start, first, received = time.perf_counter(), float("nan"), b""
@@ -77,17 +77,17 @@ async def ask(client: httpx.AsyncClient, text: str, seed: int, expected: bytes) 
                 if not received:
                     first = time.perf_counter() - start
                 received += part
-    return Answer(response.status_code, first, len(received), len(expected), received == expected)
+    return Received(response.status_code, first, len(received), len(expected), received == expected)
 
 
-async def ask_all(address: str, n_clients: int, expected: Sequence[bytes]) -> tuple[list[Answer], float]:
-    """Let all clients send their texts at once; return all answers, and the seconds that they took together."""
+async def post_all(address: str, n_clients: int, expected: Sequence[bytes]) -> tuple[list[Received], float]:
+    """Let all clients send their texts at once; return what they received, and the seconds of all together."""
     limits = httpx.Limits(max_connections=n_clients)
     async with httpx.AsyncClient(base_url=address, limits=limits, timeout=600) as client:
 
-        async def one_client(index: int) -> list[Answer]:
+        async def one_client(index: int) -> list[Received]:
             own = range(index, max(n_clients, LEAST_REQUESTS), n_clients)
-            return [await ask(client, TEXTS[i % len(TEXTS)], i % len(TEXTS), expected[i % len(TEXTS)]) for i in own]
+            return [await post(client, TEXTS[i % len(TEXTS)], i % len(TEXTS), expected[i % len(TEXTS)]) for i in own]
 
         start = time.perf_counter()
         answers = await asyncio.gather(*map(one_client, range(n_clients)))
@@ -118,7 +118,7 @@ def running_replicas(n: int) -> Iterator[str]:
 
 def measured(address: str, server: str, n_clients: int, expected: Sequence[bytes]) -> list[ResultRow]:
     """Let clients send their texts, and return the rows; `server` is the rows' subject."""
-    answers, seconds = asyncio.run(ask_all(address, n_clients, expected))
+    answers, seconds = asyncio.run(post_all(address, n_clients, expected))
     first = [answer.first for answer in answers if answer.status == 200]
     figures = {
         "requests": (len(answers), "requests"),

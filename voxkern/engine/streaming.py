@@ -76,7 +76,7 @@ class SpeechStream:
         self.close()
 
     def _current(self) -> RequestState | None:
-        """Return the request whose frames come next, and submit it if need be; None after the last request."""
+        """Return the request of the next frames, and submit it if need be; None after the last request."""
         if self._state is not None and self._is_over(self._state) and self._requests:
             self._ended, self._state = self._ended and self._state.ended, None
             self._size = next(self._sizes)  # an empty chunk that is left out counts as a chunk

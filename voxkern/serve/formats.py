@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..audio import Audio, to_int16
 
-UNKNOWN_SIZE = 0xFFFFFFFF  # the size in the header of a WAV stream whose length is not known yet
+UNKNOWN_SIZE = 0xFFFFFFFF  # the size in the header of a WAV stream, which has no length yet
 
 
 class StreamWriter:

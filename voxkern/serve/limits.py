@@ -42,7 +42,7 @@ async def while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> 
     """Run `work`, but cancel it as soon as the client has gone.
 
     Args:
-        work: the work for a request whose body was read.
+        work: the work for a request, after its body was read.
         receive: ASGI's function for the next message of the client.
 
     Raises:
