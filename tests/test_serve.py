@@ -260,8 +260,8 @@ def test_the_key(tts: voxkern.TTS) -> None:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             for answer in (client.post(SPEECH, json=BODY, headers=headers), client.get("/v1/models", headers=headers)):
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-        right = {"Authorization": "Bearer secret"}
-        assert client.post(SPEECH, json=BODY, headers=right).status_code == 200
+        for right in ("Bearer secret", "bearer secret"):
+            assert client.post(SPEECH, json=BODY, headers={"Authorization": right}).status_code == 200
         for path in ("/health", "/ready", "/metrics", "/", "/about"):
             assert client.get(path).status_code == 200
 

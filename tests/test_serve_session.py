@@ -194,6 +194,9 @@ WRONG = [
     (CONFIG | {"response_format": "flac"}, "unsupported_value"),  # not streamed
     (CONFIG | {"stream_audio": 1}, "wrong_type"),
     (CONFIG | {"speed": 2}, "unsupported_field"),
+    (CONFIG | {"steps": 99}, "invalid_value"),
+    (CONFIG | {"seed": "5"}, "invalid_value"),
+    (CONFIG | {"solver": []}, "invalid_value"),
     (CONFIG | {"ref_audio": "data:"}, "unknown_field"),
     (CONFIG | {"model": "other"}, "model_not_found"),
 ]
@@ -337,6 +340,17 @@ def test_cancel_ends_utterances_whose_text_is_complete(tts: voxkern.TTS) -> None
     ]  # fmt: skip
 
 
+def test_an_utterance_that_is_refused_leaves_the_one_before_it_complete(tts: voxkern.TTS) -> None:
+    expected = tts.generate("seven", "ada", **ARGUMENTS).pcm16()
+    with serving(tts, max_waiting=0) as (client, server), open_session(client) as connection:
+        server.service.n_admitted = tts.max_batch - 1
+        send(connection, CONFIG, text_of("seven"), DONE, text_of("two"))
+        messages = until(connection, "error")
+        assert sounds(messages[:-1]) == {"seven": expected}
+        assert (messages[-2]["type"], messages[-1]["code"]) == ("session.done", "queue_full")
+        server.service.n_admitted = 0
+
+
 def test_close_comes_after_the_sound(tts: voxkern.TTS) -> None:
     with session(tts) as connection:
         send(connection, CONFIG, text_of("seven"), DONE, {"type": "session.close"})
@@ -384,6 +398,8 @@ def test_pages_of_other_sites_are_refused_without_a_key(tts: voxkern.TTS) -> Non
         body = {"input": "seven", **ARGUMENTS}
         for origin, status in (("http://other.example", 403), ("null", 403), (own, 200)):
             assert client.post("/v1/audio/speech", json=body, headers={"Origin": origin}).status_code == status
+        rebound = {"Origin": "http://other.example", "Host": "other.example"}  # a name that leads to this machine
+        assert client.post("/v1/audio/speech", json=body, headers=rebound).status_code == 403
         with open_session(client, {"Origin": own}) as connection:
             send(connection, CONFIG, text_of("seven"), DONE)
             until(connection, "session.done")

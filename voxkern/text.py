@@ -1,5 +1,6 @@
 """Split texts: into parts for the model, and into sentences while a text arrives."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 MAX_CHARS = 400  # about 30 s of English
 BYTE_ORDER_MARK = "\ufeff"
 CERTAIN = 3  # characters after a place that decide whether a sentence ends there
+NO_END = re.compile(r"[\w ,]*")  # texts in which no sentence ends, which need no analysis
 
 # The classes of the characters around a place decide whether a text may be cut there. The name of a class is one ASCII
 # character. A character of the text belongs to the first class that matches it. The properties in ``\p{..}`` are those
@@ -126,7 +128,7 @@ def split_sentences(text: str) -> tuple[list[str], str]:
     """
     check_text(text)
     sentences = []
-    while len(text) >= CERTAIN and (end := _first_end(text)):
+    while len(text) >= CERTAIN and NO_END.fullmatch(text) is None and (end := _first_end(text)):
         sentences.append(text[:end].strip())
         text = text[end:]
     return [sentence for sentence in sentences if not is_blank(sentence)], text

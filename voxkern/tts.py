@@ -48,7 +48,8 @@ def load(
 ) -> "TTS":
     """Load a checkpoint, and return a model that generates speech from text.
 
-    The same seed gives the same sound on one machine, with the same backend, dtype, `max_batch` and package versions.
+    The same seed gives the same sound on one machine, with the same number of CPU threads, backend, dtype, `max_batch`
+    and package versions.
 
     Args:
         source: a checkpoint folder, or a Hugging Face hub id (OWNER/NAME), which is downloaded. None loads the demo

@@ -1,10 +1,12 @@
 """The routes of the server, and the API key."""
 
 import hmac
+import ipaddress
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -87,7 +89,7 @@ class Guard:
     """Refuses requests that lack the API key or, if no key is set, requests of other sites' pages in a browser."""
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self._app, self._expected = app, None if key is None else f"Bearer {key}".encode()
+        self._app, self._key = app, None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application unless the request is refused."""
@@ -99,12 +101,26 @@ class Guard:
         await (self._app if error is None else error.response())(scope, receive, send)
 
     def _refusal(self, headers: dict[bytes, bytes]) -> APIError | None:
-        if self._expected is None:
-            site = headers.get(b"origin", b"").rpartition(b"//")[2]
-            if site in (b"", headers.get(b"host")):
+        if self._key is None:
+            origin = headers.get(b"origin")
+            if origin is None or _is_own(origin.decode("latin-1"), headers.get(b"host", b"").decode("latin-1")):
                 return None
-            return APIError(403, "other_site", "without an API key, pages of other sites are refused")
-        if hmac.compare_digest(headers.get(b"authorization", b""), self._expected):  # takes the same time for all keys
+            message = "without an API key, only pages of this server at an IP address or at localhost are accepted"
+            return APIError(403, "other_site", message)
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if hmac.compare_digest(given, self._key) and scheme.lower() == b"bearer":  # takes the same time for all keys
             return None
         message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
         return APIError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
+
+
+def _is_own(origin: str, host: str) -> bool:
+    """Return whether a page's site is this server, by an address that no other machine can define.
+
+    A name could be defined by the page's own site, so that it leads to this machine (DNS rebinding).
+    """
+    site = urlsplit(origin)
+    try:
+        return site.netloc == host and (site.hostname == "localhost" or bool(ipaddress.ip_address(site.hostname or "")))
+    except ValueError:
+        return False

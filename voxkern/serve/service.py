@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..audio import Audio
+from ..generation_params import CFG_ALPHA, GenerationParams
 from ..tts import TTS
 from .errors import APIError, shown
 from .formats import Writer
@@ -64,19 +65,22 @@ class SpeechService:
         Raises:
             APIError: the voice is unknown, or an argument is wrong.
         """
-        self.check_voice(voice)
+        self.check_arguments(voice, arguments)
         try:
             return await self.tts.submit(text, voice, **arguments)
         except (ValueError, TypeError) as error:
-            named = str(error).split(" ")[0]  # messages about an argument begin with its name
-            param = {"text": "input"}.get(named, named if named in ARGUMENTS else None)
-            raise APIError(400, "invalid_value", str(error), param) from None
+            raise _argument_error(error) from None
 
-    def check_voice(self, voice: str | None) -> None:
-        """Raise an APIError if the model lacks a voice."""
+    def check_arguments(self, voice: str | None, arguments: Mapping[str, Any]) -> None:
+        """Raise an APIError if the model lacks a voice, or if an argument is wrong for any text."""
         if voice is not None and voice not in self.tts.voices:
             message = f"voice is {shown(voice)}, but the model has {', '.join(self.tts.voices)}"
             raise APIError(400, "unknown_voice", message, "voice")
+        usual = {"seed": None, "cfg_alpha": CFG_ALPHA, "max_frames": None, "steps": None, "solver": "euler"}
+        try:
+            GenerationParams(voice=voice, max_chars=None, **usual | dict(arguments))
+        except (ValueError, TypeError) as error:
+            raise _argument_error(error) from None
 
     async def finish(self, writer: Writer) -> bytes:
         """Return the bytes that end a sound; another thread encodes a whole sound."""
@@ -101,3 +105,10 @@ class SpeechService:
         """End the threads that generate and encode speech."""
         self._encoder.shutdown()
         self.tts.close()
+
+
+def _argument_error(error: Exception) -> APIError:
+    """Return the error for an argument that the model refuses; messages begin with the argument's name."""
+    named = str(error).split(" ")[0]
+    param = {"text": "input"}.get(named, named if named in ARGUMENTS else None)
+    return APIError(400, "invalid_value", str(error), param)

@@ -132,7 +132,8 @@ class SpeechSession:
             else:
                 raise wrong("unknown_message", "type", f"unknown message {shown(kind)}")
         except APIError as error:
-            if error.status in (429, 503):  # the server cannot take this utterance
+            if error.status in (429, 503):  # the server cannot take this utterance, but completes those before it
+                await self._speaker.wait_until_unsent(0)
                 await self._end(self._service.api_error(error, self._id), TRY_AGAIN)
                 return False
             if self._config is None:
@@ -145,7 +146,7 @@ class SpeechSession:
         if self._admission is not None:
             raise wrong("open_utterance", None, "session.config must come between utterances: send input.done first")
         config = read_config(message, self._settings)
-        self._service.check_voice(config.voice)
+        self._service.check_arguments(config.voice, config.arguments)
         self._config = config
 
     async def _add_text(self, text: Any, config: SessionConfig) -> None:

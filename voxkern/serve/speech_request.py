@@ -87,7 +87,7 @@ def check_fields(fields: dict[str, Any], settings: ServeSettings) -> None:
     if name is not None and name not in settings.model_names:
         message = f"model is {shown(name)}, but this server has {', '.join(settings.model_names)}"
         raise APIError(404, "model_not_found", message, "model")
-    if fields.get("speed", 1) != 1:
+    if fields.get("speed", 1) != 1 or isinstance(fields.get("speed"), bool):
         raise wrong("unsupported_field", "speed", "speed must be 1: the model cannot change it")
     if fields.get("instructions", "") != "":
         raise wrong("unsupported_field", "instructions", "instructions are not supported: the model takes none")
