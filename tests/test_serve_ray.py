@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,9 +66,16 @@ def expected() -> dict[str, bytes]:
 
 
 def replicas() -> list[int]:
-    """Return the process ids of the replicas."""
+    """Return the process ids of the replicas that this process has started."""
     found = subprocess.run(["pgrep", "-f", "^ray::ServeReplica:default:voxkern"], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
+    return [pid for pid in map(int, found.stdout.split()) if os.getpid() in ancestors(pid)]
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    """Yield the process ids of a process's parent, its parent's parent, and so on."""
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid
 
 
 async def post(client: Any, i: int) -> tuple[int, bytes | None]:
