@@ -33,8 +33,8 @@ def settled(tts: voxkern.TTS) -> bool:
 @contextlib.contextmanager
 def serving(tts: voxkern.TTS, **settings: object) -> Iterator[tuple[httpx.Client, SpeechServer]]:
     """Serve a model on a free port; yield a client, and the server, which ends with the ``with`` block."""
-    chosen = ServeSettings(NAMES, **settings)  # type: ignore[arg-type]
-    server = make_server(make_app(tts, chosen), chosen, "127.0.0.1", 0)
+    app = make_app(tts, ServeSettings(NAMES, **settings))  # type: ignore[arg-type]
+    server = make_server(app, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,7 +1,6 @@
 """Tests of the server: formats, fields, errors, limits, clients that leave, and its end."""
 
 import base64
-import contextlib
 import io
 import json
 import logging
@@ -10,11 +9,11 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 import voxkern
+from bench.micro.serve import running_server
 from voxkern.cli import app
 from voxkern.serve.app import make_app
 from voxkern.serve.formats import UNKNOWN_SIZE
@@ -192,6 +192,12 @@ def test_wrong_requests(client: Any, tts: voxkern.TTS, body: Any, status: int, c
     assert error["type"] == "invalid_request_error"
     assert len(error["message"]) < 400
     assert settled(tts)
+
+
+def test_wrong_requests_for_events_have_the_same_errors(client: Any) -> None:
+    for body, code in (({"input": ""}, "invalid_value"), ({"input": "one", "voice": "eve"}, "unknown_voice")):
+        answer = client.post(SPEECH, json=body | {"stream_format": "sse"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
 
 
 def test_unknown_paths_and_methods(client: Any) -> None:
@@ -367,19 +373,10 @@ def test_it_listens_beyond_this_machine_only_with_a_key() -> None:
     assert "--api-key is empty" in done.stderr
 
 
-@contextlib.contextmanager
-def process(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """Run the command in a process; yield the process and the address at which it listens."""
-    command = [sys.executable, "-c", "from voxkern.cli import app; app()", "serve", "--model", str(folder)]
-    command += ["--port", "0", "--device", "cpu", *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the last bits depend on the number of threads
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as running:
-        assert running.stderr is not None
-        try:
-            lines = (line for line in running.stderr if "running on http" in line)
-            yield running, next(lines).split("running on ")[1].split()[0]
-        finally:
-            running.kill()
+def process(folder: Path, *flags: str) -> AbstractContextManager[tuple[subprocess.Popen[str], str]]:
+    """Run the command in a process with one thread, as this one has: the last bits depend on their number."""
+    options = ["--model", str(folder), "--device", "cpu", "--backend", "torch", *flags]
+    return running_server(*options, OMP_NUM_THREADS="1")
 
 
 def wait_until_refused(address: str) -> None:
@@ -395,7 +392,7 @@ def wait_until_refused(address: str) -> None:
 
 def test_sigterm_completes_running_requests(tiny_folder: Path) -> None:
     """A request that runs at SIGTERM is complete, no new one is accepted, and the exit status is 0."""
-    with process(tiny_folder, "--backend", "torch") as (running, address):
+    with process(tiny_folder) as (running, address):
         body = BODY | {"model": tiny_folder.name, "max_frames": 60, "steps": 16}
         with httpx.stream("POST", address + SPEECH, json=body, timeout=60) as answer:
             received = answer.iter_raw()
@@ -409,7 +406,7 @@ def test_sigterm_completes_running_requests(tiny_folder: Path) -> None:
 
 
 def test_sigterm_does_not_wait_forever(tiny_folder: Path) -> None:
-    with process(tiny_folder, "--backend", "torch", "--shutdown-seconds", "1") as (running, address):
+    with process(tiny_folder, "--shutdown-seconds", "1") as (running, address):
         body = BODY | {"model": tiny_folder.name, "max_frames": 900, "steps": 64}
         with httpx.stream("POST", address + SPEECH, json=body, timeout=60) as answer:
             received = answer.iter_raw()

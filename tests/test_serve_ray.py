@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,12 +17,11 @@ pytest.importorskip("httpx", reason="the tests of the server need httpx: pip ins
 pytest.importorskip("ray", reason="needs Ray: pip install 'voxkern[ray]'")
 
 import httpx
-import ray
 import torch
-from ray import serve
 from websockets.sync.client import connect
 
 import voxkern
+from bench.micro.serve import running_replicas
 from voxkern.serve.ray_app import app
 
 SPEECH = "/v1/audio/speech"
@@ -33,28 +31,9 @@ TEXTS = ("one two", "four six seven", "good evening")
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Run two replicas on a free port, and yield their address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(
-            app(
-                {
-                    "replicas": "2",
-                    "no_api_key": "true",
-                    "max_batch": str(MAX_BATCH),
-                    "device": "cpu",
-                    "backend": "torch",
-                }
-            )
-        )
-        yield f"http://127.0.0.1:{port}"
-        serve.shutdown()
-    finally:
-        ray.shutdown()
+    """Run two replicas, and yield their address."""
+    with running_replicas(2, max_batch=MAX_BATCH, device="cpu", backend="torch") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ class Audio:
     def _repr_html_(self) -> str:
         """Return an HTML player, which notebooks show."""
         file = io.BytesIO()
-        _write(file, self.samples, self.sampling_rate, "WAV")
+        write_sound(file, self.samples, self.sampling_rate, "WAV")
         sound = base64.b64encode(file.getvalue()).decode()
         return f'<audio controls src="data:audio/wav;base64,{sound}"></audio> {self.seconds:.2f} s, seed {self.seed}'
 
@@ -124,7 +124,7 @@ class Audio:
         path = Path(path)
         file_format = sound_format(path)
         with replacing(path) as new:
-            _write(new, self.samples, self.sampling_rate, file_format)
+            write_sound(new, self.samples, self.sampling_rate, file_format)
         return path
 
 
@@ -162,7 +162,14 @@ def sound_format(path: Path) -> str:
     return formats[path.suffix.lower()]
 
 
-def _write(file: Path | io.BytesIO, samples: NDArray[np.float32], sampling_rate: int, file_format: str) -> None:
+def write_sound(
+    file: Path | io.BytesIO,
+    samples: NDArray[np.float32],
+    sampling_rate: int,
+    file_format: str,
+    subtype: str | None = None,
+) -> None:
+    """Write samples to a file; `file_format` and `subtype` are soundfile's names, such as "FLAC" and "PCM_16"."""
     import soundfile
 
-    soundfile.write(file, to_int16(least_sound(samples, file_format)), sampling_rate, format=file_format)
+    soundfile.write(file, to_int16(least_sound(samples, file_format)), sampling_rate, subtype, format=file_format)

@@ -8,6 +8,7 @@ Clients and server share the processors: the model has one thread less than torc
 import argparse
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -52,16 +53,23 @@ class Received:
 
 
 @contextlib.contextmanager
-def running_server(*flags: str) -> Iterator[str]:
-    """Run ``voxkern serve`` on a free port until the ``with`` block ends, and yield its address."""
+def running_server(*flags: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run ``voxkern serve`` on a free port until the ``with`` block ends; yield its process and its address.
+
+    Args:
+        flags: flags of the command.
+        variables: environment variables of the process.
+    """
     command = [sys.executable, "-c", "from voxkern.cli import app; app()", "serve", "--port", "0", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, env=os.environ | variables, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stderr is not None
         try:
             lines = (line for line in process.stderr if "running on http" in line)
             if (line := next(lines, None)) is None:
                 raise RuntimeError("the server ended before it listened")
-            yield line.split("running on ")[1].split()[0]
+            yield process, line.split("running on ")[1].split()[0]
         finally:
             process.terminate()
             process.communicate()
@@ -95,8 +103,13 @@ async def post_all(address: str, n_clients: int, expected: Sequence[bytes]) -> t
 
 
 @contextlib.contextmanager
-def running_replicas(n: int) -> Iterator[str]:
-    """Run `n` replicas of the server on Ray Serve until the ``with`` block ends, and yield their address."""
+def running_replicas(n: int, **arguments: object) -> Iterator[str]:
+    """Run replicas of the server on Ray Serve until the ``with`` block ends, and yield their address.
+
+    Args:
+        n: number of replicas.
+        arguments: further arguments of :func:`voxkern.serve.ray_app.app`.
+    """
     import ray  # optional
     from ray import serve
 
@@ -108,8 +121,8 @@ def running_replicas(n: int) -> Iterator[str]:
     ray.init(num_cpus=n + 1, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        settings = {"max_batch": MAX_BATCH, "max_waiting": WAITING, "replicas": n, "no_api_key": "true"}
-        serve.run(app({name: str(value) for name, value in settings.items()}))
+        arguments |= {"replicas": n, "no_api_key": "true"}
+        serve.run(app({name: str(value) for name, value in arguments.items()}))
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
     finally:
@@ -145,7 +158,7 @@ def expected_sounds(n_threads: int) -> list[bytes]:
 def rows() -> list[ResultRow]:
     """Measure each number of clients, and return the rows."""
     expected, found = expected_sounds(max(1, torch.get_num_threads() - 1)), []
-    with running_server("--max-batch", str(MAX_BATCH), "--max-waiting", str(WAITING)) as address:
+    with running_server("--max-batch", str(MAX_BATCH), "--max-waiting", str(WAITING)) as (_, address):
         for n_clients in CLIENTS:
             found += measured(address, SERVER, n_clients, expected)
     return found
@@ -155,7 +168,7 @@ def replica_rows() -> list[ResultRow]:
     """Measure one and two replicas on this machine, each with one thread, and return the rows."""
     expected, found = expected_sounds(1), []
     for n in (1, 2):
-        with running_replicas(n) as address:
+        with running_replicas(n, max_batch=MAX_BATCH, max_waiting=WAITING) as address:
             measured(address, "warm-up", REPLICA_CLIENTS, expected)
             found += measured(address, f"Ray Serve, replicas: {n}", REPLICA_CLIENTS, expected)
     return found

@@ -108,7 +108,8 @@ class Guard:
             message = "without an API key, only pages of this server at an IP address or at localhost are accepted"
             return APIError(403, "other_site", message)
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if hmac.compare_digest(given, self._key) and scheme.lower() == b"bearer":  # takes the same time for all keys
+        # a wrong key takes the same time wherever it differs
+        if hmac.compare_digest(given, self._key) and scheme.lower() == b"bearer":
             return None
         message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
         return APIError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
@@ -119,8 +120,8 @@ def _is_own(origin: str, host: str) -> bool:
 
     A name could be defined by the page's own site, so that it leads to this machine (DNS rebinding).
     """
-    site = urlsplit(origin)
     try:
+        site = urlsplit(origin)
         return site.netloc == host and (site.hostname == "localhost" or bool(ipaddress.ip_address(site.hostname or "")))
     except ValueError:
         return False

@@ -97,7 +97,7 @@ def serve(
                 quantize=quantize,
                 overlap=overlap,
             )
-        server = make_server(app, settings, host, port)
+        server = make_server(app, host, port)
     server.run()
 
 

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..audio import Audio, to_int16
+from ..audio import Audio, write_sound
 
 UNKNOWN_SIZE = 0xFFFFFFFF  # the size in the header of a WAV stream, which has no length yet
 
@@ -43,11 +43,8 @@ class FileWriter:
 
     def finish(self) -> bytes:
         """Return the bytes of the whole sound."""
-        import soundfile
-
         audio, file = Audio.join(self._chunks), io.BytesIO()
-        integers = to_int16(audio.samples)
-        soundfile.write(file, integers, audio.sampling_rate, format=self._name, subtype=self._subtype)
+        write_sound(file, audio.samples, audio.sampling_rate, self._name, self._subtype)
         return file.getvalue()
 
 

@@ -9,7 +9,6 @@ import uvicorn
 from starlette.applications import Starlette
 
 from .service import SpeechService
-from .settings import ServeSettings
 
 
 class SpeechServer(uvicorn.Server):
@@ -42,17 +41,18 @@ class SpeechServer(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(app: Starlette, settings: ServeSettings, host: str, port: int) -> SpeechServer:
+def make_server(app: Starlette, host: str, port: int) -> SpeechServer:
     """Return a server of an application; its ``run()`` listens at `host` and `port` until a signal ends it."""
+    service: SpeechService = app.state.service
     config = uvicorn.Config(
         app,
         host,
         port,
-        ws_max_size=settings.max_body,
+        ws_max_size=service.settings.max_body,
         ws_per_message_deflate=False,  # a small message could become a large one
         ws_ping_interval=None,  # its answer waits behind text that is not read yet; SpeechSession has time limits
-        limit_concurrency=app.state.service.most_connections,
+        limit_concurrency=service.most_connections,
         timeout_graceful_shutdown=1,  # for last bytes: SpeechServer.shutdown has waited for requests before
         server_header=False,
     )
-    return SpeechServer(config, app.state.service)
+    return SpeechServer(config, service)

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..audio import Audio
-from ..generation_params import CFG_ALPHA, GenerationParams
 from ..tts import TTS
 from .errors import APIError, shown
 from .formats import Writer
@@ -65,22 +64,26 @@ class SpeechService:
         Raises:
             APIError: the voice is unknown, or an argument is wrong.
         """
-        self.check_arguments(voice, arguments)
-        try:
+        with self._api_errors(voice):
             return await self.tts.submit(text, voice, **arguments)
-        except (ValueError, TypeError) as error:
-            raise _argument_error(error) from None
 
     def check_arguments(self, voice: str | None, arguments: Mapping[str, Any]) -> None:
         """Raise an APIError if the model lacks a voice, or if an argument is wrong for any text."""
+        with self._api_errors(voice):
+            self.tts.stream("one", voice, **arguments)  # checks all arguments, and runs nothing
+
+    @contextlib.contextmanager
+    def _api_errors(self, voice: str | None) -> Iterator[None]:
+        """Raise an APIError if the model lacks a voice, or in place of the model's error for an argument."""
         if voice is not None and voice not in self.tts.voices:
             message = f"voice is {shown(voice)}, but the model has {', '.join(self.tts.voices)}"
             raise APIError(400, "unknown_voice", message, "voice")
-        usual = {"seed": None, "cfg_alpha": CFG_ALPHA, "max_frames": None, "steps": None, "solver": "euler"}
         try:
-            GenerationParams(voice=voice, max_chars=None, **usual | dict(arguments))
+            yield
         except (ValueError, TypeError) as error:
-            raise _argument_error(error) from None
+            named = str(error).split(" ")[0]  # messages about an argument begin with its name
+            param = {"text": "input"}.get(named, named if named in ARGUMENTS else None)
+            raise APIError(400, "invalid_value", str(error), param) from None
 
     async def finish(self, writer: Writer) -> bytes:
         """Return the bytes that end a sound; another thread encodes a whole sound."""
@@ -105,10 +108,3 @@ class SpeechService:
         """End the threads that generate and encode speech."""
         self._encoder.shutdown()
         self.tts.close()
-
-
-def _argument_error(error: Exception) -> APIError:
-    """Return the error for an argument that the model refuses; messages begin with the argument's name."""
-    named = str(error).split(" ")[0]
-    param = {"text": "input"}.get(named, named if named in ARGUMENTS else None)
-    return APIError(400, "invalid_value", str(error), param)

@@ -51,8 +51,8 @@ class Speech:
         reply.headers = {"content-type": media_type, "x-seed": str(seed)}
         writer = request.sound_format.writer(service.tts.sampling_rate)
         n_frames, seconds = 0, 0.0
-        n_input = service.tts.count_tokens(request.text, request.voice) if request.as_events else 0
         chunks = await service.chunks(request.text, request.voice, request.arguments)
+        n_input = service.tts.count_tokens(request.text, request.voice) if request.as_events else 0
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 if chunk.seconds and not seconds:
