@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 MAX_CHARS = 400  # about 30 s of English
 BYTE_ORDER_MARK = "\ufeff"
-CERTAIN = 3  # characters after a place that decide whether a sentence ends there
+END_LOOKAHEAD = 3  # characters after the end of a sentence that must be known before the end is certain
 NO_END = re.compile(r"[\w ,]*")  # texts in which no sentence ends, which need no analysis
 
 # The classes of the characters around a place decide whether a text may be cut there. The name of a class is one ASCII
@@ -114,10 +114,10 @@ def split_text(text: str, max_chars: int | None) -> list[str]:
 
 
 def split_sentences(text: str) -> tuple[list[str], str]:
-    """Split off the sentences at the start of a text that are complete, whatever follows the text.
+    """Return the sentences of a text that later text cannot change, and the rest of the text.
 
-    The end of a sentence is certain when :data:`CERTAIN` characters follow it. So the ends of sentences do not depend
-    on the pieces in which a text arrives, if each piece is appended to the rest.
+    The end of a sentence is certain when :data:`END_LOOKAHEAD` characters follow it. So the ends of sentences do not
+    depend on the pieces in which a text arrives, if each piece is appended to the rest.
 
     Returns:
         The complete sentences without the white space around each, and the rest of the text.
@@ -128,7 +128,7 @@ def split_sentences(text: str) -> tuple[list[str], str]:
     """
     check_text(text)
     sentences = []
-    while len(text) >= CERTAIN and NO_END.fullmatch(text) is None and (end := _first_end(text)):
+    while len(text) >= END_LOOKAHEAD and NO_END.fullmatch(text) is None and (end := _first_end(text)):
         sentences.append(text[:end].strip())
         text = text[end:]
     return [sentence for sentence in sentences if not is_blank(sentence)], text
@@ -138,7 +138,7 @@ def _first_end(text: str) -> int:
     """Return the end of the first sentence, or 0 if no end is certain."""
     for n in _doubling(64, len(text)):  # so the time is in proportion to the sentence, not to the text
         places = _CutPlaces(text[:n])
-        ends = np.flatnonzero(places.sentences()[:-CERTAIN])
+        ends = np.flatnonzero(places.sentences()[:-END_LOOKAHEAD])
         ends = ends[ends > places.start]
         if len(ends):
             return int(ends[0])
@@ -146,7 +146,7 @@ def _first_end(text: str) -> int:
 
 
 def _doubling(first: int, last: int) -> Iterator[int]:
-    """Yield `first`, twice as much, and so on, and then a number of at least `last`."""
+    """Yield `first`, 2 `first`, 4 `first`, ..; stop after the first number that is at least `last`."""
     while first < last:
         yield first
         first *= 2

@@ -173,7 +173,7 @@ class TTS:
         self._prompts.remove(name)
 
     def count_tokens(self, text: str, voice: str | None = None) -> int:
-        """Return the tokens of the prompts of a text, with those of the voice; a long text has several prompts.
+        """Return the number of tokens of a text's prompts, with its voice's tokens; a long text has several prompts.
 
         Raises:
             ValueError: the text is empty or has a character that cannot be encoded, or the voice is unknown.
@@ -197,8 +197,8 @@ class TTS:
         """End all requests of :meth:`submit`, and free the memory of the engine: its KV cache and CUDA graphs.
 
         The iterators of these requests raise a RuntimeError. This method waits for the frame in flight, and for the
-        end of the thread that runs frames for asyncio. Requests of other threads continue. The model can still be used:
-        the next call makes a new engine.
+        end of the thread that runs frames for asyncio. Calls of `generate` and `stream` in other threads continue, and
+        keep the memory until their end. The model can still be used: the next call makes a new engine.
         """
         with self._engine_lock:
             current, self._engine = self._engine, None
@@ -369,7 +369,7 @@ class TTS:
         """Generate speech for one text in chunks, for asyncio: ``async for chunk in await tts.submit(text)``.
 
         The chunks are those of :meth:`stream`. One thread runs the frames of all iterators, so the event loop never
-        waits for a frame. The thread starts when the first chunk is requested, and ends when all are generated.
+        waits for a frame. The thread starts when the first chunk is requested, and ends when no stream is left.
         Chunks that are not read yet stay in memory. Leaving the iteration early, or cancelling the task that iterates,
         stops the generation and frees the memory in use.
 

@@ -254,7 +254,7 @@ def served(figures: Figures) -> ReportTable:
     head = ("server", "clients", "requests", "first sound, p50, s", "p95, s", "seconds of sound a second", "failures",
             "bytes lost")  # fmt: skip
     note = (
-        "The demo voice with 7 evaluations; 32 slots in each server or replica, which have one thread. Clients and "
+        "The demo voice with 7 evaluations. Each server or replica has 32 slots and one model thread. Clients and "
         f"Ray's own processes share the two processors. {device}."
     )
     return ReportTable("The speech server", note, "python -m bench serve", head, lines)

@@ -43,7 +43,7 @@ class FrameThread:
     def add(self, stream: ChunkStream, deliver: Deliver, run_until: RunUntil) -> None:
         """Run a stream to its end, and call `deliver` in the thread with each chunk.
 
-        If `deliver` raises a RuntimeError, as an event loop does that is closed, the stream is closed.
+        A RuntimeError of `deliver` closes the stream. A closed event loop raises one.
 
         Args:
             stream: the stream.
@@ -106,7 +106,7 @@ class FrameThread:
     def _any_ready(self) -> bool:
         with self._lock:
             streams = list(self._streams)
-        ready = [stream.is_ready() for stream in streams]  # of all, because this call submits a new stream's request
+        ready = [stream.is_ready() for stream in streams]  # of every stream: the first call submits its request
         return not ready or any(ready)
 
     def _deliver_ready(self, stream: ChunkStream, deliver: Deliver) -> None:

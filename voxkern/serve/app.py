@@ -31,7 +31,8 @@ PUBLIC = ("/", "/about", "/health", "/ready", "/metrics")  # paths that need no 
 def load_app(source: str | None, settings: ServeSettings, **arguments: Any) -> Starlette:
     """Load a model with the arguments of :func:`voxkern.load`, and return the application that serves it.
 
-    Two frames are generated, so that no request waits for the engine, for compiled kernels or for CUDA graphs.
+    Two frames are generated at once: they make the engine, and on a GPU they capture the CUDA graphs of the default
+    steps and solver. The first request with other steps or another solver captures its own.
     """
     tts = load(source, **arguments)
     tts.generate("one", seed=0, max_frames=2)
@@ -105,7 +106,7 @@ class Guard:
             origin = headers.get(b"origin")
             if origin is None or _is_own(origin.decode("latin-1"), headers.get(b"host", b"").decode("latin-1")):
                 return None
-            message = "without an API key, only pages of this server at an IP address or at localhost are accepted"
+            message = "without an API key, a page must be this server's own, opened by IP address or as localhost"
             return APIError(403, "other_site", message)
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         # a wrong key takes the same time wherever it differs
@@ -116,9 +117,9 @@ class Guard:
 
 
 def _is_own(origin: str, host: str) -> bool:
-    """Return whether a page's site is this server, by an address that no other machine can define.
+    """Return whether a page's site is this server, addressed by IP or as localhost.
 
-    A name could be defined by the page's own site, so that it leads to this machine (DNS rebinding).
+    Host names are refused, because another site's name can resolve to this machine (DNS rebinding).
     """
     try:
         site = urlsplit(origin)

@@ -34,17 +34,17 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.", min=0)] = (
         DEFAULT.max_waiting
     ),
-    max_chars: Annotated[int, typer.Option(help="Characters of a text.", min=1)] = DEFAULT.max_chars,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request's body.", min=1)] = DEFAULT.max_body,
-    body_seconds: Annotated[float, typer.Option(help="Seconds for a body to arrive.", min=0.1)] = DEFAULT.body_seconds,
+    max_chars: Annotated[int, typer.Option(help="Most characters of a text.", min=1)] = DEFAULT.max_chars,
+    max_body: Annotated[int, typer.Option(help="Most bytes of a request's body.", min=1)] = DEFAULT.max_body,
+    body_seconds: Annotated[float, typer.Option(help="Most seconds for a body.", min=0.1)] = DEFAULT.body_seconds,
     request_seconds: Annotated[
-        float, typer.Option(help="Seconds for a whole request.", min=0.1)
+        float, typer.Option(help="Most seconds for a whole request.", min=0.1)
     ] = DEFAULT.request_seconds,
     max_sessions: Annotated[int, typer.Option(help="WebSocket sessions that may be open.", min=0)] = (
         DEFAULT.max_sessions
     ),
     idle_seconds: Annotated[
-        float, typer.Option(help="Seconds without a message after which a session ends.", min=0.1)
+        float, typer.Option(help="Seconds after which an idle session ends.", min=0.1)
     ] = DEFAULT.idle_seconds,
     shutdown_seconds: Annotated[
         float, typer.Option(help="Seconds that running requests may take after SIGTERM.", min=1)
@@ -53,7 +53,7 @@ def serve(
         str | None, typer.Option(envvar="VOXKERN_API_KEY", help="Key that requests to /v1 must have.")
     ] = None,
     no_api_key: Annotated[
-        bool, typer.Option("--no-api-key", help="Listen beyond this machine although no key is set.")
+        bool, typer.Option("--no-api-key", help="Allow a --host that other machines can reach without a key.")
     ] = False,
 ) -> None:
     """Serve a model through OpenAI's speech API: POST /v1/audio/speech.
@@ -83,7 +83,7 @@ def serve(
                 f"voxkern serve needs {error.name}, which is not installed: pip install 'voxkern[serve]', or "
                 "'.[serve]' in a clone"
             ) from None
-        # a thread that waits for a processor delays all others, so the connections get a processor of their own
+        # torch's threads wait for the slowest one, so leave one core for connections
         torch.set_num_threads(threads or max(1, torch.get_num_threads() - 1))
         with err.status("loading"):
             app = load_app(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from ..audio import Audio, write_sound
 
-UNKNOWN_SIZE = 0xFFFFFFFF  # the size in the header of a WAV stream, which has no length yet
+UNKNOWN_SIZE = 0xFFFFFFFF  # the sizes in the header of a WAV stream: its length is not known when the header is sent
 
 
 class StreamWriter:
-    """Turns each chunk of a sound into bytes at once: 16-bit integers, after a header."""
+    """Converts each chunk of a sound to 16-bit integers as it arrives; a header may precede the first chunk."""
 
     def __init__(self, header: bytes = b"") -> None:
         self._header = header

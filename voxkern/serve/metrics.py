@@ -15,8 +15,8 @@ class Metrics:
 
     Attributes:
         requests: finished requests for speech, by status; 499 is a client that has gone.
-        errors: failed requests for speech, by the error's code.
-        audio_seconds: seconds of sound that were sent.
+        errors: errors of requests and of WebSocket sessions, by code.
+        audio_seconds: seconds of sound of complete requests, and of sentences of sessions.
         first_sound: seconds from a request's body to its first sound.
         real_time_factor: seconds of a request, with its time in the queue, for each second of its sound.
     """
@@ -25,8 +25,8 @@ class Metrics:
         """Make the counters at zero, and gauges that read the engine of `tts`."""
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("voxkern_requests", "Finished requests for speech", ["status"], registry=registry)
-        self.errors = Counter("voxkern_errors", "Failed requests for speech", ["code"], registry=registry)
-        self.audio_seconds = Counter("voxkern_audio_seconds", "Seconds of sound that were sent", registry=registry)
+        self.errors = Counter("voxkern_errors", "Errors of requests and sessions", ["code"], registry=registry)
+        self.audio_seconds = Counter("voxkern_audio_seconds", "Seconds of sound", registry=registry)
         self.first_sound = Histogram(
             "voxkern_first_sound_seconds", "Seconds to the first sound", registry=registry, buckets=SECONDS
         )

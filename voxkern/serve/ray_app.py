@@ -6,7 +6,7 @@
     serve run voxkern.serve.ray_app:app model=mistralai/Voxtral-4B-TTS-2603 replicas=2 gpus=1
 
 Each replica is one process with one model, and runs the application of ``voxkern serve``. A WebSocket stays on its
-replica. If a replica dies, its requests end with an error, and Ray starts a new one.
+replica. If a replica dies, its requests end with an error, and Ray starts a new replica.
 """
 
 import os
@@ -69,8 +69,8 @@ def app(arguments: dict[str, str]) -> serve.Application:
         serve.ingress(build)(),
         name="voxkern",
         ray_actor_options={"num_cpus": n_cpus, "num_gpus": values.get("gpus", 0.0)},
-        # more than a replica accepts, so that a full replica answers with 429, and Ray does not keep a queue
         graceful_shutdown_timeout_s=settings.shutdown_seconds,
+        # more than a replica accepts, so that a full replica answers with 429, and Ray does not keep a queue
         max_ongoing_requests=loading["max_batch"] + settings.max_waiting + settings.max_sessions + 16,
         **_scaling(values, loading["max_batch"]),
     )

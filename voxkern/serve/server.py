@@ -35,7 +35,7 @@ class SpeechServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end the server."""
+        """Start the shutdown at the first signal, and force it at the second."""
         self.service.closing = True
         self.force_exit = self.should_exit
         self.should_exit = True
@@ -50,7 +50,7 @@ def make_server(app: Starlette, host: str, port: int) -> SpeechServer:
         port,
         ws_max_size=service.settings.max_body,
         ws_per_message_deflate=False,  # a small message could become a large one
-        ws_ping_interval=None,  # its answer waits behind text that is not read yet; SpeechSession has time limits
+        ws_ping_interval=None,  # a client's answer would wait behind unread text; SpeechSession has its own time limits
         limit_concurrency=service.most_connections,
         timeout_graceful_shutdown=1,  # for last bytes: SpeechServer.shutdown has waited for requests before
         server_header=False,

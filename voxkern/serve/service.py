@@ -37,7 +37,7 @@ class SpeechService:
 
     @property
     def most_connections(self) -> int:
-        """The most connections that make sense: all that may be admitted, and 64 for short requests and errors."""
+        """The limit of connections: slots, waiting requests, sessions, and 64 more for short requests and errors."""
         return self.tts.max_batch + self.settings.max_waiting + self.settings.max_sessions + 64
 
     @contextlib.contextmanager
@@ -59,7 +59,7 @@ class SpeechService:
             self.n_admitted -= 1
 
     async def chunks(self, text: str, voice: str | None, arguments: Mapping[str, Any]) -> AsyncGenerator[Audio, None]:
-        """Return the chunks of a text's speech, which are generated as soon as the first is read.
+        """Return an iterator over the chunks of a text's speech. Generation starts when the first chunk is requested.
 
         Raises:
             APIError: the voice is unknown, or an argument is wrong.
@@ -92,7 +92,7 @@ class SpeechService:
     def api_error(self, error: Exception, request_id: str) -> APIError:
         """Return the error that a client receives, and count it.
 
-        The log has the cause of an error that is not the client's.
+        The log has the cause of an unexpected error. An APIError or a timeout is not logged.
         """
         if isinstance(error, APIError):
             known = error

@@ -31,7 +31,7 @@ from .speaker import EndOfUtterance, Sentence, Speaker, error_message
 from .speech_request import read_object, wrong
 
 POLICY_VIOLATION, TOO_LONG, FAILED, TRY_AGAIN = 1008, 1009, 1011, 1013  # close codes of RFC 6455 and its registry
-CHARS_AHEAD = 16  # no message is read while more than this many times max_chars characters are not sent
+CHARS_AHEAD = 16  # no message is read while more than 16 x max_chars characters are unsent
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +62,7 @@ class SpeechSession:
         self._utterance, self._n_sentences, self._text = 0, 0, ""
 
     async def run(self) -> None:
-        """Answer messages until the client closes the session, leaves, or does not begin with its configuration."""
+        """Answer messages until the client closes the session or leaves, a time limit passes, or an error ends it."""
         receiving = asyncio.create_task(self._receive())
         try:
             while True:
@@ -107,7 +107,7 @@ class SpeechSession:
         if self._admission is not None and now - self._opened > self._settings.request_seconds:
             return APIError(504, "too_slow", f"an utterance may take {self._settings.request_seconds:g} s")
         if not self._speaker.is_busy and now - self._active > self._settings.idle_seconds:
-            return APIError(408, "idle", f"no message arrived in {self._settings.idle_seconds:g} s")
+            return APIError(408, "idle", f"the session was idle for {self._settings.idle_seconds:g} s")
         return None
 
     async def _handle(self, body: bytes) -> bool:
@@ -126,14 +126,14 @@ class SpeechSession:
             elif kind == "cancel":
                 await self._cancel()
             elif kind == "session.close":
-                await self._speaker.wait_until_unsent(0)
+                await self._speaker.wait_for_backlog(0)
                 await self._websocket.close()
                 return False
             else:
                 raise wrong("unknown_message", "type", f"unknown message {shown(kind)}")
         except APIError as error:
             if error.status in (429, 503):  # the server cannot take this utterance, but completes those before it
-                await self._speaker.wait_until_unsent(0)
+                await self._speaker.wait_for_backlog(0)
                 await self._end(self._service.api_error(error, self._id), TRY_AGAIN)
                 return False
             if self._config is None:
@@ -168,14 +168,14 @@ class SpeechSession:
             for sentence in sentences:
                 self._speak(sentence, config)
         self._text = whole + half
-        await self._speaker.wait_until_unsent(CHARS_AHEAD * most)
+        await self._speaker.wait_for_backlog(CHARS_AHEAD * most)
 
     async def _end_utterance(self, config: SessionConfig) -> None:
         if self._text.strip():
             self._speak(self._text.strip(), config)
         self._speaker.add(self._end_of_utterance())
         self._begin_utterance()
-        await self._speaker.wait_until_unsent(CHARS_AHEAD * self._settings.max_chars)
+        await self._speaker.wait_for_backlog(CHARS_AHEAD * self._settings.max_chars)
 
     def _end_of_utterance(self) -> EndOfUtterance:
         return EndOfUtterance(self._utterance, self._n_sentences, self._admission or contextlib.ExitStack())
@@ -227,12 +227,12 @@ class SpeechSession:
 
 
 def _without_half(text: str) -> tuple[str, str]:
-    """Join the halves of characters that arrived in two pieces, and split off a first half at the end of the text.
+    """Join surrogate pairs that arrived in two pieces; return an unpaired first half at the end separately.
 
     JSON writes a character beyond U+FFFF as two escapes, so a client may cut it.
 
     Raises:
-        APIError: another half lacks its counterpart.
+        APIError: the text has any other unpaired surrogate.
     """
     half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
     try:

@@ -35,7 +35,7 @@ class SessionConfig:
     arguments: dict[str, Any]
 
     def writer(self, sampling_rate: int) -> Writer:
-        """Return a writer for the sound of one sentence; only a stream is written chunk by chunk."""
+        """Return a writer for the sound of one sentence. A WAV file is written whole, so its header has the length."""
         if self.response_format == "wav":
             return FileWriter("WAV", "PCM_16")
         return FORMATS[self.response_format].writer(sampling_rate)

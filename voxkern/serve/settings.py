@@ -11,7 +11,7 @@ DEMO_NAME = "voxkern-demo"  # the demo voice's name in requests
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Names and limits of a server; each is a flag of ``voxkern serve``.
+    """Holds the names and limits of a server. Flags of ``voxkern serve`` set all of them except `words`.
 
     Attributes:
         model_names: the names by which requests may call the model; the page shows the first.

@@ -62,7 +62,7 @@ class Speaker:
 
     Attributes:
         n_chars: characters that are not sent yet; the end of an utterance counts as one more.
-        sending: the task that sends. It ends only by an error, such as a client that has gone.
+        sending: the task that sends messages. The task ends when it fails or is cancelled.
     """
 
     def __init__(self, service: SpeechService, send: Send, session_id: str) -> None:
@@ -83,14 +83,14 @@ class Speaker:
         return self.n_chars > 0
 
     def add(self, item: Sentence | EndOfUtterance) -> None:
-        """Append a sentence, which is generated while fewer than two others are, or the end of an utterance."""
+        """Append a sentence or the end of an utterance. At most two sentences are generated and not sent."""
         self.n_chars += _n_chars(item)
         self._unsent.put_nowait(item)
         if isinstance(item, Sentence):
             self._not_generated.put_nowait(item)
 
-    async def wait_until_unsent(self, most: int) -> None:
-        """Wait until at most `most` characters are not sent, or until sending has failed."""
+    async def wait_for_backlog(self, most: int) -> None:
+        """Wait until at most `most` characters are unsent, or until sending has failed."""
         while self.n_chars > most and not self.sending.done():
             self._sent.clear()
             sent = asyncio.create_task(self._sent.wait())
