@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from voxkern.kernels.norm_linear import norm_linear
-from voxkern.validation import use_kernels
+from voxkern.validation import resolve_backend
 
 M, N, K = 6, 96, 256  # rows of activations, outputs and inputs of the layer
 EPS = 1e-5
@@ -23,7 +23,7 @@ def plain(x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
 def main() -> None:
     """Run RMSNorm and a linear layer in one launch, and print the largest errors of both implementations."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not use_kernels("auto", device):
+    if resolve_backend("auto", device) != "triton":
         raise SystemExit("kernels need Triton, and a GPU or TRITON_INTERPRET=1 in the environment")
     torch.manual_seed(0)
     x, norm, weight = torch.randn(M, K), 1 + 0.1 * torch.randn(K), torch.randn(N, K) / K**0.5

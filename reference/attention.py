@@ -88,10 +88,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) ->
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         if window:
             mask = mask.triu(S - T - window + 1)
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
-    )
-    return o.transpose(1, 2)
+    if mask is not None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or Hkv, T or S, D]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    # Every query attends to all keys. The heads of a group then count as queries of one head, which is faster.
+    q = q.view(*q.shape[:2], k.shape[2], -1, q.shape[3]).transpose(1, 2)  # [B, Hkv, T, H / Hkv, D]
+    o = F.scaled_dot_product_attention(q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2))
+    return o.view_as(q).transpose(1, 2).flatten(2, 3)
 
 
 def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor) -> None:

@@ -20,8 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [D].
         eps: constant that is added to the mean square.
     """
-    b_x = upcast(x)
-    return (b_x * torch.rsqrt(b_x.square().mean(-1, keepdim=True) + eps) * upcast(weight)).to(x.dtype)
+    return F.rms_norm(upcast(x), x.shape[-1:], upcast(weight), eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

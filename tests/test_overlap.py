@@ -188,7 +188,7 @@ def test_the_launches_of_a_loaded_model_overlap(tiny_folder: Path, monkeypatch: 
         seen.append(overlap)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(tts_module, "require_overlap", lambda device, kernels: None)
+    monkeypatch.setattr(tts_module, "require_overlap", lambda device, backend: None)
     monkeypatch.setattr(fused_runner, "overlapped", record)
     for overlap in (True, False):
         seen.clear()
@@ -299,7 +299,7 @@ def test_overlap_where_it_cannot_run(tiny_folder: Path, monkeypatch: pytest.Monk
     for capability, is_right in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         if is_right:
-            require_overlap(cuda, True)
+            require_overlap(cuda, "triton")
         else:
             with pytest.raises(ValueError, match=r"compute capability 9\.0 or newer"):
-                require_overlap(cuda, True)
+                require_overlap(cuda, "triton")

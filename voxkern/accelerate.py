@@ -1,4 +1,7 @@
-"""Install fused modules, which run a model's own computation through Triton kernels, and remove them again."""
+"""Make a model's own computation faster, and undo it.
+
+On a GPU, fused modules run it through Triton kernels. On a CPU, linear layers get packed weights.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -7,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .integrations.server_heads import accelerate_servers, restore_servers
+from .packed.model import pack, unpack
 from .reference.attention import Attention
 from .reference.backbone import Backbone
 from .reference.codec import AudioTokenizer
@@ -16,17 +20,20 @@ from .reference.mlp_head import FlowMatchingAudioMLP
 from .reference.moe import MoEBlock
 from .reference.quantized import QuantizedLinear, format_of
 from .reference.transformer_head import FlowMatchingAudioTransformer
-from .validation import require_triton, to_int
+from .validation import is_interpreted, require_triton, to_int
 
 log = logging.getLogger(__name__)
 
 
 def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> list[str]:
-    """Make a model's backbone, flow head and codec decoder run through Triton kernels, on the model's own weights.
+    """Make a model's backbone, flow head and codec faster: through Triton kernels, or on a CPU with packed weights.
+
+    Kernels read the model's own weights. On a CPU outside of Triton's interpreter, voxkern's own model gets packed
+    weights in place of the plain ones, see :func:`voxkern.packed.model.pack`; `max_batch` then changes nothing.
 
     Calls and their arguments stay the same, and results stay the same up to rounding. Weights may be loaded, moved,
     copied and saved as before. If a layer is replaced by one with weights in another format, call this function again.
-    Kernels have no gradients: :func:`restore` a model before training it. A second call
+    An accelerated model has no gradients: :func:`restore` it before training. A second call
     prepares an accelerated model again, for example for another `max_batch`.
 
     Args:
@@ -47,14 +54,43 @@ def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> l
         ``["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]``.
 
     Raises:
-        ValueError: no part of the model has kernels, or the kernels cannot run a codec of these sizes. `max_batch` is
-            not in 1..64. `quantize` is unknown, or given for voxkern's own model. Weights that one launch reads have
-            different formats.
+        ValueError: no part of the model has kernels or can be packed, or the kernels cannot run a codec of these
+            sizes. `max_batch` is not in 1..64. `quantize` is unknown, or given for voxkern's own model. Weights that
+            one launch reads have different formats.
         TypeError: `max_batch` is not an integer.
         ModuleNotFoundError: Triton is not installed.
         RuntimeError: a server's head is on a device on which kernels cannot run.
     """
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    own = [name for name, one in modules.items() if isinstance(one, Backbone | FlowHead | AudioTokenizer)]
+    if quantize is not None:
+        format_of(quantize)
+        if own:
+            raise ValueError(
+                f"quantize is {quantize!r}, but {own[0] or 'the model'} is voxkern's own: use load(..., quantize=...)"
+            )
+    if own and not is_interpreted() and next(model.parameters()).device.type == "cpu":
+        to_int("max_batch", max_batch, 1, None)
+        del modules  # it would keep the plain weights while they are packed
+        return _accelerate_on_cpu(model)
+    if own:
+        unpack(model)
     require_triton()
+    return _accelerate_on_kernels(model, max_batch, quantize)
+
+
+def _accelerate_on_cpu(model: nn.Module) -> list[str]:
+    _remove_fused(model)
+    replaced = pack(model)
+    if not replaced:
+        raise ValueError(
+            f"{type(model).__name__} has no part that is faster on a CPU: weights of bf16 or fp16 would be"
+        )
+    log.info("accelerated on the CPU: %d modules and methods", len(replaced))
+    return replaced
+
+
+def _accelerate_on_kernels(model: Any, max_batch: int, quantize: str | None) -> list[str]:
     from .fused.backbone import MAX_BATCH, FusedBackbone
     from .fused.codec import FusedCodec
     from .fused.flow_head import FusedHead
@@ -63,12 +99,6 @@ def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> l
 
     max_batch = to_int("max_batch", max_batch, 1, MAX_BATCH)
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    if quantize is not None:
-        format_of(quantize)
-        if own := [name for name, one in modules.items() if isinstance(one, Backbone | FlowHead | AudioTokenizer)]:
-            raise ValueError(
-                f"quantize is {quantize!r}, but {own[0] or 'the model'} is voxkern's own: use load(..., quantize=...)"
-            )
     _expect_equal_formats(modules)
     embeddings = modules.get("mm_audio_embeddings.audio_codebook_embeddings.embeddings")
     replaced, left = accelerate_servers(model, max_batch, quantize)
@@ -104,7 +134,14 @@ def restore(model: Any) -> list[str]:
         Names of the restored modules and methods; empty if the model was not accelerated.
     """
     restored = restore_servers(model)
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+    if isinstance(model, nn.Module):
+        restored += _remove_fused(model) + unpack(model)
+    return restored
+
+
+def _remove_fused(model: nn.Module) -> list[str]:
+    restored = []
+    for name, module in model.named_modules():
         if isinstance(module, Backbone) and "hidden_states" in vars(module):
             del module.hidden_states
             restored.append(f"{name}.hidden_states".lstrip("."))

@@ -63,7 +63,7 @@ def say(
     cfg: Annotated[float, typer.Option(help="Strength of the guidance; 1 means no guidance.")] = CFG_ALPHA,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if torch finds one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
-    backend: Annotated[str, typer.Option(help="triton (kernels), torch, or auto: triton on a GPU.")] = "auto",
+    backend: Annotated[str, typer.Option(help="triton (kernels), packed (CPU), torch, or auto.")] = "auto",
     max_frames: Annotated[
         int | None,
         typer.Option(

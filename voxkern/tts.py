@@ -23,11 +23,12 @@ from .engine.make import MAX_FRAMES, fused_backbone_of, new_engine
 from .engine.request import Request
 from .engine.streaming import SpeechStream, chunk_sizes, iterate
 from .generation_params import CFG_ALPHA, GenerationParams
+from .packed.model import is_packed, pack
 from .prompt import PromptEncoder, PromptMaker
 from .reference import VoxtralTTS
 from .reference.quantized import format_of
 from .text import MAX_CHARS, split_text
-from .validation import is_list, per_text, require_overlap, resolve_device, resolve_dtype, to_int, use_kernels
+from .validation import is_list, per_text, require_overlap, resolve_backend, resolve_device, resolve_dtype, to_int
 from .voice import check_name, read_recording, voice_prefix
 
 T = TypeVar("T")
@@ -58,9 +59,9 @@ def load(
             and the CPU otherwise.
         dtype: dtype of the weights: "bfloat16", "float16", "float32" or the torch dtype. None takes the dtype of most
             values in the checkpoint, or float32 if that dtype is float64.
-        backend: "triton" runs the kernels, "torch" the reference modules. If Triton is installed, "auto" takes the
-            kernels on a GPU and in Triton's interpreter (TRITON_INTERPRET=1). In all other cases, "auto" takes the
-            reference modules.
+        backend: "triton" runs the kernels, "packed" the reference modules with packed weights on a CPU, and "torch" the
+            reference modules as they are. If Triton is installed, "auto" takes the kernels on a GPU and in Triton's
+            interpreter (TRITON_INTERPRET=1). In all other cases, "auto" takes "packed" on a CPU and "torch" on a GPU.
         max_batch: the most requests that run side by side, at most 64 on kernels. Other requests wait in a queue. A
             different `max_batch` may change the last bits of a sound, because products are summed in another order.
         cache_tokens: tokens of keys and values that all running requests together may reserve, at least 64. A request
@@ -86,10 +87,10 @@ def load(
     if cache_tokens is not None:
         cache_tokens = to_int("cache_tokens", cache_tokens, PAGE_SIZE, None)
     target = resolve_device(device)
-    kernels = use_kernels(backend, target)
+    backend = resolve_backend(backend, target)
     if overlap:
-        require_overlap(target, kernels)
-    settings = (max_batch, kernels, cache_tokens, graphs, overlap)
+        require_overlap(target, backend)
+    settings = (max_batch, backend, cache_tokens, graphs, overlap)
     if quantize is not None:
         format_of(quantize)  # a wrong name must fail before the download
     folder = DEMO if source is None else find_folder(source)
@@ -110,7 +111,7 @@ class TTS:
         self,
         checkpoint: Checkpoint,
         max_batch: int = 1,
-        use_kernels: bool = False,
+        backend: str = "torch",
         cache_tokens: int | None = None,
         graphs: bool = True,
         overlap: bool = False,
@@ -120,8 +121,10 @@ class TTS:
         self._cache_tokens, self._graphs, self._overlap = cache_tokens, graphs, overlap
         self._engine: tuple[Hashable, Engine] | None = None
         self._engine_lock, self._pid = threading.Lock(), os.getpid()
-        if use_kernels:
+        if backend == "triton":
             accelerate(self.model, max_batch)
+        elif backend == "packed":
+            pack(self.model)
         lengths = {name: len(voice) for name, voice in checkpoint.voices.items()}
         config = self.model.config
         encoder = PromptEncoder(checkpoint.folder / TOKENIZER, lengths, config.audio, config.backbone.vocab_size)
@@ -129,8 +132,10 @@ class TTS:
 
     @property
     def backend(self) -> str:
-        """The backend in use: "triton" while the model is accelerated, "torch" otherwise."""
-        return "torch" if fused_backbone_of(self.model) is None else "triton"
+        """The backend in use: "triton" or "packed" while the model is accelerated, "torch" otherwise."""
+        if fused_backbone_of(self.model) is not None:
+            return "triton"
+        return "packed" if is_packed(self.model) else "torch"
 
     @property
     def sampling_rate(self) -> int:
@@ -190,6 +195,8 @@ class TTS:
         fused_backbone = fused_backbone_of(self.model)
         if fused_backbone is not None:
             accelerate(self.model, fused_backbone.max_batch)
+        elif is_packed(self.model):
+            pack(self.model)
         with self._engine_lock:
             self._engine = None
 

@@ -120,26 +120,34 @@ def require_triton() -> None:
         raise ModuleNotFoundError("the kernels need triton, which is not installed: pip install triton", name="triton")
 
 
-def use_kernels(backend: str, device: torch.device) -> bool:
-    """Return whether a model on `device` runs on kernels.
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Return what a model on `device` runs on: "triton", "packed" or "torch".
 
     Raises:
-        ValueError: `backend` is unknown, or is "triton" on a device on which kernels cannot run.
+        ValueError: `backend` is unknown, or cannot run on this device.
         ModuleNotFoundError: `backend` is "triton", but Triton is not installed.
     """
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend not in ("auto", "triton", "packed", "torch"):
+        raise ValueError(f"backend must be 'auto', 'triton', 'packed' or 'torch', got {backend!r}")
     if backend == "auto":
-        return (device.type == "cuda" or interpreted) and has_triton()
-    if backend == "triton" and device.type != "cuda" and not interpreted:
+        if (device.type == "cuda" or is_interpreted()) and has_triton():
+            return "triton"
+        return "packed" if device.type == "cpu" else "torch"
+    if backend == "triton" and device.type != "cuda" and not is_interpreted():
         raise ValueError(
             f"backend is 'triton', but on a {device.type} device kernels run only in Triton's interpreter: use "
-            "device='cuda', backend='torch', or set TRITON_INTERPRET=1 before triton is first imported"
+            "device='cuda', backend='packed', or set TRITON_INTERPRET=1 before triton is first imported"
         )
     if backend == "triton":
         require_triton()
-    return backend == "triton"
+    if backend == "packed" and device.type != "cpu":
+        raise ValueError(f"backend is 'packed', which runs on a CPU, but device is {str(device)!r}: use 'triton'")
+    return backend
+
+
+def is_interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter, on a CPU (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def can_overlap(device: torch.device) -> bool:
@@ -152,18 +160,18 @@ def can_overlap(device: torch.device) -> bool:
     )
 
 
-def require_overlap(device: torch.device, kernels: bool) -> None:
+def require_overlap(device: torch.device, backend: str) -> None:
     """Raise an error unless a model's launches can overlap.
 
     Args:
         device: the model's device.
-        kernels: whether the model runs on kernels.
+        backend: what the model runs on, from :func:`resolve_backend`.
 
     Raises:
         ValueError: the model runs without kernels, or its device is not an NVIDIA GPU of compute capability 9.0 or
             newer.
     """
-    if not kernels:
+    if backend != "triton":
         raise ValueError("overlap is True, but without kernels no launches overlap: use backend='triton'")
     if not can_overlap(device):
         raise ValueError(

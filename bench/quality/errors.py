@@ -169,7 +169,9 @@ def measured(
     rows = []
     for dtype in dtypes:
         for provider in ("torch", "voxkern"):
-            tts = TTS(read_checkpoint(folder, FLOATS[dtype]), ROWS, use_kernels=provider == "voxkern")
+            tts = TTS(
+                read_checkpoint(folder, FLOATS[dtype]), ROWS, backend="triton" if provider == "voxkern" else "torch"
+            )
             with large_tiles():
                 flips = Flips.of(next_frames(tts, histories), truth)
                 rows += rows_of(flips, snr(sound(tts, histories), exact_sound), provider, dtype, n_texts)

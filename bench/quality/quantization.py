@@ -141,9 +141,9 @@ def mean_squares(tts: TTS, histories: list[History]) -> dict[str, Tensor]:
     return {name: total / n for name, (total, n) in sums.items()}
 
 
-def plain(dtype: torch.dtype = torch.bfloat16, use_kernels: bool = False) -> TTS:
+def plain(dtype: torch.dtype = torch.bfloat16, backend: str = "torch") -> TTS:
     """Return the demo voice in `dtype`, without quantised layers."""
-    return TTS(read_checkpoint(DEMO, dtype), ROWS, use_kernels=use_kernels)
+    return TTS(read_checkpoint(DEMO, dtype), ROWS, backend)
 
 
 def given() -> list[ResultRow]:
@@ -161,7 +161,7 @@ def given() -> list[ResultRow]:
         checkpoint = read_checkpoint(DEMO, torch.bfloat16)
         scheme.apply(checkpoint.model, importance)
         with large_tiles():
-            result = generated(TTS(checkpoint, ROWS, use_kernels=provider == "voxkern"), histories)
+            result = generated(TTS(checkpoint, ROWS, backend="triton" if provider == "voxkern" else "torch"), histories)
         decibels = snr(decoded(codec, histories, result.codes, truth.codes), exact)
         rmse = float((result.latents - truth.latents).square().mean().sqrt())
         found += rows_given(scheme, provider, Flips.of(result.codes, truth.codes), rmse, decibels)

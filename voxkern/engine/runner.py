@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..packed.linear import weights_version
 from ..reference import VoxtralTTS
 from ..reference.attention import PagedCache
 from ..reference.config import END_AUDIO, N_SPECIAL_CODES, NOT_FINITE
@@ -199,13 +200,8 @@ def blocks(running: list[RunningRequest], rows: int) -> Iterator[list[RunningReq
 
 
 def backbone_weights_version(model: VoxtralTTS) -> Hashable:
-    """Return a value that changes when a weight of the backbone's layers or embeddings is replaced or written to.
-
-    Writes through ``.data``, or to weights that were made in inference mode, are not detected.
-    """
-    layers, embeddings = model.layers, model.mm_audio_embeddings
-    weights = (*layers.parameters(), *layers.buffers(), *embeddings.parameters())  # 8-bit weights are buffers
-    return tuple((id(w), w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype) for w in weights)
+    """Return a value that changes when a weight of the backbone's layers or embeddings changes."""
+    return weights_version(model.layers, model.mm_audio_embeddings)
 
 
 def _steps_and_solver(running: RunningRequest) -> tuple[int, str]:
