@@ -141,7 +141,7 @@ def test_a_weight_that_fp16_cannot_hold_stays_plain(value: float, form: type[Pac
 
 
 @pytest.mark.usefixtures("as_half")
-@pytest.mark.parametrize("value", [0.0, 1e-38, 3e38, 1.0])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 3e38, 1.0])
 def test_weights_of_one_value(value: float) -> None:
     weight = torch.full(LARGE, value, dtype=torch.bfloat16)
     packed = pack_weight(weight)
@@ -216,7 +216,7 @@ def test_state_dicts_have_the_plain_weight(large_form: type[PackedWeight]) -> No
     ):
         with pytest.raises(RuntimeError, match=why):
             packed.load_state_dict(wrong)
-    assert packed.load_state_dict({}, strict=False).missing_keys == []
+    assert sorted(packed.load_state_dict({}, strict=False).missing_keys) == ["0.bias", "0.weight"]
     assert torch.equal(packed[0].packed.plain(), other)
 
 

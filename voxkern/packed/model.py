@@ -1,5 +1,7 @@
 """Make a whole model faster on a CPU, and undo it."""
 
+import ctypes
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -13,6 +15,9 @@ from .linear import INT8_COLUMNS, Int8Product, PackedLinear
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 # The flow head keeps a table of the time projection's results, so its weight is read once, not in every frame.
 NOT_PACKED = "time_projection"
+# A weight is packed by one thread, with 6 bytes of extra memory for each of its numbers. More threads would be faster,
+# but the public model would then need more than 1.05 x its memory.
+PACKING_THREADS = 2
 
 
 def pack(model: nn.Module) -> list[str]:
@@ -44,8 +49,9 @@ def pack(model: nn.Module) -> list[str]:
         assert isinstance(linear, nn.Linear)
         model.set_submodule(name, PackedLinear(linear))
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # the libraries pack a weight with one thread
+    with ThreadPoolExecutor(PACKING_THREADS) as threads:
         list(threads.map(replace, linears))
+    _return_freed_memory()
     return linears + replaced
 
 
@@ -83,6 +89,14 @@ def packed_head_of(head: FlowMatchingAudioTransformer) -> PackedHead | None:
     """Return what replaces ``solve`` of a flow head, or None."""
     owner = getattr(vars(head).get("solve"), "__self__", None)
     return owner if isinstance(owner, PackedHead) else None
+
+
+def _return_freed_memory() -> None:
+    """Make the C library return the plain weights' memory to the system; glibc keeps blocks below 32 MB otherwise."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 def _can_be_packed(name: str, module: nn.Module) -> bool:

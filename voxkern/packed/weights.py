@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALL = 1 << 18  # numbers of a small weight: 1 MB in fp32
+ROWS = 512  # rows that are checked at a time, to save memory
 LARGEST_EXPONENT = 100  # 2^e must be finite in fp32
 # CPUs with one of these multiply bf16 numbers without a conversion
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
@@ -115,12 +116,17 @@ class HalfWeight(PackedWeight):
     @classmethod
     def of(cls, weight: Tensor) -> "HalfWeight | None":
         """Return the packed weight, or None if it has a number that this form cannot hold, such as NaN."""
-        largest = float(weight.abs().amax())
+        low, high = (float(end) for end in weight.aminmax())
+        largest = max(-low, high)
         if not math.isfinite(largest):
             return None
         scale = 2.0 ** min(15 - math.frexp(largest)[1], LARGEST_EXPONENT) if largest else 1.0
-        wide = weight.float().contiguous() * scale
-        return cls(weight, wide, scale) if torch.equal(wide.half().float() / scale, weight.float()) else None
+        wide = weight.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
+        for first in range(0, len(weight), ROWS):
+            rows = slice(first, first + ROWS)
+            if not torch.equal(wide[rows].half().float() / scale, weight[rows].float()):
+                return None
+        return cls(weight, wide, scale)
 
     def linear(self, x: Tensor) -> Tensor:
         """Multiply in fp32."""

@@ -1,0 +1,324 @@
+"""Tests of whole models with packed weights: their codes are the reference's, and all of it can be undone."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import voxkern
+from bench.ops.accuracy import CEILINGS, judge
+from voxkern.checkpoint import read_checkpoint, read_params
+from voxkern.fused.transformer_head import FusedTransformerHead
+from voxkern.packed.flow_head import PackedHead
+from voxkern.packed.linear import Int8Product, PackedLinear
+from voxkern.packed.model import is_packed, pack, packed_head_of, unpack
+from voxkern.packed.weights import PlainWeight
+from voxkern.random_checkpoint import random_tensor
+from voxkern.reference import Config, VoxtralTTS
+from voxkern.reference.config import END_AUDIO
+from voxkern.reference.model import make_head
+
+pytestmark = pytest.mark.interpreter("packed weights are for a CPU")
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = Path(voxkern.__file__).with_name("demo")
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> VoxtralTTS:
+    """Return a bf16 model that the test may change."""
+    return read_checkpoint(tiny_folder, torch.bfloat16, "cpu").model
+
+
+@pytest.fixture
+def outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+def inputs(model: VoxtralTTS, B: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states [B, dim], guidance [B] with 1 and 0 among them, and noise [B, 36]."""
+    g = torch.Generator().manual_seed(seed)
+    alpha = torch.tensor([1.2, 1.0, 0.0, 2.5]).repeat(-(-B // 4))[:B]
+    h = torch.randn(B, model.config.acoustic_transformer.input_dim, generator=g)
+    return h.to(model.norm.weight.dtype), alpha, torch.randn(B, 36, generator=g)
+
+
+def assert_right(latents: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Check fp32 latents of a model in `dtype`, to which its hidden states and t tokens are rounded."""
+    verdict = replace(judge(latents, plain, exact), ceiling=CEILINGS[dtype])
+    assert verdict.right, verdict
+
+
+def bits_of(model: nn.Module) -> dict[str, bytes]:
+    return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("source", ["tiny", "demo"])
+@pytest.mark.parametrize(
+    ("B", "steps", "solver"), [(1, 7, "euler"), (3, 1, "euler"), (5, 16, "euler"), (1, 4, "ab2"), (4, 5, "ab2")]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_frames_are_those_of_the_reference(
+    tiny_folder: Path, source: str, B: int, steps: int, solver: str, dtype: torch.dtype
+) -> None:
+    """Latents are as accurate as the reference's, and codes differ from fp64's only at rounding edges."""
+    model = read_checkpoint(DEMO if source == "demo" else tiny_folder, dtype, "cpu").model
+    head, (h, alpha, x) = model.acoustic_transformer, inputs(model, B, seed=B)
+    with torch.inference_mode():
+        expected, plain = head(h, alpha, x, steps, solver), head.solve(h, alpha, x, steps, solver)
+        exact = copy.deepcopy(head).double().solve(h.double(), alpha.double(), x.double(), steps, solver)
+        pack(model)
+        codes, latents = head(h, alpha, x, steps, solver), head.solve(h, alpha, x, steps, solver)
+    assert_right(latents, plain, exact, dtype)
+    assert torch.equal(codes[:, 0], expected[:, 0])
+    levels = (exact.clamp(-1, 1) + 1) * 10
+    at_edge = (levels - levels.floor() - 0.5).abs() < (1e-4 if dtype == torch.float32 else 0.03)
+    speaks = codes[:, :1] != END_AUDIO  # an end frame has no acoustic codes
+    wrong = (codes[:, 1:] - 2 != levels.round()) & speaks
+    assert not bool((wrong & ~at_edge).any())
+    assert at_edge.float().mean() < 0.12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("B", [1, 4])
+def test_a_frame_of_the_public_head(B: int) -> None:
+    from bench.micro.modules import head_args, public_head
+
+    head = public_head("bf16", "cpu")
+    args = head_args(head, B) | {"steps": 4}
+    with torch.inference_mode():
+        plain = head.solve(**args)
+        exact = (
+            copy.deepcopy(head)
+            .double()
+            .solve(**{k: v.double() if isinstance(v, Tensor) else v for k, v in args.items()})
+        )
+        assert len(pack(head)) == 7 * 3 + 4 + 1  # the linear layers, without the time projection, and solve
+        latents = head.solve(**args)
+    assert_right(latents, plain, exact, torch.bfloat16)
+
+
+def test_an_mlp_head(mlp_folder: Path) -> None:
+    model = read_checkpoint(mlp_folder, torch.bfloat16, "cpu").model
+    head, (h, alpha, x) = model.acoustic_transformer, inputs(model, 3)
+    with torch.inference_mode():
+        plain = head.solve(h, alpha, x, 4)
+        exact = copy.deepcopy(head).double().solve(h.double(), alpha.double(), x.double(), 4)
+        names = pack(model)
+        assert "acoustic_transformer.res_blocks.0.adaLN_modulation.1" in names
+        assert packed_head_of(head) is None
+        assert_right(head.solve(h, alpha, x, 4), plain, exact, torch.bfloat16)
+
+
+def test_a_head_of_one_layer() -> None:
+    params = copy.deepcopy(read_params(DEMO))
+    params["multimodal"]["audio_model_args"]["acoustic_transformer_args"]["n_layers"] = 1
+    config = Config.from_params(params)
+    head = make_head(config.acoustic_transformer, config.audio).requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    head.load_state_dict({name: random_tensor(name, t.shape, g) for name, t in head.state_dict().items()})
+    h, alpha, x = torch.randn(2, 192, generator=g), torch.tensor([1.2, 3.0]), torch.randn(2, 36, generator=g)
+    expected = head.solve(h, alpha, x, 3)
+    pack(head)
+    torch.testing.assert_close(head.solve(h, alpha, x, 3), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("outside_the_interpreter")
+@pytest.mark.parametrize("trained", [False, True])
+def test_accelerate_and_restore(model: VoxtralTTS, trained: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model.requires_grad_(trained)
+    before, names = bits_of(model), [name for name, _ in model.named_parameters()]
+    args, tree = inputs(model, 2), repr(model)
+    with torch.inference_mode():
+        expected = model.acoustic_transformer.solve(*args, 3)
+    replaced = voxkern.accelerate(model)
+    assert {"layers.0.attention.wq", "acoustic_transformer.semantic_codebook_output"} < set(replaced)
+    assert "acoustic_transformer.solve" in replaced
+    assert is_packed(model)
+    assert bits_of(model) == before
+    with torch.inference_mode():
+        packed = model.acoustic_transformer.solve(*args, 3)
+        assert not torch.equal(packed, expected)
+        assert voxkern.accelerate(model) == ["acoustic_transformer.solve"]
+        assert torch.equal(model.acoustic_transformer.solve(*args, 3), packed)
+    assert sorted(voxkern.restore(model)) == sorted(replaced)
+    assert not is_packed(model)
+    assert bits_of(model) == before
+    assert repr(model) == tree
+    assert [name for name, _ in model.named_parameters()] == names
+    assert {p.requires_grad for p in model.parameters()} == {trained}
+    with torch.inference_mode():
+        assert torch.equal(model.acoustic_transformer.solve(*args, 3), expected)
+    assert voxkern.restore(model) == []
+
+
+def test_kernels_and_packed_weights_take_each_others_place(model: VoxtralTTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = bits_of(model)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    voxkern.accelerate(model)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    voxkern.accelerate(model)
+    assert not is_packed(model)
+    assert isinstance(model.acoustic_transformer.forward, FusedTransformerHead)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    voxkern.accelerate(model)
+    assert is_packed(model)
+    assert {"hidden_states", "stream"}.isdisjoint({*vars(model), *vars(model.audio_tokenizer)})
+    assert bits_of(model) == before
+
+
+@pytest.mark.usefixtures("outside_the_interpreter")
+def test_what_cannot_be_accelerated(mlp_folder: Path) -> None:
+    model = read_checkpoint(mlp_folder, torch.float32, "cpu").model
+    with pytest.raises(ValueError, match="has no part that is faster on a CPU"):
+        voxkern.accelerate(model)
+    with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
+        voxkern.accelerate(model, 0)
+    with pytest.raises(ValueError, match=r"use load\(\.\.\., quantize=\.\.\.\)"):
+        voxkern.accelerate(model, quantize="int8")
+
+
+def test_files_copies_and_new_weights(model: VoxtralTTS, tmp_path: Path) -> None:
+    """A packed model is saved and copied with plain weights, and computes with weights that are loaded into it."""
+    before, args = bits_of(model), inputs(model, 2)
+    with torch.inference_mode():
+        pack(model)
+        expected = model.acoustic_transformer.solve(*args, 3)
+        twin = copy.deepcopy(model)
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        model.load_state_dict({name: t * 2 if t.ndim == 2 else t for name, t in model.state_dict().items()})
+        changed = model.acoustic_transformer.solve(*args, 3)  # the table of t tokens must follow
+        unpack(model)
+        pack(model)
+        assert torch.equal(model.acoustic_transformer.solve(*args, 3), changed)
+        assert not torch.equal(changed, expected)
+        assert torch.equal(twin.acoustic_transformer.solve(*args, 3), expected)
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+        assert bits_of(model) == before
+        assert torch.equal(model.acoustic_transformer.solve(*args, 3), expected)
+        assert packed_head_of(twin.acoustic_transformer).module is twin.acoustic_transformer
+
+
+def test_the_time_table_follows_each_of_its_weights(model: VoxtralTTS) -> None:
+    head, args = model.acoustic_transformer, inputs(model, 1)
+    first = head.layers[0]
+    pack(model)
+    with torch.inference_mode():
+        seen = [head.solve(*args, 2)]
+    for part in (head.time_projection, first.attention_norm, first.attention.wq, first.attention.wk):
+        with torch.no_grad():
+            part.load_state_dict({"weight": part.state_dict()["weight"] * 1.5})
+        with torch.inference_mode():
+            seen.append(head.solve(*args, 2))
+            head.solve = PackedHead(head).solve
+            assert torch.equal(head.solve(*args, 2), seen[-1])
+        assert not torch.equal(seen[-1], seen[-2])
+
+
+def test_a_model_cast_to_fp64_computes_in_fp64(model: VoxtralTTS) -> None:
+    h, alpha, x = inputs(model, 2)
+    with torch.inference_mode():
+        exact = copy.deepcopy(model).double().acoustic_transformer.solve(h.double(), alpha.double(), x.double(), 3)
+        pack(model)
+        model.double()
+        latents = model.acoustic_transformer.solve(h.double(), alpha.double(), x.double(), 3)
+    torch.testing.assert_close(latents, exact, rtol=1e-12, atol=1e-12)
+    assert {type(one.packed) for one in model.modules() if isinstance(one, PackedLinear)} == {PlainWeight}
+
+
+def test_int8_weights() -> None:
+    model = read_checkpoint(DEMO, torch.bfloat16, "cpu", "int8").model
+    reference, (h, alpha, x) = copy.deepcopy(model), inputs(model, 2)
+    before = bits_of(model)
+    with torch.inference_mode():
+        plain = reference.acoustic_transformer.solve(h, alpha, x, 4)
+        exact = reference.double().acoustic_transformer.solve(h.double(), alpha.double(), x.double(), 4)
+        pack(model)
+        wq = model.acoustic_transformer.layers[1].attention.wq
+        assert isinstance(wq.forward, Int8Product)
+        assert_right(model.acoustic_transformer.solve(h, alpha, x, 4), plain, exact, torch.bfloat16)
+        twin = copy.deepcopy(model)
+        assert twin.acoustic_transformer.layers[1].attention.wq.forward.layer is not wq
+        assert len(unpack(model)) == len(unpack(twin)) > 60
+        assert torch.equal(model.acoustic_transformer.solve(h, alpha, x, 4), plain)
+    assert bits_of(model) == bits_of(twin) == before
+    half = read_checkpoint(DEMO, torch.float16, "cpu", "int8").model
+    pack(half)  # rounding activations to bf16 would lose bits of fp16
+    assert "forward" not in vars(half.acoustic_transformer.layers[1].attention.wq)
+
+
+def test_the_same_seed_gives_the_same_sound(tiny_folder: Path) -> None:
+    """Alone, side by side, after a reset, in a copy, and beside another thread's requests."""
+    tts = voxkern.load(tiny_folder, "cpu", "bfloat16", backend="packed", max_batch=6)
+    assert tts.backend == "packed"
+    texts, arguments = ["one two", "three", "x" * 40, "yes", "five six"], {"steps": 2, "max_frames": 12}
+    alone = [tts.generate(text, seed=i, **arguments) for i, text in enumerate(texts)]
+    tts.reset()
+    for other in (tts, copy.deepcopy(tts)):
+        for one, batched in zip(alone, other.generate(texts, seed=list(range(5)), **arguments), strict=True):
+            np.testing.assert_array_equal(one.codes, batched.codes)
+            np.testing.assert_array_equal(one.samples, batched.samples)
+
+
+def test_a_changed_backbone_weight_changes_the_cached_voice(tiny_folder: Path) -> None:
+    tts = voxkern.load(tiny_folder, "cpu", "bfloat16", backend="packed")
+    arguments = {"seed": 1, "steps": 1, "max_frames": 6}
+    before = tts.generate("one", **arguments).codes
+    wq = tts.model.layers[0].attention.wq
+    wq.load_state_dict({"weight": wq.state_dict()["weight"] * -3})
+    changed = tts.generate("one", **arguments).codes
+    assert not np.array_equal(changed, before)
+    tts.reset()  # drops the cached voice
+    np.testing.assert_array_equal(tts.generate("one", **arguments).codes, changed)
+
+
+def run_python(code: str, *arguments: str) -> str:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+
+
+def test_backends_of_a_cpu(tiny_folder: Path) -> None:
+    code = """
+import sys, voxkern
+for backend in ("auto", "packed", "torch"):
+    tts = voxkern.load(sys.argv[1], "cpu", "bfloat16", backend)
+    print(tts.backend, len(voxkern.restore(tts.model)) > 0, tts.backend)
+    voxkern.accelerate(tts.model)
+    print(tts.backend)
+"""
+    expected = ["packed True torch", "packed", "packed True torch", "packed", "torch False torch", "packed"]
+    assert run_python(code, str(tiny_folder)).splitlines() == expected
+    with pytest.raises(ValueError, match="backend must be 'auto', 'triton', 'packed' or 'torch', got 'cpu'"):
+        voxkern.load(tiny_folder, backend="cpu")
+    with pytest.raises(ValueError, match="backend is 'packed', which runs on a CPU, but device is 'cuda:0'"):
+        voxkern.validation.resolve_backend("packed", torch.device("cuda:0"))
+
+
+@pytest.mark.slow
+def test_packed_weights_take_the_place_of_plain_ones() -> None:
+    """A public flow head's 790 MB of weights: the process needs no more memory after they are packed."""
+    code = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from bench.micro.modules import public_head
+from voxkern.packed.model import pack
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+head = public_head("bf16", "cpu")
+plain = resident()
+pack(head)
+print(plain, resident())
+"""
+    plain, packed = map(int, run_python(code, str(ROOT)).split())
+    assert plain > 9e8
+    assert packed <= 1.05 * plain
