@@ -10,6 +10,7 @@ TOOLS = {
     "gpu": ("micro", "measure the most important figures in a few minutes of a GPU"),
     "tune": ("micro", "search launch configs for this machine's GPU"),
     "engine": ("micro", "time many requests at once, and their memory"),
+    "cpu": ("micro", "time packed weights on a CPU beside the public server's module"),
     "serve": ("micro", "time the speech server with many clients at once"),
     "host": ("micro", "measure the host's work between two frames, on a stand-in for a GPU"),
     "depth": ("micro", "compare the flow head with a depth transformer: bytes, launches, times"),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 def upcast(x: Tensor) -> Tensor:
     """Return `x` in the upcast dtype, in which sums are computed: fp64 if `x` is fp64, otherwise fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -32,7 +32,7 @@ from .reference.config import BackboneConfig
 from .reference.quantized import format_of
 from .serve.command import serve
 from .tts import DEMO, load
-from .validation import has_triton, to_int
+from .validation import has_triton, resolve_backend, to_int
 from .voice import default_first
 from .weight_files import tensor_table, usual_dtype
 
@@ -178,7 +178,7 @@ def doctor() -> None:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("triton", importlib.import_module("triton").__version__ if triton else "not installed"),
         ("GPU", gpu),
-        ("backend", _backend(triton)),
+        ("backend", _backend()),
     ):
         table.add_row(name, value)
     out.print(table)
@@ -266,15 +266,17 @@ def warmup(
     err.print(f"{n} kernels are ready for {arch}, max_batch {max_batch}, {dtype}", highlight=False)
 
 
-def _backend(has_triton: bool) -> str:
+def _backend() -> str:
     """Return the backend that load() takes by default, with the reason."""
-    if not has_triton:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = resolve_backend("auto", device)
+    if backend == "torch":
         return "torch: triton is not installed"
-    if torch.cuda.is_available():
-        return "triton: the kernels"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if backend == "packed":
+        return "packed: PyTorch with packed weights, as no GPU was found for the kernels"
+    if device.type == "cpu":
         return "triton: the kernels, in Triton's interpreter (slow, for tests)"
-    return "torch: no GPU was found for the kernels"
+    return "triton: the kernels"
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from bench.micro.providers import Check, LazyCall, Trial, by_codes, by_distance,
 from bench.ops.registry import FLOATS, ROOT
 from voxkern.checkpoint import read_checkpoint, read_params
 from voxkern.kernels.launch_config import overlapped
+from voxkern.packed.model import pack
 from voxkern.random_checkpoint import public_params, random_tensor
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.attention import PagedCache
@@ -102,6 +103,8 @@ def trial_of(
     calls["torch.compile"] = torch.compile(partial(run, module), dynamic=False)
     if point.on_gpu:
         calls["voxkern"] = LazyCall(ours)
+    else:
+        calls["voxkern-packed"] = LazyCall(partial(use_packed_weights, run, module))
     return Trial(
         point.subject,
         point.shape,
@@ -121,6 +124,13 @@ def use_kernels(run: Callable[..., Any], module: nn.Module, max_batch: int) -> C
     accelerated = copy.deepcopy(module)
     voxkern.accelerate(accelerated, max_batch)
     return partial(run, accelerated)
+
+
+def use_packed_weights(run: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    """Return the call of `run` on a copy of the module with packed weights."""
+    packed = copy.deepcopy(module)
+    pack(packed)
+    return partial(run, packed)
 
 
 def demo(dtype: str, device: str) -> VoxtralTTS:

@@ -24,6 +24,7 @@ from voxkern.validation import can_overlap
 PROVIDERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "voxkern": (("triton",), True),
     "voxkern-overlap": (("triton",), True),  # with launches that overlap; whole frames only
+    "voxkern-packed": ((), False),  # with packed weights; modules only, on a CPU
     "torch": ((), False),
     "torch.compile": ((), False),
     "vllm-omni": (("vllm", "vllm_omni"), False),
@@ -42,6 +43,8 @@ def missing(device: str) -> dict[str, str]:
         lacks += ["no GPU"] if gpu and not device.startswith("cuda") else []
         if name == "voxkern-overlap" and not lacks and not can_overlap(torch.device(device)):
             lacks = ["no GPU of compute capability 9.0 or newer"]
+        if name == "voxkern-packed" and device.startswith("cuda"):
+            lacks = ["packed weights are for a CPU"]
         if lacks:
             found[name] = ", ".join(lacks)
     return found

@@ -76,7 +76,7 @@ class WideWeight(PackedWeight):
 
     def linear(self, x: Tensor) -> Tensor:
         """Multiply in fp32."""
-        return (x.float() @ self._wide).to(x.dtype)
+        return x @ self._wide if x.dtype == torch.float32 else (x.float() @ self._wide).to(x.dtype)
 
     def plain(self) -> Tensor:
         """Round back; this is exact, as the numbers come from this dtype."""

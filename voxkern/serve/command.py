@@ -24,7 +24,7 @@ def serve(
     cache_tokens: Annotated[int | None, typer.Option(help="Tokens of the KV cache, as for load().")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if torch finds one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, triton or torch, as for load().")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, triton, packed or torch, as for load().")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or fp8, as for load().")] = None,
     overlap: Annotated[bool, typer.Option("--overlap", help="As for load(overlap=True).")] = False,
     threads: Annotated[
