@@ -92,7 +92,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) ->
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or Hkv, T or S, D]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
     # Every query attends to all keys. The heads of a group then count as queries of one head, which is faster.
-    q = q.view(*q.shape[:2], k.shape[2], -1, q.shape[3]).transpose(1, 2)  # [B, Hkv, T, H / Hkv, D]
+    B, _, H, D = q.shape
+    q = q.view(B, T, k.shape[2], H // k.shape[2], D).transpose(1, 2)  # [B, Hkv, T, H / Hkv, D]
     o = F.scaled_dot_product_attention(q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2))
     return o.view_as(q).transpose(1, 2).flatten(2, 3)
 

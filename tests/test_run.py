@@ -217,8 +217,9 @@ def test_absent_providers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         "voxkern": "no GPU", "voxkern-overlap": "no GPU", "vllm-omni": "no vllm_omni", "flashinfer": "no GPU",
     }  # fmt: skip
     monkeypatch.setattr(providers, "can_overlap", lambda device: device == torch.device("cuda"))
-    assert providers.missing("cuda") == {"vllm-omni": "no vllm_omni"}
-    assert Selection().timed == ["torch", "transformers"]
+    packed = "packed weights are for a CPU"
+    assert providers.missing("cuda") == {"vllm-omni": "no vllm_omni", "voxkern-packed": packed}
+    assert Selection().timed == ["voxkern-packed", "torch", "transformers"]
     assert Selection(device="cuda").timed == [
         "voxkern", "voxkern-overlap", "torch", "torch.compile", "transformers", "flashinfer",
     ]  # fmt: skip

@@ -101,6 +101,7 @@ def _finish(layer: TransformerBlock, u: Tensor, q: Tensor, k: Tensor, v: Tensor)
 
     `u` and `q` have the same number of tokens, [2B, T, dim] and [2B, T, H * D]; `k` and `v` have three.
     """
-    q, k, v = (part.view(*part.shape[:2], -1, layer.attention.head_dim) for part in (q, k, v))
+    D = layer.attention.head_dim
+    q, k, v = (part.view(*part.shape[:2], part.shape[2] // D, D) for part in (q, k, v))
     u = u + layer.attention.wo(attention(q, k, v, causal=False).flatten(-2))
     return u + layer.feed_forward(layer.ffn_norm(u))  # type: ignore[no-any-return]
