@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ def head_rows(command: str) -> Iterator[ResultRow]:
         trial = head_trial(point, public_head, B, public_params)
         absent = {*missing("cpu"), *(() if B in COMPILED else ("torch.compile",))}
         found = timed(trial.only([name for name in trial.variants if name not in absent]))
-        nbytes = weights_read(public_head("bf16", "meta"))
+        nbytes = weights_read(module_of(trial))
         for provider, t in found.items():
             common = (command, provider, point.shape, "bf16", trial.steps)
             yield row("flow_head", "time", "us", *common[:2], scaled(t, 1e6), *common[2:])
@@ -55,7 +55,7 @@ def frame_rows(command: str) -> Iterator[ResultRow]:
     """Time a whole frame of one request of the public model."""
     point = BenchPoint("frame", "frame-b1", "bf16", "cpu")
     trial = frame_trial(point, public_model, 1)
-    model: VoxtralTTS = trial.reference.args[0]  # type: ignore[attr-defined]  # a partial
+    model = cast(VoxtralTTS, module_of(trial))
 
     def exact() -> list[torch.Tensor]:
         args = {key: arg.double() if arg.is_floating_point() else arg.clone() for key, arg in trial.args.items()}
@@ -75,6 +75,11 @@ def voice_rows(command: str) -> Iterator[ResultRow]:
     for provider, t in measure(CPUClock(), calls).items():
         factor = scaled(t, 1 / seconds[provider])
         yield row("demo_voice", "real-time factor", "s/s", command, provider, factor, "one text", "bf16", "euler:7")
+
+
+def module_of(trial: Trial) -> nn.Module:
+    """Return the reference module of a trial, which holds plain weights."""
+    return cast(nn.Module, cast(partial[Any], trial.reference).args[0])
 
 
 def timed(trial: Trial) -> dict[str, Timing]:
