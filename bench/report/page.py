@@ -28,7 +28,7 @@ first, then says what time they should take, and what rounding and fewer evaluat
 NOT_RUN = """
 <p class="warning"><b>Nothing on this page was run on a GPU.</b> Bytes and launches are counted in Triton's interpreter
 or by arithmetic that tests hold to that count; machine code is compiled, not run; times on GPUs are <b>predictions</b>
-of a stated model. Times that are measured are plain PyTorch's, on the CPU named below.</p>
+of a stated model. Times that are measured are PyTorch's, on the CPU named below.</p>
 """
 RUN = "<p>Times on GPUs that are marked as measured come from: {}. All others are <b>predictions</b>.</p>"
 SECTIONS = (
@@ -47,6 +47,7 @@ SECTIONS = (
     ),
     ("What the compiler makes of it", ("resources",), "resources"),
     ("Measured on a GPU", ("gpu",), None),
+    ("Packed weights on a CPU", ("cpu",), "cpu"),
     ("Measured on a CPU", ("engine", "served", "host", "micro"), None),
 )
 

@@ -78,14 +78,17 @@ def on_this_cpu(figures: Figures) -> ReportTable:
     lines, wanted = [], {"bench": "micro", "subject": "flow_head", "shape": "public-b1", "metric": "time"}
     usual = figures.one(**wanted, dtype="bf16", provider="torch")
     for dtype in ("bf16", *FORMATS):
-        row = figures.one(**wanted, dtype=dtype, provider="torch")
-        if usual and row:
-            lines.append([dtype, f"{1e-6 * row.value:.2f}", f"{row.value / usual.value:.2f}"])
-    note = "Flow head of the public sizes, one request, 7 evaluations, PyTorch modules"
+        times = [
+            figures.value(".2f", 1e-6, **wanted, dtype=dtype, provider=provider)
+            for provider in ("torch", "voxkern-packed")
+        ]
+        if times != ["-", "-"]:
+            lines.append([dtype, *times])
+    note = "Seconds of a frame: flow head of the public sizes, one request, 7 evaluations"
     if usual:
-        note += f" on {usual.device}"
-    command = "python -m bench run --op flow_head --shape public-b1 --provider torch"
-    return ReportTable("8-bit weights on a CPU", f"{note}.", command, ("weights", "seconds a frame", "of bf16"), lines)
+        note += f", on {usual.device}"
+    command = "python -m bench run --op flow_head --shape public-b1 --provider torch voxkern-packed"
+    return ReportTable("8-bit weights on a CPU", f"{note}.", command, ("weights", "torch, s", "packed, s"), lines)
 
 
 def errors_by_bytes(figures: Figures) -> Figure:

@@ -20,7 +20,7 @@ from pathlib import Path
 import voxkern
 from bench import results
 from bench.__main__ import TOOLS
-from bench.report import page, plots, quantization
+from bench.report import cpu, page, plots, quantization
 from bench.report.figures import Figures, ReportTable
 from bench.report.tables import tables
 from bench.results import ResultRow
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, PLOTS = ROOT / "bench" / "report.html", ROOT / "bench" / "plots"
 DOCS = ROOT / "docs"
 # pages with tables between markers
-MARKED_FILES = (ROOT / "README.md", DOCS / "figures.md", DOCS / "quantization.md", DOCS / "serving.md")
+MARKED_FILES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("figures", "quantization", "serving", "cpu")))
 # two of these run at once, because none measures time
 COUNTED = ("recognition", "distortion", "frame", "errors", "server_cost", "roofline", "filling")
 TIMED = ("depth", "host", "engine", "serve", "run")  # one runs at a time, because another would slow it down
@@ -96,7 +96,7 @@ def write() -> None:
     pictures = {
         "frame": plots.png(plots.frame_times(figures)), "claim": plots.png(plots.claim(figures)),
         "steps": plots.png(plots.error_by_steps(figures)), "resources": plots.png(plots.resources(compiled)),
-        "quantization": plots.png(quantization.errors_by_bytes(figures)),
+        "quantization": plots.png(quantization.errors_by_bytes(figures)), "cpu": plots.png(cpu.head_times(figures)),
     }  # fmt: skip
     said = voxkern.load(backend="torch").generate(SAID, voice="slt", seed=7)
     title = f'voxkern say "{SAID}" --seed 7'

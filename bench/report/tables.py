@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bench.report import quantization
+from bench.report import cpu, quantization
 from bench.report.figures import Figures, ReportTable
 from bench.report.predicted import PREDICTED, batches, bounds, filling, overlapped, quantized, roofline, work
 from bench.results import ResultRow
@@ -24,6 +24,7 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
         "gpu": gpu(figures),
         "resources": resources(ledger), "quantization_given": quantization.given(figures),
         "quantization_free": quantization.free(figures), "quantization_cpu": quantization.on_this_cpu(figures),
+        "cpu": cpu.on_a_cpu(figures),
     }  # fmt: skip
     return {name: table for name, table in made.items() if table.lines}
 
