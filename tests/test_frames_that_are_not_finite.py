@@ -29,13 +29,15 @@ from voxkern.engine import runner
 from voxkern.engine.fused_runner import DecodeBatch
 from voxkern.engine.request import RequestState
 from voxkern.kernels import common
+from voxkern.packed.model import pack
 from voxkern.reference import config
 from voxkern.reference.config import NOT_FINITE
 
 VALUES = (math.nan, math.inf, -math.inf)
 EACH_VALUE = pytest.mark.parametrize("value", VALUES)
 EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-BOTH_BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
+PACKED = pytest.param("packed", marks=pytest.mark.interpreter("packed weights are for a CPU"))
+EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", PACKED, "triton"])
 
 
 def test_kernels_and_reference_use_the_same_special_codes() -> None:
@@ -164,7 +166,7 @@ def test_the_decode_state_after_such_a_frame(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("head", ["transformer", "mlp"])
-@BOTH_BACKENDS
+@EACH_BACKEND
 @EACH_VALUE
 def test_heads_mark_the_frame(
     tiny_folder: Path, mlp_folder: Path, device: torch.device, head: str, backend: str, value: float
@@ -173,6 +175,8 @@ def test_heads_mark_the_frame(
     model = read_checkpoint(tiny_folder if head == "transformer" else mlp_folder, device=device).model
     if backend == "triton":
         voxkern.accelerate(model, 5)
+    elif backend == "packed":
+        pack(model.bfloat16())
     g = torch.Generator().manual_seed(1)
     h, noise = torch.randn(5, 64, generator=g).to(device), torch.randn(5, 36, generator=g).to(device)
     alpha = torch.full((5,), 1.2, device=device)
@@ -289,7 +293,7 @@ def test_a_request_beside_the_failing_one_keeps_its_bits(
     assert_nothing_runs(tts)
 
 
-@BOTH_BACKENDS
+@EACH_BACKEND
 def test_a_later_frame_is_counted_from_1(
     tiny_folder: Path, device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +311,7 @@ def test_a_later_frame_is_counted_from_1(
         assert_same(mine, theirs)
 
 
-@BOTH_BACKENDS
+@EACH_BACKEND
 @pytest.mark.parametrize("head", ["transformer", "mlp"])
 def test_latents_alone_fail_a_request(
     tiny_folder: Path, mlp_folder: Path, device: torch.device, backend: str, head: str
@@ -410,7 +414,7 @@ def test_two_batches_side_by_side_with_a_failing_request(
     assert_nothing_runs(tts)
 
 
-@BOTH_BACKENDS
+@EACH_BACKEND
 def test_end_in_a_failed_slot_is_an_end(tiny_folder: Path, device: torch.device, backend: str) -> None:
     tts = load(tiny_folder, device, backend, max_batch=1)
     text = text_that_ends_at_once(load(tiny_folder, device, "torch", max_batch=1))

@@ -10,7 +10,7 @@
 Activations are fp32, because the packed products take fp32 and return it.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..reference.solver import integrate, time_grid
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 from .linear import weights_version
 
-QKV = tuple[Tensor, Tensor, Tensor]  # queries [..., H * D], keys and values [..., Hkv * D]
+QKV = Sequence[Tensor]  # queries [..., H * D], keys and values [..., Hkv * D]
 
 
 class PackedHead:
@@ -40,12 +40,12 @@ class PackedHead:
         """Integrate the flow from noise to the acoustic latents, fp32 [B, K]; see :meth:`FlowHead.solve`."""
         times = time_grid(solver, steps)
         t_tokens, t_qkv = self._time_table(solver, times)
-        h_tokens = self.module.project_hidden(upcast(h))
-        h_tokens = torch.cat((h_tokens, torch.zeros_like(h_tokens)))  # [2B, dim]
-        h_qkv = _qkv(self._layers[0], h_tokens)
+        h_tokens = self.module.project_hidden(upcast(h))  # [B, dim]
+        h_qkv = [_with_zeros(part) for part in _qkv(self._layers[0], h_tokens)]
+        h_tokens = _with_zeros(h_tokens)
 
         def velocity(x: Tensor, k: int) -> Tensor:
-            t_qkv_of_step = t_qkv[0][k], t_qkv[1][k], t_qkv[2][k]
+            t_qkv_of_step = [part[k] for part in t_qkv]
             return guide(self._velocity(x, t_tokens[k], h_tokens, t_qkv_of_step, h_qkv), cfg_alpha)
 
         return integrate(velocity, noise.to(h_tokens.dtype), solver, times)
@@ -89,6 +89,11 @@ def _qkv(layer: TransformerBlock, u: Tensor, n_queries: int | None = None) -> QK
     """Return a layer's queries of the first `n_queries` of u's tokens, and the keys and values of all tokens."""
     n = layer.attention_norm(u)
     return layer.attention.wq(n[:, :n_queries]), layer.attention.wk(n), layer.attention.wv(n)
+
+
+def _with_zeros(rows: Tensor) -> Tensor:
+    """Append the rows of guidance's branch without the hidden state, [B, W] -> [2B, W]."""
+    return torch.cat((rows, torch.zeros_like(rows)))
 
 
 def _stacked(x: Tensor, t: Tensor, h: Tensor) -> Tensor:
