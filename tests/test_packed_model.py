@@ -21,7 +21,7 @@ from voxkern.packed.flow_head import PackedHead
 from voxkern.packed.linear import Int8Product, PackedLinear
 from voxkern.packed.model import is_packed, pack, packed_head_of, unpack
 from voxkern.packed.weights import PlainWeight
-from voxkern.random_checkpoint import random_tensor
+from voxkern.random_checkpoint import TINY_MOE, random_tensor, tiny_params
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.model import make_head
@@ -159,17 +159,78 @@ def test_accelerate_and_restore(model: VoxtralTTS, trained: bool, caplog: pytest
     assert voxkern.restore(model) == []
 
 
+@pytest.mark.usefixtures("outside_the_interpreter")
+def test_a_model_without_a_transformer_head(mlp_folder: Path) -> None:
+    model = read_checkpoint(mlp_folder, torch.bfloat16, "cpu").model
+    first = voxkern.accelerate(model)
+    assert voxkern.accelerate(model) == []  # nothing is left to pack, and the model is packed
+    assert sorted(voxkern.restore(model)) == sorted(first)
+
+
+@pytest.mark.usefixtures("outside_the_interpreter")
+def test_only_voxkerns_own_modules_are_packed(model: VoxtralTTS) -> None:
+    wrapper = nn.ModuleDict({"theirs": nn.Linear(64, 64, dtype=torch.bfloat16), "head": model.acoustic_transformer})
+    wrapper["codec"] = model.audio_tokenizer
+    replaced = voxkern.accelerate(wrapper)
+    assert type(wrapper["theirs"]) is nn.Linear
+    assert {name.partition(".")[0] for name in replaced} == {"head", "codec"}
+    assert "head.solve" in replaced
+    assert sorted(voxkern.restore(wrapper)) == sorted(replaced)
+
+
+def test_gradients_are_refused_and_tables_hold_none(tiny_folder: Path) -> None:
+    model = read_checkpoint(tiny_folder, torch.float32, "cpu").model.requires_grad_(True)
+    head, args = model.acoustic_transformer, inputs(model, 1)
+    pack(model)  # fp32 layers stay plain, so only the head can refuse
+    with pytest.raises(RuntimeError, match="flow head computes no gradients"):
+        head.solve(*args, 2)
+    with torch.inference_mode():
+        expected = head.solve(*args, 2)
+    with torch.no_grad():
+        assert torch.equal(head.solve(*args, 2), expected)  # with the table made in inference mode
+    assert not copy.deepcopy(head).solve.__self__._time_tables["euler", 3][1].requires_grad
+
+
+def test_a_mixture_of_experts() -> None:
+    config = Config.from_params(tiny_params() | {"moe": TINY_MOE})
+    model = VoxtralTTS(config).requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    model.load_state_dict({name: random_tensor(name, t.shape, g) for name, t in model.state_dict().items()})
+    model = model.bfloat16()
+    u = torch.randn(3, 5, config.backbone.dim, generator=g)
+    with torch.inference_mode():
+        plain, exact = (
+            model.hidden_states(u.bfloat16()),
+            copy.deepcopy(model).double().hidden_states(u.bfloat16().double()),
+        )
+        names = pack(model)
+        packed = model.hidden_states(u.bfloat16())
+    assert any(".experts.0.w1" in name for name in names)
+    assert not any(name.endswith(".gate") for name in names)
+    mine, theirs = ((one.double() - exact).square().mean().sqrt() for one in (packed, plain))
+    assert mine <= 1.2 * theirs
+    assert theirs < 0.05 * exact.square().mean().sqrt()
+
+
 def test_kernels_and_packed_weights_take_each_others_place(model: VoxtralTTS, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = bits_of(model)
+    before, args = bits_of(model), inputs(model, 1)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     voxkern.accelerate(model)
+    with torch.inference_mode():
+        packed = model.acoustic_transformer.solve(*args, 1)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     voxkern.accelerate(model)
+    with torch.inference_mode():
+        fused = model.acoustic_transformer.solve(*args, 1)
+        assert not torch.equal(fused, packed)
+        torch.testing.assert_close(fused, packed, rtol=0.02, atol=0.05)
     assert not is_packed(model)
     assert isinstance(model.acoustic_transformer.forward, FusedTransformerHead)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     voxkern.accelerate(model)
     assert is_packed(model)
+    with torch.inference_mode():
+        assert torch.equal(model.acoustic_transformer.solve(*args, 1), packed)
     assert {"hidden_states", "stream"}.isdisjoint({*vars(model), *vars(model.audio_tokenizer)})
     assert bits_of(model) == before
 
@@ -191,7 +252,7 @@ def test_files_copies_and_new_weights(model: VoxtralTTS, tmp_path: Path) -> None
     with torch.inference_mode():
         pack(model)
         expected = model.acoustic_transformer.solve(*args, 3)
-        twin = copy.deepcopy(model)
+        other_model = copy.deepcopy(model)
         save_file(model.state_dict(), tmp_path / "model.safetensors")
         model.load_state_dict({name: t * 2 if t.ndim == 2 else t for name, t in model.state_dict().items()})
         changed = model.acoustic_transformer.solve(*args, 3)  # the table of t tokens must follow
@@ -199,11 +260,11 @@ def test_files_copies_and_new_weights(model: VoxtralTTS, tmp_path: Path) -> None
         pack(model)
         assert torch.equal(model.acoustic_transformer.solve(*args, 3), changed)
         assert not torch.equal(changed, expected)
-        assert torch.equal(twin.acoustic_transformer.solve(*args, 3), expected)
+        assert torch.equal(other_model.acoustic_transformer.solve(*args, 3), expected)
         model.load_state_dict(load_file(tmp_path / "model.safetensors"))
         assert bits_of(model) == before
         assert torch.equal(model.acoustic_transformer.solve(*args, 3), expected)
-        assert packed_head_of(twin.acoustic_transformer).module is twin.acoustic_transformer
+        assert packed_head_of(other_model.acoustic_transformer).module is other_model.acoustic_transformer
 
 
 def test_the_time_table_follows_each_of_its_weights(model: VoxtralTTS) -> None:
@@ -244,18 +305,38 @@ def test_int8_weights() -> None:
         wq = model.acoustic_transformer.layers[1].attention.wq
         assert isinstance(wq.forward, Int8Product)
         assert_right(model.acoustic_transformer.solve(h, alpha, x, 4), plain, exact, torch.bfloat16)
-        twin = copy.deepcopy(model)
-        assert twin.acoustic_transformer.layers[1].attention.wq.forward.layer is not wq
-        assert len(unpack(model)) == len(unpack(twin)) > 60
+        other_model = copy.deepcopy(model)
+        assert other_model.acoustic_transformer.layers[1].attention.wq.forward.layer is not wq
+        assert len(unpack(model)) == len(unpack(other_model)) > 60
         assert torch.equal(model.acoustic_transformer.solve(h, alpha, x, 4), plain)
-    assert bits_of(model) == bits_of(twin) == before
-    half = read_checkpoint(DEMO, torch.float16, "cpu", "int8").model
-    pack(half)  # rounding activations to bf16 would lose bits of fp16
-    assert "forward" not in vars(half.acoustic_transformer.layers[1].attention.wq)
+    assert bits_of(model) == bits_of(other_model) == before
+    for dtype, format_ in ((torch.float16, "int8"), (torch.bfloat16, "fp8")):  # fp16 would lose bits in bf16
+        other = read_checkpoint(DEMO, dtype, "cpu", format_).model
+        pack(other)
+        assert "forward" not in vars(other.acoustic_transformer.layers[1].attention.wq)
+
+
+def test_int8_layers_of_a_cast_model_round_nothing_to_bf16() -> None:
+    model = read_checkpoint(DEMO, torch.bfloat16, "cpu", "int8").model
+    h, alpha, x = inputs(model, 2)
+    with torch.inference_mode():
+        exact = copy.deepcopy(model).double().acoustic_transformer.solve(h.double(), alpha.double(), x.double(), 3)
+        pack(model)
+        model.double()
+        found = model.acoustic_transformer.solve(h.double(), alpha.double(), x.double(), 3)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_a_restored_int8_model_uses_no_keys_of_the_packed_one() -> None:
+    tts, fresh = (voxkern.load(device="cpu", quantize="int8", backend=one) for one in ("packed", "torch"))
+    arguments = {"seed": 1, "steps": 1, "max_frames": 4}
+    tts.generate("one", **arguments)
+    voxkern.restore(tts.model)
+    np.testing.assert_array_equal(tts.generate("one", **arguments).samples, fresh.generate("one", **arguments).samples)
 
 
 def test_the_same_seed_gives_the_same_sound(tiny_folder: Path) -> None:
-    """Alone, side by side, after a reset, in a copy, and beside another thread's requests."""
+    """Alone, and side by side after a reset and in a copy."""
     tts = voxkern.load(tiny_folder, "cpu", "bfloat16", backend="packed", max_batch=6)
     assert tts.backend == "packed"
     texts, arguments = ["one two", "three", "x" * 40, "yes", "five six"], {"steps": 2, "max_frames": 12}

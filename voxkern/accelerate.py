@@ -1,6 +1,6 @@
-"""Make a model's own computation faster, and undo it.
+"""Install a faster computation of a model, and remove it.
 
-On a GPU, fused modules run it through Triton kernels. On a CPU, linear layers get packed weights.
+On a GPU, fused modules run the model through Triton kernels. On a CPU, linear layers get packed weights.
 """
 
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .integrations.server_heads import accelerate_servers, restore_servers
-from .packed.model import pack, unpack
+from .packed.model import is_packed, pack, unpack
 from .reference.attention import Attention
 from .reference.backbone import Backbone
 from .reference.codec import AudioTokenizer
@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> list[str]:
     """Make a model's backbone, flow head and codec faster: through Triton kernels, or on a CPU with packed weights.
 
-    Kernels read the model's own weights. On a CPU outside of Triton's interpreter, voxkern's own model gets packed
-    weights in place of the plain ones, see :func:`voxkern.packed.model.pack`; `max_batch` then changes nothing.
+    Kernels read the model's own weights. On a CPU outside of Triton's interpreter, voxkern's own modules get packed
+    weights in place of the plain ones, see :func:`voxkern.packed.model.pack`. There, `max_batch` has no effect. After a
+    move between a CPU and a GPU, call this function again.
 
     Calls and their arguments stay the same, and results stay the same up to rounding. Weights may be loaded, moved,
     copied and saved as before. If a layer is replaced by one with weights in another format, call this function again.
@@ -51,12 +52,13 @@ def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> l
 
     Returns:
         Names of the replaced modules and methods, such as
-        ``["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]``.
+        ``["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]``. On a CPU, these are the packed layers
+        and the flow head's ``solve``.
 
     Raises:
         ValueError: no part of the model has kernels or can be packed, or the kernels cannot run a codec of these
-            sizes. `max_batch` is not in 1..64. `quantize` is unknown, or given for voxkern's own model. Weights that
-            one launch reads have different formats.
+            sizes. `max_batch` is not in 1..64, or on a CPU less than 1. `quantize` is unknown, or given for voxkern's
+            own model. Weights that one launch reads have different formats.
         TypeError: `max_batch` is not an integer.
         ModuleNotFoundError: Triton is not installed.
         RuntimeError: a server's head is on a device on which kernels cannot run.
@@ -69,23 +71,25 @@ def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> l
             raise ValueError(
                 f"quantize is {quantize!r}, but {own[0] or 'the model'} is voxkern's own: use load(..., quantize=...)"
             )
-    if own and not is_interpreted() and next(model.parameters()).device.type == "cpu":
+    if own and not is_interpreted() and next(modules[own[0]].parameters()).device.type == "cpu":
         to_int("max_batch", max_batch, 1, None)
         del modules  # it would keep the plain weights while they are packed
-        return _accelerate_on_cpu(model)
+        return _accelerate_on_cpu(model, own)
     if own:
         unpack(model)
     require_triton()
     return _accelerate_on_kernels(model, max_batch, quantize)
 
 
-def _accelerate_on_cpu(model: nn.Module) -> list[str]:
+def _accelerate_on_cpu(model: nn.Module, own: list[str]) -> list[str]:
+    """Pack the modules of `model` with the names `own`. A module inside of another one of them is packed with it."""
+    outermost = [
+        name for name in own if not any(name.startswith(f"{other}.".lstrip(".")) for other in own if other != name)
+    ]
     _remove_fused(model)
-    replaced = pack(model)
-    if not replaced:
-        raise ValueError(
-            f"{type(model).__name__} has no part that is faster on a CPU: weights of bf16 or fp16 would be"
-        )
+    replaced = [f"{name}.{part}".lstrip(".") for name in outermost for part in pack(model.get_submodule(name))]
+    if not replaced and not is_packed(model):
+        raise ValueError(f"{type(model).__name__} has no part that is faster on a CPU, such as weights in bf16")
     log.info("accelerated on the CPU: %d modules and methods", len(replaced))
     return replaced
 
@@ -129,6 +133,8 @@ def _accelerate_on_kernels(model: Any, max_batch: int, quantize: str | None) -> 
 
 def restore(model: Any) -> list[str]:
     """Remove what :func:`accelerate` installed, so that the model computes exactly as before.
+
+    On a CPU, the packed layers become new ``nn.Linear`` layers: an optimizer needs their new parameters.
 
     Returns:
         Names of the restored modules and methods; empty if the model was not accelerated.

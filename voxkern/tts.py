@@ -405,7 +405,12 @@ class TTS:
         A new engine is made after the model was accelerated, restored, cast or moved, or `max_batch` was changed.
         """
         weights = [next(part.parameters()) for part in self.model.children()]
-        key = (fused_backbone_of(self.model), self.max_batch, *((w.dtype, w.device) for w in weights))
+        key = (
+            fused_backbone_of(self.model),
+            is_packed(self.model),
+            self.max_batch,
+            *((w.dtype, w.device) for w in weights),
+        )
         if self._pid != os.getpid():  # after a fork, the lock may be held by a thread that runs only in the parent
             self._engine_lock, self._pid = threading.Lock(), os.getpid()
         with self._engine_lock:

@@ -45,10 +45,10 @@ def head_rows(command: str) -> Iterator[ResultRow]:
         found = timed(trial.only([name for name in trial.variants if name not in absent]))
         nbytes = weights_read(module_of(trial))
         for provider, t in found.items():
-            common = (command, provider, point.shape, "bf16", trial.steps)
-            yield row("flow_head", "time", "us", *common[:2], scaled(t, 1e6), *common[2:])
+            what = {"shape": point.shape, "dtype": "bf16", "steps": trial.steps}
+            yield row("flow_head", "time", "us", command, provider, scaled(t, 1e6), **what)
             rate = Timing(*(nbytes / seconds / 1e9 for seconds in (t.median, t.high, t.low)), t.rounds)
-            yield row("flow_head", "weights read", "GB/s", *common[:2], rate, *common[2:])
+            yield row("flow_head", "weights read", "GB/s", command, provider, rate, **what)
 
 
 def frame_rows(command: str) -> Iterator[ResultRow]:

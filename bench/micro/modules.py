@@ -103,7 +103,7 @@ def trial_of(
     calls["torch.compile"] = torch.compile(partial(run, module), dynamic=False)
     if point.on_gpu:
         calls["voxkern"] = LazyCall(ours)
-    else:
+    elif point.dtype != "fp32":  # fp32 weights are not packed
         calls["voxkern-packed"] = LazyCall(partial(use_packed_weights, run, module))
     return Trial(
         point.subject,

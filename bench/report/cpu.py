@@ -50,7 +50,7 @@ def on_a_cpu(figures: Figures) -> ReportTable:
         "2 threads, s",
         "GB of weights a second, 1 / 2 threads",
     )
-    return ReportTable("Packed weights on a CPU", note, "python -m bench cpu", head, lines)
+    return ReportTable("Packed weights on a CPU", note, "python -m bench cpu --threads 1", head, lines)
 
 
 def head_times(figures: Figures) -> Figure:

@@ -1,1 +1,1 @@
-"""What makes a model faster on a CPU: weights in packed forms, and a flow head that computes no row twice."""
+"""Packed weights, and the transformer flow head, for CPUs."""

@@ -7,7 +7,8 @@
 - Before the first layer, the x (flow state) token is the same in both branches, so it is computed once.
 - In the last layer, the t and h tokens need only keys and values. Everything else is computed for x alone.
 
-Activations are fp32, because the packed products take fp32 and return it.
+Activations are fp32, which most packed products take and return. A layer whose product has 16 bits rounds its own
+input and output.
 """
 
 from collections.abc import Hashable, Sequence
@@ -29,7 +30,7 @@ class PackedHead:
     """Replaces ``solve`` of a transformer flow head, with the same arguments and, up to rounding, the same result.
 
     Attributes:
-        module: the flow head; its linear layers may be packed. Every frame reads the weights that it has at that time.
+        module: the flow head; its 16-bit linear layers are packed. Each frame reads the module's current weights.
     """
 
     def __init__(self, module: FlowMatchingAudioTransformer) -> None:
@@ -37,7 +38,17 @@ class PackedHead:
         self._time_tables: dict[tuple[str, int], tuple[Hashable, Tensor, QKV]] = {}
 
     def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
-        """Integrate the flow from noise to the acoustic latents, fp32 [B, K]; see :meth:`FlowHead.solve`."""
+        """Integrate the flow from noise to the acoustic latents, fp32 [B, K]; see :meth:`FlowHead.solve`.
+
+        Raises:
+            ValueError: `solver` is unknown or `steps` is not in 1..64.
+            RuntimeError: a gradient is needed.
+        """
+        if torch.is_grad_enabled() and (h.requires_grad or self.module.norm.weight.requires_grad):
+            raise RuntimeError(
+                "an accelerated flow head computes no gradients: call it under torch.inference_mode(), or "
+                "voxkern.restore() the model to train it"
+            )
         times = time_grid(solver, steps)
         t_tokens, t_qkv = self._time_table(solver, times)
         h_tokens = self.module.project_hidden(upcast(h))  # [B, dim]
@@ -53,15 +64,16 @@ class PackedHead:
     def _velocity(self, x: Tensor, t_token: Tensor, h_tokens: Tensor, t_qkv: QKV, h_qkv: QKV) -> Tensor:
         """Evaluate the velocity network in both branches, x [B, K] -> [2B, K].
 
-        `t_token` is [dim] and `h_tokens` is [2B, dim]; `t_qkv` and `h_qkv` are theirs in the first layer.
+        `t_token` is [dim] and `h_tokens` is [2B, dim]. `t_qkv` and `h_qkv` are the queries, keys and values of these
+        tokens in the first layer.
         """
         first, *others = self._layers
         x = self.module.input_projection(x)
         tokens = _stacked(x, t_token, h_tokens)
         q, k, v = (_stacked(*parts) for parts in zip(_qkv(first, x), t_qkv, h_qkv, strict=True))
         tokens = _finish(first, tokens, q, k, v) if others else _finish(first, tokens[:, :1], q[:, :1], k, v)
-        for i, layer in enumerate(others, 2):
-            n_queries = 1 if i == len(self._layers) else 3
+        for layer in others:
+            n_queries = 1 if layer is others[-1] else 3
             q, k, v = _qkv(layer, tokens, n_queries)
             tokens = _finish(layer, tokens[:, :n_queries], q, k, v)
         return self.module.acoustic_codebook_output(self.module.norm(tokens[:, 0]))  # type: ignore[no-any-return]
@@ -75,9 +87,10 @@ class PackedHead:
         version = weights_version(self.module.time_projection, first.attention_norm, first.attention)
         known = self._time_tables.get((solver, len(times)))
         if known is None or known[0] != version:
-            t = torch.tensor(times[:-1], dtype=torch.float64, device=self.module.time_projection.weight.device)
-            tokens = upcast(self.module.project_time(t))
-            known = self._time_tables[solver, len(times)] = version, tokens, _qkv(first, tokens)
+            with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be used outside it
+                t = torch.tensor(times[:-1], dtype=torch.float64, device=self.module.time_projection.weight.device)
+                tokens = upcast(self.module.project_time(t))
+                known = self._time_tables[solver, len(times)] = version, tokens, _qkv(first, tokens)
         return known[1:]
 
     @property

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..reference.quantized import QuantizedLinear
-from .weights import PackedWeight, pack_weight
+from .weights import pack_weight
 
-INT8_COLUMNS = 16  # the int8 product reads the columns in groups of 16, and reads beyond the end of an odd group
+# the int8 product reads the columns in groups of 16, and would read beyond the end of an incomplete group
+INT8_COLUMNS = 16
 
 
 class PackedLinear(nn.Module):
@@ -20,18 +21,18 @@ class PackedLinear(nn.Module):
     tensor would have no effect.
 
     Attributes:
-        packed: the packed weight.
+        packed: the weight.
         bias: [N], or None.
-        n_packed: number of weights that this layer has packed so far. It grows when the weight changes.
-        requires_grad: whether the plain weight was trained; :meth:`to_linear` gives this back.
+        version: a new object for each weight that this layer has had.
+        trained: whether the plain weight required a gradient when the layer was made.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.packed: PackedWeight = pack_weight(linear.weight.detach())
-        self.n_packed = 1
-        self.requires_grad = linear.weight.requires_grad
+        self._pack(linear.weight.detach())
+        self.trained = linear.weight.requires_grad
         self.register_parameter("bias", linear.bias)
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute ``x @ weight.T + bias``, [..., K] -> [..., N] in the dtype of `x`.
@@ -39,7 +40,7 @@ class PackedLinear(nn.Module):
         Raises:
             RuntimeError: a gradient is needed.
         """
-        if torch.is_grad_enabled() and (x.requires_grad or self.requires_grad):
+        if torch.is_grad_enabled() and (x.requires_grad or self.trained):
             raise RuntimeError(
                 "an accelerated linear layer computes no gradients: call it under torch.inference_mode(), or "
                 "voxkern.restore() the model to train it"
@@ -48,10 +49,11 @@ class PackedLinear(nn.Module):
         return y if bias is None else y + bias.to(y.dtype)
 
     def to_linear(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the plain weight."""
+        """Return a new ``nn.Linear`` with the plain weight."""
         N, K = self.packed.shape
         linear = nn.Linear(K, N, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.packed.plain(), self.requires_grad)
+        with torch.inference_mode(False):  # a weight made in inference mode could not be trained
+            linear.weight = nn.Parameter(self.packed.plain(), self.trained)
         linear.register_parameter("bias", self._parameters["bias"])
         return linear.train(self.training)
 
@@ -61,11 +63,11 @@ class PackedLinear(nn.Module):
         return f"{K}, {N}, {type(self.packed).__name__} of {self.packed.dtype}"
 
     def __getattr__(self, name: str) -> Any:
-        """Say why there is no ``weight``."""
+        """Raise an error that explains the missing ``weight``."""
         if name == "weight":
             raise AttributeError(
-                "the weight of an accelerated linear layer is packed: use state_dict() and load_state_dict(), or "
-                "voxkern.restore() the model"
+                "the weight of an accelerated linear layer is packed: read it with state_dict(), write it with "
+                "load_state_dict(), or voxkern.restore() the model"
             )
         return super().__getattr__(name)
 
@@ -93,7 +95,8 @@ class PackedLinear(nn.Module):
             error_msgs.append(f"{key} is {list(weight.shape)} but must be {list(self.packed.shape)}")
         else:
             assign = local_metadata.get("assign_to_params_buffers", False)
-            self._pack(weight.detach() if assign else weight.detach().to("cpu", self.packed.dtype, copy=True))
+            weight = weight.detach()
+            self._pack(weight if assign else weight.to(self.packed.device, self.packed.dtype, copy=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         weight = self.packed.plain()
@@ -104,18 +107,29 @@ class PackedLinear(nn.Module):
 
     def _pack(self, weight: Tensor) -> None:
         self.packed = pack_weight(weight)
-        self.n_packed += 1
+        self.version = object()
 
 
 class Int8Product:
-    """The ``forward`` of a linear layer with int8 weights, by PyTorch's product of bf16 and int8 numbers."""
+    """The ``forward`` of a linear layer with int8 weights: PyTorch's product of bf16 and int8 numbers.
 
-    def __init__(self, layer: QuantizedLinear) -> None:
-        self.layer = layer
+    Attributes:
+        layer: the layer.
+        like: a parameter of the layer's model. The product is used while the model is bf16 and on a CPU.
+    """
+
+    def __init__(self, layer: QuantizedLinear, like: nn.Parameter) -> None:
+        self.layer, self.like = layer, like
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Compute ``(x @ q.T) * scale``, [..., K] -> [..., N] in the dtype of `x`; `x` is rounded to bf16."""
-        layer, rows = self.layer, x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
+        """Compute ``(x @ q.T) * scale``, [..., K] -> [..., N] in the dtype of `x`.
+
+        `x` and the sums are rounded to bf16, as in the reference of a bf16 model.
+        """
+        layer = self.layer
+        if self.like.dtype != torch.bfloat16 or layer.weight.device.type != "cpu":
+            return QuantizedLinear.forward(layer, x)
+        rows = x.reshape(-1, layer.in_features).bfloat16().contiguous()
         ones = rows.new_ones(layer.out_features)
         y: Tensor = torch._weight_int8pack_mm(rows, layer.weight, ones) * layer.qscale_weight
         return y.to(x.dtype).view(*x.shape[:-1], layer.out_features)
@@ -130,5 +144,5 @@ def weights_version(*modules: nn.Module) -> Hashable:
     packed = [one for module in modules for one in module.modules() if isinstance(one, PackedLinear)]
     return (
         *((id(w), w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype) for w in tensors),
-        *((id(one), one.n_packed) for one in packed),
+        *(one.version for one in packed),  # not their ids, which a later object may have
     )

@@ -1,4 +1,4 @@
-"""Make a whole model faster on a CPU, and undo it."""
+"""Pack a whole model for a CPU, and undo it."""
 
 import ctypes
 import sys
@@ -13,10 +13,10 @@ from .flow_head import PackedHead
 from .linear import INT8_COLUMNS, Int8Product, PackedLinear
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-# The flow head keeps a table of the time projection's results, so its weight is read once, not in every frame.
+# The flow head keeps a table of the time projection's results, and reads the dtype of its weight to make this table.
 NOT_PACKED = "time_projection"
-# A weight is packed by one thread, with 6 bytes of extra memory for each of its numbers. More threads would be faster,
-# but the public model would then need more than 1.05 x its memory.
+# FBGEMM packs a weight with one thread, and takes 10 bytes of extra memory for each number. More threads at once would
+# need more memory.
 PACKING_THREADS = 2
 
 
@@ -27,22 +27,12 @@ def pack(model: nn.Module) -> list[str]:
     the flow heads' tables.
 
     Args:
-        model: a model on a CPU, or a part of one. Layers in fp32 stay as they are.
+        model: a model on a CPU, or a part of one. Layers in fp32, or on another device, stay as they are.
 
     Returns:
         Names of the replaced modules and methods, such as ``["layers.0.attention.wq", "acoustic_transformer.solve"]``.
     """
-    modules = dict(model.named_modules())
-    linears = [name for name, one in modules.items() if _can_be_packed(name, one)]
-    replaced = []
-    for name, one in modules.items():
-        if isinstance(one, QuantizedLinear) and _has_int8_product(one, model):
-            one.forward = Int8Product(one)  # type: ignore[method-assign]
-            replaced.append(name)
-        if isinstance(one, FlowMatchingAudioTransformer):
-            one.solve = PackedHead(one).solve  # type: ignore[method-assign]
-            replaced.append(f"{name}.solve".lstrip("."))
-    del modules  # it would keep all plain weights until the end
+    linears = [name for name, one in model.named_modules() if _can_be_packed(name, one)]
 
     def replace(name: str) -> None:
         linear = model.get_submodule(name)
@@ -52,11 +42,19 @@ def pack(model: nn.Module) -> list[str]:
     with ThreadPoolExecutor(PACKING_THREADS) as threads:
         list(threads.map(replace, linears))
     _return_freed_memory()
-    return linears + replaced
+    replaced, like = list(linears), next(model.parameters(), None)
+    for name, one in model.named_modules():
+        if isinstance(one, QuantizedLinear) and like is not None and _has_int8_product(one, like.dtype):
+            one.forward = Int8Product(one, like)  # type: ignore[method-assign]
+            replaced.append(name)
+        if isinstance(one, FlowMatchingAudioTransformer):
+            one.solve = PackedHead(one).solve  # type: ignore[method-assign]
+            replaced.append(f"{name}.solve".lstrip("."))
+    return replaced
 
 
 def unpack(model: nn.Module) -> list[str]:
-    """Undo :func:`pack`: the layers have their plain weights again, with the same bits.
+    """Undo :func:`pack`: new ``nn.Linear`` layers have the plain weights, with the same bits.
 
     Returns:
         Names of the restored modules and methods.
@@ -66,10 +64,10 @@ def unpack(model: nn.Module) -> list[str]:
         if isinstance(one, PackedLinear):
             model.set_submodule(name, one.to_linear())
             restored.append(name)
-        elif isinstance(one, QuantizedLinear) and "forward" in vars(one):
+        elif isinstance(one, QuantizedLinear) and _is_changed(one):
             del one.forward
             restored.append(name)
-        elif isinstance(one, FlowMatchingAudioTransformer) and packed_head_of(one) is not None:
+        elif isinstance(one, FlowMatchingAudioTransformer) and _is_changed(one):
             del one.solve
             restored.append(f"{name}.solve".lstrip("."))
     return restored
@@ -77,12 +75,14 @@ def unpack(model: nn.Module) -> list[str]:
 
 def is_packed(model: nn.Module) -> bool:
     """Return whether a part of the model is replaced by :func:`pack`."""
-    return any(
-        isinstance(one, PackedLinear)
-        or (isinstance(one, QuantizedLinear) and "forward" in vars(one))
-        or (isinstance(one, FlowMatchingAudioTransformer) and packed_head_of(one) is not None)
-        for one in model.modules()
-    )
+    return any(map(_is_changed, model.modules()))
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Return whether :func:`pack` has replaced this module, or one of its methods."""
+    if isinstance(module, FlowMatchingAudioTransformer):
+        return packed_head_of(module) is not None
+    return isinstance(module, PackedLinear) or isinstance(vars(module).get("forward"), Int8Product)
 
 
 def packed_head_of(head: FlowMatchingAudioTransformer) -> PackedHead | None:
@@ -100,12 +100,12 @@ def _return_freed_memory() -> None:
 
 
 def _can_be_packed(name: str, module: nn.Module) -> bool:
-    is_plain = type(module) is nn.Linear and module.weight.dtype in SIXTEEN_BITS
-    return is_plain and name.rpartition(".")[2] != NOT_PACKED
+    if type(module) is not nn.Linear or name.rpartition(".")[2] == NOT_PACKED:
+        return False
+    return module.weight.dtype in SIXTEEN_BITS and module.weight.device.type == "cpu"
 
 
-def _has_int8_product(layer: QuantizedLinear, model: nn.Module) -> bool:
-    """Return whether an int8 layer can use :class:`Int8Product` in a model, which must be bf16."""
-    dtype = next(model.parameters()).dtype
+def _has_int8_product(layer: QuantizedLinear, dtype: torch.dtype) -> bool:
+    """Return whether a layer of a model in `dtype` can use :class:`Int8Product`."""
     is_int8 = layer.format.dtype == torch.int8 and layer.in_features % INT8_COLUMNS == 0
     return is_int8 and dtype == torch.bfloat16
