@@ -7,8 +7,8 @@
 - Before the first layer, the x (flow state) token is the same in both branches, so it is computed once.
 - In the last layer, the t and h tokens need only keys and values. Everything else is computed for x alone.
 
-Activations are fp32, which most packed products take and return. A layer whose product has 16 bits rounds its own
-input and output.
+Activations are fp32, which most packed products take and return. A layer with a 16-bit product rounds its input and its
+output itself.
 """
 
 from collections.abc import Hashable, Sequence

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are in packed forms, and linear layers with int8 weights on a CPU."""
+"""Linear layers with packed weights, and the product of linear layers with int8 weights on a CPU."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, Self

@@ -134,7 +134,8 @@ class FP16Weight(LinearWeight):
 
     def linear(self, x: Tensor) -> Tensor:
         """Multiply in fp32."""
-        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
+        # ".default" skips the choice of an overload, which takes longer than the product of one row with a small weight
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x.float(), self._packed)
         return y.mul_(1 / self._scale).to(x.dtype)
 
     def plain(self) -> Tensor:
