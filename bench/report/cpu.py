@@ -64,7 +64,8 @@ def head_times(figures: Figures) -> Figure:
             ]
             at = [j + 0.2 * i - 0.3 for j, row in enumerate(rows) if row]
             axis.bar(at, [1e-6 * row.value for row in rows if row], 0.2, color=COLOURS[provider], label=name)
-        axis.set_xticks(np.arange(len(BATCHES)), [f"{shape.rpartition('-b')[2]} requests" for shape in BATCHES])
+        axis.set_xticks(np.arange(len(BATCHES)), [shape.rpartition("-b")[2] for shape in BATCHES])
+        axis.set_xlabel("requests")
         axis.set_yscale("log")
         axis.set_title(n, fontsize=10)
         axis.grid(axis="y", alpha=0.3)
