@@ -403,3 +403,18 @@ print(plain, resident())
     plain, packed = map(int, run_python(code, str(ROOT)).split())
     assert plain > 9e8
     assert packed <= 1.05 * plain
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_loaded_model(tmp_path: Path) -> None:
+    """The process of a packed model has at most 1.05 x the memory of a plain one, with pages of the file counted."""
+    voxkern.random_checkpoint.make_checkpoint(tmp_path / "model", full=True, overrides={"n_layers": 2})
+    code = """
+import resource, sys, voxkern
+tts = voxkern.load(sys.argv[1], "cpu", backend=sys.argv[2], cache_tokens=640)
+tts.generate("one", seed=1, max_frames=2)
+print(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize())
+"""
+    plain, packed = (int(run_python(code, str(tmp_path / "model"), backend)) for backend in ("torch", "packed"))
+    assert plain > 2.4e9
+    assert packed <= 1.05 * plain

@@ -18,6 +18,7 @@ NOT_PACKED = "time_projection"
 # FBGEMM packs a weight with one thread, and takes 10 bytes of extra memory for each number. More threads at once would
 # need more memory.
 PACKING_THREADS = 2
+COPIED = 1 << 26  # the most numbers of a weight that is copied out of a file: 134 MB in bf16
 
 
 def pack(model: nn.Module) -> list[str]:
@@ -41,7 +42,8 @@ def pack(model: nn.Module) -> list[str]:
 
     with ThreadPoolExecutor(PACKING_THREADS) as threads:
         list(threads.map(replace, linears))
-    _return_freed_memory()
+    if linears:
+        _free_plain_weights(model)
     replaced, like = list(linears), next(model.parameters(), None)
     for name, one in model.named_modules():
         if isinstance(one, QuantizedLinear) and like is not None and _has_int8_product(one, like.dtype):
@@ -91,8 +93,15 @@ def packed_head_of(head: FlowMatchingAudioTransformer) -> PackedHead | None:
     return owner if isinstance(owner, PackedHead) else None
 
 
-def _return_freed_memory() -> None:
-    """Make the C library return the plain weights' memory to the system; glibc keeps blocks below 32 MB otherwise."""
+def _free_plain_weights(model: nn.Module) -> None:
+    """Return the memory of weights that were replaced to the system.
+
+    A checkpoint's file stays mapped, with the pages of replaced weights, while another weight lies in the mapping. So
+    other weights are copied. glibc keeps freed blocks below 32 MB until it is asked to return them.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.numel() <= COPIED:
+            parameter.data = parameter.data.clone()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
