@@ -92,9 +92,9 @@ def check_serve_asyncio(lines: list[str], folder: Path) -> None:
 
 def check_accelerate_module(lines: list[str], folder: Path) -> None:
     assert lines == [
-        "accelerated: FlowMatchingAudioTransformer",
+        "accelerated: solve",  # packed, as on every CPU; tests/test_fused_heads.py covers the kernels
         "codes that differ after accelerate: 0 of 74",
-        "restored: FlowMatchingAudioTransformer",
+        "restored: solve",
         "codes that differ after restore: 0 of 74",
     ]
 
@@ -124,7 +124,7 @@ CASES: dict[str, tuple[list[str], bool, Callable[[list[str], Path], None]]] = {
     "stream_to_file.py": (["sound.wav"], False, check_stream_to_file),
     "batch_with_seeds.py": ([], False, check_batch_with_seeds),
     "serve_asyncio.py": ([], False, check_serve_asyncio),
-    "accelerate_module.py": ([], True, check_accelerate_module),
+    "accelerate_module.py": ([], False, check_accelerate_module),
     "call_a_kernel.py": ([], True, check_call_a_kernel),
     "own_microbenchmark.py": ([], True, check_own_microbenchmark),
 }
@@ -137,17 +137,6 @@ def test_an_example_prints_and_writes_the_right_values(name: str, tmp_path: Path
     assert done.returncode == 0, done.stderr
     check(done.stdout.splitlines(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == arguments
-
-
-def test_a_module_is_accelerated_on_a_cpu_too(tmp_path: Path) -> None:
-    done = run_example("accelerate_module.py", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "accelerated: solve",
-        "codes that differ after accelerate: 0 of 74",
-        "restored: solve",
-        "codes that differ after restore: 0 of 74",
-    ]
 
 
 def test_an_example_names_the_missing_gpu_and_the_way_out(tmp_path: Path) -> None:

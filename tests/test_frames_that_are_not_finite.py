@@ -293,7 +293,7 @@ def test_a_request_beside_the_failing_one_keeps_its_bits(
     assert_nothing_runs(tts)
 
 
-@EACH_BACKEND
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_later_frame_is_counted_from_1(
     tiny_folder: Path, device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ def bits_of(model: nn.Module) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("B", "steps", "solver"), [(1, 7, "euler"), (3, 1, "euler"), (5, 16, "euler"), (1, 4, "ab2"), (4, 5, "ab2")]
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float32])
 def test_frames_are_those_of_the_reference(
     tiny_folder: Path, source: str, B: int, steps: int, solver: str, dtype: torch.dtype
 ) -> None:
