@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 def upcast(x: Tensor) -> Tensor:
     """Return `x` in the upcast dtype, in which sums are computed: fp64 if `x` is fp64, otherwise fp32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,7 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [D].
         eps: constant that is added to the mean square.
     """
-    return F.rms_norm(upcast(x), x.shape[-1:], upcast(weight), eps).to(x.dtype)
+    b_x = upcast(x)
+    return (b_x * torch.rsqrt(b_x.square().mean(-1, keepdim=True) + eps) * upcast(weight)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -114,7 +114,7 @@ def test_a_chunk_is_launches_and_nothing_else(codec: AudioTokenizer) -> None:
     plain = CodecStream(codec)
     with OperatorRecorder() as operators:
         plain.decode(codes[..., :1])
-    assert operators.n_kernels > 9 * len(launches)
+    assert operators.n_kernels > 10 * len(launches)
 
 
 @pytest.mark.interpreter("launches are recorded")

@@ -407,7 +407,7 @@ class TTS:
         weights = [next(part.parameters()) for part in self.model.children()]
         key = (
             fused_backbone_of(self.model),
-            is_packed(self.model),
+            self.backend,
             self.max_batch,
             *((w.dtype, w.device) for w in weights),
         )
