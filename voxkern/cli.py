@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from .reference.config import BackboneConfig
 from .reference.quantized import format_of
 from .serve.command import serve
 from .tts import DEMO, load
-from .validation import has_triton, resolve_backend, to_int
+from .validation import has_triton, is_interpreted, resolve_backend, to_int
 from .voice import default_first
 from .weight_files import tensor_table, usual_dtype
 
@@ -241,7 +240,7 @@ def warmup(
     from .warmup import warm_up
 
     with plain_errors():
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if is_interpreted():
             raise ValueError("kernels are not compiled in Triton's interpreter: unset TRITON_INTERPRET")
         dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         if dtype not in dtypes:

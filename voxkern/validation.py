@@ -150,6 +150,23 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def refuse_gradients(name: str, *tensors: Tensor) -> None:
+    """Raise an error if gradients are enabled and a tensor requires one.
+
+    Args:
+        name: the accelerated part, for the message.
+        tensors: arguments and weights of the part.
+
+    Raises:
+        RuntimeError: a gradient is needed.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"an accelerated {name} computes no gradients: call it under torch.inference_mode(), or voxkern.restore() "
+            "the model to train it"
+        )
+
+
 def can_overlap(device: torch.device) -> bool:
     """Return whether launches can overlap on a device: on an NVIDIA GPU of compute capability 9.0 or newer."""
     return (

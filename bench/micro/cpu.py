@@ -23,6 +23,7 @@ from bench.micro.modules import STEPS, BenchPoint, frame_trial, head_trial, publ
 from bench.micro.providers import Trial, missing
 from bench.micro.run import line_of, time_trial
 from bench.micro.timing import CPUClock, Timing, measure
+from bench.ops.registry import to_dtype
 from bench.results import FILE, ResultRow, provenance, store, with_provenance
 from voxkern.random_checkpoint import public_params
 from voxkern.reference import VoxtralTTS
@@ -61,9 +62,8 @@ def frame_rows(command: str) -> Iterator[ResultRow]:
     )  # with its own codec stream
 
     def exact() -> list[torch.Tensor]:
-        args = {key: arg.double() if arg.is_floating_point() else arg.clone() for key, arg in trial.args.items()}
         with in_fp64(model):
-            return list(in_parts.reference(**args))
+            return list(in_parts.reference(**to_dtype(trial.args, torch.float64)))
 
     found = timed(replace(trial, exact=exact).only(("torch", "voxkern-packed")))
     for provider, t in found.items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import voxkern
 from bench.micro.providers import Check, LazyCall, Trial, by_codes, by_distance, by_frame, missing, results_of
-from bench.ops.registry import FLOATS, ROOT
+from bench.ops.registry import FLOATS, ROOT, to_dtype
 from voxkern.checkpoint import read_checkpoint, read_params
 from voxkern.kernels.launch_config import overlapped
 from voxkern.packed.model import pack
@@ -96,8 +96,7 @@ def trial_of(
     """
 
     def exact() -> list[Tensor]:
-        fp64_args = {key: arg.double() if arg.is_floating_point() else arg.clone() for key, arg in args.items()}
-        return results_of(partial(run, copy.deepcopy(module).double()), fp64_args)
+        return results_of(partial(run, copy.deepcopy(module).double()), to_dtype(args, torch.float64))
 
     calls: dict[str, Callable[..., Any]] = {"torch": partial(run, module), **(peers or {})}
     calls["torch.compile"] = torch.compile(partial(run, module), dynamic=False)

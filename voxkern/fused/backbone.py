@@ -28,6 +28,7 @@ from ..reference.attention import PagedCache, TransformerBlock, rope_table
 from ..reference.backbone import Backbone
 from ..reference.moe import MoEBlock
 from ..reference.quantized import scale_of, scales_of_qkv
+from ..validation import refuse_gradients
 from .moe import FusedMoE
 
 MAX_BATCH = 64
@@ -343,11 +344,7 @@ class FusedBackbone:
 
     def _check(self, u: Tensor, kv: Tensor, block_table: Tensor, lengths: Tensor) -> None:
         weight, config = self.module.norm.weight, self.module.backbone_config
-        if torch.is_grad_enabled() and (u.requires_grad or weight.requires_grad):
-            raise RuntimeError(
-                "an accelerated backbone computes no gradients: call it under "
-                "torch.inference_mode(), or voxkern.restore() the model to train it"
-            )
+        refuse_gradients("backbone", u, weight)
         if u.ndim != 2 or u.shape[1] != config.dim or not u.is_contiguous():
             raise ValueError(f"u must be contiguous [rows, {config.dim}], got {list(u.shape)}, strides {u.stride()}")
         if u.dtype != weight.dtype or u.device != weight.device or kv.dtype != weight.dtype:

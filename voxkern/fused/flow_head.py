@@ -17,6 +17,7 @@ from ..reference.flow_head import FlowHead
 from ..reference.noise import quantile_table
 from ..reference.quantized import scale_of
 from ..reference.solver import step_ratios, time_grid
+from ..validation import refuse_gradients
 
 MAX_BATCH = 64  # the operators' limit; the transformer head then has 6 * 64 rows, and linear layers take up to 512
 
@@ -323,12 +324,7 @@ class FusedHead:
                 expect(name, tensor, (B,), like=h, dtype=torch.int64)
 
     def _check_gradients(self, *arguments: Tensor) -> None:
-        tensors = (*arguments, self._hidden_projection.weight)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise RuntimeError(
-                "an accelerated flow head computes no gradients: call it under "
-                "torch.inference_mode(), or voxkern.restore() the model to train it"
-            )
+        refuse_gradients("flow head", *arguments, self._hidden_projection.weight)
 
 
 def _key(weights: list[Tensor]) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from ..reference.flow_head import guide
 from ..reference.layers import RMSNorm, upcast
 from ..reference.solver import integrate, time_grid
 from ..reference.transformer_head import FlowMatchingAudioTransformer
+from ..validation import refuse_gradients
 from .linear import weights_version
 
 QKV = Sequence[Tensor]  # queries [..., H * D], keys and values [..., Hkv * D]
@@ -45,11 +46,7 @@ class PackedHead:
             ValueError: `solver` is unknown or `steps` is not in 1..64.
             RuntimeError: a gradient is needed.
         """
-        if torch.is_grad_enabled() and (h.requires_grad or self.module.norm.weight.requires_grad):
-            raise RuntimeError(
-                "an accelerated flow head computes no gradients: call it under torch.inference_mode(), or "
-                "voxkern.restore() the model to train it"
-            )
+        refuse_gradients("flow head", h, self.module.norm.weight)
         times = time_grid(solver, steps)
         t_tokens, t_qkv = self._time_table(solver, times)
         h_tokens = self.module.project_hidden(upcast(h))  # [B, dim]
