@@ -1,4 +1,4 @@
-"""Tests of ``python -m bench cpu``: its truth in fp64, its bytes, and the table and the picture of its rows."""
+"""Tests of ``python -m bench cpu``: the fp64 results, the bytes of weights, the table and the plot."""
 
 import copy
 from pathlib import Path

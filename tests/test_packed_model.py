@@ -1,4 +1,4 @@
-"""Tests of whole models with packed weights: their codes are the reference's, and all of it can be undone."""
+"""Tests of models with packed weights: accuracy of latents and codes, saving, loading, and undoing."""
 
 import copy
 import os
@@ -51,7 +51,7 @@ def inputs(model: VoxtralTTS, B: int, seed: int = 0) -> tuple[Tensor, Tensor, Te
 
 
 def assert_right(latents: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """Check fp32 latents of a model in `dtype`, to which its hidden states and t tokens are rounded."""
+    """Check fp32 latents with the ceiling of `dtype`, because hidden states and t tokens are rounded to it."""
     verdict = replace(judge(latents, plain, exact), ceiling=CEILINGS[dtype])
     assert verdict.right, verdict
 
@@ -327,7 +327,7 @@ def test_a_restored_int8_model_uses_no_keys_of_the_packed_one() -> None:
 
 
 def test_the_same_seed_gives_the_same_sound(tiny_folder: Path) -> None:
-    """Alone, and side by side after a reset and in a copy."""
+    """A request gives the same sound alone, in a batch after a reset, and in a copy."""
     tts = voxkern.load(tiny_folder, "cpu", "bfloat16", backend="packed", max_batch=6)
     assert tts.backend == "packed"
     texts, arguments = ["one two", "three", "x" * 40, "yes", "five six"], {"steps": 2, "max_frames": 12}
@@ -376,7 +376,7 @@ for backend in ("auto", "packed", "torch"):
 
 @pytest.mark.slow
 def test_packed_weights_take_the_place_of_plain_ones() -> None:
-    """A public flow head's 790 MB of weights: the process needs no more memory after they are packed."""
+    """After a public flow head of 790 MB is packed, the process has at most 1.05 x its memory before."""
     code = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])

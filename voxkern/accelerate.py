@@ -29,13 +29,13 @@ def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> l
     """Make a model's backbone, flow head and codec faster: through Triton kernels, or on a CPU with packed weights.
 
     Kernels read the model's own weights. On a CPU outside of Triton's interpreter, voxkern's own modules get packed
-    weights in place of the plain ones, see :func:`voxkern.packed.model.pack`. There, `max_batch` has no effect. After a
-    move between a CPU and a GPU, call this function again.
+    weights in place of the plain ones, see :func:`voxkern.packed.model.pack`. On a CPU, `max_batch` has no effect.
+    After a move between a CPU and a GPU, call this function again.
 
     Calls and their arguments stay the same, and results stay the same up to rounding. Weights may be loaded, moved,
-    copied and saved as before. If a layer is replaced by one with weights in another format, call this function again.
-    An accelerated model has no gradients: :func:`restore` it before training. A second call
-    prepares an accelerated model again, for example for another `max_batch`.
+    copied and saved as before, but packed layers have no attribute ``weight``. If a layer is replaced by one with
+    weights in another format, call this function again. Accelerated parts compute no gradients: :func:`restore` a model
+    before training. A second call prepares an accelerated model again, for example for another `max_batch`.
 
     Args:
         model: a :class:`voxkern.reference.VoxtralTTS`, or any module that contains its backbone, flow head or codec.
@@ -73,7 +73,7 @@ def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> l
             )
     if own and not is_interpreted() and next(modules[own[0]].parameters()).device.type == "cpu":
         to_int("max_batch", max_batch, 1, None)
-        del modules  # it would keep the plain weights while they are packed
+        del modules  # this dict would keep the plain weights in memory during packing
         return _accelerate_on_cpu(model, own)
     if own:
         unpack(model)
@@ -82,14 +82,16 @@ def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> l
 
 
 def _accelerate_on_cpu(model: nn.Module, own: list[str]) -> list[str]:
-    """Pack the modules of `model` with the names `own`. A module inside of another one of them is packed with it."""
+    """Pack the modules named in `own`. A module that is nested in another of them is packed with the outer one."""
     outermost = [
         name for name in own if not any(name.startswith(f"{other}.".lstrip(".")) for other in own if other != name)
     ]
     _remove_fused(model)
     replaced = [f"{name}.{part}".lstrip(".") for name in outermost for part in pack(model.get_submodule(name))]
     if not replaced and not is_packed(model):
-        raise ValueError(f"{type(model).__name__} has no part that is faster on a CPU, such as weights in bf16")
+        raise ValueError(
+            f"{type(model).__name__} has no part that is faster on a CPU: cast it to bf16 or fp16, or use it as it is"
+        )
     log.info("accelerated on the CPU: %d modules and methods", len(replaced))
     return replaced
 

@@ -59,9 +59,10 @@ def load(
             and the CPU otherwise.
         dtype: dtype of the weights: "bfloat16", "float16", "float32" or the torch dtype. None takes the dtype of most
             values in the checkpoint, or float32 if that dtype is float64.
-        backend: "triton" runs the kernels, "packed" the reference modules with packed weights on a CPU, and "torch" the
-            reference modules as they are. If Triton is installed, "auto" takes the kernels on a GPU and in Triton's
-            interpreter (TRITON_INTERPRET=1). In all other cases, "auto" takes "packed" on a CPU and "torch" on a GPU.
+        backend: "triton" runs the kernels. "packed" runs the reference modules with packed weights, on a CPU only.
+            "torch" runs the reference modules as they are. If Triton is installed, "auto" takes the kernels on a GPU
+            and in Triton's interpreter (TRITON_INTERPRET=1). In all other cases, "auto" takes "packed" on a CPU and
+            "torch" on a GPU.
         max_batch: the most requests that run side by side, at most 64 on kernels. Other requests wait in a queue. A
             different `max_batch` may change the last bits of a sound, because products are summed in another order.
         cache_tokens: tokens of keys and values that all running requests together may reserve, at least 64. A request

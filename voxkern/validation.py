@@ -141,7 +141,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend == "triton":
         require_triton()
     if backend == "packed" and device.type != "cpu":
-        raise ValueError(f"backend is 'packed', which runs on a CPU, but device is {str(device)!r}: use 'triton'")
+        raise ValueError(f"backend is 'packed', which runs on a CPU, but device is {str(device)!r}: use backend='auto'")
     return backend
 
 

@@ -2,7 +2,8 @@
 
 Three parts: the flow head of the public sizes, a whole frame of the public model, and the demo voice. All
 implementations of a part run in turn, round by round. ``--threads 1`` times one thread. The flow head's weights are
-also given as bytes a second, with a large copy on the same machine beside them.
+also given as bytes read per second. The bandwidth of a large copy on the same machine is measured
+for comparison.
 
 The whole frame needs 18 GB of memory. vLLM-Omni's module is timed where it is installed, see docs/serving.md.
 """
@@ -29,7 +30,7 @@ from voxkern.random_checkpoint import public_params
 from voxkern.reference import VoxtralTTS
 
 BATCHES = (1, 4, 16)
-COMPILED = (1, 4)  # torch.compile is timed at these batches; its products are plain PyTorch's
+COMPILED = (1, 4)  # torch.compile is timed at these batches only, to save time
 COPY = 256 << 20  # bytes of the large copy, more than any cache holds
 TEXT, SEED = "seven three one good morning", 1
 PARTS = ("head", "frame", "voice")

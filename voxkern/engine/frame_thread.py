@@ -43,7 +43,7 @@ class FrameThread:
     def add(self, stream: ChunkStream, deliver: Deliver, run_until: RunUntil) -> None:
         """Run a stream to its end, and call `deliver` in the thread with each chunk.
 
-        A RuntimeError of `deliver` closes the stream. A closed event loop raises one.
+        If `deliver` raises a RuntimeError, for example because the event loop is closed, the stream is closed.
 
         Args:
             stream: the stream.

@@ -1,4 +1,4 @@
-"""The transformer flow head on a CPU: the reference's computation, without work that gives the same numbers again.
+"""Compute the reference's transformer flow head on a CPU, and reuse what does not change between evaluations.
 
 - The t (time) tokens and their queries, keys and values in the first layer are kept in a table. They depend only on
   the weights, the solver and the number of steps.
@@ -7,8 +7,8 @@
 - Before the first layer, the x (flow state) token is the same in both branches, so it is computed once.
 - In the last layer, the t and h tokens need only keys and values. Everything else is computed for x alone.
 
-Activations are fp32, which most packed products take and return. A layer with a 16-bit product rounds its input and its
-output itself.
+Activations are fp32 (fp64 in an fp64 model), which most packed products take and return. A layer with a 16-bit product
+rounds its input and its output itself.
 """
 
 from collections.abc import Hashable, Sequence
@@ -32,7 +32,8 @@ class PackedHead:
     """Replaces ``solve`` of a transformer flow head, with the same arguments and, up to rounding, the same result.
 
     Attributes:
-        module: the flow head; its 16-bit linear layers are packed. Each frame reads the module's current weights.
+        module: the flow head; its 16-bit linear layers but the time projection are packed. Each frame reads the
+            module's current weights.
     """
 
     def __init__(self, module: FlowMatchingAudioTransformer) -> None:
@@ -40,7 +41,10 @@ class PackedHead:
         self._time_tables: dict[tuple[str, int], tuple[Hashable, Tensor, QKV]] = {}
 
     def solve(self, h: Tensor, cfg_alpha: Tensor, noise: Tensor, steps: int, solver: str = "euler") -> Tensor:
-        """Integrate the flow from noise to the acoustic latents, fp32 [B, K]; see :meth:`FlowHead.solve`.
+        """Integrate the flow from noise to the acoustic latents; see :meth:`FlowHead.solve`.
+
+        Returns:
+            fp32 (fp64 in an fp64 model) [B, K].
 
         Raises:
             ValueError: `solver` is unknown or `steps` is not in 1..64.

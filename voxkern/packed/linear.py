@@ -14,7 +14,7 @@ INT8_COLUMNS = 16
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that holds its weight in the form that is fastest on this CPU, see ``weights.py``.
+    """A linear layer that holds its weight in one of the forms of ``weights.py``.
 
     It takes the place of an ``nn.Linear``. Its state dict, copies and pickles have the plain weight, and it packs each
     weight that it gets through :meth:`load_state_dict` or ``to()``. It has no attribute ``weight``: a write to such a
@@ -23,7 +23,7 @@ class PackedLinear(nn.Module):
     Attributes:
         packed: the weight.
         bias: [N], or None.
-        version: a new object for each weight that this layer has had.
+        version: an object that is replaced whenever the layer gets a new weight.
         trained: whether the plain weight required a gradient when the layer was made.
     """
 
@@ -144,5 +144,5 @@ def weights_version(*modules: nn.Module) -> Hashable:
     packed = [one for module in modules for one in module.modules() if isinstance(one, PackedLinear)]
     return (
         *((id(w), w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype) for w in tensors),
-        *(one.version for one in packed),  # not their ids, which a later object may have
+        *(one.version for one in packed),  # the objects: a new one may get a freed one's id
     )

@@ -13,22 +13,23 @@ from .flow_head import PackedHead
 from .linear import INT8_COLUMNS, Int8Product, PackedLinear
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-# The flow head keeps a table of the time projection's results, and reads the dtype of its weight to make this table.
+# The flow head keeps a table of the time projection's results. To make it, it reads the dtype of the projection's weight.
 NOT_PACKED = "time_projection"
 # FBGEMM packs a weight with one thread, and takes 10 bytes of extra memory for each number. More threads at once would
 # need more memory.
 PACKING_THREADS = 2
-COPIED = 1 << 26  # the most numbers of a weight that is copied out of a file: 134 MB in bf16
+COPIED = 1 << 26  # parameters with more numbers, 134 MB in bf16, stay in a mapped file
 
 
 def pack(model: nn.Module) -> list[str]:
-    """Pack the linear layers of a model, and replace ``solve`` of its transformer flow heads.
+    """Pack the 16-bit linear layers of a model, and replace ``forward`` of int8 layers and ``solve`` of flow heads.
 
     A layer's plain weight is freed when its packed form is made. A second call packs what is still plain, and drops
     the flow heads' tables.
 
     Args:
-        model: a model on a CPU, or a part of one. Layers in fp32, or on another device, stay as they are.
+        model: a model on a CPU, or a part of one. Layers of other dtypes or on other devices, and the time projection,
+            stay as they are. int8 layers change only in a bf16 model.
 
     Returns:
         Names of the replaced modules and methods, such as ``["layers.0.attention.wq", "acoustic_transformer.solve"]``.
@@ -94,10 +95,10 @@ def packed_head_of(head: FlowMatchingAudioTransformer) -> PackedHead | None:
 
 
 def _free_plain_weights(model: nn.Module) -> None:
-    """Return the memory of weights that were replaced to the system.
+    """Give the memory of replaced weights back to the operating system.
 
-    A checkpoint's file stays mapped, with the pages of replaced weights, while another weight lies in the mapping. So
-    other weights are copied. glibc keeps freed blocks below 32 MB until it is asked to return them.
+    A mapping of a checkpoint's file keeps all its pages until no tensor uses it. Therefore the remaining parameters of
+    up to :data:`COPIED` numbers are copied. glibc keeps freed blocks below 32 MB until it is asked to return them.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.numel() <= COPIED:

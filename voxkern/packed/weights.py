@@ -31,7 +31,7 @@ BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 
 class LinearWeight:
-    """A weight [N, K]; the base class of all forms. It is never written to.
+    """The base class of the forms of a weight [N, K]. The weight is never written to.
 
     Attributes:
         shape: N and K.
@@ -43,7 +43,7 @@ class LinearWeight:
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
 
     def linear(self, x: Tensor) -> Tensor:
-        """Return ``x @ weight.T``, [..., K] -> [..., N] in the dtype of `x`, with sums in fp32."""
+        """Return ``x @ weight.T``, [..., K] -> [..., N] in the dtype of `x`, with sums in fp32 (fp64 in fp64)."""
         raise NotImplementedError
 
     def plain(self) -> Tensor:
@@ -105,11 +105,12 @@ class OneDNNWeight(LinearWeight):
 
 
 class FP16Weight(LinearWeight):
-    """A 16-bit weight as fp16 numbers times a power of two, in the layout of FBGEMM.
+    """A 16-bit weight, held as ``weight * 2^e`` in fp16, in FBGEMM's layout.
 
     FBGEMM converts the numbers to fp32 in registers and multiplies in fp32. fp16 has more bits for a number than bf16
-    but a smaller range. The power of two puts the largest number between 2^14 and 2^15, so every bf16 number down to
-    2^-31 of the largest one is exact. Each row of `x` gives the same bits in a product with any other rows.
+    but a smaller range. e puts the largest number between 2^14 and 2^15, but is at most :data:`LARGEST_EXPONENT`. Below
+    that limit, every bf16 number of at least 2^-31 times the largest is exact. The result of a row of `x` does not
+    depend on the other rows.
     """
 
     def __init__(self, weight: Tensor, scaled: Tensor, scale: float) -> None:
@@ -134,7 +135,7 @@ class FP16Weight(LinearWeight):
 
     def linear(self, x: Tensor) -> Tensor:
         """Multiply in fp32."""
-        # ".default" skips the choice of an overload, which takes longer than the product of one row with a small weight
+        # ".default" skips the choice of an overload, which takes as long as a row's product with 2^17 numbers
         y: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x.float(), self._packed)
         return y.mul_(1 / self._scale).to(x.dtype)
 
@@ -145,7 +146,7 @@ class FP16Weight(LinearWeight):
 
 
 def pack_weight(weight: Tensor) -> LinearWeight:
-    """Return a weight in the form that is fastest on this CPU, see the table at the top of this file.
+    """Return a weight in its form for this CPU, see the table at the top of this file.
 
     Args:
         weight: [N, K], of any floating-point dtype and on any device; only bf16 and fp16 on a CPU are packed.

@@ -31,8 +31,8 @@ PUBLIC = ("/", "/about", "/health", "/ready", "/metrics")  # paths that need no 
 def load_app(source: str | None, settings: ServeSettings, **arguments: Any) -> Starlette:
     """Load a model with the arguments of :func:`voxkern.load`, and return the application that serves it.
 
-    Two frames are generated at once: they make the engine, and on a GPU they capture the CUDA graphs of the default
-    steps and solver. The first request with other steps or another solver captures its own.
+    Two frames are generated after loading. This makes the engine and, on a GPU, captures the CUDA graphs of the default
+    steps and solver. The graphs of other steps or solvers are captured at their first request.
     """
     tts = load(source, **arguments)
     tts.generate("one", seed=0, max_frames=2)

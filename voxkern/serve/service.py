@@ -74,7 +74,7 @@ class SpeechService:
 
     @contextlib.contextmanager
     def _api_errors(self, voice: str | None) -> Iterator[None]:
-        """Raise an APIError if the model lacks a voice, or in place of the model's error for an argument."""
+        """Raise an APIError if the model lacks `voice`, and instead of the model's error about an argument."""
         if voice is not None and voice not in self.tts.voices:
             message = f"voice is {shown(voice)}, but the model has {', '.join(self.tts.voices)}"
             raise APIError(400, "unknown_voice", message, "voice")

@@ -82,7 +82,7 @@ def known_fields(fields: Mapping[str, Any], known: Sequence[str]) -> dict[str, A
 
 
 def check_fields(fields: dict[str, Any], settings: ServeSettings) -> None:
-    """Raise an APIError if the model is unknown, or if a speed or instructions are given, which it does not support."""
+    """Raise an APIError if the model is unknown, the speed is not 1, or the instructions are not empty."""
     name = fields.get("model")
     if name is not None and name not in settings.model_names:
         message = f"model is {shown(name)}, but this server has {', '.join(settings.model_names)}"
