@@ -13,7 +13,7 @@ from .flow_head import PackedHead
 from .linear import INT8_COLUMNS, Int8Product, PackedLinear
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-# The flow head keeps a table of the time projection's results. To make it, it reads the dtype of the projection's weight.
+# The flow head keeps a table of the time projection's results, and reads the dtype of its weight to make the table.
 NOT_PACKED = "time_projection"
 # FBGEMM packs a weight with one thread, and takes 10 bytes of extra memory for each number. More threads at once would
 # need more memory.
