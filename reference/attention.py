@@ -99,7 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) ->
 
 
 def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor) -> None:
-    """Write the keys and values of T new tokens into the pages of their requests.
+    """Write the keys and values of T new tokens into the pages of their requests, rounded to the cache's dtype.
 
     Args:
         kv_cache: [pages, 2, Hkv, PAGE, D], one layer's cache, written in place.
@@ -112,15 +112,15 @@ def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths:
     live = (lengths > 0).nonzero().squeeze(1)
     positions = lengths[live].unsqueeze(1).long() - T + torch.arange(T, device=k.device)  # [live, T]
     pages = block_table[live.unsqueeze(1), positions // page].long()
-    kv_cache[:, 0][pages, :, positions % page] = k[live]
-    kv_cache[:, 1][pages, :, positions % page] = v[live]
+    kv_cache[:, 0][pages, :, positions % page] = k[live].to(kv_cache.dtype)
+    kv_cache[:, 1][pages, :, positions % page] = v[live].to(kv_cache.dtype)
 
 
 def paged_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int = 0) -> Tensor:
     """Compute causal attention of each request's last T tokens over the keys and values in the request's pages.
 
     Requests are processed one at a time because their lengths differ. A request's result therefore has the same bits
-    in every batch.
+    in every batch. The computation is in the cache's dtype.
 
     Args:
         q: [B, T, H, D], queries.
@@ -130,9 +130,9 @@ def paged_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: T
         window: see :func:`attention`.
 
     Returns:
-        [B, T, H, D].
+        [B, T, H, D] in the dtype of `q`.
     """
-    page, out = kv_cache.shape[3], torch.zeros_like(q)
+    page, out, q = kv_cache.shape[3], torch.zeros_like(q), q.to(kv_cache.dtype)
     for i_b, length in enumerate(lengths.tolist()):
         if length:
             pages = block_table[i_b, : -(-length // page)].long()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .engine.make import fused_backbone_of
 from .integrations.server_heads import accelerate_servers, restore_servers
 from .packed.model import is_packed, pack, unpack
 from .reference.attention import Attention
@@ -150,7 +151,7 @@ def restore(model: Any) -> list[str]:
 def _remove_fused(model: nn.Module) -> list[str]:
     restored = []
     for name, module in model.named_modules():
-        if isinstance(module, Backbone) and "hidden_states" in vars(module):
+        if isinstance(module, Backbone) and fused_backbone_of(module) is not None:
             del module.hidden_states
             restored.append(f"{name}.hidden_states".lstrip("."))
         if isinstance(module, FlowHead) and "forward" in vars(module):

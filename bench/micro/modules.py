@@ -21,6 +21,7 @@ from bench.micro.providers import Check, LazyCall, Trial, by_codes, by_distance,
 from bench.ops.registry import FLOATS, ROOT, to_dtype
 from voxkern.checkpoint import read_checkpoint, read_params
 from voxkern.kernels.launch_config import overlapped
+from voxkern.packed.linear import PackedLinear
 from voxkern.packed.model import pack
 from voxkern.random_checkpoint import public_params, random_tensor
 from voxkern.reference import Config, VoxtralTTS
@@ -29,6 +30,7 @@ from voxkern.reference.backbone import Backbone
 from voxkern.reference.codec import AudioTokenizer
 from voxkern.reference.config import N_SPECIAL_CODES, MoEConfig
 from voxkern.reference.flow_head import FlowHead
+from voxkern.reference.layers import upcast
 from voxkern.reference.model import make_head
 from voxkern.reference.moe import MoEBlock
 from voxkern.reference.quantized import FORMATS, quantizable, quantize_linears
@@ -349,7 +351,9 @@ def moe_trial(point: BenchPoint, sizes: tuple[int, int, int], B: int) -> Trial:
     args = {"x": numbers(B, dim).to(layer.gate.weight)}
 
     def run(layer: MoEBlock, x: Tensor) -> Tensor:
-        return x + layer.mixture(layer.ffn_norm(x).unsqueeze(1))[:, 0]
+        packed = isinstance(layer.shared_experts.w1, PackedLinear)
+        u = upcast(x) if packed else x  # a backbone with packed weights has fp32 activations
+        return (u + layer.mixture(layer.ffn_norm(u).unsqueeze(1))[:, 0]).to(x.dtype)
 
     return trial_of(point, layer, run, args, by_distance, lambda: fused_moe(layer, B), peers)
 

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
+from ..packed.backbone import PackedBackbone
 from ..reference import VoxtralTTS
 from .codec_runner import CodecRunner
 from .cuda_graphs import capture_for
@@ -57,6 +60,7 @@ def new_engine(
     return Engine(runner, codec, config.audio.n_codebooks)
 
 
-def fused_backbone_of(model: VoxtralTTS) -> "FusedBackbone | None":
-    """Return the fused backbone of an accelerated model, or None."""
-    return vars(model).get("hidden_states")
+def fused_backbone_of(model: nn.Module) -> "FusedBackbone | None":
+    """Return the fused backbone of a model that is accelerated by kernels, or None."""
+    found = vars(model).get("hidden_states")
+    return None if isinstance(found, PackedBackbone) else found

@@ -1,1 +1,1 @@
-"""Packed weights, and the transformer flow head, for CPUs."""
+"""Packed weights, and the backbone and the transformer flow head that use them, for CPUs."""

@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from ..reference.backbone import Backbone
 from ..reference.quantized import QuantizedLinear
 from ..reference.transformer_head import FlowMatchingAudioTransformer
+from .backbone import PackedBackbone
 from .flow_head import PackedHead
 from .linear import INT8_COLUMNS, Int8Product, PackedLinear
 
@@ -19,13 +21,19 @@ NOT_PACKED = "time_projection"
 # need more memory.
 PACKING_THREADS = 2
 COPIED = 1 << 26  # parameters with more numbers, 134 MB in bf16, stay in a mapped file
+REPLACED = {
+    "forward": Int8Product,
+    "hidden_states": PackedBackbone,
+    "solve": PackedHead,
+}  # methods, and what replaces them
 
 
 def pack(model: nn.Module) -> list[str]:
-    """Pack the 16-bit linear layers of a model, and replace ``forward`` of int8 layers and ``solve`` of flow heads.
+    """Pack the 16-bit linear layers of a model, and replace some methods by faster ones.
 
-    A layer's plain weight is freed when its packed form is made. A second call packs what is still plain, and drops
-    the flow heads' tables.
+    These are ``forward`` of int8 layers, ``solve`` of transformer flow heads and ``hidden_states`` of backbones. A
+    layer's plain weight is freed when its packed form is made. A second call packs what is still plain, and drops the
+    flow heads' tables.
 
     Args:
         model: a model on a CPU, or a part of one. Layers of other dtypes or on other devices, and the time projection,
@@ -53,6 +61,9 @@ def pack(model: nn.Module) -> list[str]:
         if isinstance(one, FlowMatchingAudioTransformer):
             one.solve = PackedHead(one).solve  # type: ignore[method-assign]
             replaced.append(f"{name}.solve".lstrip("."))
+        if isinstance(one, Backbone) and is_packed(one.layers) and _replaced_method(one) is None:
+            one.hidden_states = PackedBackbone(one)  # type: ignore[method-assign]
+            replaced.append(f"{name}.hidden_states".lstrip("."))
     return replaced
 
 
@@ -64,34 +75,28 @@ def unpack(model: nn.Module) -> list[str]:
     """
     restored = []
     for name, one in list(model.named_modules()):
+        method = _replaced_method(one)
         if isinstance(one, PackedLinear):
             model.set_submodule(name, one.to_linear())
             restored.append(name)
-        elif isinstance(one, QuantizedLinear) and _is_changed(one):
-            del one.forward
-            restored.append(name)
-        elif isinstance(one, FlowMatchingAudioTransformer) and _is_changed(one):
-            del one.solve
-            restored.append(f"{name}.solve".lstrip("."))
+        elif method is not None:
+            delattr(one, method)
+            restored.append(name if method == "forward" else f"{name}.{method}".lstrip("."))
     return restored
 
 
 def is_packed(model: nn.Module) -> bool:
     """Return whether a part of the model is replaced by :func:`pack`."""
-    return any(map(_is_changed, model.modules()))
+    return any(isinstance(one, PackedLinear) or _replaced_method(one) is not None for one in model.modules())
 
 
-def _is_changed(module: nn.Module) -> bool:
-    """Return whether :func:`pack` has replaced this module, or one of its methods."""
-    if isinstance(module, FlowMatchingAudioTransformer):
-        return packed_head_of(module) is not None
-    return isinstance(module, PackedLinear) or isinstance(vars(module).get("forward"), Int8Product)
-
-
-def packed_head_of(head: FlowMatchingAudioTransformer) -> PackedHead | None:
-    """Return what replaces ``solve`` of a flow head, or None."""
-    owner = getattr(vars(head).get("solve"), "__self__", None)
-    return owner if isinstance(owner, PackedHead) else None
+def _replaced_method(module: nn.Module) -> str | None:
+    """Return the name of the method of a module that :func:`pack` has replaced, or None."""
+    for name, kind in REPLACED.items():
+        method = vars(module).get(name)
+        if isinstance(getattr(method, "__self__", method), kind):
+            return name
+    return None
 
 
 def _free_plain_weights(model: nn.Module) -> None:

@@ -116,6 +116,7 @@ class FP16Weight(LinearWeight):
     def __init__(self, weight: Tensor, scaled: Tensor, scale: float) -> None:
         super().__init__(weight)
         self._scale = scale
+        self._inverse = torch.tensor(1 / scale)  # a product with a float takes twice as long
         self._packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
 
     @classmethod
@@ -137,7 +138,8 @@ class FP16Weight(LinearWeight):
         """Multiply in fp32."""
         # ".default" skips the choice of an overload, which takes as long as a row's product with 2^17 numbers
         y: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x.float(), self._packed)
-        return y.mul_(1 / self._scale).to(x.dtype)
+        y.mul_(self._inverse)
+        return y if x.dtype == y.dtype else y.to(x.dtype)
 
     def plain(self) -> Tensor:
         """Divide by the power of two; this is exact, see :meth:`of`."""
