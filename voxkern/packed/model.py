@@ -21,11 +21,8 @@ NOT_PACKED = "time_projection"
 # need more memory.
 PACKING_THREADS = 2
 COPIED = 1 << 26  # parameters with more numbers, 134 MB in bf16, stay in a mapped file
-REPLACED = {
-    "forward": Int8Product,
-    "hidden_states": PackedBackbone,
-    "solve": PackedHead,
-}  # methods, and what replaces them
+# methods, and the classes that replace them
+REPLACED = {"forward": Int8Product, "hidden_states": PackedBackbone, "solve": PackedHead}
 
 
 def pack(model: nn.Module) -> list[str]:

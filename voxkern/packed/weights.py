@@ -116,7 +116,8 @@ class FP16Weight(LinearWeight):
     def __init__(self, weight: Tensor, scaled: Tensor, scale: float) -> None:
         super().__init__(weight)
         self._scale = scale
-        self._inverse = torch.tensor(1 / scale)  # a product with a float takes twice as long
+        # a product with a float would take twice as long
+        self._inverse = torch.tensor(1 / scale, dtype=torch.float32, device="cpu")
         self._packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
 
     @classmethod
