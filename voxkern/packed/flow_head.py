@@ -14,16 +14,16 @@ rounds its input and its output itself.
 from collections.abc import Hashable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.attention import TransformerBlock, attention
 from ..reference.flow_head import guide
-from ..reference.layers import RMSNorm, upcast
+from ..reference.layers import upcast
 from ..reference.solver import integrate, time_grid
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 from ..validation import refuse_gradients
 from .linear import weights_version
+from .norm import norm
 
 QKV = Sequence[Tensor]  # queries [..., H * D], keys and values [..., Hkv * D]
 
@@ -78,7 +78,7 @@ class PackedHead:
             n_queries = 1 if layer is others[-1] else 3
             q, k, v = _qkv(layer, tokens, n_queries)
             tokens = _finish(layer, tokens[:, :n_queries], q, k, v)
-        return self.module.acoustic_codebook_output(_norm(self.module.norm, tokens[:, 0]))  # type: ignore[no-any-return]
+        return self.module.acoustic_codebook_output(norm(self.module.norm, tokens[:, 0]))  # type: ignore[no-any-return]
 
     def _time_table(self, solver: str, times: list[float]) -> tuple[Tensor, QKV]:
         """Return the t tokens of a solver's steps, [steps, dim], and their queries, keys and values in the first layer.
@@ -102,13 +102,8 @@ class PackedHead:
 
 def _qkv(layer: TransformerBlock, u: Tensor, n_queries: int | None = None) -> QKV:
     """Return a layer's queries of the first `n_queries` of u's tokens, and the keys and values of all tokens."""
-    n = _norm(layer.attention_norm, u)
+    n = norm(layer.attention_norm, u)
     return layer.attention.wq(n[:, :n_queries]), layer.attention.wk(n), layer.attention.wv(n)
-
-
-def _norm(norm: RMSNorm, u: Tensor) -> Tensor:
-    """Normalise as `norm` does, in the dtype of `u`. PyTorch's own function takes fewer calls than the reference."""
-    return F.rms_norm(u, u.shape[-1:], norm.weight.to(u.dtype), norm.eps)
 
 
 def _with_zeros(rows: Tensor) -> Tensor:
@@ -129,4 +124,4 @@ def _finish(layer: TransformerBlock, u: Tensor, q: Tensor, k: Tensor, v: Tensor)
     D = layer.attention.head_dim
     q, k, v = (part.view(*part.shape[:2], part.shape[2] // D, D) for part in (q, k, v))
     u = u + layer.attention.wo(attention(q, k, v, causal=False).flatten(-2))
-    return u + layer.feed_forward(_norm(layer.ffn_norm, u))  # type: ignore[no-any-return]
+    return u + layer.feed_forward(norm(layer.ffn_norm, u))  # type: ignore[no-any-return]

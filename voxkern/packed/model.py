@@ -5,14 +5,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..reference.backbone import Backbone
+from ..reference.layers import RMSNorm
 from ..reference.quantized import QuantizedLinear
 from ..reference.transformer_head import FlowMatchingAudioTransformer
 from .backbone import PackedBackbone
 from .flow_head import PackedHead
 from .linear import INT8_COLUMNS, Int8Product, PackedLinear
+from .norm import PackedNorm
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 # The flow head keeps a table of the time projection's results, and reads the dtype of its weight to make the table.
@@ -22,15 +24,15 @@ NOT_PACKED = "time_projection"
 PACKING_THREADS = 2
 COPIED = 1 << 26  # parameters with more numbers, 134 MB in bf16, stay in a mapped file
 # methods, and the classes that replace them
-REPLACED = {"forward": Int8Product, "hidden_states": PackedBackbone, "solve": PackedHead}
+REPLACED = {"forward": Int8Product | PackedNorm, "hidden_states": PackedBackbone, "solve": PackedHead}
 
 
 def pack(model: nn.Module) -> list[str]:
     """Pack the 16-bit linear layers of a model, and replace some methods by faster ones.
 
-    These are ``forward`` of int8 layers, ``solve`` of transformer flow heads and ``hidden_states`` of backbones. A
-    layer's plain weight is freed when its packed form is made. A second call packs what is still plain, and drops the
-    flow heads' tables.
+    These are ``forward`` of int8 layers and of 16-bit RMSNorms, ``solve`` of transformer flow heads, and
+    ``hidden_states`` of backbones. A layer's plain weight is freed when its packed form is made. A second call packs
+    what is still plain, and drops the flow heads' tables.
 
     Args:
         model: a model on a CPU, or a part of one. Layers of other dtypes or on other devices, and the time projection,
@@ -54,6 +56,9 @@ def pack(model: nn.Module) -> list[str]:
     for name, one in model.named_modules():
         if isinstance(one, QuantizedLinear) and like is not None and _has_int8_product(one, like.dtype):
             one.forward = Int8Product(one, like)  # type: ignore[method-assign]
+            replaced.append(name)
+        if isinstance(one, RMSNorm) and _is_16_bit(one.weight) and _replaced_method(one) is None:
+            one.forward = PackedNorm(one)  # type: ignore[method-assign]
             replaced.append(name)
         if isinstance(one, FlowMatchingAudioTransformer):
             one.solve = PackedHead(one).solve  # type: ignore[method-assign]
@@ -114,7 +119,12 @@ def _free_plain_weights(model: nn.Module) -> None:
 def _can_be_packed(name: str, module: nn.Module) -> bool:
     if type(module) is not nn.Linear or name.rpartition(".")[2] == NOT_PACKED:
         return False
-    return module.weight.dtype in SIXTEEN_BITS and module.weight.device.type == "cpu"
+    return _is_16_bit(module.weight)
+
+
+def _is_16_bit(weight: Tensor) -> bool:
+    """Return whether a weight has 16 bits and is on a CPU."""
+    return weight.dtype in SIXTEEN_BITS and weight.device.type == "cpu"
 
 
 def _has_int8_product(layer: QuantizedLinear, dtype: torch.dtype) -> bool:

@@ -1,0 +1,26 @@
+"""RMSNorm on a CPU through PyTorch's own function, which takes fewer calls than the reference."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference.layers import RMSNorm, upcast
+
+
+class PackedNorm:
+    """Replaces ``forward`` of an RMSNorm, with the same result up to rounding.
+
+    Attributes:
+        module: the RMSNorm. Each call reads its current weight.
+    """
+
+    def __init__(self, module: RMSNorm) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension, [..., dim] -> [..., dim] in the dtype of `x`; see :meth:`RMSNorm.forward`."""
+        return norm(self.module, upcast(x)).to(x.dtype)
+
+
+def norm(module: RMSNorm, x: Tensor) -> Tensor:
+    """Normalise as `module` does, in the dtype of `x`."""
+    return F.rms_norm(x, x.shape[-1:], module.weight.to(x.dtype), module.eps)
