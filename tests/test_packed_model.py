@@ -104,7 +104,7 @@ def test_a_frame_of_the_public_head(B: int) -> None:
             .double()
             .solve(**{k: v.double() if isinstance(v, Tensor) else v for k, v in args.items()})
         )
-        assert len(pack(head)) == 7 * 3 + 4 + 1  # the linear layers, without the time projection, and solve
+        assert len(pack(head)) == (7 + 2) * 3 + 4 + 1 + 1  # linear layers but the time projection, norms, and solve
         latents = head.solve(**args)
     assert_right(latents, plain, exact, torch.bfloat16)
 
