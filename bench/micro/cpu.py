@@ -2,8 +2,7 @@
 
 Three parts: the flow head of the public sizes, a whole frame of the public model, and the demo voice. All
 implementations of a part run in turn, round by round. ``--threads 1`` times one thread. The flow head's weights are
-also given as bytes read per second. The bandwidth of a large copy on the same machine is measured
-for comparison.
+also given as bytes read per second. The bandwidth of a large copy on the same machine is measured for comparison.
 
 The whole frame needs 18 GB of memory. vLLM-Omni's module is timed where it is installed, see docs/serving.md.
 """
