@@ -53,8 +53,8 @@ def accelerate(model: Any, max_batch: int = 1, quantize: str | None = None) -> l
 
     Returns:
         Names of the replaced modules and methods, such as
-        ``["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]``. On a CPU, these are the packed layers
-        and the flow head's ``solve``.
+        ``["hidden_states", "acoustic_transformer", "audio_tokenizer.stream"]``. On a CPU, these are the packed layers,
+        the norms, ``hidden_states`` and the flow head's ``solve``.
 
     Raises:
         ValueError: no part of the model has kernels or can be packed, or the kernels cannot run a codec of these
