@@ -99,7 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0) ->
 
 
 def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor) -> None:
-    """Write the keys and values of T new tokens into the pages of their requests, rounded to the cache's dtype.
+    """Round the keys and values of T new tokens to the cache's dtype, and write them into their requests' pages.
 
     Args:
         kv_cache: [pages, 2, Hkv, PAGE, D], one layer's cache, written in place.

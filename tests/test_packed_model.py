@@ -188,6 +188,11 @@ def test_gradients_are_refused_and_tables_hold_none(tiny_folder: Path) -> None:
     pack(model)  # fp32 layers stay plain, so only the head can refuse
     with pytest.raises(RuntimeError, match="flow head computes no gradients"):
         head.solve(*args, 2)
+    backbone = read_checkpoint(tiny_folder, torch.bfloat16, "cpu").model
+    pack(backbone)
+    backbone.norm.weight.requires_grad_(True)  # of a norm alone, so that no packed layer refuses first
+    with pytest.raises(RuntimeError, match="backbone computes no gradients"):
+        backbone.hidden_states(torch.zeros(1, 2, backbone.config.backbone.dim, dtype=torch.bfloat16))
     with torch.inference_mode():
         expected = head.solve(*args, 2)
     with torch.no_grad():
@@ -206,7 +211,7 @@ def test_a_backbone(params: dict[str, Any]) -> None:
     u = torch.randn(3, 5, config.backbone.dim, generator=g).bfloat16()
 
     def states(model: VoxtralTTS) -> list[Tensor]:
-        """Return the states of whole sequences, and of 3 and then 2 tokens in the cache of each request."""
+        """Return the hidden states of whole sequences, and those of the same tokens in a KV cache, first 3, then 2."""
         x = u.to(model.norm.weight.dtype)
         sizes = (3, 2, config.backbone.n_kv_heads, PAGE_SIZE, config.backbone.head_dim)
         kv = torch.full((config.backbone.n_layers, *sizes), float("nan"), dtype=x.dtype)
@@ -344,6 +349,8 @@ def test_int8_weights() -> None:
         other = read_checkpoint(DEMO, dtype, "cpu", format_).model
         pack(other)
         assert "forward" not in vars(other.acoustic_transformer.layers[1].attention.wq)
+        assert "layers.0.attention_norm" not in pack(other)
+        assert "hidden_states" not in vars(other)  # a second call must not count the norms as packed layers
 
 
 def test_a_restored_int8_model_uses_no_keys_of_the_packed_one() -> None:

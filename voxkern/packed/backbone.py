@@ -5,14 +5,15 @@ from torch import Tensor
 from ..reference.attention import PagedCache
 from ..reference.backbone import Backbone
 from ..reference.layers import upcast
+from ..validation import refuse_gradients
 
 
 class PackedBackbone:
     """Replaces ``hidden_states`` of a backbone, with the same arguments and, up to rounding, the same result.
 
-    Activations are fp32 (fp64 in an fp64 model), which most packed products take and return. For one token of a small
-    layer, conversions around each product would take longer than packed weights save. Keys and values keep the dtype of
-    the KV cache.
+    Activations are fp32 (fp64 in an fp64 model), which most packed products take and return. In a small layer,
+    converting one token's activations around each product would take longer than the packed weights save. With a KV
+    cache, queries, keys and values are rounded to its dtype, and attention is computed in it.
 
     Attributes:
         module: the backbone; its 16-bit linear layers are packed.
@@ -29,4 +30,5 @@ class PackedBackbone:
         Raises:
             RuntimeError: a gradient is needed.
         """
+        refuse_gradients("backbone", u, self.module.norm.weight)
         return Backbone.hidden_states(self.module, upcast(u), cache).to(u.dtype)

@@ -23,16 +23,16 @@ NOT_PACKED = "time_projection"
 # need more memory.
 PACKING_THREADS = 2
 COPIED = 1 << 26  # parameters with more numbers, 134 MB in bf16, stay in a mapped file
-# methods, and the classes that replace them
+# each method that pack() may replace, and the type of the object that replaces it
 REPLACED = {"forward": Int8Product | PackedNorm, "hidden_states": PackedBackbone, "solve": PackedHead}
 
 
 def pack(model: nn.Module) -> list[str]:
-    """Pack the 16-bit linear layers of a model, and replace some methods by faster ones.
+    """Pack the 16-bit linear layers of a model, and replace some methods with faster ones.
 
-    These are ``forward`` of int8 layers and of 16-bit RMSNorms, ``solve`` of transformer flow heads, and
-    ``hidden_states`` of backbones. A layer's plain weight is freed when its packed form is made. A second call packs
-    what is still plain, and drops the flow heads' tables.
+    The replaced methods are ``forward`` of int8 layers and 16-bit RMSNorms, ``solve`` of transformer flow heads, and
+    ``hidden_states`` of backbones with packed layers. A layer's plain weight is freed when its packed form is made. A
+    second call packs what is still plain, and drops the flow heads' tables.
 
     Args:
         model: a model on a CPU, or a part of one. Layers of other dtypes or on other devices, and the time projection,
@@ -63,7 +63,7 @@ def pack(model: nn.Module) -> list[str]:
         if isinstance(one, FlowMatchingAudioTransformer):
             one.solve = PackedHead(one).solve  # type: ignore[method-assign]
             replaced.append(f"{name}.solve".lstrip("."))
-        if isinstance(one, Backbone) and is_packed(one.layers) and _replaced_method(one) is None:
+        if isinstance(one, Backbone) and _has_packed_layers(one) and _replaced_method(one) is None:
             one.hidden_states = PackedBackbone(one)  # type: ignore[method-assign]
             replaced.append(f"{name}.hidden_states".lstrip("."))
     return replaced
@@ -125,6 +125,10 @@ def _can_be_packed(name: str, module: nn.Module) -> bool:
 def _is_16_bit(weight: Tensor) -> bool:
     """Return whether a weight has 16 bits and is on a CPU."""
     return weight.dtype in SIXTEEN_BITS and weight.device.type == "cpu"
+
+
+def _has_packed_layers(backbone: Backbone) -> bool:
+    return any(isinstance(one, PackedLinear) for one in backbone.layers.modules())
 
 
 def _has_int8_product(layer: QuantizedLinear, dtype: torch.dtype) -> bool:

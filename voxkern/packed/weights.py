@@ -116,7 +116,7 @@ class FP16Weight(LinearWeight):
     def __init__(self, weight: Tensor, scaled: Tensor, scale: float) -> None:
         super().__init__(weight)
         self._scale = scale
-        # a product with a float would take twice as long
+        # mul_() by a Python float takes twice as long as by a tensor: 2.7 instead of 1.1 us
         self._inverse = torch.tensor(1 / scale, dtype=torch.float32, device="cpu")
         self._packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
 
