@@ -116,13 +116,19 @@ def mix_experts(x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[nn.Mo
     Raises:
         ValueError: an id is outside 0..E - 1.
     """
-    outside = ids[(ids < 0) | (ids >= len(experts))]
-    if len(outside):
-        raise ValueError(f"ids has expert {int(outside[0])} but must have 0..{len(experts) - 1}")
-    parts = x.new_zeros(*ids.shape, x.shape[-1])  # [M, k, dim]
-    for i_e in sorted(set(ids.flatten().tolist())):
-        rows, places = (ids == i_e).nonzero(as_tuple=True)
-        parts[rows, places] = experts[i_e](x[rows]) if alone else experts[i_e](x)[rows]
+    used, where = ids.unique(return_inverse=True)  # ids[m, j] is used[where[m, j]]
+    used_ids = used.tolist()
+    outside = [i_e for i_e in used_ids if not 0 <= i_e < len(experts)]
+    if outside:
+        raise ValueError(f"ids has expert {outside[0]} but must have 0..{len(experts) - 1}")
+    if alone:
+        parts = x.new_zeros(*ids.shape, x.shape[-1])  # [M, k, dim]
+        for i_e in used_ids:
+            rows, places = (ids == i_e).nonzero(as_tuple=True)
+            parts[rows, places] = experts[i_e](x[rows])
+    else:
+        outputs = torch.stack([experts[i_e](x) for i_e in used_ids])  # [used, M, dim]
+        parts = outputs[where, torch.arange(len(x), device=x.device).unsqueeze(1)]
     y = torch.zeros_like(x, dtype=weights.dtype)
     for j in range(ids.shape[1]):
         y = y + weights[:, j : j + 1] * parts[:, j].to(weights.dtype)

@@ -380,11 +380,18 @@ def process(folder: Path, *flags: str) -> AbstractContextManager[tuple[subproces
 
 
 def wait_until_refused(address: str) -> None:
+    """Wait until no connection is accepted.
+
+    Closing the socket resets a connection that the system had made and the server had not accepted: a ReadError.
+    """
+
     def refused() -> bool:
         try:
             httpx.get(f"{address}/health")
         except httpx.ConnectError:
             return True
+        except httpx.ReadError:
+            return False
         return False
 
     wait_for(refused)
