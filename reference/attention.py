@@ -112,8 +112,8 @@ def append(kv_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, lengths:
     live = (lengths > 0).nonzero().squeeze(1)
     positions = lengths[live].unsqueeze(1).long() - T + torch.arange(T, device=k.device)  # [live, T]
     pages = block_table[live.unsqueeze(1), positions // page].long()
-    kv_cache[:, 0][pages, :, positions % page] = k[live].to(kv_cache.dtype)
-    kv_cache[:, 1][pages, :, positions % page] = v[live].to(kv_cache.dtype)
+    kv = torch.stack((k, v), dim=2).to(kv_cache.dtype)  # [B, T, 2, Hkv, D]
+    kv_cache[pages, :, :, positions % page] = kv[live]
 
 
 def paged_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, window: int = 0) -> Tensor:
@@ -135,8 +135,9 @@ def paged_attention(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: T
     page, out, q = kv_cache.shape[3], torch.zeros_like(q), q.to(kv_cache.dtype)
     for i_b, length in enumerate(lengths.tolist()):
         if length:
-            pages = block_table[i_b, : -(-length // page)].long()
-            k, v = kv_cache[pages].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].unsqueeze(1)  # [1, S, Hkv, D] each
+            pages = block_table[i_b, : -(-length // page)]
+            kv = kv_cache.permute(1, 2, 0, 3, 4).index_select(2, pages).flatten(2, 3)  # [2, Hkv, pages * PAGE, D]
+            k, v = kv[:, :, :length].transpose(1, 2).unsqueeze(1)  # [1, S, Hkv, D] each
             out[i_b] = attention(q[i_b : i_b + 1], k, v, causal=True, window=window)[0]
     return out
 

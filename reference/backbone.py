@@ -72,6 +72,8 @@ class Backbone(nn.Module):
         if cache is not None:
             positions = positions + cache.lengths.unsqueeze(1) - T  # [B, T]
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta)
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        cos, sin = cos.to(dtype), sin.to(dtype)  # once, instead of in each layer
         for i_layer, layer in enumerate(self.layers):
             u = layer(u, _attend(cos, sin, cache, i_layer))
         return self.norm(u)  # type: ignore[no-any-return]
@@ -86,7 +88,7 @@ def _layer(config: BackboneConfig, i_layer: int) -> TransformerBlock | MoEBlock:
 
 def _attend(cos: Tensor, sin: Tensor, cache: PagedCache | None, i_layer: int) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(torch.cat((q, k), dim=-2), cos, sin).split((q.shape[-2], k.shape[-2]), dim=-2)
         if cache is None:
             return attention(q, k, v, causal=True)
         append(cache.kv[i_layer], k, v, cache.block_table, cache.lengths)
