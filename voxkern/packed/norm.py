@@ -1,6 +1,5 @@
-"""Compute RMSNorm on a CPU with PyTorch's own function: one call instead of the reference's several."""
+"""Compute RMSNorm on a CPU in fewer calls than the reference, and with fewer new tensors."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.layers import RMSNorm, upcast
@@ -23,4 +22,5 @@ class PackedNorm:
 
 def norm(module: RMSNorm, x: Tensor) -> Tensor:
     """Normalise the last dimension of `x`, which must be fp32 or fp64, as `module` does."""
-    return F.rms_norm(x, x.shape[-1:], module.weight.to(x.dtype), module.eps)
+    scale = x.square().mean(-1, keepdim=True).add_(module.eps).rsqrt_()
+    return x.mul(scale).mul_(module.weight)  # PyTorch converts a 16-bit weight within mul_()
