@@ -88,7 +88,7 @@ def _layer(config: BackboneConfig, i_layer: int) -> TransformerBlock | MoEBlock:
 
 def _attend(cos: Tensor, sin: Tensor, cache: PagedCache | None, i_layer: int) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = rotate(torch.cat((q, k), dim=-2), cos, sin).split((q.shape[-2], k.shape[-2]), dim=-2)
+        q, k = torch.split(rotate(torch.cat((q, k), dim=-2), cos, sin), [q.shape[-2], k.shape[-2]], dim=-2)
         if cache is None:
             return attention(q, k, v, causal=True)
         append(cache.kv[i_layer], k, v, cache.block_table, cache.lengths)

@@ -116,7 +116,7 @@ def mix_experts(x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[nn.Mo
     Raises:
         ValueError: an id is outside 0..E - 1.
     """
-    used, where = ids.unique(return_inverse=True)  # ids[m, j] is used[where[m, j]]
+    used, where = torch.unique(ids, return_inverse=True)  # ids[m, j] is used[where[m, j]]
     used_ids = used.tolist()
     outside = [i_e for i_e in used_ids if not 0 <= i_e < len(experts)]
     if outside:
