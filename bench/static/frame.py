@@ -62,12 +62,15 @@ class Cost:
         multiply_adds: multiply-adds of the matrix products.
         dram: DRAM bytes.
         fewest: the fewest DRAM bytes possible.
+        partial_sums: those of the DRAM bytes that are partial sums of products. Blocks write them and read them again
+            in the same launch, so on a GPU they may stay in the L2 cache.
     """
 
     launches: int
     multiply_adds: int
     dram: int = 0
     fewest: int = 0
+    partial_sums: int = 0
 
 
 def frame_cost(
@@ -163,7 +166,7 @@ def counted(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
         calls: the operator's name -> costs, in the order of the calls.
         count_bytes: count DRAM bytes too. Calls with the same form are counted once, as a frame's steps repeat them.
     """
-    known: dict[object, int] = {}
+    known: dict[object, tuple[int, int]] = {}
 
     def record(part: str, name: str, launch: Callable[..., None], *args: Any) -> None:
         named, entry = dict(inspect.signature(launch).bind(*args).arguments), entry_of(name)
@@ -174,13 +177,14 @@ def counted(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
         if name == "paged_attention":  # cache_traffic counts its bytes
             calls[name].append(Cost(1, 0))
             return
-        dram = least = 0
+        dram = least = partial_sums = 0
         if count_bytes:
             if (form := _form(name, args)) not in known:
-                known[form] = sum(_dram(one, *some) for one, some in parts(name, launch, args))
-            dram = known[form]
+                counts = [_bytes(one, *some) for one, some in parts(name, launch, args)]
+                known[form] = sum(dram for dram, _ in counts), sum(partial for _, partial in counts)
+            dram, partial_sums = known[form]
             least = fewest(entry, named).total
-        calls[name].append(Cost(1, entry.multiply_adds(named), dram, least))
+        calls[name].append(Cost(1, entry.multiply_adds(named), dram, least, partial_sums))
 
     with intercepted(record):
         yield
@@ -221,24 +225,24 @@ def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list
             alone = result, times, states, [weight, weight[:0]], [bias, bias[:0]], max_rows
             found.append((name, (launch, *alone)))
         return found
-    if name == "norm_qkv_append":  # this launch writes k and v to the cache, not to a result
-        x, norm, wq, wk, wv, *_, q, _, eps, max_rows = args
-        out, q_rows = q, len(x)
-    elif name == "norm_qkv":
-        out, x, norm, wq, wk, wv, eps, q_rows, max_rows, *_ = args
-    else:
+    if name not in ("norm_qkv", "norm_qkv_append"):
         return [(name, (launch, *args))]
-    for weight, rows in ((wq, q_rows), (wk, len(x)), (wv, len(x))):
-        result = out.new_empty(rows, len(weight))
+    named = inspect.signature(launch).bind(*args).arguments
+    x, norm, eps, max_rows = (named[key] for key in ("x", "norm", "eps", "max_rows"))
+    q_rows = named.get("q_rows", len(x))
+    for weight, rows in ((named["wq"], q_rows), (named["wk"], len(x)), (named["wv"], len(x))):
+        result = x.new_empty(rows, len(weight))
         found.append(("norm_linear", (launch_norm_linear, result, x[:rows], norm, weight, eps, max_rows)))
     return found
 
 
-def _dram(name: str, launch: Callable[..., None], *args: Any) -> int:
+def _bytes(name: str, launch: Callable[..., None], *args: Any) -> tuple[int, int]:
+    """Return a launch's DRAM bytes, and those of them that are partial sums."""
     lists = [tensor for arg in args if isinstance(arg, list) for tensor in arg]
     with counting(whole=name not in REGULAR_GRID, indirect=lists) as launches:
         launch(*args)
-    return sum(traffic.dram for one in launches for traffic in one.traffic().values())
+    found = [(argument, traffic.dram) for one in launches for argument, traffic in one.traffic().items()]
+    return sum(dram for _, dram in found), sum(dram for argument, dram in found if argument == "p_parts")
 
 
 def plain_multiply_adds(head: FlowHead, B: int) -> int:
