@@ -1,5 +1,7 @@
 """Tests that a speech recogniser understands the demo voice."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -76,6 +78,7 @@ def test_a_score_counts_words_and_strings() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("flite") is None, reason="flite is missing: apt-get install flite")
 def test_unseen_strings(recogniser: Recogniser) -> None:
     speaker = Speaker(voxkern.load(backend="torch", max_batch=16), "euler", 7)
     score = listen(speaker, digit_strings(100), [0, 1, 2], recogniser, show=20)
