@@ -192,12 +192,15 @@ def test_modulations_in_one_grid_are_a_grid_each() -> None:
 @pytest.mark.parametrize("velocity_mlp", [False, True])
 @pytest.mark.parametrize("B", LIMITS)
 def test_bytes_at_the_public_shapes(B: int, velocity_mlp: bool) -> None:
-    """Without partial sums, a frame moves hardly more than the fewest bytes; at batch 32 these are a tenth more."""
+    """A frame moves at most 1.05 times the fewest bytes.
+
+    At batch 32, the transformer head's partial sums come on top, about a tenth.
+    """
     head, embeddings = public_head(velocity_mlp=velocity_mlp)
     cost = frame_cost(head, B, embeddings)
     print(f"batch {B}: {cost}")
     assert cost.dram - cost.partial_sums <= 1.05 * cost.fewest
-    assert cost.dram <= (1.11 if B == 32 else 1.05) * cost.fewest
+    assert cost.dram <= (1.11 if B == 32 and not velocity_mlp else 1.05) * cost.fewest
     backbone = backbone_cost(public_backbone(), B)
     print(f"backbone, batch {B}: {backbone}")
     assert backbone.dram <= 1.05 * backbone.fewest

@@ -62,8 +62,8 @@ class Cost:
         multiply_adds: multiply-adds of the matrix products.
         dram: DRAM bytes.
         fewest: the fewest DRAM bytes possible.
-        partial_sums: those of the DRAM bytes that are partial sums of products. Blocks write them and read them again
-            in the same launch, so on a GPU they may stay in the L2 cache.
+        partial_sums: those of the DRAM bytes that are parts of tiles, see ``voxkern/kernels/shares.py``. They are
+            written and read within a launch, so on a GPU they may stay in the L2 cache.
     """
 
     launches: int
