@@ -34,16 +34,12 @@ HALVED = {"flow_step": 1.5, "flow_finish": 2.0}
 
 
 def counted_bytes(entry: Entry, case: Case) -> int:
-    """Count the bytes of arguments and results, without the parts of tiles that blocks share."""
+    """Count the DRAM bytes of arguments and results, without scratch memory."""
     args = entry.args(case, TensorMaker.of(case.dtypes[0]))
     with counting(whole=True, indirect=listed(args)) as launches:
         entry.op.run(**args)
-    total = 0
-    for launch in launches:
-        traffic = launch.traffic()
-        scratch = ("p_parts", "p_arrived") if "p_arrived" in traffic else ()
-        total += sum(one.dram for argument, one in traffic.items() if argument not in scratch)
-    return total
+    dram = sum(traffic.dram for launch in launches for traffic in launch.traffic().values())
+    return dram - sum(launch.scratch() for launch in launches)
 
 
 def assert_bytes(entry: Entry, case: Case) -> None:

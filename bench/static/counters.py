@@ -82,6 +82,16 @@ class CountedLaunch:
         names = {name for block in self.blocks.values() for name in block.touched}
         return {name: self._traffic(name) for name in sorted(names)}
 
+    def scratch(self) -> int:
+        """Return the DRAM bytes of the launch's scratch memory, which is no argument of its operator.
+
+        In a launch with shares, blocks write parts of tiles and counters; see ``voxkern/kernels/shares.py``.
+        """
+        if not self.constants.get("SHARES"):
+            return 0
+        touched = {name for block in self.blocks.values() for name in block.touched}
+        return sum(self._traffic(name).dram for name in ("p_parts", "p_arrived") if name in touched)
+
     def _traffic(self, name: str) -> Traffic:
         return self._whole(name) if len(self.blocks) == math.prod(self.grid) else self._scaled(name)
 

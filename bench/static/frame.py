@@ -62,15 +62,15 @@ class Cost:
         multiply_adds: multiply-adds of the matrix products.
         dram: DRAM bytes.
         fewest: the fewest DRAM bytes possible.
-        partial_sums: those of the DRAM bytes that are parts of tiles, see ``voxkern/kernels/shares.py``. They are
-            written and read within a launch, so on a GPU they may stay in the L2 cache.
+        scratch: the DRAM bytes of launches' scratch memory, which `dram` includes. A launch writes and reads them, so
+            they may stay in a GPU's L2 cache.
     """
 
     launches: int
     multiply_adds: int
     dram: int = 0
     fewest: int = 0
-    partial_sums: int = 0
+    scratch: int = 0
 
 
 def frame_cost(
@@ -177,14 +177,14 @@ def counted(calls: dict[str, list[Cost]], count_bytes: bool) -> Iterator[None]:
         if name == "paged_attention":  # cache_traffic counts its bytes
             calls[name].append(Cost(1, 0))
             return
-        dram = least = partial_sums = 0
+        dram = least = scratch = 0
         if count_bytes:
             if (form := _form(name, args)) not in known:
                 counts = [_bytes(one, *some) for one, some in parts(name, launch, args)]
-                known[form] = sum(dram for dram, _ in counts), sum(partial for _, partial in counts)
-            dram, partial_sums = known[form]
+                known[form] = sum(dram for dram, _ in counts), sum(scratch for _, scratch in counts)
+            dram, scratch = known[form]
             least = fewest(entry, named).total
-        calls[name].append(Cost(1, entry.multiply_adds(named), dram, least, partial_sums))
+        calls[name].append(Cost(1, entry.multiply_adds(named), dram, least, scratch))
 
     with intercepted(record):
         yield
@@ -237,12 +237,12 @@ def parts(name: str, launch: Callable[..., None], args: tuple[Any, ...]) -> list
 
 
 def _bytes(name: str, launch: Callable[..., None], *args: Any) -> tuple[int, int]:
-    """Return a launch's DRAM bytes, and those of them that are partial sums."""
+    """Return a launch's DRAM bytes, and those of its scratch memory."""
     lists = [tensor for arg in args if isinstance(arg, list) for tensor in arg]
     with counting(whole=name not in REGULAR_GRID, indirect=lists) as launches:
         launch(*args)
-    found = [(argument, traffic.dram) for one in launches for argument, traffic in one.traffic().items()]
-    return sum(dram for _, dram in found), sum(dram for argument, dram in found if argument == "p_parts")
+    dram = sum(traffic.dram for one in launches for traffic in one.traffic().values())
+    return dram, sum(one.scratch() for one in launches)
 
 
 def plain_multiply_adds(head: FlowHead, B: int) -> int:
