@@ -190,7 +190,7 @@ def test_gradients_are_refused_and_tables_hold_none(tiny_folder: Path) -> None:
         head.solve(*args, 2)
     backbone = read_checkpoint(tiny_folder, torch.bfloat16, "cpu").model
     pack(backbone)
-    backbone.norm.weight.requires_grad_(True)  # of a norm alone, so that no packed layer refuses first
+    backbone.norm.weight.requires_grad_(True)  # no packed layer requires one, so the backbone itself refuses
     with pytest.raises(RuntimeError, match="backbone computes no gradients"):
         backbone.hidden_states(torch.zeros(1, 2, backbone.config.backbone.dim, dtype=torch.bfloat16))
     with torch.inference_mode():
@@ -211,7 +211,7 @@ def test_a_backbone(params: dict[str, Any]) -> None:
     u = torch.randn(3, 5, config.backbone.dim, generator=g).bfloat16()
 
     def states(model: VoxtralTTS) -> list[Tensor]:
-        """Return the hidden states of whole sequences, and those of the same tokens in a KV cache, first 3, then 2."""
+        """Return the hidden states of whole sequences, and of the same tokens with a KV cache, 3 and then 2."""
         x = u.to(model.norm.weight.dtype)
         sizes = (3, 2, config.backbone.n_kv_heads, PAGE_SIZE, config.backbone.head_dim)
         kv = torch.full((config.backbone.n_layers, *sizes), float("nan"), dtype=x.dtype)

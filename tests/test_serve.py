@@ -380,7 +380,7 @@ def process(folder: Path, *flags: str) -> AbstractContextManager[tuple[subproces
 
 
 def wait_until_refused(address: str) -> None:
-    """Wait until connections are refused. Nothing is sent: a stopping server may reset a connection that it has."""
+    """Wait until connections are refused. Nothing is sent: a stopping server may reset an open connection."""
     url = httpx.URL(address)
 
     def refused() -> bool:

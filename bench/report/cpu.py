@@ -38,9 +38,9 @@ def on_a_cpu(figures: Figures) -> ReportTable:
                 lines.append([what, requests, name, *times, " / ".join(rates)])
     copies = " and ".join(figures.value(".1f", bench="cpu", subject="copy", metric=f"bandwidth, {n}") for n in THREADS)
     note = (
-        "Seconds of a frame of the public sizes (80 ms of sound), bf16, 7 evaluations; for the demo voice, seconds of "
-        "work for a second of sound. All implementations run in turn. The weights read are those of the velocity "
-        "network once per evaluation, and the others that a frame needs once. A "
+        "The table gives seconds per frame (80 ms of sound) of the public sizes, in bf16 with 7 evaluations. For the "
+        "demo voice, it gives seconds of work per second of sound. All implementations run in turn. The weights read "
+        "count the velocity network once per evaluation, and each other weight that a frame needs once. A "
         f"large copy reads and writes {copies} GB a second with 1 and 2 threads. {device.partition(',')[0]}."
     )
     head = (
