@@ -80,6 +80,35 @@ def test_a_step_is_the_innermost_loop_that_multiplies() -> None:
     assert machine_code._step(amdgcn) == 2  # only vector instructions
 
 
+def test_code_moved_to_the_end_makes_no_longer_step() -> None:
+    """The step is 0x10 to 0x50. Its wait for a barrier goes on at 0x90, and returns to 0x30 by a jump back."""
+    lines = ["MOV R1", "LDGSTS R2", "@!P0 BRA 0x90", "UTCHMMA R3", "IADD R4", "@P1 BRA 0x10", "STG R5", "STG R6", "EXIT"]
+    sass = "".join(f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(lines))
+    waiting = ["SYNCS P0", "@!P0 BRA 0x90", "BRA 0x30"]
+    sass += "".join(f"        /*{0x90 + 16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(waiting))
+    assert machine_code._step(sass) == 5 + len(waiting)
+    without_loop = sass.replace("@P1 BRA 0x10", "FADD R7")
+    assert machine_code._step(without_loop) == 0
+
+
+def test_a_loop_may_begin_after_its_jump_back() -> None:
+    """The loop begins at .LBB0_2, which is reached again from the code before it."""
+    amdgcn = """
+\ts_branch .LBB0_2
+.LBB0_1:
+\tv_mfma_f32_16x16x16_bf16 v[0:3]
+\tv_add_f32 v4, v5, v6
+\ts_cbranch_scc0 .LBB0_3
+.LBB0_2:
+\tv_mov_b32 v1, v2
+\ts_branch .LBB0_1
+.LBB0_3:
+\tv_mov_b32 v7, v8
+\ts_endpgm
+"""
+    assert machine_code._step(amdgcn) == 3
+
+
 def test_a_change_of_machine_code_is_named() -> None:
     other = dataclasses.replace(ROW, case="q-b32")
     assert ledger.changes([ROW, other], [ROW, other]) == []

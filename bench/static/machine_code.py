@@ -4,13 +4,15 @@ import hashlib
 import re
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from voxkern.compile_only import TOOLS, Binary
 
 MATRIX = r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w?MMA)[\w.]*|v_s?mfma_\w+|v_wmma_\w+"
+# instructions that a step does not count: NOP, and on AMD GPUs all but vector instructions
+UNCOUNTED = r"NOP|[a-uw-z]\w*_"
 # kinds of loads, matrix instructions, and instructions of a step, as in the ledger's columns
 Instructions = tuple[str, str, int]
 
@@ -85,33 +87,84 @@ def _step(listing: str) -> int:
     If there are several such loops, the longest counts. The result is 0 if there is none. For AMD, only vector
     instructions count, because the others run beside them.
     """
-    code, backwards = (_sass if "/*0000*/" in listing else _amdgcn)(listing)
-    bodies = {(first, last): [text for at, text in code if first <= at <= last] for first, last in set(backwards)}
-    products = {loop: len(body) for loop, body in bodies.items() if re.search(MATRIX, " ".join(body))}
-    return max((n for loop, n in products.items() if not any(_contains(loop, other) for other in products)), default=0)
+    program = (_sass if "/*0000*/" in listing else _amdgcn)(listing)
+    products = [body for body in _loops(program) if any(re.search(MATRIX, program[i].text) for i in body)]
+    innermost = [body for body in products if not any(other < body for other in products)]
+    return max((sum(not re.match(UNCOUNTED, program[i].text) for i in body) for body in innermost), default=0)
 
 
-def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
-    return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+@dataclass(frozen=True)
+class _Instruction:
+    """An instruction's text, and the indices of the instructions that may come after it."""
+
+    text: str
+    after: tuple[int, ...]
 
 
-Code = tuple[list[tuple[int, str]], list[tuple[int, int]]]  # (place, instruction), and (target, place) of jumps back
+def _loops(program: Sequence[_Instruction]) -> list[set[int]]:
+    """Return the instructions of each loop: its first, and those from which it is reached again.
+
+    Control leads back to the first instruction of a loop only from instructions that are not reached without it. For
+    example, the compiler moves the wait for an incomplete barrier to the kernel's end. The jump that returns from there
+    makes no loop, because the wait can be reached before the jump's target.
+    """
+    before: list[list[int]] = [[] for _ in program]
+    for i, instruction in enumerate(program):
+        for j in instruction.after:
+            before[j].append(i)
+    after = [instruction.after for instruction in program]
+    loops = []
+    for first in [i for i, found in enumerate(before) if len(found) > 1]:
+        outside = _reached([0], after, first)
+        last = [i for i in before[first] if i not in outside]
+        if last:
+            loops.append(_reached(last, before, first) | {first})
+    return loops
 
 
-def _sass(listing: str) -> Code:
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.MULTILINE)
-    jumps = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in lines]
-    backwards = [(int(jump[1], 16), int(at, 16)) for at, jump in jumps if jump and int(jump[1], 16) <= int(at, 16)]
-    return [(int(at, 16), text) for at, text in lines if not text.startswith("NOP")], backwards
+def _reached(start: Sequence[int], edges: Sequence[Sequence[int]], without: int) -> set[int]:
+    """Return the instructions that are reached along `edges` from those of `start`, never through `without`."""
+    reached, rest = set(), [i for i in start if i != without]
+    while rest:
+        i = rest.pop()
+        if i not in reached:
+            reached.add(i)
+            rest += [j for j in edges[i] if j != without]
+    return reached
 
 
-def _amdgcn(listing: str) -> Code:
-    lines = listing.splitlines()
-    found = [(re.match(r"(\.LBB\w+):", line), at) for at, line in enumerate(lines)]
-    labels = {label[1]: at for label, at in found if label}
-    jumps = [(at, re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)) for at, line in enumerate(lines)]
-    backwards = [(labels[jump[1]], at) for at, jump in jumps if jump and labels.get(jump[1], at + 1) <= at]
-    return [(at, line) for at, line in enumerate(lines) if line.startswith("\tv_")], backwards
+def _program(lines: Sequence[tuple[str, str]], jump: str, always: str, end: str) -> list[_Instruction]:
+    """Return the instructions with those that come after them.
+
+    Args:
+        lines: (place, text) of each instruction; a place is an address or a label.
+        jump: a pattern of jumps, in which group 1 is the place of the target.
+        always: a pattern of jumps without a condition.
+        end: a pattern of instructions that end the kernel or a subroutine.
+    """
+    index = {place: i for i, (place, _) in reversed(list(enumerate(lines)))}
+    found = []
+    for i, (_, text) in enumerate(lines):
+        target = re.search(jump, text)
+        is_last = i + 1 == len(lines) or re.match(f"{always}|{end}", text)
+        after = () if is_last else (i + 1,)
+        found.append(_Instruction(text, (*after, index[target[1]]) if target else after))
+    return found
+
+
+def _sass(listing: str) -> list[_Instruction]:
+    lines = re.findall(r"^\s+/\*0*([0-9a-f]+)\*/\s+(.*?)\s*;", listing, re.MULTILINE)
+    return _program(lines, r"\bBRA\b.*?0x0*([0-9a-f]+)", r"BRA(?:\.\w+)* 0x", "EXIT|RET")
+
+
+def _amdgcn(listing: str) -> list[_Instruction]:
+    lines, label = [], ""
+    for line in listing.splitlines():
+        found = re.match(r"(\.LBB\w+):", line)
+        label = found[1] if found else label
+        if line.startswith("\t") and not line.startswith(("\t.", "\t;")):
+            lines.append((label, line.strip()))
+    return _program(lines, r"^s_c?branch\w* (\.LBB\w+)", "s_branch", "s_endpgm|s_setpc")
 
 
 def _loads(listing: str) -> str:
