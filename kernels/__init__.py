@@ -26,5 +26,6 @@ __all__ = [
     "semantic_argmax",
     "shares",
     "solver",
+    "state_qkv",
     "token_attention",
 ]

@@ -82,7 +82,8 @@ def test_a_step_is_the_innermost_loop_that_multiplies() -> None:
 
 def test_code_moved_to_the_end_makes_no_longer_step() -> None:
     """The step is 0x10 to 0x50. Its wait for a barrier goes on at 0x90, and returns to 0x30 by a jump back."""
-    lines = ["MOV R1", "LDGSTS R2", "@!P0 BRA 0x90", "UTCHMMA R3", "IADD R4", "@P1 BRA 0x10", "STG R5", "STG R6", "EXIT"]
+    lines = ["MOV R1", "LDGSTS R2", "@!P0 BRA 0x90", "UTCHMMA R3", "IADD R4", "@P1 BRA 0x10", "STG R5", "STG R6"]
+    lines.append("EXIT")
     sass = "".join(f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(lines))
     waiting = ["SYNCS P0", "@!P0 BRA 0x90", "BRA 0x30"]
     sass += "".join(f"        /*{0x90 + 16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(waiting))

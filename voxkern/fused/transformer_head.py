@@ -8,7 +8,9 @@ than the reference head:
   on the weights, the solver and the number of steps.
 - The h (hidden state) tokens and their queries, keys and values in the first layer are computed once per frame. In
   guidance's branch without the hidden state, all of these are exactly zero.
-- Before the first layer, the x (flow state) token is the same in both branches, so it is computed once.
+- Before the first layer, the x (flow state) token is the same in both branches, so it is computed once. Its queries,
+  keys and values are computed from the K numbers of the flow state, by weights that are multiplied before the first
+  frame (kernels/state_qkv.py). So the first layer's weights of queries, keys and values are read once a frame.
 - In the last layer, the t and h tokens need only keys and values. Everything else is computed for x alone.
 """
 
@@ -24,6 +26,7 @@ from ..kernels.linear import launch_linear, linear_shares
 from ..kernels.norm_linear import launch_norm_swiglu, norm_swiglu_shares
 from ..kernels.qkv import launch_norm_qkv, norm_qkv_shares
 from ..kernels.shares import Shares
+from ..kernels.state_qkv import fold_state_qkv, launch_state_qkv
 from ..kernels.token_attention import MAX_FUSED_COLUMNS, launch_token_attention, launch_token_attention_linear
 from ..reference.attention import TransformerBlock
 from ..reference.quantized import scale_of, scales_of_qkv
@@ -91,13 +94,16 @@ class FusedTransformerHead(FusedHead):
         attention, norm = self._blocks[0].attention, self._blocks[0].attention_norm.weight
         weights = [layer.weight for layer in (attention.wq, attention.wk, attention.wv)]
         scales = [scale for scale in scales_of_qkv(attention) if scale is not None]
-        return [self.module.time_projection.weight, norm, *weights, *scales]
+        return [self.module.time_projection.weight, self.module.input_projection.weight, norm, *weights, *scales]
 
-    def _make_network_tables(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the t tokens, [steps, dim], and their q | k | v in the first layer, [steps, W]."""
+    def _make_network_tables(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the t tokens, [steps, dim], their q | k | v in the first layer, [steps, W], and the folded weights.
+
+        The folded weights are the results of :func:`voxkern.kernels.state_qkv.fold_state_qkv`.
+        """
         attention, norm = self._blocks[0].attention, self._blocks[0].attention_norm.weight
         wq, wk, wv = attention.wq.weight, attention.wk.weight, attention.wv.weight
-        steps = len(projected)
+        steps, scales = len(projected), scales_of_qkv(attention)
         qkv = projected.new_empty(steps, len(wq) + len(wk) + len(wv))
         for first in range(0, steps, self._max_rows):
             rows = projected[first : first + self._max_rows]
@@ -113,9 +119,9 @@ class FusedTransformerHead(FusedHead):
                 len(rows),
                 self._max_rows,
                 "decode",
-                *scales_of_qkv(attention),
+                *scales,
             )
-        return projected, qkv
+        return projected, qkv, *fold_state_qkv((wq, wk, wv), scales, norm, self.module.input_projection.weight)
 
     @property
     def _hidden_projection(self) -> nn.Linear:
@@ -133,10 +139,11 @@ class FusedTransformerHead(FusedHead):
         self, b: HeadBuffers, tables: StepTables, h: Tensor, cfg_alpha: Tensor, noise_source: NoiseSource
     ) -> None:
         assert isinstance(b, TransformerHeadBuffers)
-        module, (t_tokens, t_qkv) = self.module, tables.network
+        module, (t_tokens, t_qkv, weight, root) = self.module, tables.network
         final = b.stream, module.norm.weight, None, module.acoustic_codebook_output.weight, None
         self._start(b, t_tokens[0], h, noise_source)
         for step in range(len(tables.dt)):
+            launch_state_qkv(b.x, weight, root, self._eps, b.x_qkv, self.max_batch)
             self._run_layers(b, t_qkv[step : step + 1])
             next_time = t_tokens[step + 1] if step + 1 < len(tables.dt) else None
             entrance = module.input_projection.weight, None, next_time, b.tokens
@@ -163,14 +170,13 @@ class FusedTransformerHead(FusedHead):
         """Run all layers of one evaluation.
 
         A layer takes four launches, or five if the weights are fp32 or the head is prepared for more than one request.
-        If `t_qkv`, a row of the table, is given, the first layer reads ``b.tokens`` and ``b.h_qkv``. If `t_qkv` is
-        None, the first layer computes q | k | v of all tokens from ``b.stream``.
+        If `t_qkv`, a row of the table, is given, the first layer reads ``b.tokens``, ``b.x_qkv`` and ``b.h_qkv``, so it
+        takes one launch less. If `t_qkv` is None, the first layer computes q | k | v of all tokens from ``b.stream``.
         """
         B, layers = len(b.x), self._blocks
         for i, layer in enumerate(layers):
             rows = 2 * B if i == len(layers) - 1 else 6 * B  # the last layer needs only the queries of the x tokens
             if i == 0 and t_qkv is not None:
-                self._qkv(b, b.x_qkv, b.tokens[:B], layer, B)
                 self._attend(b, b.tokens[:rows], b.x_qkv, t_qkv, b.h_qkv, layer)
             else:
                 self._qkv(b, b.qkv, b.stream, layer, rows)
