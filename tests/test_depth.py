@@ -48,14 +48,16 @@ def test_weights_streamed_by_hand() -> None:
     """The bytes of weights of both candidates equal those computed by hand.
 
     The depth transformer reads 3 layers and an output head for each of 36 codes, and projects the hidden state once.
-    The flow head reads 3 layers and the state's projections in each step, and projects the hidden state once.
+    The flow head reads 3 layers and the state's projections in each step, and projects the hidden state once. Instead
+    of the first layer's weights of q, k and v it reads an fp32 weight with 36 columns.
     """
     found = {name: weight_bytes(work) for name, work in candidates().items()}
     assert found.pop(("depth transformer", "codes:36")) == 2 * (36 * (3 * LAYER + 21 * 3072) + 3072 * 3072)
     for steps in STEPS:
         ends = 2 * 36 * 3072 * steps  # input projection before each step, output projection after it
         once = 3072 * 3072 + 6144 * 3072
-        assert found["flow head", f"euler:{steps}"] == 2 * (steps * 3 * LAYER + ends + once)
+        layers = 2 * steps * (3 * LAYER - 6144 * 3072) + 4 * steps * 6144 * 36
+        assert found["flow head", f"euler:{steps}"] == layers + 2 * (ends + once)
 
 
 def test_launches_by_hand() -> None:

@@ -47,5 +47,6 @@ ENTRIES = [
         stage=lambda c: 2 * c["BLOCK_N"] * c["K"],  # elements of two bytes; the weight is fp32
         read_once=("weight",),
         uses_matrix_unit=False,
+        multiply_adds=lambda args: len(args["x"]) * (args["weight"].numel() + args["root"].numel()),
     ),
 ]

@@ -61,16 +61,16 @@ class Scheme:
     def saved(self, model: VoxtralTTS, evaluations: int) -> tuple[float, float]:
         """Return the bytes that the scheme saves against 16 bits: of the model, and of one request's frame.
 
-        A frame reads the layers of the flow head once for each of `evaluations`, and all others once. It reads wq, wk
-        and wv of the head's first layer once more, for the hidden state's token.
+        A frame reads the layers of the flow head once for each of `evaluations`, but wq, wk and wv of the first of
+        these layers only once, for the hidden state's token. It reads all other layers once.
         """
         memory = frame = 0.0
         for name, linear in quantizable(model).items():
             if self.takes(name):
                 less = linear.weight.numel() * (16 - self.bits(linear.in_features)) / 8
                 memory += less
-                times = evaluations if name.startswith(f"{HEAD}layers.") else 1
-                frame += less * (times + bool(re.fullmatch(FIRST_QKV, name)))
+                is_repeated = name.startswith(f"{HEAD}layers.") and not re.fullmatch(FIRST_QKV, name)
+                frame += less * (evaluations if is_repeated else 1)
         return memory, frame
 
 
