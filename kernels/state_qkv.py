@@ -27,16 +27,16 @@ from .overlap import OFF, prefetch_rows, wait_for_launches
 
 __all__ = ["fold_state_qkv", "state_qkv"]
 
-# The products are fp32. On NVIDIA GPUs they run on the ordinary FP32 units, and each block repeats that of `root`. So for
-# many requests a tile has more rows of `weight`, and more warps, which keep it in registers.
+# The products are fp32. On NVIDIA GPUs they run on the ordinary FP32 units, and each block repeats that of `root`. So
+# for many requests a tile has more rows of `weight`. More warps keep the tile in registers.
 STATE_QKV = LaunchConfigs(
     "state_qkv",
     """
-    arch         rows | BLOCK_B  BLOCK_N  num_warps
-    interpreter  *    | 16       64       4
-    *            8    | 8        32       4
-    *            16   | 16       64       8
-    *            *    | 32       64       8
+    arch         rows | BLOCK_B  BLOCK_N  num_warps  num_stages
+    interpreter  *    | 16       64       4          1
+    *            8    | 8        32       4          1
+    *            16   | 16       64       8          1
+    *            *    | 32       64       8          1
     """,
 )
 

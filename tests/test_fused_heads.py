@@ -16,6 +16,7 @@ from voxkern.checkpoint import read_checkpoint
 from voxkern.fused.flow_head import FusedHead
 from voxkern.fused.mlp_head import FusedMLPHead
 from voxkern.fused.transformer_head import FusedTransformerHead
+from voxkern.random_checkpoint import tiny_params
 from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.model import make_head
@@ -263,6 +264,20 @@ def test_weights_may_change(model: VoxtralTTS, device: torch.device) -> None:
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
     assert torch.load(buffer).keys() == model.state_dict().keys()
+
+
+def test_tables_follow_their_weights(device: torch.device) -> None:
+    """A change of one of these weights alone makes new tables, and a change of another weight does not."""
+    config = Config.from_params(tiny_params())
+    head = make_head(config.acoustic_transformer, config.audio).to(device)
+    names = ["attention_norm", "attention.wq", "attention.wk", "attention.wv"]
+    used = {f"{name}.weight" for name in ("time_projection", "input_projection", *(f"layers.0.{n}" for n in names))}
+    with torch.inference_mode(False), torch.no_grad():
+        fused = FusedTransformerHead(head, 1)
+        for name, weight in head.named_parameters():
+            tables = fused.step_tables("euler", 2)
+            weight.mul_(1.5)
+            assert (fused.step_tables("euler", 2) is not tables) == (name in used), name
 
 
 def test_arguments_may_have_any_strides(model: VoxtralTTS, device: torch.device) -> None:

@@ -60,11 +60,16 @@ def test_amd_counts_both_kinds_of_vector_registers_once() -> None:
     assert (code.registers, code.spill, code.size) == (233, 0, 7168)
 
 
+def _listing(*lines: str) -> str:
+    """Return disassembled machine code; an instruction has 16 bytes."""
+    return "".join(f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(lines))
+
+
 def test_a_step_is_the_innermost_loop_that_multiplies() -> None:
     """The loop over tiles (0x10 to 0xa0) contains a loop without a product, and the loop over steps (0x60 to 0x90)."""
     lines = ["MOV R1", "ISETP P0", "LDG R2", "FADD R3", "@P0 BRA 0x20", "MOV R4", "LDS R5", "HMMA.16816.F32 R6", "NOP"]
     lines += ["@P1 BRA.U 0x60", "@!P2 BRA `(.L_x_1) 0x10", "EXIT"]
-    sass = "".join(f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(lines))
+    sass = _listing(*lines)
     assert machine_code._step(sass) == 3  # NOP does not count
     assert machine_code._step(sass.replace("HMMA", "FFMA")) == 0
     amdgcn = """
@@ -80,20 +85,38 @@ def test_a_step_is_the_innermost_loop_that_multiplies() -> None:
     assert machine_code._step(amdgcn) == 2  # only vector instructions
 
 
-def test_code_moved_to_the_end_makes_no_longer_step() -> None:
+def test_code_moved_to_the_end_adds_only_itself() -> None:
     """The step is 0x10 to 0x50. Its wait for a barrier goes on at 0x90, and returns to 0x30 by a jump back."""
-    lines = ["MOV R1", "LDGSTS R2", "@!P0 BRA 0x90", "UTCHMMA R3", "IADD R4", "@P1 BRA 0x10", "STG R5", "STG R6"]
-    lines.append("EXIT")
-    sass = "".join(f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(lines))
-    waiting = ["SYNCS P0", "@!P0 BRA 0x90", "BRA 0x30"]
-    sass += "".join(f"        /*{0x90 + 16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(waiting))
-    assert machine_code._step(sass) == 5 + len(waiting)
-    without_loop = sass.replace("@P1 BRA 0x10", "FADD R7")
-    assert machine_code._step(without_loop) == 0
+    waiting = ("SYNCS P0", "@!P0 BRA 0x90", "BRA 0x30")
+    lines = [
+        "MOV R1",
+        "LDGSTS R2",
+        "@!P0 BRA 0x90",
+        "UTCHMMA R3",
+        "IADD R4",
+        "@P1 BRA 0x10",
+        "STG R5",
+        "STG R6",
+        "EXIT",
+    ]
+    assert machine_code._step(_listing(*lines, *waiting)) == 5 + len(waiting)
+    lines[5] = "FADD R7"
+    assert machine_code._step(_listing(*lines, *waiting)) == 0
+
+
+def test_a_far_jump_is_a_call_that_never_returns() -> None:
+    """The loop over steps, 0x20 to 0x50, is reached only by the call at 0x00. One step has two ways back to 0x20."""
+    lines = ["@P6 CALL.REL.NOINC 0x20", "BRA 0x60", "HMMA R1", "@P0 BRA.U 0x20", "FADD R2", "BRA.U UP0, 0x20", "EXIT"]
+    assert machine_code._step(_listing(*lines)) == 4
+
+
+def test_a_subroutine_that_control_does_not_reach_is_no_loop() -> None:
+    lines = ["MOV R1", "EXIT", "@P0 BRA 0x50", "HMMA R2", "MOV R3", "RET.REL.NODEC R4 0x0"]
+    assert machine_code._step(_listing(*lines)) == 0
 
 
 def test_a_loop_may_begin_after_its_jump_back() -> None:
-    """The loop begins at .LBB0_2, which is reached again from the code before it."""
+    """The loop begins at .LBB0_2, which is reached again from the code before it. Its end has two labels."""
     amdgcn = """
 \ts_branch .LBB0_2
 .LBB0_1:
@@ -104,6 +127,7 @@ def test_a_loop_may_begin_after_its_jump_back() -> None:
 \tv_mov_b32 v1, v2
 \ts_branch .LBB0_1
 .LBB0_3:
+.LBB0_4:
 \tv_mov_b32 v7, v8
 \ts_endpgm
 """

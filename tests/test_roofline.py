@@ -276,8 +276,7 @@ def test_a_frame_with_8_bit_weights_reads_half_the_bytes() -> None:
         assert times[name] < 0.9 * predict(whole(1, gpu=name), gpu), name
 
 
-# The predicted time of a frame over its bound, at most, at batch 1, 8 and 32. The bound ignores instructions, which
-# limit some launches on AMD GPUs.
+# The predicted time of a frame over its bound, at most, at batch 1, 8 and 32.
 WORST = {
     "H100 SXM": (1.02, 1.03, 1.04), "H200": (1.03, 1.04, 1.06), "B200": (1.04, 1.05, 1.20),
     "A100 80GB": (1.01, 1.02, 1.03), "RTX 4090": (1.01, 1.03, 1.06), "RTX 5090": (1.02, 1.03, 1.05),

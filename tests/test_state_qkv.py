@@ -62,6 +62,17 @@ def test_quantised_weights_are_scaled(name: str, device: torch.device) -> None:
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_state_is_rounded_first(device: torch.device) -> None:
+    """As all inputs of the network are, the state is rounded to the network's dtype."""
+    make = TensorMaker(device=str(device))
+    w_qkv, norm, w_in = weights(make, 40, 5)
+    tables, x = fold_state_qkv(w_qkv, [None] * 3, norm, w_in), make(3, 5)
+    results = [x.new_full((3, 200), NAN, dtype=torch.bfloat16) for _ in range(2)]
+    for state, qkv in zip((x, x.bfloat16().float()), results, strict=True):
+        state_qkv(state, *tables, EPS, qkv, 3)
+    assert torch.equal(*results)
+
+
 def test_a_row_of_nan_stays_alone(device: torch.device) -> None:
     make = TensorMaker(device=str(device))
     w_qkv, norm, w_in = weights(make, 40, 5)

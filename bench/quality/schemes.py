@@ -61,8 +61,8 @@ class Scheme:
     def saved(self, model: VoxtralTTS, evaluations: int) -> tuple[float, float]:
         """Return the bytes that the scheme saves against 16 bits: of the model, and of one request's frame.
 
-        A frame reads the layers of the flow head once for each of `evaluations`, but wq, wk and wv of the first of
-        these layers only once, for the hidden state's token. It reads all other layers once.
+        A frame reads the layers of the flow head once for each of `evaluations`. Exceptions are wq, wk and wv of the
+        first of these layers. They are read once, like all other layers.
         """
         memory = frame = 0.0
         for name, linear in quantizable(model).items():

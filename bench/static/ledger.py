@@ -172,7 +172,7 @@ def compute(
         compile_all: compile every kernel, also those with the source of a row in `known`.
     """
     archs, rows = list(archs), list(known)
-    instructions = {row.digest: (row.loads, row.matrix, row.step) for row in rows}
+    instructions = {} if compile_all else {row.digest: (row.loads, row.matrix, row.step) for row in rows}
     sources = {} if compile_all else {row.source: row for row in rows}
     knowns = [Known(sources, instructions)] * len(archs)
     with ProcessPoolExecutor(min(processes, len(archs)), mp_context=get_context("spawn")) as pool:

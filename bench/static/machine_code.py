@@ -102,17 +102,18 @@ class _Instruction:
 
 
 def _loops(program: Sequence[_Instruction]) -> list[set[int]]:
-    """Return the instructions of each loop: its first, and those from which it is reached again.
+    """Return the instructions of each loop: its first, and all from which control can lead back to the first.
 
-    Control leads back to the first instruction of a loop only from instructions that are not reached without it. For
-    example, the compiler moves the wait for an incomplete barrier to the kernel's end. The jump that returns from there
-    makes no loop, because the wait can be reached before the jump's target.
+    A jump to an instruction closes a loop only if every path to the jump passes that instruction. For example, the
+    compiler moves the wait for an incomplete barrier to the kernel's end. The jump that returns from there closes no
+    loop, because the wait can be reached before the jump's target.
     """
-    before: list[list[int]] = [[] for _ in program]
-    for i, instruction in enumerate(program):
-        for j in instruction.after:
-            before[j].append(i)
     after = [instruction.after for instruction in program]
+    used = _reached([0], after)
+    before: list[list[int]] = [[] for _ in program]
+    for i in used:
+        for j in after[i]:
+            before[j].append(i)
     loops = []
     for first in [i for i, found in enumerate(before) if len(found) > 1]:
         outside = _reached([0], after, first)
@@ -122,7 +123,7 @@ def _loops(program: Sequence[_Instruction]) -> list[set[int]]:
     return loops
 
 
-def _reached(start: Sequence[int], edges: Sequence[Sequence[int]], without: int) -> set[int]:
+def _reached(start: Sequence[int], edges: Sequence[Sequence[int]], without: int | None = None) -> set[int]:
     """Return the instructions that are reached along `edges` from those of `start`, never through `without`."""
     reached, rest = set(), [i for i in start if i != without]
     while rest:
@@ -133,38 +134,42 @@ def _reached(start: Sequence[int], edges: Sequence[Sequence[int]], without: int)
     return reached
 
 
-def _program(lines: Sequence[tuple[str, str]], jump: str, always: str, end: str) -> list[_Instruction]:
-    """Return the instructions with those that come after them.
+def _program(texts: Sequence[str], places: Mapping[str, int], jump: str, always: str, end: str) -> list[_Instruction]:
+    """Return the instructions with those that may come after them.
 
     Args:
-        lines: (place, text) of each instruction; a place is an address or a label.
+        texts: the instructions.
+        places: address or label -> the index of its instruction.
         jump: a pattern of jumps, in which group 1 is the place of the target.
         always: a pattern of jumps without a condition.
         end: a pattern of instructions that end the kernel or a subroutine.
     """
-    index = {place: i for i, (place, _) in reversed(list(enumerate(lines)))}
     found = []
-    for i, (_, text) in enumerate(lines):
+    for i, text in enumerate(texts):
         target = re.search(jump, text)
-        is_last = i + 1 == len(lines) or re.match(f"{always}|{end}", text)
+        is_last = i + 1 == len(texts) or re.match(f"{always}|{end}", text)
         after = () if is_last else (i + 1,)
-        found.append(_Instruction(text, (*after, index[target[1]]) if target else after))
+        found.append(_Instruction(text, (*after, places[target[1]]) if target else after))
     return found
 
 
 def _sass(listing: str) -> list[_Instruction]:
     lines = re.findall(r"^\s+/\*0*([0-9a-f]+)\*/\s+(.*?)\s*;", listing, re.MULTILINE)
-    return _program(lines, r"\bBRA\b.*?0x0*([0-9a-f]+)", r"BRA(?:\.\w+)* 0x", "EXIT|RET")
+    places = {address: i for i, (address, _) in enumerate(lines)}
+    # a CALL may return, but the assembler also uses it for jumps that are too far for BRA
+    jump = r"\b(?:BRA|CALL)\b.*?0x0*([0-9a-f]+)"
+    return _program([text for _, text in lines], places, jump, r"BRA(?:\.\w+)* 0x", "EXIT|RET")
 
 
 def _amdgcn(listing: str) -> list[_Instruction]:
-    lines, label = [], ""
+    texts: list[str] = []
+    places: dict[str, int] = {}
     for line in listing.splitlines():
-        found = re.match(r"(\.LBB\w+):", line)
-        label = found[1] if found else label
-        if line.startswith("\t") and not line.startswith(("\t.", "\t;")):
-            lines.append((label, line.strip()))
-    return _program(lines, r"^s_c?branch\w* (\.LBB\w+)", "s_branch", "s_endpgm|s_setpc")
+        if label := re.match(r"(\.LBB\w+):", line):
+            places[label[1]] = len(texts)
+        elif line.startswith("\t") and not line.startswith(("\t.", "\t;")):
+            texts.append(line.strip())
+    return _program(texts, places, r"^s_c?branch\w* (\.LBB\w+)", "s_branch", "s_endpgm|s_setpc")
 
 
 def _loads(listing: str) -> str:
