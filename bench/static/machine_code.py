@@ -108,6 +108,8 @@ def _loops(program: Sequence[_Instruction]) -> list[set[int]]:
     compiler moves the wait for an incomplete barrier to the kernel's end. The jump that returns from there closes no
     loop, because the wait can be reached before the jump's target.
     """
+    if not program:
+        return []
     after = [instruction.after for instruction in program]
     used = _reached([0], after)
     before: list[list[int]] = [[] for _ in program]
