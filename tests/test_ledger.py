@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import os
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from bench.static import ledger, machine_code
 from bench.static.machines import MACHINES
 from voxkern.compile_only import Binary
 
+ROOT = Path(__file__).resolve().parents[1]
 ROW = ledger.LedgerRow(
     operator="norm_linear", case="q-b1", dtype="bf16", arch="sm_89", launch="0:_norm_linear_kernel",
     constants="K=3072 N=4096", binaries=1,
@@ -132,6 +135,28 @@ def test_a_loop_may_begin_after_its_jump_back() -> None:
 \ts_endpgm
 """
     assert machine_code._step(amdgcn) == 3
+
+
+@pytest.mark.slow
+def test_loops_are_those_that_the_compiler_names() -> None:
+    """In AMD's assembly, LLVM writes "Loop Header" beside the first instruction of each loop."""
+    code = """
+from bench.ops.registry import TensorMaker, entries
+from bench.static.machine_code import _amdgcn, _loops
+from voxkern.compile_only import compiling_for
+with compiling_for("gfx942") as launches:
+    for entry in entries():
+        case = next(case for case in entry.cases if case.public)
+        entry.op.run(**entry.args(case, TensorMaker.of("bf16", "meta")))
+    for listing in {one.binary.hash: one.binary.listing for one in launches}.values():
+        print(listing.count("Loop Header"), len(_loops(_amdgcn(listing))))
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT, check=True)
+    pairs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(pairs) > 20
+    assert all(named == found for named, found in pairs)
+    assert max(pairs) > (1, 1)
 
 
 def test_a_change_of_machine_code_is_named() -> None:
