@@ -44,7 +44,8 @@ def _run(code: str, *arguments: str) -> tuple[str, int, int]:
 def test_say(full_folder: Path, tmp_path: Path) -> None:
     code = "import sys; from voxkern.cli import app; app(sys.argv[1:], standalone_mode=False)"
     out = tmp_path / "hello.wav"
-    said, _, peak = _run(code, "say", "Hello", "--model", str(full_folder), "--max-frames", "3", "-o", str(out))
+    arguments = ("say", "Hello", "--model", str(full_folder), "--backend", "torch", "--max-frames", "3")
+    said, _, peak = _run(code, *arguments, "-o", str(out))
     print(said.splitlines()[-1], f"peak {peak / 1e9:.2f} GB")
     assert out.stat().st_size == 44 + 3 * 1920 * 2
     assert peak < 1.2 * WEIGHTS
