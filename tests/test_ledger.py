@@ -2,22 +2,20 @@
 
 import dataclasses
 import hashlib
-import os
 import struct
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import triton
+from fresh_process import run_python
 
 from bench.ops.registry import entries
 from bench.static import ledger, machine_code
 from bench.static.machines import MACHINES
 from voxkern.compile_only import Binary
 
-ROOT = Path(__file__).resolve().parents[1]
 ROW = ledger.LedgerRow(
     operator="norm_linear", case="q-b1", dtype="bf16", arch="sm_89", launch="0:_norm_linear_kernel",
     constants="K=3072 N=4096", binaries=1,
@@ -151,9 +149,7 @@ with compiling_for("gfx942") as launches:
     for listing in {one.binary.hash: one.binary.listing for one in launches}.values():
         print(listing.count("Loop Header"), len(_loops(_amdgcn(listing))))
 """
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT, check=True)
-    pairs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    pairs = [tuple(map(int, line.split())) for line in run_python("-c", code).splitlines()]
     assert len(pairs) > 20
     assert all(named == found for named, found in pairs)
     assert max(pairs) > (1, 1)

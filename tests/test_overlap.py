@@ -6,10 +6,7 @@ Kernels are compiled in processes of their own, because the tests run in Triton'
 import ast
 import contextlib
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from fresh_process import run_python
 from triton.runtime import interpreter
 
 import voxkern
@@ -37,15 +35,6 @@ HARMLESS = {
     "program_id", "num_programs", "arange", "to", "cdiv", "minimum", "maximum", "where", "len", "next_power_of_2",
     "weight_of_tile", "share_of_block", "prefetch_rows",
 }  # fmt: skip
-
-
-def run(*arguments: str) -> str:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env | {"PYTHONPATH": path})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def kernels() -> list[tuple[str, ast.FunctionDef]]:
@@ -85,7 +74,7 @@ def test_every_kernel_waits_before_it_touches_memory() -> None:
 
 
 def test_faults_in_machine_code_are_found() -> None:
-    found = json.loads(run("tests/overlapping_kernels.py"))
+    found = json.loads(run_python("tests/overlapping_kernels.py"))
     assert found.pop("_right") == []
     expected = {
         "_loads_early": {"PTX: ld.global.b32 before the wait"},
@@ -175,7 +164,7 @@ print(len(launches), *complaints(launches), sep="\\n")
     ],
 )
 def test_every_launch_of_a_frame_overlaps(arch: str, kind: str, batch: int) -> None:
-    n, *found = run("-c", FRAME, arch, kind, str(batch)).splitlines()
+    n, *found = run_python("-c", FRAME, arch, kind, str(batch)).splitlines()
     assert int(n) > 20
     assert found == []
 

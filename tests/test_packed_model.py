@@ -1,9 +1,6 @@
 """Tests of models with packed weights: accuracy of latents and codes, saving, loading, and undoing."""
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_python
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -386,12 +384,6 @@ def test_a_changed_backbone_weight_changes_the_cached_voice(tiny_folder: Path) -
     np.testing.assert_array_equal(tts.generate("one", **arguments).codes, changed)
 
 
-def run_python(code: str, *arguments: str) -> str:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
-
-
 def test_backends_of_a_cpu(tiny_folder: Path) -> None:
     code = """
 import sys, voxkern
@@ -402,7 +394,7 @@ for backend in ("auto", "packed", "torch"):
     print(tts.backend)
 """
     expected = ["packed True torch", "packed", "packed True torch", "packed", "torch False torch", "packed"]
-    assert run_python(code, str(tiny_folder)).splitlines() == expected
+    assert run_python("-c", code, str(tiny_folder)).splitlines() == expected
     with pytest.raises(ValueError, match="backend must be 'auto', 'triton', 'packed' or 'torch', got 'cpu'"):
         voxkern.load(tiny_folder, backend="cpu")
     with pytest.raises(ValueError, match="backend is 'packed', which runs on a CPU, but device is 'cuda:0'"):
@@ -426,7 +418,7 @@ plain = resident()
 pack(head)
 print(plain, resident())
 """
-    plain, packed = map(int, run_python(code, str(ROOT)).split())
+    plain, packed = map(int, run_python("-c", code, str(ROOT)).split())
     assert plain > 9e8
     assert packed <= 1.05 * plain
 
@@ -441,6 +433,6 @@ tts = voxkern.load(sys.argv[1], "cpu", backend=sys.argv[2], cache_tokens=640)
 tts.generate("one", seed=1, max_frames=2)
 print(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize())
 """
-    plain, packed = (int(run_python(code, str(tmp_path / "model"), backend)) for backend in ("torch", "packed"))
+    plain, packed = (int(run_python("-c", code, str(tmp_path / "model"), backend)) for backend in ("torch", "packed"))
     assert plain > 2.4e9
     assert packed <= 1.05 * plain
