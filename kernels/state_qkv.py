@@ -27,8 +27,8 @@ from .overlap import OFF, prefetch_rows, wait_for_launches
 
 __all__ = ["fold_state_qkv", "state_qkv"]
 
-# The products are fp32. On NVIDIA GPUs they run on the ordinary FP32 units, and each block repeats that of `root`. So
-# for many requests a tile has more rows of `weight`. More warps keep the tile in registers.
+# The products are fp32. On NVIDIA GPUs they run on the ordinary FP32 units. Each block repeats the product with `root`,
+# so for more requests a tile has more rows of `weight`. Eight warps keep such a tile in registers.
 STATE_QKV = LaunchConfigs(
     "state_qkv",
     """
@@ -44,11 +44,11 @@ STATE_QKV = LaunchConfigs(
 def fold_state_qkv(
     w_qkv: Sequence[Tensor], scales: Sequence[Tensor | None], norm: Tensor, w_in: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Multiply the weights that :func:`state_qkv` needs, in fp64.
+    """Compute the weights of :func:`state_qkv` in fp64, before the first frame.
 
     Args:
         w_qkv: the weights of queries, keys and values, each [N, dim]. The rows of the result are in this order.
-        scales: for each of these weights, the scales of its rows if it has 8 bits, fp32 [N], else None.
+        scales: fp32 [N] for each weight in 8 bits, one scale for each row; None for another weight.
         norm: [dim], the weight of RMSNorm.
         w_in: [dim, K], the projection of the state.
 
@@ -62,7 +62,7 @@ def fold_state_qkv(
         product = torch.cat([rows.double() @ w_norm for rows in weight.split(1024)])
         products.append(product if scale is None else product * scale[:, None])
     root = torch.linalg.qr(w_in, mode="r").R / dim**0.5
-    root = torch.cat((root, root.new_zeros(K - len(root), K)))  # there are rows to add if dim < K
+    root = torch.cat((root, root.new_zeros(K - len(root), K)))  # if dim < K, the decomposition has only dim rows
     return torch.cat(products).float(), root.float()
 
 

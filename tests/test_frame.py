@@ -194,7 +194,7 @@ def test_modulations_in_one_grid_are_a_grid_each() -> None:
 def test_bytes_at_the_public_shapes(B: int, velocity_mlp: bool) -> None:
     """A frame moves at most 1.05 times the fewest bytes.
 
-    At batch 32, the transformer head also moves about a tenth of that to and from its scratch memory.
+    At batch 32, the transformer head's scratch memory adds about a tenth.
     """
     head, embeddings = public_head(velocity_mlp=velocity_mlp)
     cost = frame_cost(head, B, embeddings)

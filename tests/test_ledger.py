@@ -116,8 +116,8 @@ def test_a_subroutine_that_control_does_not_reach_is_no_loop() -> None:
     assert machine_code._step(_listing(*lines)) == 0
 
 
-def test_a_loop_may_begin_after_its_jump_back() -> None:
-    """The loop begins at .LBB0_2, which is reached again from the code before it. Its end has two labels."""
+def test_the_first_instruction_of_a_loop_may_follow_its_body() -> None:
+    """The loop begins at .LBB0_2, and the code before .LBB0_2 falls through to it. The loop's end has two labels."""
     amdgcn = """
 \ts_branch .LBB0_2
 .LBB0_1:

@@ -34,7 +34,7 @@ def folded(x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
 @pytest.mark.parametrize(("dim", "K"), [(70, 37), (40, 5), (3, 7)])
 @pytest.mark.parametrize("size", [1.0, 1e-3, 30.0])
 def test_folded_weights_give_the_layers_result(dim: int, K: int, size: float, device: torch.device) -> None:
-    """Also if the network is narrower than the state, and if the token is so small that `eps` matters."""
+    """The results agree also for a network narrower than the state, and for tokens so small that `eps` matters."""
     make = TensorMaker(device=str(device))
     w_qkv, norm, w_in = weights(make, dim, K)
     x = make(5, K, std=size)

@@ -1,4 +1,4 @@
-"""Registry entry of the first layer's queries, keys and values of the flow's state, at the public model's shapes."""
+"""Registry entry of ``state_qkv``, at the shapes of the public model."""
 
 from typing import Any
 

@@ -83,9 +83,9 @@ class CountedLaunch:
         return {name: self._traffic(name) for name in sorted(names)}
 
     def scratch(self) -> int:
-        """Return the DRAM bytes of the launch's scratch memory, which is no argument of its operator.
+        """Return the DRAM bytes of parts of tiles and their counters, in a launch with shares; else 0.
 
-        In a launch with shares, blocks write parts of tiles and counters; see ``voxkern/kernels/shares.py``.
+        This scratch memory is no argument of the operator; see ``voxkern/kernels/shares.py``.
         """
         if not self.constants.get("SHARES"):
             return 0

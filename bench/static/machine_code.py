@@ -95,33 +95,32 @@ def _step(listing: str) -> int:
 
 @dataclass(frozen=True)
 class _Instruction:
-    """An instruction's text, and the indices of the instructions that may come after it."""
+    """An instruction's text, and the indices of the instructions that may run next."""
 
     text: str
-    after: tuple[int, ...]
+    successors: tuple[int, ...]
 
 
 def _loops(program: Sequence[_Instruction]) -> list[set[int]]:
-    """Return the instructions of each loop: its first, and all from which control can lead back to the first.
+    """Return the instructions of each natural loop: its header, and all that lead back to the header.
 
-    A jump to an instruction closes a loop only if every path to the jump passes that instruction. For example, the
-    compiler moves the wait for an incomplete barrier to the kernel's end. The jump that returns from there closes no
-    loop, because the wait can be reached before the jump's target.
+    A jump to an instruction is a back edge only if that instruction dominates the jump: every path to the jump passes
+    it. For example, the compiler moves the wait for an incomplete barrier to the kernel's end. The jump that returns
+    from there is no back edge, because the wait can be reached before the jump's target. Loops with one header are one.
     """
     if not program:
         return []
-    after = [instruction.after for instruction in program]
-    used = _reached([0], after)
-    before: list[list[int]] = [[] for _ in program]
-    for i in used:
-        for j in after[i]:
-            before[j].append(i)
+    successors = [instruction.successors for instruction in program]
+    predecessors: list[list[int]] = [[] for _ in program]
+    for i in _reached([0], successors):
+        for j in successors[i]:
+            predecessors[j].append(i)
     loops = []
-    for first in [i for i, found in enumerate(before) if len(found) > 1]:
-        outside = _reached([0], after, first)
-        last = [i for i in before[first] if i not in outside]
-        if last:
-            loops.append(_reached(last, before, first) | {first})
+    for header in [i for i, found in enumerate(predecessors) if len(found) > 1]:
+        not_dominated = _reached([0], successors, without=header)
+        back = [i for i in predecessors[header] if i not in not_dominated]
+        if back:
+            loops.append(_reached(back, predecessors, without=header) | {header})
     return loops
 
 
@@ -137,7 +136,7 @@ def _reached(start: Sequence[int], edges: Sequence[Sequence[int]], without: int 
 
 
 def _program(texts: Sequence[str], places: Mapping[str, int], jump: str, always: str, end: str) -> list[_Instruction]:
-    """Return the instructions with those that may come after them.
+    """Return the instructions with their successors.
 
     Args:
         texts: the instructions.
@@ -150,8 +149,8 @@ def _program(texts: Sequence[str], places: Mapping[str, int], jump: str, always:
     for i, text in enumerate(texts):
         target = re.search(jump, text)
         is_last = i + 1 == len(texts) or re.match(f"{always}|{end}", text)
-        after = () if is_last else (i + 1,)
-        found.append(_Instruction(text, (*after, places[target[1]]) if target else after))
+        successors = () if is_last else (i + 1,)
+        found.append(_Instruction(text, (*successors, places[target[1]]) if target else successors))
     return found
 
 

@@ -3,12 +3,12 @@
 ``python -m bench roofline`` prints these figures for the public shapes in bf16, batch 1 to 64. With int8
 weights, batch 1, 8 and 32 are printed for seven evaluations. No figure comes from a run on a GPU.
 
-The work is a list of launches, computed from the config's shapes (bench/static/work.py). **The floor** is a time that
-no implementation with these launches can beat if it reads their weights from memory. The floor is the longer of two
-times: the launches' weights, keys and values at the data sheet's bandwidth, or multiply-adds at the data sheet's dense
-bf16 rate. **The prediction** is the sum over the launches. The time of a launch is the sum of its start, one latency
-that fills the pipeline, and its waves. A wave is a set of blocks that run at once, by the ledger's occupancy. A wave
-takes the longest of five times:
+The work is a list of launches, computed from the config's shapes (bench/static/work.py). **The floor** is a lower
+bound for these launches if their weights come from memory. The floor is the longer of two times: the launches'
+weights, keys and values at the data sheet's bandwidth, or multiply-adds at the data sheet's dense bf16 rate. **The
+prediction** is the sum over the launches. The time of a launch is the sum of its start, one latency that fills the
+pipeline, and its waves. A wave is a set of blocks that run at once, by the ledger's occupancy. A wave takes the longest
+of five times:
 
 - the wave's bytes from memory, at the share of the bandwidth that streaming reaches,
 - the wave's bytes through L2, where tiles of rows read the weights again, and tiles of columns the activations,

@@ -9,8 +9,8 @@ than the reference head:
 - The h (hidden state) tokens and their queries, keys and values in the first layer are computed once per frame. In
   guidance's branch without the hidden state, all of these are exactly zero.
 - Before the first layer, the x (flow state) token is the same in both branches, so it is computed once. Its queries,
-  keys and values are computed from the K numbers of the flow state, by weights that are multiplied before the first
-  frame (kernels/state_qkv.py). So the first layer's weights of queries, keys and values are read once a frame.
+  keys and values are computed from the flow state itself, 36 numbers in the public model. Their weights are multiplied
+  before the first frame (kernels/state_qkv.py). A frame reads the first layer's wq, wk and wv once, for the h tokens.
 - In the last layer, the t and h tokens need only keys and values. Everything else is computed for x alone.
 """
 
