@@ -17,6 +17,7 @@ __all__ = [
     "moe_experts",
     "moe_routing",
     "norm_linear",
+    "norm_qkv_attention",
     "operator",
     "overlap",
     "paged_attention",
@@ -26,6 +27,6 @@ __all__ = [
     "semantic_argmax",
     "shares",
     "solver",
-    "state_qkv",
+    "state_attention",
     "token_attention",
 ]

@@ -123,21 +123,34 @@ class LaunchConfigs:
         Raises:
             ValueError: no row of the table matches.
         """
-        name = DTYPES[dtype] if dtype == torch.float32 else DTYPES_IN_8_BITS.get(weight or dtype, DTYPES[dtype])
-        chosen = launch_options() | dict(self._choose(N, K, name, architecture(), rows, phase))
+        found = self._find(N, K, _dtype_name(dtype, weight), architecture(), rows, phase)
+        if found is None:
+            raise ValueError(
+                f"no launch config of {self.kernel} for {architecture()}, {_dtype_name(dtype, weight)}, {rows} rows, "
+                f"N = {N}, K = {K}, {phase}"
+            )
+        chosen = launch_options() | dict(found)
         for values in _overrides.get(self.kernel, ()):
             chosen.update(values)
         return chosen
 
+    def has(
+        self, *, N: int, K: int, dtype: torch.dtype, rows: int, phase: str = "decode", weight: torch.dtype | None = None
+    ) -> bool:
+        """Return whether a row of the table matches the arguments, which are those of a call."""
+        return self._find(N, K, _dtype_name(dtype, weight), architecture(), rows, phase) is not None
+
     @functools.cache  # noqa: B019 - tables live as long as their modules
-    def _choose(self, N: int, K: int, dtype: str, arch: str, rows: int, phase: str) -> tuple[tuple[str, int], ...]:
+    def _find(self, N: int, K: int, dtype: str, arch: str, rows: int, phase: str) -> tuple[tuple[str, int], ...] | None:
         asked: dict[str, int | str] = {"arch": arch, "dtype": dtype, "phase": phase, "rows": rows, "N": N, "K": K}
         for row in self.lines:
             if all(_fits(asked[key], row[key]) for key in self.conditions):
                 return tuple((name, int(row[name])) for name in self.names)
-        raise ValueError(
-            f"no launch config of {self.kernel} for {arch}, {dtype}, {rows} rows, N = {N}, K = {K}, {phase}"
-        )
+        return None
+
+
+def _dtype_name(dtype: torch.dtype, weight: torch.dtype | None) -> str:
+    return DTYPES[dtype] if dtype == torch.float32 else DTYPES_IN_8_BITS.get(weight or dtype, DTYPES[dtype])
 
 
 def _fits(asked: int | str, condition: str) -> bool:

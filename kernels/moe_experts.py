@@ -173,7 +173,7 @@ def _moe_experts_up_kernel(
     p_up, _ = _expert(p_w3, expert, p_x, FORMAT, ALIGNED)
     b_row = tl.where(m_m, b_pair // P, 1 << 31)  # beyond all rows of x, so it is not read
     b_gate, b_up, b_square = norm_product(
-        p_x, p_norm, p_w, p_up, b_row, o_n, 1 << 31, m_n, stride_x, eps, 0, K,
+        p_x, p_norm, p_w, p_up, b_row, BLOCK_M, o_n, 1 << 31, m_n, stride_x, eps, 0, K,
         K, NORM_FIRST, 1, BLOCK_M, BLOCK_N, BLOCK_K,  # type: ignore[arg-type]
     )  # fmt: skip
     b_gate = _scaled(normed(b_gate, b_square, eps, K, NORM_FIRST), p_w1, expert, o_n, m_n, FORMAT)

@@ -192,7 +192,7 @@ def _row_scale(
 
 @triton.jit
 def norm_product(
-    p_x, p_norm, p_w, p_up, o_m, o_n, M, m_n, stride_x, eps, first, end,
+    p_x, p_norm, p_w, p_up, o_m, row_step, o_n, M, m_n, stride_x, eps, first, end,
     K: tl.constexpr, NORM_FIRST: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +206,8 @@ def norm_product(
         p_norm: [K], the weight of RMSNorm.
         p_w: [N, K].
         p_up: [N, K], a second weight, or None.
-        o_m: [BLOCK_M], rows of x in the first tile. Each next tile has the next BLOCK_M rows.
+        o_m: [BLOCK_M], rows of x in the first tile.
+        row_step: rows from each tile of rows to the next.
         o_n: [BLOCK_N], rows of the weights.
         M: rows of x.
         m_n: bool [BLOCK_N], which rows of the weights exist.
@@ -229,7 +230,7 @@ def norm_product(
     eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64
     products, ups, squares, scales = (), (), (), ()
     for r in tl.static_range(ROW_TILES):
-        o_r = o_m + r * BLOCK_M
+        o_r = o_m + r * row_step
         products = with_block(products, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
         if p_up is not None:
             ups = with_block(ups, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
@@ -247,7 +248,7 @@ def norm_product(
             b_up = widen(b_up, p_x.dtype.element_ty)
         new_products, new_ups, new_squares = (), (), ()
         for r in tl.static_range(ROW_TILES):
-            o_r = o_m + r * BLOCK_M
+            o_r = o_m + r * row_step
             m_x = (o_r < M)[:, None] & m_k[None, :]
             p_tile = p_x + o_r[:, None] * stride_x + (k + o_k)[None, :]
             b_x = tl.load(p_tile, mask=m_x, other=0.0).to(tl.float32)  # [M, K]
@@ -308,7 +309,7 @@ def _norm_linear_kernel(
         prefetch_rows(p_w, o_n, N, 0, K, OVERLAP)
         wait_for_launches(OVERLAP)
         blocks = norm_product(
-            p_x, p_norm, p_w, p_up, o_m, o_n, M, o_n < N, stride_x, eps, 0, K,
+            p_x, p_norm, p_w, p_up, o_m, BLOCK_M, o_n, M, o_n < N, stride_x, eps, 0, K,
             K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         for r in tl.static_range(ROW_TILES):
@@ -324,7 +325,7 @@ def _norm_linear_kernel(
             first, end = tl.maximum(start - i_n * STEPS, 0), tl.minimum(stop - i_n * STEPS, STEPS)
             o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
             blocks = norm_product(
-                p_x, p_norm, p_w, p_up, o_m, o_n, M, o_n < N, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
+                p_x, p_norm, p_w, p_up, o_m, BLOCK_M, o_n, M, o_n < N, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
                 K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             blocks, is_complete = add_parts(

@@ -124,15 +124,14 @@ def rotate(b_v, b_cos, b_sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    blocks, which, p_scale_q, p_scale_k, p_scale_v, p_y, o_m, o_n, M, n, eps,
-    N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
-    ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+def store_qkv(
+    blocks, which, p_scale_q, p_scale_k, p_scale_v, p_y, o_m, row_step, o_n, M, n, eps,
+    N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr, ROW_TILES: tl.constexpr,
 ):  # fmt: skip
     """Store the tiles of one weight's results in their columns of q | k | v."""
     o_y = tl.where(which == 0, 0, N + (which - 1) * N_KV) + o_n
     for r in tl.static_range(ROW_TILES):
-        o_r = o_m + r * BLOCK_M
+        o_r = o_m + r * row_step
         b_y = normed(blocks[r], blocks[ROW_TILES + r], eps, K, NORM_FIRST)
         b_y = scaled_by_tile(b_y, p_scale_q, p_scale_k, p_scale_v, which, o_n, o_n < n)
         p_tile = p_y + o_r[None, :] * (N + 2 * N_KV) + o_y[:, None]
@@ -160,12 +159,12 @@ def _norm_qkv_kernel(
             return
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         blocks = norm_product(
-            p_x, p_norm, p_w, None, o_m, o_n, M, o_n < n, stride_x, eps, 0, K,
+            p_x, p_norm, p_w, None, o_m, BLOCK_M, o_n, M, o_n < n, stride_x, eps, 0, K,
             K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        _finish(
-            blocks, which, p_scale_q, p_scale_k, p_scale_v, p_y, o_m, o_n, M, n, eps,
-            N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M,
+        store_qkv(
+            blocks, which, p_scale_q, p_scale_k, p_scale_v, p_y, o_m, BLOCK_M, o_n, M, n, eps,
+            N, N_KV, K, NORM_FIRST, ROW_TILES,
         )  # fmt: skip
     else:
         start, stop = share_of_block(TILES * STEPS)
@@ -180,26 +179,26 @@ def _norm_qkv_kernel(
             if i_m * (ROW_TILES * BLOCK_M) < rows:
                 o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
                 blocks = norm_product(
-                    p_x, p_norm, p_w, None, o_m, o_n, rows, o_n < n, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
-                    K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+                    p_x, p_norm, p_w, None, o_m, BLOCK_M, o_n, rows, o_n < n, stride_x, eps,
+                    first * BLOCK_K, end * BLOCK_K, K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
                 blocks, is_complete = add_parts(
                     blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N
                 )
                 if is_complete:
-                    _finish(
-                        blocks, which, p_scale_q, p_scale_k, p_scale_v, p_y, o_m, o_n, rows, n, eps,
-                        N, N_KV, K, NORM_FIRST, ROW_TILES, BLOCK_M,
+                    store_qkv(
+                        blocks, which, p_scale_q, p_scale_k, p_scale_v, p_y, o_m, BLOCK_M, o_n, rows, n, eps,
+                        N, N_KV, K, NORM_FIRST, ROW_TILES,
                     )  # fmt: skip
 
 
 def norm_qkv_shares(wq: Tensor, wk: Tensor, dtype: torch.dtype, max_rows: int, phase: str = "decode") -> Shares:
     """Return how :func:`launch_norm_qkv` divides the products of `wq`, `wk`, a third weight and rows of `dtype`."""
     constants = norm_constants(NORM_LINEAR, wq, dtype, max_rows, phase)
-    return norm_shares(constants, max_rows, _tiles(constants, wq, wk))
+    return norm_shares(constants, max_rows, tiles_of_qkv(constants, wq, wk))
 
 
-def _tiles(constants: Mapping[str, Any], wq: Tensor, wk: Tensor) -> int:
+def tiles_of_qkv(constants: Mapping[str, Any], wq: Tensor, wk: Tensor) -> int:
     return int(triton.cdiv(len(wq), constants["BLOCK_N"]) + 2 * triton.cdiv(len(wk), constants["BLOCK_N"]))
 
 
@@ -215,7 +214,7 @@ def launch_norm_qkv(
     """
     M, K = x.shape
     constants = norm_constants(NORM_LINEAR, wq, x.dtype, max_rows, phase) | {"N_KV": len(wk)}
-    tiles = _tiles(constants, wq, wk)
+    tiles = tiles_of_qkv(constants, wq, wk)
     shares = norm_shares(constants, max_rows, tiles)
     # a single row's stride is not used, but Triton would compile another binary if the stride were 1
     stride_x = x.stride(0) if M > 1 else K
@@ -310,7 +309,7 @@ def _norm_qkv_append_kernel(
     wait_for_launches(OVERLAP)
     m_m, m_n = o_m < M, o_n < n
     b_acc, b_square = norm_product(
-        p_x, p_norm, p_w, None, o_m, o_n, M, m_n, stride_x, eps, 0, K,
+        p_x, p_norm, p_w, None, o_m, BLOCK_M, o_n, M, m_n, stride_x, eps, 0, K,
         K, NORM_FIRST, 1, BLOCK_M, BLOCK_N, BLOCK_K,  # type: ignore[arg-type]
     )  # fmt: skip
     b_acc = normed(b_acc, b_square, eps, K, NORM_FIRST)
@@ -346,7 +345,7 @@ def launch_norm_qkv_append(
     constants |= {"N": len(wq), "N_KV": N_KV, "K": K, "NORM_FIRST": x.dtype == torch.float16}
     constants |= {"D": kv_cache.shape[4], "PAGE": kv_cache.shape[3]}
     stride_x = x.stride(0) if M > 1 else K
-    grid = (triton.cdiv(M, constants["BLOCK_M"]), _tiles(constants, wq, wk))
+    grid = (triton.cdiv(M, constants["BLOCK_M"]), tiles_of_qkv(constants, wq, wk))
     _norm_qkv_append_kernel[grid](
         x, norm, stored(wq), stored(wk), stored(wv), scale_q, scale_k, scale_v,
         rope, block_table, lengths, q, kv_cache,

@@ -28,7 +28,7 @@ NAN = float("nan")
 
 
 def token_sizes(**other: Any) -> SimpleNamespace:
-    wanted = {"B": 5, "max_batch": 6, "n_x": 2, "n_t": 1, "n_tokens": 3, "H": 4, "HKV": 2, "D": 16}
+    wanted = {"B": 5, "max_batch": 6, "n_tokens": 3, "H": 4, "HKV": 2, "D": 16}
     return SimpleNamespace(**{**wanted, **other})
 
 
@@ -47,13 +47,9 @@ def rows_of(i: list[int], B: int, n: int) -> list[int]:
 
 # by name: an operator, the function that makes its arguments, and the arguments that have rows for each request
 CASES: dict[str, tuple[Any, Callable[[TensorMaker], dict[str, Any]], tuple[str, ...]]] = {
-    "tokens": (token_attention, lambda make: attention_bench.token_attention_inputs(token_sizes(), make),
-               ("x_qkv", "t_qkv", "h_qkv")),
-    "tokens-first": (token_attention,
-                     lambda make: attention_bench.token_attention_inputs(token_sizes(n_x=1, n_t=0), make),
-                     ("x_qkv", "t_qkv", "h_qkv")),
+    "tokens": (token_attention, lambda make: attention_bench.token_attention_inputs(token_sizes(), make), ("qkv",)),
     "tokens-last": (token_attention, lambda make: attention_bench.token_attention_inputs(token_sizes(n_tokens=1), make),
-                    ("x_qkv", "t_qkv", "h_qkv")),
+                    ("qkv",)),
     "semantic": (semantic_argmax, lambda make: argmax_bench.semantic_argmax_inputs(semantic_sizes(), make), ("h",)),
 }  # fmt: skip
 
@@ -83,22 +79,8 @@ def test_a_request_does_not_depend_on_the_others(
                 assert torch.equal(one, all_[rows_of(part, B, len(all_))])
 
 
-@pytest.mark.interpreter("launches are recorded in the interpreter")
-def test_attention_with_wo_reads_tokens_at_any_address(device: torch.device) -> None:
-    """The compiler may load 16 bytes at once only where the tokens' distances are multiples of 16 bytes."""
-    make = TensorMaker(torch.bfloat16, str(device))
-    sizes = SimpleNamespace(B=1, max_batch=1, n_x=2, n_t=1, n_tokens=3, N=40, H=4, HKV=2, D=16)
-    args = attention_bench.token_attention_linear_inputs(sizes, make)
-    moved = dict(args)
-    for name, first in (("x_qkv", 1), ("t_qkv", 0), ("h_qkv", 3)):
-        moved[name] = args[name].new_empty(first + args[name].numel())[first:].view_as(args[name]).copy_(args[name])
-    with counting() as launches:
-        assert torch.equal(token_attention_linear(**moved), token_attention_linear(**args))
-    assert [launch.constants["ALIGN"] for launch in launches] == [1, 8]
-
-
 def test_heads_that_do_not_fit_into_shared_memory() -> None:
-    sizes = SimpleNamespace(B=1, max_batch=1, n_x=2, n_t=1, n_tokens=3, N=40, H=8, HKV=1, D=128)
+    sizes = SimpleNamespace(B=1, max_batch=1, n_tokens=3, N=40, H=8, HKV=1, D=128)
     args = attention_bench.token_attention_linear_inputs(sizes, TensorMaker(torch.bfloat16))
     with pytest.raises(ValueError, match=r"have 1024 columns .* but may have 512"):
         token_attention_linear(**args)
@@ -106,13 +88,12 @@ def test_heads_that_do_not_fit_into_shared_memory() -> None:
 
 @pytest.mark.interpreter("loads are counted by address")
 def test_attention_loads_each_element_in_one_block() -> None:
-    args = attention_bench.token_attention_inputs(token_sizes(n_x=1), TensorMaker())
+    args = attention_bench.token_attention_inputs(token_sizes(), TensorMaker())
     with counting(whole=True) as launches:
         token_attention(**args)
     (launch,) = launches
-    for name in ("x_qkv", "h_qkv"):
-        blocks = [block.distinct(f"p_{name[0]}") for block in launch.blocks.values()]
-        assert sum(map(len, blocks)) == args[name].numel()
+    blocks = [block.distinct("p_qkv") for block in launch.blocks.values()]
+    assert sum(map(len, blocks)) == args["qkv"].numel()
 
 
 def codes_of(h: Tensor, weight: Tensor, n_codes: int) -> list[int]:
@@ -201,13 +182,11 @@ def wrong(base: str, device: torch.device, **change: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("base", "change", "error", "message"),
     [
-        ("tokens", {"n_heads": 3}, ValueError, r"h_qkv has 128 columns, which do not split into 3 \+ 2 \* 2 heads"),
+        ("tokens", {"n_heads": 3}, ValueError, r"qkv has 128 columns, which do not split into 3 \+ 2 \* 2 heads"),
         ("tokens", {"n_tokens": 2}, ValueError, r"n_tokens is 2 but must be 3, or 1"),
-        ("tokens", {"x_qkv": lambda t: t[:3]}, ValueError, r"x_qkv has 3 rows but must have B = 5 or 2B = 10"),
-        ("tokens", {"t_qkv": lambda t: t[:2]}, ValueError, r"t_qkv has 2 rows but must have 1 or 2B = 10"),
-        ("tokens", {"h_qkv": lambda t: t[:9]}, ValueError, r"h_qkv has 9 rows but must have 2 per request, for 1..6"),
-        ("tokens", {"x_qkv": lambda t: t.half()}, TypeError, r"x_qkv is torch.float16 but must be torch.float32"),
-        ("tokens", {"max_batch": 4}, ValueError, r"h_qkv has 10 rows but .* 1..4 requests \(max_batch\)"),
+        ("tokens", {"qkv": lambda t: t[:27]}, ValueError, r"qkv has 27 rows but must have 6 per request, for 1..6"),
+        ("tokens", {"qkv": lambda t: t.double()}, TypeError, r"qkv is torch.float64 but must be torch.float32 or"),
+        ("tokens", {"max_batch": 4}, ValueError, r"qkv has 30 rows but .* 1..4 requests \(max_batch\)"),
         ("semantic", {"n_codes": 91}, ValueError, r"n_codes is 91 but must lie in 2..90"),
         ("semantic", {"weight": lambda t: t[:, 1:]}, ValueError, r"weight is \[90, 129\] but must be \[N, 130\]"),
     ],

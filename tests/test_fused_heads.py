@@ -186,7 +186,9 @@ def test_alone_equals_batched_everywhere_on_a_gpu(folder: Path, device: torch.de
 
 
 @pytest.mark.interpreter("launches are recorded")
-def test_a_frame_is_launches_and_nothing_else(model: VoxtralTTS) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frame_is_launches_and_nothing_else(folder: Path, dtype: torch.dtype) -> None:
+    model = read_checkpoint(folder, dtype).model
     fused = fused_head_of(model, 2)
     h, alpha, _ = inputs(model, 2)
     seed, frame = seed_tensor([1, 2]), torch.tensor([0, 0])
@@ -195,8 +197,24 @@ def test_a_frame_is_launches_and_nothing_else(model: VoxtralTTS) -> None:
         with launches_only(indirect=reached(model)) as launches:
             codes, _ = fused.generate_codes(h, alpha, seed=seed, frame=frame)
     assert torch.equal(codes, expected)
-    each = 2 if isinstance(fused, FusedMLPHead) else 5
-    assert len(launches) == 4 + 7 * (2 * each + 1)  # the tiny heads have two layers
+    # The tiny heads have two layers. In bf16, attention joins q, k and v.
+    layers = 2 * 2 if isinstance(fused, FusedMLPHead) else 4 + (4 if dtype == torch.bfloat16 else 5)
+    assert len(launches) == 4 + 7 * (layers + 1)
+
+
+@pytest.mark.interpreter("the launch config is the interpreter's")
+def test_attention_in_the_launch_of_qkv_is_as_accurate_as_the_module(tiny_folder: Path) -> None:
+    model = read_checkpoint(tiny_folder, torch.bfloat16).model
+    head = model.acoustic_transformer
+    h, alpha, x = inputs(model, 5)
+    with torch.inference_mode():
+        plain = head.solve(h, alpha, x, 4)
+        exact = copy.deepcopy(head).double().solve(h.double(), alpha.double(), x.double(), 4)
+        voxkern.accelerate(model, 6)
+        with counting(whole=True) as launches:
+            fused = head.solve(h, alpha, x, 4)
+    assert [launch.kernel for launch in launches].count("_norm_qkv_attention_kernel") == 4
+    assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
 def test_generate_through_the_fused_head(folder: Path, device: torch.device) -> None:

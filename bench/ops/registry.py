@@ -80,6 +80,7 @@ class Entry:
             wrote before their atomics. No other atomics are allowed, see ``bench/static/races.py``.
         multiply_adds: function of the arguments that returns the multiply-adds of the products with weights, and of
             attention over the cache.
+        archs: pattern of the architectures that have launch configs, as in a table of launch configs.
     """
 
     op: Any
@@ -95,6 +96,7 @@ class Entry:
     partly: Mapping[str, Callable[[Args], int]] = field(default_factory=dict)
     ordered_by: tuple[str, ...] = ()
     multiply_adds: Callable[[Args], int] = times_rows_of_x
+    archs: str = "*"
 
     @property
     def name(self) -> str:

@@ -46,6 +46,8 @@ TILES = {
     "codec_conv": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256},
     "semantic_argmax": {"BLOCK_B": 64, "BLOCK_N": 64, "BLOCK_K": 256},
     "token_attention": {"BLOCK_B": 32},
+    "state_attention": {"BLOCK_B": 32},
+    "norm_qkv_attention": {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 256, "PAIRS": 128},
     "flow_step": {"BLOCK_N": 256, "BLOCK_K": 64},
     "prefill_attention": {"COLUMNS_Q": 64, "BLOCK_N": 64},
     "codec_attention": {"BLOCK_Q": 64},

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,7 @@ def _of_arch(arch: str, known: Known) -> list[LedgerRow]:
         return [
             row
             for entry in all_entries
+            if fnmatch(arch, entry.archs)
             for case in entry.cases
             if case.public
             for dtype in case.dtypes

@@ -12,6 +12,7 @@ from voxkern.compile_only import TOOLS, Binary
 
 MATRIX = r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w?MMA)[\w.]*|v_s?mfma_\w+|v_wmma_\w+"
 # instructions that a step does not count: NOP, and on AMD GPUs all but vector instructions
+STORES = r"\bSTG\b|\b(?:global|buffer)_store_"
 UNCOUNTED = r"NOP|[a-uw-z]\w*_"
 # kinds of loads, matrix instructions, and instructions of a step, as in the ledger's columns
 Instructions = tuple[str, str, int]
@@ -84,13 +85,16 @@ def _instructions(listing: str) -> Instructions:
 def _step(listing: str) -> int:
     """Count a warp's instructions in one pass of the innermost loop that has matrix instructions.
 
-    If there are several such loops, the longest counts. The result is 0 if there is none. For AMD, only vector
-    instructions count, because the others run beside them.
+    If there are several such loops, those that store results do not count: they follow the product. Of the others, the
+    longest counts. The result is 0 if there is none. For AMD, only vector instructions count, because the others run
+    beside them.
     """
     program = (_sass if "/*0000*/" in listing else _amdgcn)(listing)
     products = [body for body in _loops(program) if any(re.search(MATRIX, program[i].text) for i in body)]
     innermost = [body for body in products if not any(other < body for other in products)]
-    return max((sum(not re.match(UNCOUNTED, program[i].text) for i in body) for body in innermost), default=0)
+    without_stores = [body for body in innermost if not any(re.search(STORES, program[i].text) for i in body)]
+    bodies = without_stores or innermost
+    return max((sum(not re.match(UNCOUNTED, program[i].text) for i in body) for body in bodies), default=0)
 
 
 @dataclass(frozen=True)

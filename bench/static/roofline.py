@@ -203,11 +203,33 @@ def running(one: Work, gpu: GPU, assume: Assumptions, resident: int, step: int =
     shared = max(dram / (gpu.bandwidth * assume.streaming), l2_bytes(one) / gpu.l2_bandwidth) / blocks
     wave_size = resident * gpu.multiprocessors
     waves = [wave_size] * (blocks // wave_size) + [blocks % wave_size]
-    return sum(
+    last = attention_after_product(one, gpu, assume)
+    return last + sum(
         max(alone, n * shared, math.ceil(n / gpu.multiprocessors) * max(flops / flop_rate, instructions / issue_rate))
         for n in waves
         if n
     )
+
+
+def attention_after_product(one: Work, gpu: GPU, assume: Assumptions) -> float:
+    """Return the seconds of attention that the last block of each key head computes, see norm_qkv_attention.py.
+
+    These blocks run at once. Each waits for its counter, and then once for the loads of every PAIRS pairs that are in
+    flight together. It moves its bytes at a multiprocessor's share of the bandwidth of L2.
+    """
+    kernel = one.kernel
+    assert kernel is not None
+    if one.operator != "norm_qkv_attention":
+        return 0.0
+    size = {name: kernel.constant(name) for name in ("BLOCK_M", "PAIRS", "N", "N_KV", "D", "N_TOKENS")}
+    G = size["N"] // size["N_KV"]
+    rows = (
+        2 * size["N_TOKENS"] * G + 6
+    )  # of D columns: q is read and the result written; three keys and values are read
+    bytes_moved = 2 * size["BLOCK_M"] * rows * size["D"]
+    in_flight = max(kernel.constant("PAIR_STAGES") - 1, 1) * size["PAIRS"]
+    waits = 1 + -(-size["BLOCK_M"] // in_flight)
+    return waits * assume.latency + bytes_moved / (gpu.l2_bandwidth / gpu.multiprocessors)
 
 
 def l2_bytes(one: Work) -> int:

@@ -48,12 +48,12 @@ MODULES: dict[ModuleType, str] = {
 # Operator -> the argument with a row for each row of activations, or for each request. For other operators this is `x`,
 # or the first tensor if there is no `x`.
 ROWS = {
-    "token_attention": "h_qkv", "semantic_argmax": "h", "paged_attention": "q", "update_decode_state": "codes",
+    "token_attention": "qkv", "semantic_argmax": "h", "paged_attention": "q", "update_decode_state": "codes",
     "token_attention_linear": "residual", "codec_dequantise": "codes", "codec_update_state": "new_frames",
     "codec_attention": "qkv",
 }  # fmt: skip
 # operator -> the arguments that each column of tiles reads; other operators with tiles of columns read `x`
-READ_BY_COLUMNS = {"token_attention_linear": ("x_qkv", "t_qkv", "h_qkv"), "semantic_argmax": ("h",)}
+READ_BY_COLUMNS = {"token_attention_linear": ("qkv",), "semantic_argmax": ("h",)}
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,8 @@ def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: Kernel
 
     rows = args[row_argument]
     padded = {**args, row_argument: rows.new_empty(rounded(len(rows)), *rows.shape[1:], device="meta")}
+    if "n_tokens" in args:  # tiles of rows have all three tokens
+        return padded | {"n_tokens": 3}
     return padded | ({"q_rows": rounded(args["q_rows"])} if "q_rows" in args else {})
 
 

@@ -167,7 +167,7 @@ class FusedServerHead(FusedTransformerHead):
         launch_linear(x_tokens, x.contiguous(), w_in, None, None, None, self._max_rows, scratch=scratch)
         t_tokens.copy_(time)
         h_tokens.copy_(hidden)
-        self._run_layers(b, None)
+        self._run_layers(b, is_attended=False)
         w_out = module.acoustic_codebook_output.weight
         launch_norm_linear(out, b.stream[:R], module.norm.weight, w_out, self._eps, self._max_rows, scratch=scratch)
 

@@ -1,0 +1,230 @@
+"""Queries, keys and values of the flow head's three tokens, and attention over the tokens, in one launch.
+
+The product is that of ``norm_qkv``, divided among blocks as in shares.py, and the attention is ``token_attention``::
+
+    qkv  = RMSNorm(x) @ [wq | wk | wv].T      [6B, W]               row = token * 2B + branch * B + request
+    out  = token_attention(qkv)               [n_tokens * 2B, H * D]
+
+A tile of rows has the x, t and h tokens of the same BLOCK_M pairs (branch, request), so that all queries, keys and
+values of a pair are in one tile of rows. The tiles that hold a key head and its query heads have a counter. The block
+that completes the last of these tiles computes the attention of these heads and pairs. It reads what other blocks
+wrote, so the counter also orders their writes before its reads.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast, dot
+from .launch_config import LaunchConfigs
+from .norm_linear import norm_constants, norm_product, norm_shares
+from .operator import expect, expect_batch, operator
+from .overlap import OFF, prefetch_rows, wait_for_launches
+from .qkv import expect_qkv, store_qkv, tiles_of_qkv, weight_of_tile
+from .shares import Scratch, Shares, add_parts, share_of_block
+from .token_attention import expect_heads_of_tokens, expect_n_tokens
+
+__all__ = ["norm_qkv_attention"]
+
+# One launch is predicted to take as long as two on sm_90, and longer elsewhere, so only sm_90 has configs. ROW_TILES is
+# the number of tokens. PAIRS pairs are attended in one step of a loop, in which PAIR_STAGES - 1 steps are in
+# flight. A step of four pairs has 48 KB of queries, keys and values, most of which pads the rows to 16.
+NORM_QKV_ATTENTION = LaunchConfigs(
+    "norm_qkv_attention",
+    """
+    arch         dtype  rows | SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  PAIRS  PAIR_STAGES  num_warps  num_stages
+    interpreter  *16    *    | 1       3          16       16       64       8      1            4          1
+    sm_90        *16    24   | 1       3          8        64       128      8      1            8          5
+    sm_90        *16    96   | 1       3          16       64       64       4      5            8          6
+    sm_90        *16    *    | 1       3          32       128      64       4      5            8          5
+    """,
+)
+ROWS = tl.constexpr(16)  # the queries of a pair that share a key head, padded to the fewest rows of a matrix product
+MAX_COLUMNS = 128  # of a head; with more, the steps in flight do not fit into shared memory
+
+
+@triton.jit
+def _attend(
+    p_qkv, p_out, o_pair, i_kv, B2,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, N_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Store the attention of some pairs for all query heads of one key head.
+
+    The products are batched: each pair has its own. The rows of a product are the pair's queries, token by token and
+    head by head, padded to 16. Its three keys are padded to 16, too.
+    """
+    W: tl.constexpr = (H + 2 * HKV) * D
+    G: tl.constexpr = H // HKV
+    COLUMNS: tl.constexpr = triton.next_power_of_2(D)  # type: ignore[arg-type]
+    PAIRS: tl.constexpr = o_pair.shape[0]
+    o_p, o_d = o_pair[:, None, None], tl.arange(0, COLUMNS)[None, None, :]
+    o_row, o_token = tl.arange(0, ROWS)[None, :, None], tl.arange(0, ROWS)[None, :, None] // G
+    m_p = (o_p < B2) & (o_d < D)
+    m_q, m_k = m_p & (o_token < N_TOKENS), m_p & (o_row < 3)
+    o_q = (i_kv * G + o_row % G) * D + o_d
+    p_k = p_qkv + (o_row * B2 + o_p) * W + (H + i_kv) * D + o_d
+    b_k, b_v = tl.load(p_k, mask=m_k, other=0.0), tl.load(p_k + HKV * D, mask=m_k, other=0.0)  # [pairs, 16, D]
+    b_q = tl.load(p_qkv + (o_token * B2 + o_p) * W + o_q, mask=m_q, other=0.0)
+    b_s = dot(b_q, tl.permute(b_k, (0, 2, 1)), tl.zeros([PAIRS, ROWS, ROWS], dtype=tl.float32)) * D**-0.5
+    b_s = tl.where(tl.arange(0, ROWS)[None, None, :] < 3, b_s, float("-inf"))
+    b_s = tl.exp(b_s - tl.max(b_s, 2)[:, :, None])
+    b_s = cast(b_s * (1.0 / tl.sum(b_s, 2))[:, :, None], b_v.dtype)
+    b_o = dot(b_s, b_v, tl.zeros([PAIRS, ROWS, COLUMNS], dtype=tl.float32))
+    tl.store(p_out + (o_token * B2 + o_p) * (H * D) + o_q, cast(b_o, p_out.dtype.element_ty), mask=m_q)
+
+
+@triton.jit(do_not_specialize=["B2"])
+def _norm_qkv_attention_kernel(
+    p_x, p_norm, p_q, p_k, p_v, p_qkv, p_out, p_parts, p_arrived,
+    B2, stride_x, eps,
+    N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, D: tl.constexpr, N_TOKENS: tl.constexpr,
+    NORM_FIRST: tl.constexpr, COUNT: tl.constexpr, SHARES: tl.constexpr,
+    ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr,
+    PAIR_STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr = OFF,
+):  # fmt: skip
+    H: tl.constexpr = N // D
+    HKV: tl.constexpr = N_KV // D
+    TILES: tl.constexpr = (N + 2 * N_KV) // BLOCK_N
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    i_m = tl.program_id(0).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)  # pairs, and rows of the x tokens
+    o_m = tl.where(o_m < B2, o_m, 3 * B2)  # past the last pair, no token has a row
+    start, stop = share_of_block(TILES * STEPS)
+    _, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, start // STEPS, N, N_KV, BLOCK_N)
+    o_first = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
+    prefetch_rows(p_w, o_first, n, start % STEPS * BLOCK_K, K, OVERLAP)
+    wait_for_launches(OVERLAP)
+    for i_tile in range(start // STEPS, tl.cdiv(stop, STEPS)):
+        first, end = tl.maximum(start - i_tile * STEPS, 0), tl.minimum(stop - i_tile * STEPS, STEPS)
+        which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, i_tile, N, N_KV, BLOCK_N)
+        rows = tl.where(which == 0, N_TOKENS, 3) * B2
+        o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
+        blocks = norm_product(
+            p_x, p_norm, p_w, None, o_m, B2, o_n, rows, o_n < n, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
+            K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        blocks, is_complete = add_parts(
+            blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N
+        )
+        if is_complete:
+            store_qkv(
+                blocks, which, None, None, None, p_qkv, o_m, B2, o_n, rows, n, eps,
+                N, N_KV, K, NORM_FIRST, ROW_TILES,
+            )  # fmt: skip
+            i_kv = i_n * BLOCK_N // tl.where(which == 0, H // HKV * D, D)
+            p_counter = p_arrived + tl.num_programs(0) * TILES + i_m * HKV + i_kv
+            tl.debug_barrier()  # as in add_parts: the stores of all threads come before the atomic add
+            arrived = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
+            tl.debug_barrier()
+            if arrived == (H // HKV + 2) * (D // BLOCK_N) - 1:
+                o_pair = i_m * BLOCK_M + tl.arange(0, PAIRS)
+                for i in tl.range(0, BLOCK_M, PAIRS, num_stages=PAIR_STAGES):
+                    _attend(p_qkv, p_out, o_pair + i, i_kv, B2, H, HKV, D, N_TOKENS)
+                tl.store(p_counter, 0)  # the next launch counts from zero
+
+
+def norm_qkv_attention_shares(wq: Tensor, wk: Tensor, dtype: torch.dtype, n_kv_heads: int, max_batch: int) -> Shares:
+    """Return how :func:`launch_norm_qkv_attention` divides the products of `wq`, `wk` and a third weight."""
+    constants = _constants(wq, dtype, max_batch)
+    shares = norm_shares(constants, 6 * max_batch, tiles_of_qkv(constants, wq, wk))
+    return replace(shares, counters=shares.counters + shares.row_tiles * n_kv_heads)
+
+
+def joins_attention(wq: Tensor, dtype: torch.dtype, n_heads: int, n_kv_heads: int, max_batch: int) -> bool:
+    """Return whether :func:`norm_qkv_attention` runs with these sizes on the current device.
+
+    The device's architecture needs launch configs, and the dtype, also the weight's, has 16 bits. The columns of a head
+    are a multiple of BLOCK_N and at most 128. The queries of three tokens that share a key head are at most 16.
+    """
+    D = len(wq) // n_heads
+    given: dict[str, Any] = {"N": len(wq), "K": wq.shape[1], "dtype": dtype, "rows": 6 * max_batch, "weight": wq.dtype}
+    if not NORM_QKV_ATTENTION.has(**given):
+        return False
+    fits = 3 * n_heads // n_kv_heads <= ROWS.value and D <= MAX_COLUMNS
+    return fits and D % _constants(wq, dtype, max_batch)["BLOCK_N"] == 0
+
+
+def _constants(wq: Tensor, dtype: torch.dtype, max_batch: int) -> dict[str, Any]:
+    return norm_constants(NORM_QKV_ATTENTION, wq, dtype, 6 * max_batch, "decode")
+
+
+def launch_norm_qkv_attention(
+    out: Tensor, qkv: Tensor, x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float,
+    n_heads: int, n_kv_heads: int, n_tokens: int, max_batch: int,
+    scratch: Scratch | None = None,
+) -> None:  # fmt: skip
+    """Run :func:`norm_qkv_attention` into `out` and `qkv`, without checking the arguments."""
+    M = len(x)
+    constants = _constants(wq, x.dtype, max_batch)
+    constants |= {"N_KV": len(wk), "D": len(wk) // n_kv_heads, "N_TOKENS": n_tokens}
+    if constants["D"] % constants["BLOCK_N"]:
+        raise ValueError(
+            f"wq has heads of {constants['D']} columns, but on this device they must be a multiple of "
+            f"{constants['BLOCK_N']}"
+        )
+    shares = norm_qkv_attention_shares(wq, wk, x.dtype, n_kv_heads, max_batch)
+    grid = shares.grid(constants, M, tiles_of_qkv(constants, wq, wk))
+    parts, arrived = shares.scratch(scratch, x)
+    _norm_qkv_attention_kernel[grid](
+        x, norm, wq, wk, wv, qkv, out, parts, arrived,
+        M // 3, x.stride(0), eps, **constants,
+    )  # fmt: skip
+
+
+@operator(launch_norm_qkv_attention, mutates=("qkv",))
+def norm_qkv_attention(
+    qkv: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    eps: float,
+    n_heads: int,
+    n_kv_heads: int,
+    n_tokens: int,
+    max_batch: int,
+) -> Tensor:
+    """Compute the queries, keys and values of ``RMSNorm(x)``, and attention over the tokens [x, t, h] of each pair.
+
+    Args:
+        qkv: [6B, Nq + 2 Nkv] in x's dtype, written: q | k | v of all rows. Without queries for the t and h tokens,
+            their columns of q are left unchanged.
+        x: [6B, K] bf16 or fp16, in rows token * 2B + branch * B + request.
+        norm: [K].
+        wq: [Nq, K], the weight of the queries, in x's dtype.
+        wk: [Nkv, K], the weight of the keys.
+        wv: [Nkv, K], the weight of the values.
+        eps: added to the mean square.
+        n_heads: H query heads; a head has D = Nq / H columns.
+        n_kv_heads: Hkv key heads, see :func:`voxkern.kernels.token_attention.token_attention`.
+        n_tokens: 3, or 1 to compute only the queries of the x tokens.
+        max_batch: the most requests that the operator is prepared for, 1..64.
+
+    Returns:
+        [n_tokens * 2B, Nq], the result of :func:`voxkern.kernels.token_attention.token_attention`. The softmax is
+        rounded before its product with the values.
+
+    Raises:
+        ValueError: B is not in 1..max_batch, `n_tokens` is not 1 or 3, Nq and Nkv do not fit `n_heads` and
+            `n_kv_heads`, or :func:`joins_attention` is false.
+    """
+    M, _ = expect("x", x, ("6B", "K"), contiguous=False)
+    expect_batch("x", M, 6, max_batch)
+    _, N, N_KV = expect_qkv(x, norm, (wq, wk, wv), (None, None, None), 6 * max_batch, "decode")
+    expect("qkv", qkv, (M, N + 2 * N_KV), like=x)
+    D = expect_heads_of_tokens("qkv", N + 2 * N_KV, n_heads, n_kv_heads)
+    expect_n_tokens(n_tokens)
+    if n_heads * D != N:
+        raise ValueError(f"wq has {N} rows but must have {n_heads * D}, for {n_heads} heads of {D} (n_heads)")
+    if D > MAX_COLUMNS or 3 * n_heads // n_kv_heads > ROWS.value:
+        raise ValueError(
+            f"wq has {n_heads // n_kv_heads} heads of {D} columns for each key head, but may have "
+            f"{ROWS.value // 3} of {MAX_COLUMNS}: call norm_qkv, then token_attention"
+        )
+    return x.new_empty(n_tokens * M // 3, N)
