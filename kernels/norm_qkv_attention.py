@@ -37,7 +37,7 @@ NORM_QKV_ATTENTION = LaunchConfigs(
     "norm_qkv_attention",
     """
     arch         dtype  rows | SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  PAIRS  PAIR_STAGES  num_warps  num_stages
-    interpreter  *16    *    | 1       3          16       16       64       8      1            4          1
+    interpreter  *16    *    | 1       3          16       16       64       16     1            4          1
     sm_90        *16    24   | 1       3          8        64       128      8      1            8          5
     sm_90        *16    96   | 1       3          16       64       64       4      5            8          6
     sm_90        *16    *    | 1       3          32       128      64       4      5            8          5

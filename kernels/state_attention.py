@@ -37,7 +37,7 @@ STATE_ATTENTION = LaunchConfigs(
     "state_attention",
     """
     arch         rows | BLOCK_B  num_warps
-    interpreter  *    | 4        4
+    interpreter  *    | 16       4
     *            1    | 1        8
     *            *    | 2        8
     """,

@@ -158,9 +158,9 @@ def test_a_frame_is_launches_and_nothing_else(tiny_folder: Path) -> None:
     (batch,) = runner._batches.values()
     with launches_only() as launches:
         batch.launch(3)
-    # the flow head has 4 launches, and in each of 2 steps 5 for each of 2 layers and 1 for the solver
+    # the flow head has 4 launches, and in each of 2 steps 4 for the first layer, 5 for the second and 1 for the solver
     # the decode state has 1, and the backbone has 5 for each of 2 layers and 1 for the norm
-    assert len(launches) == 4 + 2 * (2 * 5 + 1) + 1 + 2 * 5 + 1
+    assert len(launches) == 4 + 2 * (4 + 5 + 1) + 1 + 2 * 5 + 1
     assert batch.n_frames.tolist() == [2, 0, 2]
     assert batch.lengths.tolist() == [7, 0, 10]
 

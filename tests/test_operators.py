@@ -1,7 +1,5 @@
 """Tests that every registered operator must pass. No operator is named here."""
 
-from fnmatch import fnmatch
-
 import pytest
 import torch
 from checks import assert_accurate, assert_bytes_once, assert_no_races, tiles_of
@@ -10,8 +8,9 @@ from torch import Tensor
 
 from bench.ops.registry import Case, Entry, TensorMaker, entries, listed
 from bench.static.counters import counting
+from voxkern.kernels.launch_config import architecture
 
-ENTRIES = entries()
+ENTRIES = entries(architecture())
 ODD = [(entry, case) for entry in ENTRIES for case in entry.cases if not case.public]
 FIRST = [(entry, case) for entry, case in ODD if case.name == "odd-mlp" or case is entry.cases[0]]
 PUBLIC = [(entry, case) for entry in ENTRIES for case in entry.cases if case.public]
@@ -51,7 +50,7 @@ def with_tiles_of_gpus(pairs: list[tuple[Entry, Case]]) -> list[object]:
         for entry, case in pairs
         for dtype in case.dtypes
         for arch, usual in (("sm_90", "bf16"), ("gfx942", "fp32"))
-        if fnmatch(arch, entry.archs)
+        if entry in entries(arch)
     ]  # fmt: skip
 
 
@@ -87,7 +86,7 @@ def test_no_blocks_race_and_no_lane_leaves_its_arguments(entry: Entry, case: Cas
         pytest.param(entry, case, arch, id=f"{entry.name}-{case.name}-{arch}")
         for entry, case in ODD
         for arch in ("sm_90", "gfx942")
-        if fnmatch(arch, entry.archs)
+        if entry in entries(arch)
     ],
 )
 def test_no_blocks_race_with_the_tiles_of_a_gpu(entry: Entry, case: Case, arch: str) -> None:

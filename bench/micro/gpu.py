@@ -30,7 +30,7 @@ from bench.results import FILE, ResultRow, provenance, store, with_provenance
 from bench.static.roofline import GPU, GPUS, floor, predict
 from bench.static.traffic import with_result
 from bench.static.work import Work, frame, work_of
-from voxkern.kernels.launch_config import target_arch
+from voxkern.kernels.launch_config import architecture, target_arch
 
 FRAMES = (1, 8, 32)  # batches of whole frames
 PROVIDERS = ("voxkern", "torch")
@@ -87,15 +87,15 @@ class Session:
         return rows
 
 
-def steps() -> Iterator[tuple[str, Callable[[Session], list[ResultRow]]]]:
-    """Yield the name and the function of each step, the most important first."""
-    for entry in entries():
+def steps(operators: Sequence[Entry]) -> Iterator[tuple[str, Callable[[Session], list[ResultRow]]]]:
+    """Yield the name and the function of each step with these operators, the most important first."""
+    for entry in operators:
         yield f"check of {entry.name}", partial(check, entry=entry)
     for B in FRAMES:
         providers = (*PROVIDERS, "voxkern-overlap")
         yield f"frame-b{B}", partial(_timed, subject="frame", shape=f"frame-b{B}", providers=providers)
     yield "first sound and memory", product
-    for entry in entries():
+    for entry in operators:
         yield entry.name, partial(_timed, subject=entry.name, providers=PROVIDERS)
     yield "codec_chunk", partial(_timed, subject="codec_chunk", providers=PROVIDERS)
     for B in FRAMES:
@@ -105,7 +105,7 @@ def steps() -> Iterator[tuple[str, Callable[[Session], list[ResultRow]]]]:
         )
     for subject in dict.fromkeys(module.name for module in modules("cpu")):
         yield f"{subject}, all", partial(_timed, subject=subject, dtypes=())
-    for entry in entries():
+    for entry in operators:
         yield f"{entry.name}, all", partial(_timed, subject=entry.name, dtypes=())
 
 
@@ -174,7 +174,7 @@ def work_at(row: ResultRow, arch: str) -> list[Work]:
     if row.subject == "frame" and row.shape.startswith("frame-b"):
         parts = frame(int(row.shape.removeprefix("frame-b")), int(row.steps.partition(":")[2]))
         return [one for part in parts.values() for one in part]
-    entry = next((entry for entry in entries() if entry.name == row.subject), None)
+    entry = next((entry for entry in entries(arch) if entry.name == row.subject), None)
     if entry is None:
         return []
     case = next(case for case in entry.cases if case.name == row.shape)
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
             file, where = options.csv, provenance("cuda")
         print(f"{where['device']}, {where['versions']}, commit {where['commit']}")
         session = Session(options.minutes, file, where, clock)
-        session.run(steps())
+        session.run(steps(entries("*" if options.dry_run else architecture())))
         gpu = next((gpu for gpu in GPUS.values() if options.dry_run or gpu.device == where["device"]), None)
         print(*table(session.rows, gpu), sep="\n")
         print(f"{len(session.rows)} rows" + (", all invented" if options.dry_run else f" stored in {file}"))

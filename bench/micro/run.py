@@ -87,7 +87,7 @@ def subjects(device: str) -> list[str]:
 
 def trials(selection: Selection) -> Iterator[Trial]:
     """Yield the selected trials, operators first. Each trial is made when it is reached, so only one takes memory."""
-    for entry in entries():
+    for entry in entries(launch_config.architecture() if selection.on_gpu else "*"):
         for case in _public(entry, selection.quick):
             for dtype in case.dtypes:
                 if selection.takes(entry.name, case.name, dtype) and (

@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -80,7 +81,7 @@ class Entry:
             wrote before their atomics. No other atomics are allowed, see ``bench/static/races.py``.
         multiply_adds: function of the arguments that returns the multiply-adds of the products with weights, and of
             attention over the cache.
-        archs: pattern of the architectures that have launch configs, as in a table of launch configs.
+        archs: pattern of the architectures for which the operator has launch configs, besides the interpreter.
     """
 
     op: Any
@@ -161,14 +162,18 @@ class TensorMaker:
         return (mean + std * torch.randn(shape, generator=self.generator)).to(self.device, self.dtype)
 
 
-def entries() -> list[Entry]:
-    """Return the entries of all operators, in the alphabetical order of their files."""
+def entries(arch: str = "*") -> list[Entry]:
+    """Return the entries of the operators, in the alphabetical order of their files.
+
+    Args:
+        arch: an architecture such as ``sm_90`` or ``interpreter``, whose operators are wanted; ``*`` for all operators.
+    """
     modules = sorted(info.name for info in pkgutil.iter_modules(bench.ops.__path__))
     found: list[Entry] = []
     for module in modules:
         if (ROOT / "kernels" / f"{module}.py").exists():
             found += importlib.import_module(f"bench.ops.{module}").ENTRIES
-    return found
+    return [entry for entry in found if arch in ("*", "interpreter") or fnmatch(arch, entry.archs)]
 
 
 def to_dtype(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -49,7 +49,7 @@ ENTRIES = [
         inputs=state_attention_inputs,
         cases=(
             Case("odd", {"B": 19, "max_batch": 20, "H": 6, "HKV": 2, "D": 16, "K": 37, "dim": 70}),
-            Case("odd-narrow", {"B": 5, "max_batch": 40, "H": 3, "HKV": 3, "D": 24, "K": 5, "dim": 3}),
+            Case("odd-narrow", {"B": 17, "max_batch": 40, "H": 3, "HKV": 3, "D": 24, "K": 5, "dim": 3}),
             Case("frame-b1", {"B": 1, "max_batch": 1, **PUBLIC}, public=True),
             Case("frame-b32", {"B": 32, "max_batch": 32, **PUBLIC}, public=True),
         ),

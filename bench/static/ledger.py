@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -254,12 +253,11 @@ def check(file: Path = FILE, compile_all: bool = False) -> list[str]:
 
 
 def _of_arch(arch: str, known: Known) -> list[LedgerRow]:
-    all_entries = entries()  # imports the kernels, so that `skipping` can set their line numbers to 0
+    all_entries = entries(arch)  # imports the kernels, so that `skipping` can set their line numbers to 0
     with known_kernels.skipping(known.rows):
         return [
             row
             for entry in all_entries
-            if fnmatch(arch, entry.archs)
             for case in entry.cases
             if case.public
             for dtype in case.dtypes
