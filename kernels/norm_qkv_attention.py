@@ -5,10 +5,10 @@ The product is that of ``norm_qkv``, divided among blocks as in shares.py, and t
     qkv  = RMSNorm(x) @ [wq | wk | wv].T      [6B, W]               row = token * 2B + branch * B + request
     out  = token_attention(qkv)               [n_tokens * 2B, H * D]
 
-A tile of rows has the x, t and h tokens of the same BLOCK_M pairs (branch, request), so that all queries, keys and
-values of a pair are in one tile of rows. The tiles that hold a key head and its query heads have a counter. The block
-that completes the last of these tiles computes the attention of these heads and pairs. It reads what other blocks
-wrote, so the counter also orders their writes before its reads.
+A tile of rows has the x, t and h tokens of the same BLOCK_M pairs (branch, request). So it has all queries, keys and
+values of these pairs. Each tile of rows has a counter for each key head. It counts the tiles of this key head, of its
+values and of its query heads. The block that completes the last of these tiles computes their attention. It reads what
+other blocks wrote. The counter orders these writes before the reads.
 """
 
 from dataclasses import replace
@@ -30,9 +30,10 @@ from .token_attention import expect_heads_of_tokens, expect_n_tokens
 
 __all__ = ["norm_qkv_attention"]
 
-# One launch is predicted to take as long as two on sm_90, and longer elsewhere, so only sm_90 has configs. ROW_TILES is
-# the number of tokens. PAIRS pairs are attended in one step of a loop, in which PAIR_STAGES - 1 steps are in
-# flight. A step of four pairs has 48 KB of queries, keys and values, most of which pads the rows to 16.
+# On sm_90, one launch is predicted to be faster than two for up to 16 requests, and 1 to 3 us slower for 32. On other
+# architectures it is slower, so they have no configs. ROW_TILES is the number of tokens. A step of the loop over pairs
+# computes the attention of PAIRS pairs. With PAIR_STAGES > 1, the loads of PAIR_STAGES - 1 steps are in flight. A step
+# of four pairs has 48 KB of queries, keys and values, most of which pads the rows to 16.
 NORM_QKV_ATTENTION = LaunchConfigs(
     "norm_qkv_attention",
     """
@@ -48,14 +49,14 @@ MAX_COLUMNS = 128  # of a head; with more, the steps in flight do not fit into s
 
 
 @triton.jit
-def _attend(
+def _store_attention(
     p_qkv, p_out, o_pair, i_kv, B2,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, N_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Store the attention of some pairs for all query heads of one key head.
 
     The products are batched: each pair has its own. The rows of a product are the pair's queries, token by token and
-    head by head, padded to 16. Its three keys are padded to 16, too.
+    head by head, padded to 16. The three keys of a pair are also padded to 16.
     """
     W: tl.constexpr = (H + 2 * HKV) * D
     G: tl.constexpr = H // HKV
@@ -67,8 +68,10 @@ def _attend(
     m_q, m_k = m_p & (o_token < N_TOKENS), m_p & (o_row < 3)
     o_q = (i_kv * G + o_row % G) * D + o_d
     p_k = p_qkv + (o_row * B2 + o_p) * W + (H + i_kv) * D + o_d
-    b_k, b_v = tl.load(p_k, mask=m_k, other=0.0), tl.load(p_k + HKV * D, mask=m_k, other=0.0)  # [pairs, 16, D]
-    b_q = tl.load(p_qkv + (o_token * B2 + o_p) * W + o_q, mask=m_q, other=0.0)
+    # .cg bypasses the L1 cache, as in add_parts. All three blocks are [pairs, 16, D].
+    b_k = tl.load(p_k, mask=m_k, other=0.0, cache_modifier=".cg")
+    b_v = tl.load(p_k + HKV * D, mask=m_k, other=0.0, cache_modifier=".cg")
+    b_q = tl.load(p_qkv + (o_token * B2 + o_p) * W + o_q, mask=m_q, other=0.0, cache_modifier=".cg")
     b_s = dot(b_q, tl.permute(b_k, (0, 2, 1)), tl.zeros([PAIRS, ROWS, ROWS], dtype=tl.float32)) * D**-0.5
     b_s = tl.where(tl.arange(0, ROWS)[None, None, :] < 3, b_s, float("-inf"))
     b_s = tl.exp(b_s - tl.max(b_s, 2)[:, :, None])
@@ -122,9 +125,10 @@ def _norm_qkv_attention_kernel(
             arrived = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
             tl.debug_barrier()
             if arrived == (H // HKV + 2) * (D // BLOCK_N) - 1:
-                o_pair = i_m * BLOCK_M + tl.arange(0, PAIRS)
-                for i in tl.range(0, BLOCK_M, PAIRS, num_stages=PAIR_STAGES):
-                    _attend(p_qkv, p_out, o_pair + i, i_kv, B2, H, HKV, D, N_TOKENS)
+                i_pair = tl.program_id(0) * BLOCK_M
+                for i in tl.range(i_pair, tl.minimum(i_pair + BLOCK_M, B2), PAIRS, num_stages=PAIR_STAGES):
+                    o_pair = i + tl.arange(0, PAIRS).to(tl.int64)
+                    _store_attention(p_qkv, p_out, o_pair, i_kv, B2, H, HKV, D, N_TOKENS)
                 tl.store(p_counter, 0)  # the next launch counts from zero
 
 
@@ -135,18 +139,21 @@ def norm_qkv_attention_shares(wq: Tensor, wk: Tensor, dtype: torch.dtype, n_kv_h
     return replace(shares, counters=shares.counters + shares.row_tiles * n_kv_heads)
 
 
-def joins_attention(wq: Tensor, dtype: torch.dtype, n_heads: int, n_kv_heads: int, max_batch: int) -> bool:
+def can_fuse_attention(wq: Tensor, dtype: torch.dtype, n_heads: int, n_kv_heads: int, max_batch: int) -> bool:
     """Return whether :func:`norm_qkv_attention` runs with these sizes on the current device.
 
-    The device's architecture needs launch configs, and the dtype, also the weight's, has 16 bits. The columns of a head
-    are a multiple of BLOCK_N and at most 128. The queries of three tokens that share a key head are at most 16.
+    The device's architecture needs launch configs. Activations and weights have 16 bits. A head has at most 128
+    columns, a multiple of BLOCK_N. At most 16 queries of the three tokens share a key head.
     """
     D = len(wq) // n_heads
     given: dict[str, Any] = {"N": len(wq), "K": wq.shape[1], "dtype": dtype, "rows": 6 * max_batch, "weight": wq.dtype}
     if not NORM_QKV_ATTENTION.has(**given):
         return False
-    fits = 3 * n_heads // n_kv_heads <= ROWS.value and D <= MAX_COLUMNS
-    return fits and D % _constants(wq, dtype, max_batch)["BLOCK_N"] == 0
+    return _heads_fit(D, n_heads, n_kv_heads) and D % _constants(wq, dtype, max_batch)["BLOCK_N"] == 0
+
+
+def _heads_fit(D: int, n_heads: int, n_kv_heads: int) -> bool:
+    return D <= MAX_COLUMNS and 3 * n_heads // n_kv_heads <= ROWS.value
 
 
 def _constants(wq: Tensor, dtype: torch.dtype, max_batch: int) -> dict[str, Any]:
@@ -158,7 +165,13 @@ def launch_norm_qkv_attention(
     n_heads: int, n_kv_heads: int, n_tokens: int, max_batch: int,
     scratch: Scratch | None = None,
 ) -> None:  # fmt: skip
-    """Run :func:`norm_qkv_attention` into `out` and `qkv`, without checking the arguments."""
+    """Run :func:`norm_qkv_attention` into `out` and `qkv`.
+
+    Of the arguments, only the columns of a head are checked, because BLOCK_N depends on the device.
+
+    Raises:
+        ValueError: the columns of a head are not a multiple of BLOCK_N.
+    """
     M = len(x)
     constants = _constants(wq, x.dtype, max_batch)
     constants |= {"N_KV": len(wk), "D": len(wk) // n_kv_heads, "N_TOKENS": n_tokens}
@@ -212,7 +225,7 @@ def norm_qkv_attention(
 
     Raises:
         ValueError: B is not in 1..max_batch, `n_tokens` is not 1 or 3, Nq and Nkv do not fit `n_heads` and
-            `n_kv_heads`, or :func:`joins_attention` is false.
+            `n_kv_heads`, or :func:`can_fuse_attention` is false.
     """
     M, _ = expect("x", x, ("6B", "K"), contiguous=False)
     expect_batch("x", M, 6, max_batch)
@@ -222,7 +235,7 @@ def norm_qkv_attention(
     expect_n_tokens(n_tokens)
     if n_heads * D != N:
         raise ValueError(f"wq has {N} rows but must have {n_heads * D}, for {n_heads} heads of {D} (n_heads)")
-    if D > MAX_COLUMNS or 3 * n_heads // n_kv_heads > ROWS.value:
+    if not _heads_fit(D, n_heads, n_kv_heads):
         raise ValueError(
             f"wq has {n_heads // n_kv_heads} heads of {D} columns for each key head, but may have "
             f"{ROWS.value // 3} of {MAX_COLUMNS}: call norm_qkv, then token_attention"

@@ -13,7 +13,8 @@ where ``root root^T = w_in^T w_in / dim``, from a QR decomposition of w_in. The 
 0.9 MB in fp32, and w_qkv has 38 MB in bf16.
 
 The other two tokens do not depend on the state, so their queries, keys and values are given. A block computes the
-attention of BLOCK_B requests over one key head, in both branches: its columns of q | k | v, and then the attention.
+attention of BLOCK_B requests over one key head, in both branches. It first computes the x tokens' columns of q | k | v
+for this key head and its query heads.
 """
 
 from collections.abc import Sequence

@@ -10,8 +10,8 @@ two branches are those of classifier-free guidance: branch 0 has the hidden stat
     token_attention        = o                       [n_tokens * 2B, H * D]
     token_attention_linear = residual + o @ wo.T     [6, dim], or [2, dim] for the queries of x alone, with B = 1
 
-For BLOCK_B requests, a block of ``token_attention`` computes all queries that read one key head: 2 branches, 3 tokens
-and H / Hkv query heads. With only three keys, scores are elementwise products and sums, not matrix products.
+A block of ``token_attention`` computes all queries of 2 * BLOCK_B pairs that read one key head: three tokens and
+H / Hkv query heads. With only three keys, scores are elementwise products and sums, not matrix products.
 ``token_attention_linear`` is for one request. It is tiled along the rows of wo. Each block repeats the attention, which
 saves a launch. The attention is computed by matrix products, which take few instructions.
 """
@@ -29,9 +29,8 @@ from .quantized import expect_weight, scaled, stored, widen
 
 __all__ = ["token_attention", "token_attention_linear"]
 
-# A block computes all queries that read one key head of a request, so no other block loads the same elements of q, k
-# and v. In the public model, these are 2 branches x 3 tokens x (4 query heads + key + value) = 36 rows of 128 columns.
-# The block loads all of them before it computes.
+# No two blocks load the same elements. In the public model, a block loads 2 pairs x 3 tokens x (4 query heads + key +
+# value) = 36 rows of 128 columns, before it computes.
 TOKEN_ATTENTION = LaunchConfigs(
     "token_attention",
     """
@@ -70,6 +69,8 @@ def scores(b_q, b_k_x, b_k_t, b_k_h, D: tl.constexpr):
         b_k_t: [P, 1, D], the key of each pair's t token.
         b_k_h: [P, 1, D], the key of each pair's h token.
         D: columns of a head. The blocks may have more columns, which are zero.
+
+    The first dimension of a block may also be 1, and is then broadcast.
 
     Returns:
         Three fp32 blocks [P, G].

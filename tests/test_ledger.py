@@ -105,6 +105,13 @@ def test_code_moved_to_the_end_adds_only_itself() -> None:
     assert machine_code._step(_listing(*lines, *waiting)) == 0
 
 
+def test_a_loop_that_stores_results_is_not_the_products() -> None:
+    """The loop at 0x30 to 0x60 multiplies again, as attention after a product does, and stores its results."""
+    after = ["HMMA R3", "FADD R4", "STG R5", "@P0 BRA 0x30", "EXIT"]
+    assert machine_code._step(_listing("MOV R0", "HMMA R1", "@P0 BRA 0x10", *after)) == 2
+    assert machine_code._step(_listing("MOV R0", "FADD R1", "@P0 BRA 0x10", *after)) == 4  # no other loop multiplies
+
+
 def test_a_far_jump_is_a_call_that_never_returns() -> None:
     """The loop over steps, 0x20 to 0x50, is reached only by the call at 0x00. One step has two ways back to 0x20."""
     lines = ["@P6 CALL.REL.NOINC 0x20", "BRA 0x60", "HMMA R1", "@P0 BRA.U 0x20", "FADD R2", "BRA.U UP0, 0x20", "EXIT"]

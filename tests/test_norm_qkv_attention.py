@@ -1,5 +1,6 @@
 """Tests of the launch that computes q, k and v of the flow head's tokens, and attention over the tokens."""
 
+from fnmatch import fnmatch
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,16 +11,20 @@ from plant import case_of, entry_of, plant
 from torch import Tensor
 
 from bench.ops.norm_qkv_attention import norm_qkv_attention_inputs, norm_qkv_attention_reference
-from bench.ops.registry import Case, Entry, TensorMaker, to_dtype
-from voxkern.kernels.launch_config import target_arch
+from bench.ops.registry import Case, Entry, TensorMaker, entries, to_dtype
+from bench.static.machines import MACHINES
+from voxkern.kernels.launch_config import architecture, target_arch
 from voxkern.kernels.norm_qkv_attention import (
-    joins_attention,
+    can_fuse_attention,
     launch_norm_qkv_attention,
     norm_qkv_attention,
     norm_qkv_attention_shares,
 )
 from voxkern.kernels.shares import Scratch, new_scratch
 
+pytestmark = pytest.mark.skipif(
+    entry_of("norm_qkv_attention") not in entries(architecture()), reason="this GPU has no launch configs"
+)
 NAN = float("nan")
 B, MAX_BATCH = 9, 10  # with tiles of 16 rows: 18 pairs are two tiles of rows
 SIZES = {"B": B, "max_batch": MAX_BATCH, "n_tokens": 3, "H": 4, "HKV": 2, "D": 64, "K": 150}
@@ -38,7 +43,7 @@ def rows_of(i: list[int], n_tokens: int = 3) -> list[int]:
 @pytest.mark.parametrize("n_tokens", [1, 3])
 @pytest.mark.parametrize("blocks", [2, 6, 10, 48, 66])
 def test_any_number_of_blocks_gives_the_right_result(blocks: int, n_tokens: int) -> None:
-    """Each of the two tiles of rows has 32 tiles of weights with 3 steps: 16 to 1 of them in a block, whole or not."""
+    """Each of the two tiles of rows has 32 tiles of weights with 3 steps. A block has 32 tiles to less than one."""
     args = inputs(n_tokens=n_tokens)
     wide = to_dtype(args, torch.float64)
     expected = norm_qkv_attention_reference(**wide)
@@ -91,23 +96,23 @@ def test_queries_that_are_not_needed_are_left_unchanged(device: torch.device) ->
 
 @pytest.mark.interpreter("the launch configs are those of named architectures")
 def test_which_sizes_fit_one_launch() -> None:
-    def joins(
+    def fits(
         dim: int = 4096, dtype: torch.dtype = torch.bfloat16, heads: int = 32, kv: int = 8, batch: int = 32
     ) -> bool:
-        return joins_attention(torch.empty(dim, 3072, dtype=dtype, device="meta"), torch.bfloat16, heads, kv, batch)
+        return can_fuse_attention(torch.empty(dim, 3072, dtype=dtype, device="meta"), torch.bfloat16, heads, kv, batch)
 
     with target_arch("sm_90"):
-        assert joins()
-        assert joins(dtype=torch.float16)
-        assert not joins(dtype=torch.int8)
-        assert not joins(kv=4)  # 24 queries of a pair share a key head
-        assert not joins(heads=16, kv=8)  # heads of 256 columns
-        assert not joins(heads=64, kv=16)  # heads of 64 columns, and tiles of 128 rows of the weight
-        assert joins(heads=64, kv=16, batch=16)  # tiles of 64
-        assert not joins_attention(torch.empty(4096, 3072, device="meta"), torch.float32, 32, 8, 32)
-    for arch in ("sm_80", "sm_100", "gfx942"):
+        assert fits()
+        assert fits(dtype=torch.float16)
+        assert not fits(dtype=torch.int8)
+        assert not fits(kv=4)  # 24 queries of a pair share a key head
+        assert not fits(heads=16, kv=8)  # heads of 256 columns
+        assert not fits(heads=64, kv=16)  # heads of 64 columns, and tiles of 128 rows of the weight
+        assert fits(heads=64, kv=16, batch=16)  # tiles of 64
+        assert not can_fuse_attention(torch.empty(4096, 3072, device="meta"), torch.float32, 32, 8, 32)
+    for arch in MACHINES:
         with target_arch(arch):
-            assert not joins()
+            assert fits() == fnmatch(arch, entry_of("norm_qkv_attention").archs)
 
 
 @pytest.mark.interpreter("accesses of each block are recorded")

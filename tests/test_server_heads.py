@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import voxkern
+from bench.static.counters import counting
 from voxkern.checkpoint import read_checkpoint
 from voxkern.integrations.server_heads import UnsupportedHead, as_reference
 from voxkern.reference.flow_head import time_embedding
@@ -106,6 +107,23 @@ def test_velocity(server: SGLangHead, device: torch.device, R: int, max_batch: i
     server.requires_grad_(True)
     with pytest.raises(RuntimeError, match="an accelerated flow head computes no gradients"):
         server._predict_velocity(x, h, embedded)
+
+
+@pytest.mark.interpreter("the launch config is the interpreter's")
+def test_velocity_with_attention_in_the_launch_of_qkv(server: SGLangHead) -> None:
+    g = torch.Generator().manual_seed(5)
+    x, projected = torch.randn(7, 36, generator=g), torch.randn(2, 7, 64, generator=g)
+    with torch.no_grad():
+        voxkern.accelerate(server, 1)
+        expected = server.forward.__self__.velocity_of_projected(x, *projected)
+        voxkern.restore(server)
+        voxkern.accelerate(server.bfloat16(), 3)
+        way = server.forward.__self__.velocity_of_projected
+        with counting(whole=True) as launches:
+            velocity = way(x.bfloat16(), *projected.bfloat16())
+        assert torch.equal(velocity[6:], way(x[6:].bfloat16(), *projected[:, 6:].bfloat16()))
+    assert "_norm_qkv_attention_kernel" in {launch.kernel for launch in launches}
+    torch.testing.assert_close(velocity.float(), expected, rtol=5e-2, atol=5e-2)
 
 
 def test_noise_handed_in_or_drawn_by_seed(server: SGLangHead, device: torch.device) -> None:

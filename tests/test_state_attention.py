@@ -92,6 +92,8 @@ def test_a_request_of_nan_stays_alone(name: str, device: torch.device) -> None:
     assert result[::2, 1].isnan().all()  # branch 0
     if name == "h_qkv":  # branch 1 does not have the hidden state
         assert torch.equal(result[1::2, 1], expected[1::2, 1])
+    else:
+        assert result[1::2, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -15,7 +15,7 @@ def state_attention_reference(
     x: Tensor, weight: Tensor, root: Tensor, t_qkv: Tensor, h_qkv: Tensor, eps: float,
     n_heads: int, n_kv_heads: int, max_batch: int,
 ) -> Tensor:  # fmt: skip
-    """Compute q | k | v of the x tokens without rounding, then plain attention over the three tokens."""
+    """Compute q | k | v of the x tokens from the state, then plain attention over the three tokens."""
     x = x.to(h_qkv.dtype).to(x.dtype)
     mean_square = F.linear(x, root.T).square().sum(1, keepdim=True)
     x_qkv = (F.linear(x, weight.T) / (mean_square + eps).sqrt()).to(h_qkv.dtype)

@@ -12,8 +12,8 @@ from voxkern.compile_only import TOOLS, Binary
 
 MATRIX = r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w?MMA)[\w.]*|v_s?mfma_\w+|v_wmma_\w+"
 # instructions that a step does not count: NOP, and on AMD GPUs all but vector instructions
-STORES = r"\bSTG\b|\b(?:global|buffer)_store_"
 UNCOUNTED = r"NOP|[a-uw-z]\w*_"
+STORES = r"\bSTG\b|\b(?:global|buffer)_store_"  # stores of results
 # kinds of loads, matrix instructions, and instructions of a step, as in the ledger's columns
 Instructions = tuple[str, str, int]
 

@@ -214,8 +214,8 @@ def running(one: Work, gpu: GPU, assume: Assumptions, resident: int, step: int =
 def attention_after_product(one: Work, gpu: GPU, assume: Assumptions) -> float:
     """Return the seconds of attention that the last block of each key head computes, see norm_qkv_attention.py.
 
-    These blocks run at once. Each waits for its counter, and then once for the loads of every PAIRS pairs that are in
-    flight together. It moves its bytes at a multiprocessor's share of the bandwidth of L2.
+    These blocks run at once. A block waits for its counter, and then once for each group of loads in flight. It moves
+    its bytes at a multiprocessor's share of the bandwidth of L2.
     """
     kernel = one.kernel
     assert kernel is not None
@@ -223,12 +223,11 @@ def attention_after_product(one: Work, gpu: GPU, assume: Assumptions) -> float:
         return 0.0
     size = {name: kernel.constant(name) for name in ("BLOCK_M", "PAIRS", "N", "N_KV", "D", "N_TOKENS")}
     G = size["N"] // size["N_KV"]
-    rows = (
-        2 * size["N_TOKENS"] * G + 6
-    )  # of D columns: q is read and the result written; three keys and values are read
+    # rows of D columns for each pair: queries are read and results written; three keys and values are read
+    rows = 2 * size["N_TOKENS"] * G + 6
     bytes_moved = 2 * size["BLOCK_M"] * rows * size["D"]
-    in_flight = max(kernel.constant("PAIR_STAGES") - 1, 1) * size["PAIRS"]
-    waits = 1 + -(-size["BLOCK_M"] // in_flight)
+    at_once = max(kernel.constant("PAIR_STAGES") - 1, 1) * size["PAIRS"]
+    waits = 1 + -(-size["BLOCK_M"] // at_once)
     return waits * assume.latency + bytes_moved / (gpu.l2_bandwidth / gpu.multiprocessors)
 
 

@@ -48,7 +48,7 @@ MODULES: dict[ModuleType, str] = {
 # Operator -> the argument with a row for each row of activations, or for each request. For other operators this is `x`,
 # or the first tensor if there is no `x`.
 ROWS = {
-    "token_attention": "qkv", "semantic_argmax": "h", "paged_attention": "q", "update_decode_state": "codes",
+    "semantic_argmax": "h", "paged_attention": "q", "update_decode_state": "codes",
     "token_attention_linear": "residual", "codec_dequantise": "codes", "codec_update_state": "new_frames",
     "codec_attention": "qkv",
 }  # fmt: skip
@@ -251,7 +251,7 @@ def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: Kernel
 
     rows = args[row_argument]
     padded = {**args, row_argument: rows.new_empty(rounded(len(rows)), *rows.shape[1:], device="meta")}
-    if "n_tokens" in args:  # tiles of rows have all three tokens
+    if "n_tokens" in args:  # the kernel also multiplies the rows of tokens whose queries are not needed
         return padded | {"n_tokens": 3}
     return padded | ({"q_rows": rounded(args["q_rows"])} if "q_rows" in args else {})
 

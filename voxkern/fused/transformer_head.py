@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..kernels.flow import launch_flow_start
 from ..kernels.linear import launch_linear, linear_shares
 from ..kernels.norm_linear import launch_norm_swiglu, norm_swiglu_shares
-from ..kernels.norm_qkv_attention import joins_attention, launch_norm_qkv_attention, norm_qkv_attention_shares
+from ..kernels.norm_qkv_attention import can_fuse_attention, launch_norm_qkv_attention, norm_qkv_attention_shares
 from ..kernels.qkv import launch_norm_qkv, norm_qkv_shares
 from ..kernels.shares import Shares
 from ..kernels.state_attention import fold_state_qkv, launch_state_attention
@@ -84,7 +84,7 @@ class FusedTransformerHead(FusedHead):
             attention, feed = layer.attention, layer.feed_forward
             wq, wk = attention.wq.weight, attention.wk.weight
             shares += [norm_qkv_shares(wq, wk, dtype, rows) for rows in (self.max_batch, self._max_rows)]
-            if self._joins_attention(layer, dtype):
+            if self._fuses_qkv(layer, dtype):
                 shares += [norm_qkv_attention_shares(wq, wk, dtype, self.module.config.n_kv_heads, self.max_batch)]
             for rows in (2 * self.max_batch, self._max_rows):
                 shares += [norm_swiglu_shares(feed.w1.weight, dtype, rows)]
@@ -200,10 +200,10 @@ class FusedTransformerHead(FusedHead):
         """Return the most rows of a launch that has `rows` rows for the requests of `b`."""
         return rows // len(b.x) * self.max_batch
 
-    def _joins_attention(self, layer: TransformerBlock, dtype: torch.dtype) -> bool:
+    def _fuses_qkv(self, layer: TransformerBlock, dtype: torch.dtype) -> bool:
         """Return whether attention is in the launch of q, k and v."""
         wq = layer.attention.wq.weight
-        return self.max_batch > 1 and joins_attention(wq, dtype, *self._heads, self.max_batch)
+        return self.max_batch > 1 and can_fuse_attention(wq, dtype, *self._heads, self.max_batch)
 
     def _fuses_wo(self, dtype: torch.dtype) -> bool:
         """Return whether attention and wo are one launch."""
@@ -214,7 +214,7 @@ class FusedTransformerHead(FusedHead):
     def _attend(self, b: TransformerHeadBuffers, layer: TransformerBlock, rows: int) -> None:
         """Compute ``stream += wo(attention)`` for the first `rows` rows, from q | k | v of ``b.stream``."""
         attention, attended, n_tokens = layer.attention, b.attended[:rows], rows // (2 * len(b.x))
-        if self._joins_attention(layer, b.stream.dtype):
+        if self._fuses_qkv(layer, b.stream.dtype):
             launch_norm_qkv_attention(
                 attended, b.qkv, b.stream, layer.attention_norm.weight, attention.wq.weight, attention.wk.weight,
                 attention.wv.weight, self._eps, *self._heads, n_tokens, self.max_batch, scratch=b.scratch,
