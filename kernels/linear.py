@@ -249,7 +249,7 @@ def _linear_kernel(
 def linear_shares(weight: Tensor, dtype: torch.dtype, max_rows: int, phase: str = "decode") -> Shares:
     """Return how :func:`launch_linear` divides the product of `weight` and activations of `dtype`."""
     N, K = weight.shape
-    constants = LINEAR(N=N, K=K, dtype=dtype, rows=max_rows, phase=phase, weight=weight.dtype)
+    constants = LINEAR(N=N, K=K, dtype=dtype, rows=max_rows, phase=phase, weight=weight.dtype) | {"K": K}
     return Shares.of(constants, max_rows, triton.cdiv(N, constants["BLOCK_N"]), constants["ROW_TILES"])
 
 

@@ -139,7 +139,7 @@ class Shares:
         """Return the division of a launch.
 
         Args:
-            constants: the launch config. Its SHARES are blocks per multiprocessor, or 0 for one tile in each block.
+            constants: the launch config, and K. SHARES are blocks per multiprocessor, or 0 for one tile in each block.
             max_rows: the rows that the launch is prepared for.
             tiles: tiles of the weight's rows.
             count: arrays that make up a part of a tile.
@@ -147,7 +147,9 @@ class Shares:
         if not constants["SHARES"]:
             return cls(0, 0, 0, 0)
         row_tiles = triton.cdiv(max_rows, constants["BLOCK_M"] * constants["ROW_TILES"])
-        blocks = max(constants["SHARES"] * multiprocessors() // row_tiles, 1)
+        # A block without steps would add nothing to a counter, so no block would wait for it.
+        steps = tiles * triton.cdiv(constants["K"], constants["BLOCK_K"])
+        blocks = min(max(constants["SHARES"] * multiprocessors() // row_tiles, 1), steps)
         size = count * constants["BLOCK_M"] * constants["BLOCK_N"]
         return cls(blocks, row_tiles, row_tiles * blocks * 2 * size, row_tiles * tiles)
 

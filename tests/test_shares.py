@@ -81,7 +81,7 @@ def expected() -> tuple[Tensor, Tensor, Tensor]:
         (4, 3),
         (7, 3),  # most tiles are shared by three blocks or more
         (15, 3),  # one step each
-        (40, 3),  # more blocks than steps
+        (40, 3),  # more multiprocessors than steps
         (7, 1),  # three tiles of rows, each divided among two blocks
         (24, 1),  # each divided among eight blocks
     ],
@@ -101,9 +101,10 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_rows(row_tiles: int) -> None
 @pytest.mark.interpreter("the number of blocks is set")
 def test_sizes_by_hand() -> None:
     """100 rows are 3 tiles of 48 rows. Each is divided among a third of the 50 blocks of 25 multiprocessors."""
-    constants = {"SHARES": 2, "ROW_TILES": 3, "BLOCK_M": 16, "BLOCK_N": 32}
+    constants = {"SHARES": 2, "ROW_TILES": 3, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "K": 150}
     with target_arch("sm_90", 25):
         shares = Shares.of(constants, 100, 7, 5)
+        assert Shares.of(constants | {"K": 60}, 100, 7, 5).blocks == 14  # 2 steps of each of 7 tiles
     assert shares == Shares(blocks=16, row_tiles=3, floats=3 * 16 * 2 * 5 * 16 * 32, counters=21)
     assert shares.grid(constants, 49, 7) == (2, 16)
     with pytest.raises(ValueError, match="has 145 rows, but is prepared for 3 tiles"):
@@ -139,6 +140,14 @@ def check_linear() -> None:
 @pytest.mark.interpreter("accesses of each block are recorded")
 def test_the_kernel_as_it_is_passes_the_checks() -> None:
     check_linear()
+
+
+@pytest.mark.interpreter("accesses of each block are recorded")
+def test_no_blocks_race_with_more_multiprocessors_than_steps() -> None:
+    """A block without steps adds nothing to a counter, so no block would wait until its part is stored."""
+    entry = entry_of("norm_qkv_attention")
+    with target_arch("sm_90", 132):
+        assert_no_races(entry, case_of(entry, "odd-last"))
 
 
 @pytest.mark.interpreter("accesses of each block are recorded")
