@@ -130,7 +130,7 @@ def test_which_sizes_fit_one_launch() -> None:
 )
 def test_a_planted_fault_is_caught(edit: tuple[str, str]) -> None:
     entry = plant(entry_of("norm_qkv_attention"), edit)
-    case = case_of(entry, "odd-many")
+    case = case_of(entry, "odd")
     with pytest.raises((RuntimeError, AssertionError)):
         assert_right(entry, case)
 
