@@ -137,7 +137,7 @@ class LaunchConfigs:
     def has(
         self, *, N: int, K: int, dtype: torch.dtype, rows: int, phase: str = "decode", weight: torch.dtype | None = None
     ) -> bool:
-        """Return whether a row of the table matches the arguments, which are those of a call."""
+        """Return whether the table has a launch config for a call with these arguments."""
         return self._find(N, K, _dtype_name(dtype, weight), architecture(), rows, phase) is not None
 
     @functools.cache  # noqa: B019 - tables live as long as their modules

@@ -6,9 +6,9 @@ The product is that of ``norm_qkv``, divided among blocks as in shares.py, and t
     out  = token_attention(qkv)               [n_tokens * 2B, H * D]
 
 A tile of rows has the x, t and h tokens of the same BLOCK_M pairs (branch, request). So it has all queries, keys and
-values of these pairs. Each tile of rows has a counter for each key head. It counts the tiles of this key head, of its
-values and of its query heads. The block that completes the last of these tiles computes their attention. It reads what
-other blocks wrote. The counter orders these writes before the reads.
+values of these pairs. For each tile of rows and each key head, a counter counts the completed tiles of this key head,
+of its values and of its query heads. The block that completes the last of these tiles computes their attention. This
+block reads what other blocks wrote, and the counter orders these writes before the reads.
 """
 
 from dataclasses import replace
@@ -31,9 +31,10 @@ from .token_attention import expect_heads_of_tokens, expect_n_tokens
 __all__ = ["norm_qkv_attention"]
 
 # On sm_90, one launch is predicted to be faster than two for up to 16 requests, and 1 to 3 us slower for 32. On other
-# architectures it is slower, so they have no configs. ROW_TILES is the number of tokens. A step of the loop over pairs
-# computes the attention of PAIRS pairs. With PAIR_STAGES > 1, the loads of PAIR_STAGES - 1 steps are in flight. A step
-# of four pairs has 48 KB of queries, keys and values, most of which pads the rows to 16.
+# architectures, one launch is predicted to be slower, so the table has no configs for them. ROW_TILES is the number of
+# tokens. A step of the loop over pairs computes the attention of PAIRS pairs. With PAIR_STAGES > 1, the loads of
+# PAIR_STAGES - 1 steps are in flight. A step of four pairs has 48 KB of queries, keys and values, and most of it pads
+# the rows to 16.
 NORM_QKV_ATTENTION = LaunchConfigs(
     "norm_qkv_attention",
     """
@@ -45,7 +46,7 @@ NORM_QKV_ATTENTION = LaunchConfigs(
     """,
 )
 ROWS = tl.constexpr(16)  # the queries of a pair that share a key head, padded to the fewest rows of a matrix product
-MAX_COLUMNS = 128  # of a head; with more, the steps in flight do not fit into shared memory
+MAX_COLUMNS = 128  # the most columns of a head; with more, the steps in flight do not fit into shared memory
 
 
 @triton.jit
@@ -178,7 +179,7 @@ def launch_norm_qkv_attention(
     if constants["D"] % constants["BLOCK_N"]:
         raise ValueError(
             f"wq has heads of {constants['D']} columns, but on this device they must be a multiple of "
-            f"{constants['BLOCK_N']}"
+            f"{constants['BLOCK_N']}: call norm_qkv, then token_attention"
         )
     shares = norm_qkv_attention_shares(wq, wk, x.dtype, n_kv_heads, max_batch)
     grid = shares.grid(constants, M, tiles_of_qkv(constants, wq, wk))
@@ -206,8 +207,8 @@ def norm_qkv_attention(
     """Compute the queries, keys and values of ``RMSNorm(x)``, and attention over the tokens [x, t, h] of each pair.
 
     Args:
-        qkv: [6B, Nq + 2 Nkv] in x's dtype, written: q | k | v of all rows. Without queries for the t and h tokens,
-            their columns of q are left unchanged.
+        qkv: [6B, Nq + 2 Nkv] in x's dtype, written: q | k | v of all rows. With `n_tokens` = 1, the columns of q are
+            left unchanged in the rows of the t and h tokens.
         x: [6B, K] bf16 or fp16, in rows token * 2B + branch * B + request.
         norm: [K].
         wq: [Nq, K], the weight of the queries, in x's dtype.
@@ -224,6 +225,7 @@ def norm_qkv_attention(
         rounded before its product with the values.
 
     Raises:
+        TypeError: a dtype is wrong, or the weights have 8 bits.
         ValueError: B is not in 1..max_batch, `n_tokens` is not 1 or 3, Nq and Nkv do not fit `n_heads` and
             `n_kv_heads`, or :func:`can_fuse_attention` is false.
     """

@@ -1,4 +1,4 @@
-"""Python in a process of its own, without Triton's interpreter, in which the tests themselves run."""
+"""Run Python in a new process without Triton's interpreter. The tests themselves run in the interpreter."""
 
 import os
 import subprocess

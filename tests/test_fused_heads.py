@@ -290,7 +290,7 @@ def test_weights_may_change(model: VoxtralTTS, device: torch.device) -> None:
 
 
 def test_tables_follow_their_weights(device: torch.device) -> None:
-    """Only changes of the first layer's norm, wq, wk and wv, and of two projections, make new tables."""
+    """Only changes of the first layer's norm, wq, wk and wv, and of the time and input projections, make new tables."""
     config = Config.from_params(tiny_params())
     head = make_head(config.acoustic_transformer, config.audio).to(device)
     names = ["attention_norm", "attention.wq", "attention.wk", "attention.wv"]

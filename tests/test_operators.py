@@ -137,7 +137,7 @@ def test_odd_shapes_have_two_tiles_and_a_partial_last_one(entry: Entry, case: Ca
 def test_every_operator_has_its_shapes() -> None:
     for entry in ENTRIES:
         assert sum(not case.public for case in entry.cases) >= 2, entry.name
-        # one operator is for one request, another for more than one
+        # token_attention_linear is for one request, and norm_qkv_attention for more than one
         wanted = {"token_attention_linear": {"b1"}, "norm_qkv_attention": {"b4", "b32"}}.get(entry.name, {"b1", "b32"})
         assert wanted <= {case.name.rpartition("-")[2] for case in entry.cases if case.public}, entry.name
         assert entry.op.__doc__, entry.name

@@ -144,7 +144,7 @@ def test_the_kernel_as_it_is_passes_the_checks() -> None:
 
 @pytest.mark.interpreter("accesses of each block are recorded")
 def test_no_blocks_race_with_more_multiprocessors_than_steps() -> None:
-    """A block without steps adds nothing to a counter, so no block would wait until its part is stored."""
+    """A block without steps would add 0 to a tile's counter, so its part could be read before it is stored."""
     entry = entry_of("norm_qkv_attention")
     with target_arch("sm_90", 132):
         assert_no_races(entry, case_of(entry, "odd-last"))

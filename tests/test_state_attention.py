@@ -15,7 +15,7 @@ EPS, NAN = 1e-5, float("nan")
 def weights(make: TensorMaker, dim: int, K: int) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return the weights of queries, keys and values, of RMSNorm, and of the state's projection.
 
-    There are three query heads of `dim` columns, and one key head.
+    The weights have three query heads of `dim` columns, and one key head.
     """
     w_qkv = [make(n, dim, std=dim**-0.5) for n in (3 * dim, dim, dim)]
     return w_qkv, make(dim, mean=1.0, std=0.3), make(dim, K)

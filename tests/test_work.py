@@ -72,7 +72,7 @@ def test_stated_bytes_are_those_counted(entry: Entry, case: Case) -> None:
 def test_stated_products_are_the_reference_s(entry: Entry, case: Case) -> None:
     if entry.name == "paged_attention" or (entry.name, case.name) in {
         ("norm_qkv", "odd-some-queries"),  # the reference computes all queries
-        ("norm_qkv_attention", "odd-last"),  # here too
+        ("norm_qkv_attention", "odd-last"),  # the reference computes all queries
         ("semantic_argmax", "odd"),  # the reference multiplies the padding too
     }:
         pytest.skip("the kernel multiplies less than the reference")

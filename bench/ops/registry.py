@@ -166,7 +166,7 @@ def entries(arch: str = "*") -> list[Entry]:
     """Return the entries of the operators, in the alphabetical order of their files.
 
     Args:
-        arch: an architecture such as ``sm_90`` or ``interpreter``, whose operators are wanted; ``*`` for all operators.
+        arch: the architecture that the operators must run on, such as ``sm_90``; ``*`` for all operators.
     """
     modules = sorted(info.name for info in pkgutil.iter_modules(bench.ops.__path__))
     found: list[Entry] = []

@@ -83,7 +83,7 @@ class CountedLaunch:
         return {name: self._traffic(name) for name in sorted(names)}
 
     def scratch(self) -> int:
-        """Return the DRAM bytes of parts of tiles and their counters, in a launch with shares; else 0.
+        """Return the DRAM bytes of the launch's scratch memory: parts of tiles, and counters. Without shares, return 0.
 
         This scratch memory is no argument of the operator; see ``voxkern/kernels/shares.py``.
         """

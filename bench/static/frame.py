@@ -62,8 +62,8 @@ class Cost:
         multiply_adds: multiply-adds of the matrix products.
         dram: DRAM bytes.
         fewest: the fewest DRAM bytes possible.
-        scratch: the DRAM bytes of parts of tiles in launches with shares, which `dram` includes. A launch writes and
-            reads them, so they may stay in a GPU's L2 cache.
+        scratch: the DRAM bytes of the launches' scratch memory: parts of tiles, and counters. `dram` includes them. A
+            launch writes and reads these bytes, so they may stay in a GPU's L2 cache.
     """
 
     launches: int

@@ -85,9 +85,9 @@ def _instructions(listing: str) -> Instructions:
 def _step(listing: str) -> int:
     """Count a warp's instructions in one pass of the innermost loop that has matrix instructions.
 
-    If there are several such loops, those that store results do not count: they follow the product. Of the others, the
-    longest counts. The result is 0 if there is none. For AMD, only vector instructions count, because the others run
-    beside them.
+    A loop that stores results, such as attention after a product, counts only if all such loops store. Of several
+    loops, the longest counts. The result is 0 if there is no loop. For AMD, only vector instructions count, because the
+    others run beside them.
     """
     program = (_sass if "/*0000*/" in listing else _amdgcn)(listing)
     products = [body for body in _loops(program) if any(re.search(MATRIX, program[i].text) for i in body)]
@@ -106,11 +106,12 @@ class _Instruction:
 
 
 def _loops(program: Sequence[_Instruction]) -> list[set[int]]:
-    """Return the instructions of each natural loop: its header, and all that lead back to the header.
+    """Return the instructions of each natural loop: its header, and all from which its back edges can be reached.
 
     A jump to an instruction is a back edge only if that instruction dominates the jump: every path to the jump passes
     it. For example, the compiler moves the wait for an incomplete barrier to the kernel's end. The jump that returns
-    from there is no back edge, because the wait can be reached before the jump's target. Loops with one header are one.
+    from there is no back edge, because the wait can be reached before the jump's target. Back edges to the same header make
+    one loop.
     """
     if not program:
         return []

@@ -50,7 +50,7 @@ def _tilings(one: Work, gpu: GPU) -> Iterator[tuple[Work, int]]:
         if sums > SUMS or (row_tiles * m >= 2 * rows and m > 8) or k >= 32 * warps:
             continue
         if one.operator == "norm_qkv_attention" and row_tiles != kernel.constant("ROW_TILES"):
-            continue  # a tile of rows has the three tokens of a pair
+            continue  # ROW_TILES is fixed, because a tile of rows has the three tokens of each of its pairs
         for stages, shares in itertools.product(STAGES, SHARES):
             shared = stages * 2 * k * (products * n + row_tiles * m)
             resident = machine.resident_blocks(warps, sums + OTHER_REGISTERS, shared)

@@ -251,7 +251,7 @@ def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: Kernel
 
     rows = args[row_argument]
     padded = {**args, row_argument: rows.new_empty(rounded(len(rows)), *rows.shape[1:], device="meta")}
-    if "n_tokens" in args:  # the kernel also multiplies the rows of tokens whose queries are not needed
+    if "n_tokens" in args:  # the kernel multiplies the rows of all tokens, although some need no queries
         return padded | {"n_tokens": 3}
     return padded | ({"q_rows": rounded(args["q_rows"])} if "q_rows" in args else {})
 
