@@ -110,8 +110,8 @@ def _loops(program: Sequence[_Instruction]) -> list[set[int]]:
 
     A jump to an instruction is a back edge only if that instruction dominates the jump: every path to the jump passes
     it. For example, the compiler moves the wait for an incomplete barrier to the kernel's end. The jump that returns
-    from there is no back edge, because the wait can be reached before the jump's target. Back edges to the same header make
-    one loop.
+    from there is no back edge, because the wait can be reached before the jump's target. Back edges to the same
+    header make one loop.
     """
     if not program:
         return []
