@@ -136,7 +136,11 @@ def _norm_qkv_attention_kernel(
 def norm_qkv_attention_shares(wq: Tensor, wk: Tensor, dtype: torch.dtype, n_kv_heads: int, max_batch: int) -> Shares:
     """Return how :func:`launch_norm_qkv_attention` divides the products of `wq`, `wk` and a third weight."""
     constants = _constants(wq, dtype, max_batch)
-    shares = norm_shares(constants, 6 * max_batch, tiles_of_qkv(constants, wq, wk))
+    return _shares(constants, tiles_of_qkv(constants, wq, wk), n_kv_heads, max_batch)
+
+
+def _shares(constants: dict[str, Any], tiles: int, n_kv_heads: int, max_batch: int) -> Shares:
+    shares = norm_shares(constants, 6 * max_batch, tiles)
     return replace(shares, counters=shares.counters + shares.row_tiles * n_kv_heads)
 
 
@@ -181,8 +185,9 @@ def launch_norm_qkv_attention(
             f"wq has heads of {constants['D']} columns, but on this device they must be a multiple of "
             f"{constants['BLOCK_N']}: call norm_qkv, then token_attention"
         )
-    shares = norm_qkv_attention_shares(wq, wk, x.dtype, n_kv_heads, max_batch)
-    grid = shares.grid(constants, M, tiles_of_qkv(constants, wq, wk))
+    tiles = tiles_of_qkv(constants, wq, wk)
+    shares = _shares(constants, tiles, n_kv_heads, max_batch)
+    grid = shares.grid(constants, M, tiles)
     parts, arrived = shares.scratch(scratch, x)
     _norm_qkv_attention_kernel[grid](
         x, norm, wq, wk, wv, qkv, out, parts, arrived,

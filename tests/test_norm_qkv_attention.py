@@ -1,6 +1,5 @@
 """Tests of the launch that computes q, k and v of the flow head's tokens, and attention over the tokens."""
 
-from fnmatch import fnmatch
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ from plant import case_of, entry_of, plant
 from torch import Tensor
 
 from bench.ops.norm_qkv_attention import norm_qkv_attention_inputs, norm_qkv_attention_reference
-from bench.ops.registry import Case, Entry, TensorMaker, entries, to_dtype
+from bench.ops.registry import Case, Entry, TensorMaker, to_dtype
 from bench.static.machines import MACHINES
 from voxkern.kernels.launch_config import architecture, target_arch
 from voxkern.kernels.norm_qkv_attention import (
@@ -23,7 +22,7 @@ from voxkern.kernels.norm_qkv_attention import (
 from voxkern.kernels.shares import Scratch, new_scratch
 
 pytestmark = pytest.mark.skipif(
-    entry_of("norm_qkv_attention") not in entries(architecture()), reason="this GPU has no launch configs"
+    not entry_of("norm_qkv_attention").runs_on(architecture()), reason="this GPU has no launch configs"
 )
 NAN = float("nan")
 B, MAX_BATCH = 9, 10  # with tiles of 16 rows: 18 pairs are two tiles of rows
@@ -112,7 +111,7 @@ def test_which_sizes_fit_one_launch() -> None:
         assert not can_fuse_attention(torch.empty(4096, 3072, device="meta"), torch.float32, 32, 8, 32)
     for arch in MACHINES:
         with target_arch(arch):
-            assert fits() == fnmatch(arch, entry_of("norm_qkv_attention").archs)
+            assert fits() == (arch == "sm_90") == entry_of("norm_qkv_attention").runs_on(arch)
 
 
 @pytest.mark.interpreter("accesses of each block are recorded")

@@ -50,7 +50,7 @@ def with_tiles_of_gpus(pairs: list[tuple[Entry, Case]]) -> list[object]:
         for entry, case in pairs
         for dtype in case.dtypes
         for arch, usual in (("sm_90", "bf16"), ("gfx942", "fp32"))
-        if entry in entries(arch)
+        if entry.runs_on(arch)
     ]  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_no_blocks_race_and_no_lane_leaves_its_arguments(entry: Entry, case: Cas
         pytest.param(entry, case, arch, id=f"{entry.name}-{case.name}-{arch}")
         for entry, case in ODD
         for arch in ("sm_90", "gfx942")
-        if entry in entries(arch)
+        if entry.runs_on(arch)
     ],
 )
 def test_no_blocks_race_with_the_tiles_of_a_gpu(entry: Entry, case: Case, arch: str) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bench.micro import tune
 from bench.micro.providers import Trial, by_verdict
-from bench.micro.tune import Tuner, config_of, configs_of, line_of, lines_of, neighbours, search, with_line
-from bench.ops.registry import ROOT
+from bench.micro.tune import Tuner, config_of, line_of, lines_of, neighbours, search, with_line
+from bench.ops.registry import ROOT, configs_of
 from voxkern.kernels.launch_config import LaunchConfigs, target_arch
 
 TEXT = """

@@ -26,20 +26,13 @@ import torch
 
 from bench.micro.providers import Trial, operator_trial
 from bench.micro.timing import Clock, clock_of, copies_for, measure
-from bench.ops.registry import ROOT, Case, Entry, TensorMaker, entries
+from bench.ops.registry import ROOT, Case, Entry, TensorMaker, configs_of, entries
 from voxkern.compile_only import ARCHITECTURES
 from voxkern.kernels.launch_config import LaunchConfigs, architecture, override, target_arch
 
 GAIN = 0.98  # highest new time / old time of a change: gains below 2 % may be noise, and do not justify another line
 LaunchConfig = dict[str, int]
 Fits = Callable[[LaunchConfig], str]
-
-
-def configs_of(entry: Entry) -> LaunchConfigs | None:
-    """Return the operator's own table of launch configs, or None if it has no table with a column `arch`."""
-    module = vars(sys.modules[entry.op.__module__])
-    found = [value for value in module.values() if isinstance(value, LaunchConfigs) and value.kernel == entry.name]
-    return next((configs for configs in found if "arch" in configs.conditions), None)
 
 
 def file_of(entry: Entry) -> Path:
@@ -289,16 +282,18 @@ def main(arguments: Sequence[str]) -> int:
     """Tune the operators that the command line names, or with ``--arch`` show which configs fit."""
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
     known = {entry.name: (entry, configs) for entry in entries() if (configs := configs_of(entry)) is not None}
-    parser.add_argument("--op", nargs="+", default=list(known), choices=known, metavar="NAME", help="default: all")
+    parser.add_argument("--op", nargs="+", choices=known, metavar="NAME", help="default: all that run on the GPU")
     parser.add_argument("--arch", choices=ARCHITECTURES, help="only show which configs fit ARCH; needs no GPU")
     parser.add_argument("--write", action="store_true", help="print the diff, and write the tables too")
     options = parser.parse_args(arguments)
-    if options.arch:
-        for name in options.op:
-            show(*known[name], options.arch)
+    clock = None if options.arch else clock_of("cuda")
+    arch = options.arch or architecture()
+    names = options.op or [name for name, (entry, _) in known.items() if entry.runs_on(arch)]
+    if clock is None:
+        for name in names:
+            show(*known[name], arch)
         return 0
-    clock = clock_of("cuda")
-    for name in options.op:
+    for name in names:
         before, after = tune(*known[name], clock)
         file = file_of(known[name][0])
         sys.stdout.writelines(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bench.ops.qkv import norm_qkv_reference, qkv_inputs
 from bench.ops.registry import Args, Case, Entry, TensorMaker
-from bench.ops.token_attention import token_attention_reference
+from bench.ops.token_attention import token_attention_reference, used_elements
 from voxkern.kernels.norm_qkv_attention import norm_qkv_attention
 
 
@@ -45,12 +45,6 @@ def multiply_adds(args: Args) -> int:
     return int(args["n_tokens"] * rows // 3 * args["wq"].numel() + rows * (args["wk"].numel() + args["wv"].numel()))
 
 
-def written_elements(args: Args) -> int:
-    """Return how many elements of q | k | v are written, and read again."""
-    rows, columns = len(args["x"]), len(args["wk"]) + len(args["wv"])
-    return int(args["n_tokens"] * rows // 3 * len(args["wq"]) + rows * columns)
-
-
 HALF = ("bf16", "fp16")
 PUBLIC = {"H": 32, "HKV": 8, "D": 128, "K": 3072}
 ENTRIES = [
@@ -73,9 +67,8 @@ ENTRIES = [
         ),
         rows="B",
         read_once=("wq", "wk", "wv"),
-        partly={"qkv": written_elements},
+        partly={"qkv": used_elements},
         ordered_by=("p_arrived",),
         multiply_adds=multiply_adds,
-        archs="sm_90",
     ),
 ]

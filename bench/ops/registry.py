@@ -6,18 +6,22 @@ ledger, the counters and the benchmarks all read these lists.
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 import bench.ops
 from voxkern.reference.quantized import FORMATS, Format, quantize_weight
+
+if TYPE_CHECKING:
+    from voxkern.kernels.launch_config import LaunchConfigs
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -81,7 +85,6 @@ class Entry:
             wrote before their atomics. No other atomics are allowed, see ``bench/static/races.py``.
         multiply_adds: function of the arguments that returns the multiply-adds of the products with weights, and of
             attention over the cache.
-        archs: pattern of the architectures for which the operator has launch configs, besides the interpreter.
     """
 
     op: Any
@@ -97,7 +100,6 @@ class Entry:
     partly: Mapping[str, Callable[[Args], int]] = field(default_factory=dict)
     ordered_by: tuple[str, ...] = ()
     multiply_adds: Callable[[Args], int] = times_rows_of_x
-    archs: str = "*"
 
     @property
     def name(self) -> str:
@@ -108,6 +110,11 @@ class Entry:
     def weights(self) -> tuple[str, ...]:
         """Names of the arguments that are weights."""
         return self.read_once if self.weight_names is None else self.weight_names
+
+    def runs_on(self, arch: str) -> bool:
+        """Return whether the operator has launch configs for an architecture, such as ``sm_90``."""
+        configs = configs_of(self)
+        return configs is None or any(fnmatch(arch, line["arch"]) for line in configs.lines)
 
     def format(self, args: Args) -> str | None:
         """Return the format of the call's weights, "int8" or "fp8", or None if they are not quantised."""
@@ -162,6 +169,15 @@ class TensorMaker:
         return (mean + std * torch.randn(shape, generator=self.generator)).to(self.device, self.dtype)
 
 
+def configs_of(entry: Entry) -> "LaunchConfigs | None":
+    """Return the operator's own table of launch configs, or None if it has no table with a column `arch`."""
+    from voxkern.kernels.launch_config import LaunchConfigs  # needs Triton
+
+    module = vars(sys.modules[entry.op.__module__])
+    found = [value for value in module.values() if isinstance(value, LaunchConfigs) and value.kernel == entry.name]
+    return next((configs for configs in found if "arch" in configs.conditions), None)
+
+
 def entries(arch: str = "*") -> list[Entry]:
     """Return the entries of the operators, in the alphabetical order of their files.
 
@@ -173,7 +189,7 @@ def entries(arch: str = "*") -> list[Entry]:
     for module in modules:
         if (ROOT / "kernels" / f"{module}.py").exists():
             found += importlib.import_module(f"bench.ops.{module}").ENTRIES
-    return [entry for entry in found if arch in ("*", "interpreter") or fnmatch(arch, entry.archs)]
+    return [entry for entry in found if arch == "*" or entry.runs_on(arch)]
 
 
 def to_dtype(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

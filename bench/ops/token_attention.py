@@ -52,7 +52,7 @@ ONE_REQUEST = {"B": 1, "max_batch": 1}
 
 
 def used_elements(args: Args) -> int:
-    """Return how many elements of q | k | v are read. With `n_tokens` = 1, the queries are those of x alone."""
+    """Return how many elements of q | k | v are needed. With `n_tokens` = 1, the queries are those of x alone."""
     qkv, H, HKV = args["qkv"], args["n_heads"], args["n_kv_heads"]
     rows = args["n_tokens"] * len(qkv) // 3 if "n_tokens" in args else len(args["residual"])
     heads = rows * H + len(qkv) * 2 * HKV

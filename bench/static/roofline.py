@@ -220,15 +220,14 @@ def attention_after_product(one: Work, gpu: GPU, assume: Assumptions) -> float:
     """
     kernel = one.kernel
     assert kernel is not None
-    if one.operator != "norm_qkv_attention":
+    pairs, tile = kernel.constant("PAIRS", 0), kernel.constant("BLOCK_M")
+    if not pairs:
         return 0.0
-    size = {name: kernel.constant(name) for name in ("BLOCK_M", "PAIRS", "N", "N_KV", "D", "N_TOKENS")}
-    G = size["N"] // size["N_KV"]
+    G = kernel.constant("N") // kernel.constant("N_KV")
     # rows of D columns for each pair: queries are read and results written; three keys and values are read
-    rows = 2 * size["N_TOKENS"] * G + 6
-    bytes_moved = 2 * size["BLOCK_M"] * rows * size["D"]
-    at_once = max(kernel.constant("PAIR_STAGES") - 1, 1) * size["PAIRS"]
-    waits = 1 + -(-size["BLOCK_M"] // at_once)
+    rows = 2 * kernel.constant("N_TOKENS") * G + 6
+    bytes_moved = 2 * tile * rows * kernel.constant("D")
+    waits = 1 + -(-tile // (max(kernel.constant("PAIR_STAGES") - 1, 1) * pairs))
     return waits * assume.latency + bytes_moved / (gpu.l2_bandwidth / gpu.multiprocessors)
 
 

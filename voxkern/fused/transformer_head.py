@@ -85,7 +85,7 @@ class FusedTransformerHead(FusedHead):
             wq, wk = attention.wq.weight, attention.wk.weight
             shares += [norm_qkv_shares(wq, wk, dtype, rows) for rows in (self.max_batch, self._max_rows)]
             if self._fuses_qkv(layer, dtype):
-                shares += [norm_qkv_attention_shares(wq, wk, dtype, self.module.config.n_kv_heads, self.max_batch)]
+                shares += [norm_qkv_attention_shares(wq, wk, dtype, self._heads[1], self.max_batch)]
             for rows in (2 * self.max_batch, self._max_rows):
                 shares += [norm_swiglu_shares(feed.w1.weight, dtype, rows)]
                 shares += [linear_shares(weight, dtype, rows) for weight in (attention.wo.weight, feed.w2.weight)]
@@ -207,8 +207,8 @@ class FusedTransformerHead(FusedHead):
 
     def _fuses_wo(self, dtype: torch.dtype) -> bool:
         """Return whether attention and wo are one launch."""
-        config = self.module.config
-        columns = config.n_heads // config.n_kv_heads * config.head_dim
+        n_heads, n_kv_heads = self._heads
+        columns = n_heads // n_kv_heads * self.module.config.head_dim
         return self.max_batch == 1 and dtype != torch.float32 and columns <= MAX_FUSED_COLUMNS
 
     def _attend(self, b: TransformerHeadBuffers, layer: TransformerBlock, rows: int) -> None:
