@@ -49,12 +49,13 @@ def _tilings(one: Work, gpu: GPU) -> Iterator[tuple[Work, int]]:
         sums = products * row_tiles * m * n // (32 * warps)
         if sums > SUMS or (row_tiles * m >= 2 * rows and m > 8) or k >= 32 * warps:
             continue
-        if one.operator == "norm_qkv_attention" and row_tiles != kernel.constant("ROW_TILES"):
-            continue  # ROW_TILES is fixed, because a tile of rows has the three tokens of each of its pairs
+        attends = kernel.constant("PAIRS", 0) > 0  # after the product; a tile of rows then has the tokens of its pairs
+        if attends and (row_tiles != kernel.constant("ROW_TILES") or kernel.constant("D") % n):
+            continue
         for stages, shares in itertools.product(STAGES, SHARES):
             shared = stages * 2 * k * (products * n + row_tiles * m)
             resident = machine.resident_blocks(warps, sums + OTHER_REGISTERS, shared)
-            if shared <= machine.block_shared and resident:
+            if shared <= machine.block_shared and resident and (shares or not attends):
                 tiles = {"ROW_TILES": row_tiles, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SHARES": shares, "SPLIT": 1}
                 yield _tiled(one, kernel, gpu, tiles, warps, stages), resident
 
