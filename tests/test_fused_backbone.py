@@ -1,15 +1,13 @@
 """Tests of the fused backbone against the reference backbone, and of whole utterances on kernels."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from checks import CPU, with_reference_codec
+from fresh_process import run_python
 from poison import poison_pages
 from torch import Tensor
 
@@ -285,12 +283,9 @@ def test_what_cannot_run_says_so(tiny_folder: Path, model: VoxtralTTS, device: t
         "        try: call(torch.zeros(1, 1, 64))\n"
         "        except RuntimeError as error: print(error)"
     )
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    answer = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, env=env, check=True
-    )
-    assert "the accelerated backbone: tensors are on the CPU" in answer.stdout, answer
-    assert "the accelerated flow head: tensors are on the CPU" in answer.stdout
+    answer = run_python("-c", code, str(tiny_folder))
+    assert "the accelerated backbone: tensors are on the CPU" in answer
+    assert "the accelerated flow head: tensors are on the CPU" in answer
     voxkern.accelerate(model.double())
     with torch.inference_mode(), pytest.raises(TypeError, match=r"weights are torch.float64 but must be torch.float32"):
         model.hidden_states(embeddings(1, 1, device=device).double())
@@ -306,9 +301,6 @@ def test_the_backend_is_chosen_by_what_is_here(tiny_folder: Path) -> None:
         "try: voxkern.load(sys.argv[1], backend='triton')\n"
         "except ValueError as error: print(error)"
     )
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    answer = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, env=env, check=True
-    )
-    assert answer.stdout.startswith("packed\n"), answer
-    assert "set TRITON_INTERPRET=1" in answer.stdout
+    answer = run_python("-c", code, str(tiny_folder))
+    assert answer.startswith("packed\n")
+    assert "set TRITON_INTERPRET=1" in answer

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fresh_process import run_python
 
 from bench.static import known_kernels
 
@@ -90,6 +91,4 @@ with mock.patch.object(ledger, "rows_of", return_value=[]):
 from voxkern.kernels import linear, quantized
 print(linear.product.starting_line_number, quantized.widen.starting_line_number)
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script]
-    assert subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT).stdout == "0 0\n"
+    assert run_python("-c", script) == "0 0\n"

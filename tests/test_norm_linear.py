@@ -1,13 +1,11 @@
 """Tests of the operators in kernels/norm_linear.py; test_operators.py has the tests of every operator."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from checks import assert_accurate, moved, own_or
+from fresh_process import run_python
 from plant import case_of, entry_of
 from torch import Tensor
 
@@ -126,7 +124,6 @@ def test_on_a_cpu_without_the_interpreter_the_way_out_is_named() -> None:
         "try: f(x, x[0], x, 1e-5, 2)\n"
         "except RuntimeError as error: print(error)"
     )
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert "norm_linear: tensors are on the CPU" in answer.stdout, answer.stderr
-    assert "TRITON_INTERPRET=1" in answer.stdout
+    answer = run_python("-c", code)
+    assert "norm_linear: tensors are on the CPU" in answer
+    assert "TRITON_INTERPRET=1" in answer
