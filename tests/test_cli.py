@@ -55,7 +55,7 @@ def test_say_streaming(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert run(app, ["say", "seven", "-o", str(plain), *options]).exit_code == 0
     done = run(app, ["say", "seven", "-o", str(streamed), "--stream", *options])
     assert done.exit_code == 0, done.output
-    assert re.search(r"s of sound in \S+ s, first after \d\.\d+ s, real-time factor", done.stderr)
+    assert re.search(r"s of sound in \S+ s, first sound ready after \d\.\d+ s, real-time factor", done.stderr)
     assert streamed.read_bytes() == plain.read_bytes()
     monkeypatch.setitem(sys.modules, "sounddevice", SimpleNamespace(OutputStream=OutputStream))
     done = run(app, ["say", "seven", "-o", str(streamed), "--stream", "--play", *options])

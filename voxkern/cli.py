@@ -117,7 +117,7 @@ def say(
         raise typer.Exit(3)
     err.print(
         f"{output}: {audio.seconds:.2f} s of sound in {audio.timings.total:.2f} s, "
-        f"first after {audio.timings.first_sound:.2f} s, "
+        f"first sound ready after {audio.timings.first_sound:.2f} s, "
         f"real-time factor {audio.real_time_factor:.2f}, seed {audio.seed}"
         + ("" if audio.ended else "; cut off at the frame limit, before the model generated END"),
         highlight=False,

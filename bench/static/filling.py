@@ -85,11 +85,17 @@ def rows() -> list[ResultRow]:
     return list(found.values())
 
 
+def heading(metric: str) -> str:
+    """Return the heading of a metric's column, with its unit if it has one."""
+    unit, _ = METRICS[metric]
+    return metric if unit == "1" else f"{metric}, {unit}"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print the table."""
     argparse.ArgumentParser(prog=COMMAND, description=__doc__).parse_args(arguments)
-    print("PREDICTED, not measured. Bytes in flight are those of one multiprocessor; times are in us.")
-    print(f"{'GPU':12s}{'launch':40s}" + "".join(f"{metric:>16s}" for metric in METRICS))
+    print("PREDICTED, not measured. Bytes in flight are those of one multiprocessor.")
+    print(f"{'GPU':12s}{'launch':40s}" + "".join(f"{heading(metric):>16s}" for metric in METRICS))
     for gpu, launch, values in table():
         cells = "".join(f"{values[metric]:16{form}}" for metric, (_, form) in METRICS.items())
         print(f"{gpu:12s}{launch:40s}{cells}")
