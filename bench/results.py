@@ -17,6 +17,7 @@ from typing import Any
 
 FILE = Path(__file__).with_suffix(".csv")
 HOW = ("measured", "counted", "predicted")
+WITH_BF16 = " with bf16 instructions"  # what the name of such a CPU ends with
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,13 @@ def provenance(device: str = "cpu") -> dict[str, str]:
     import torch
     import triton
 
+    from voxkern.packed.weights import has_bf16_instructions
+
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name()
     else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
+        instructions = WITH_BF16 if has_bf16_instructions() else ""
+        name = f"{_processor()}{instructions}, {torch.get_num_threads()} threads"
     versions = f"python {platform.python_version()} torch {torch.__version__} triton {triton.__version__}"
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     return {"date": now.isoformat(), "commit": _commit(), "device": name, "versions": versions}

@@ -1,6 +1,7 @@
 """Tests of ``python -m bench cpu``: the fp64 results, the bytes of weights, the table and the plot."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from bench.micro.modules import demo, head_args
 from bench.report import cpu as cpu_report
 from bench.report import plots
 from bench.report.figures import Figures
-from bench.results import ResultRow
+from bench.results import WITH_BF16, ResultRow
 from voxkern.checkpoint import read_checkpoint
 from voxkern.reference.attention import PagedCache
 
@@ -64,12 +65,17 @@ def test_the_table_and_the_picture() -> None:
                           device="A, 2 threads")
                 for n in cpu_report.THREADS
             ]  # fmt: skip
-    table = cpu_report.on_a_cpu(Figures(rows))
+    with_bf16 = [replace(row, value=row.value / 2, device=f"A{WITH_BF16}, 2 threads", date="later") for row in rows]
+    table = cpu_report.on_a_cpu(Figures(rows + with_bf16), with_bf16=False)
     assert table.lines == [
         ["flow head", "4", "vLLM-Omni's module", "1.2", "1.2", "4.0 / 4.0"],
         ["flow head", "4", "packed weights", "0.4", "0.4", "12.0 / 12.0"],
     ]
     assert "reads and writes 20.0 and 20.0 GB a second" in table.note
-    plot = cpu_report.head_times(Figures(rows))
-    assert [bar.get_height() for bars in plot.axes[0].containers for bar in bars] == pytest.approx([1.2, 0.4])
+    table = cpu_report.on_a_cpu(Figures(rows + with_bf16), with_bf16=True)
+    assert table.lines[0] == ["flow head", "4", "vLLM-Omni's module", "0.6", "0.6", "2.0 / 2.0"]
+    assert table.note.endswith(f"A{WITH_BF16}.")
+    plot = cpu_report.head_times(Figures(rows + with_bf16))
+    for axes, expected in zip(plot.axes, ([1.2, 0.4], [1.2, 0.4], [0.6, 0.2], [0.6, 0.2]), strict=True):
+        assert [bar.get_height() for bars in axes.containers for bar in bars] == pytest.approx(expected)
     assert plots.png(plot).startswith(b"\x89PNG")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.results import ResultRow, newest, provenance, read, store, with_provenance
+from bench.results import WITH_BF16, ResultRow, newest, provenance, read, store, with_provenance
+from voxkern.packed.weights import has_bf16_instructions
 
 ROW = ResultRow(
     "micro", "linear", "time", 12.5, "us", "measured", "python -m bench run", "torch", "b1", "bf16", low=12.0
@@ -77,5 +78,6 @@ def test_a_row_says_how_it_was_found() -> None:
 def test_this_machine_has_a_name() -> None:
     here = provenance()
     assert here["device"].endswith("threads")
+    assert (WITH_BF16 in here["device"]) == has_bf16_instructions()
     assert "torch 2" in here["versions"]
     assert here["commit"]

@@ -5,6 +5,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.report.figures import Figures, ReportTable
+from bench.results import WITH_BF16
 
 THREADS = ("1 thread", "2 threads")
 BATCHES = ("public-b1", "public-b4", "public-b16")
@@ -21,8 +22,12 @@ NAMES = {
 COLOURS = {"vllm-omni": "#8c8c8c", "torch": "#4c72b0", "torch.compile": "#55a868", "voxkern-packed": "#dd8452"}
 
 
-def on_a_cpu(figures: Figures) -> ReportTable:
-    """Make the table of the flow head, a whole frame and the demo voice on a CPU, with 1 and 2 threads."""
+def on_a_cpu(figures: Figures, with_bf16: bool) -> ReportTable:
+    """Make the table of the flow head, a whole frame and the demo voice on a CPU, with 1 and 2 threads.
+
+    `with_bf16` is whether the CPU has instructions for bf16.
+    """
+    figures = of_cpus(figures, with_bf16)
     lines, device = [], ""
     for what, (subject, shapes, metric, factor) in TIMED.items():
         for shape in shapes:
@@ -56,13 +61,20 @@ def on_a_cpu(figures: Figures) -> ReportTable:
     )
 
 
+def of_cpus(figures: Figures, with_bf16: bool) -> Figures:
+    """Return the figures that were measured on CPUs with instructions for bf16, or on those without."""
+    return Figures(row for row in figures.rows if (WITH_BF16 in row.device) == with_bf16)
+
+
 def head_times(figures: Figures) -> Figure:
     """Draw the seconds of the public flow head at each batch size, by implementation."""
-    plot, axes = plt.subplots(1, len(THREADS), figsize=(11, 3.4), layout="constrained", sharey=True)
-    for axis, n in zip(axes, THREADS, strict=True):
+    panels = [(n, with_bf16) for with_bf16 in (False, True) for n in THREADS]
+    plot, axes = plt.subplots(1, len(panels), figsize=(14, 3.4), layout="constrained", sharey=True)
+    for axis, (n, with_bf16) in zip(axes, panels, strict=True):
+        mine = of_cpus(figures, with_bf16)
         for i, (provider, name) in enumerate(NAMES.items()):
             rows = [
-                figures.one(bench="cpu", subject="flow_head", shape=shape, provider=provider, metric=f"time, {n}")
+                mine.one(bench="cpu", subject="flow_head", shape=shape, provider=provider, metric=f"time, {n}")
                 for shape in BATCHES
             ]
             at = [j + 0.2 * i - 0.3 for j, row in enumerate(rows) if row]
@@ -70,7 +82,7 @@ def head_times(figures: Figures) -> Figure:
         axis.set_xticks(np.arange(len(BATCHES)), [shape.rpartition("-b")[2] for shape in BATCHES])
         axis.set_xlabel("requests")
         axis.set_yscale("log")
-        axis.set_title(n, fontsize=10)
+        axis.set_title(f"{n}, {'with' if with_bf16 else 'without'} bf16 instructions", fontsize=10)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("seconds a frame (80 ms)")
     axes[0].legend(fontsize=8)

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from bench.report.cpu import of_cpus
 from bench.report.figures import Figures, ReportTable
 from voxkern.reference.quantized import FORMATS
 
@@ -74,21 +75,18 @@ def free(figures: Figures) -> ReportTable:
 
 
 def on_this_cpu(figures: Figures) -> ReportTable:
-    """Make the table of the flow head's time on a CPU, with the weights in each format."""
+    """Make the table of the flow head's time on each kind of CPU, with the weights in each format."""
     lines, wanted = [], {"bench": "micro", "subject": "flow_head", "shape": "public-b1", "metric": "time"}
-    usual = figures.one(**wanted, dtype="bf16", provider="torch")
-    for dtype in ("bf16", *FORMATS):
-        times = [
-            figures.value(".2f", 1e-6, **wanted, dtype=dtype, provider=provider)
-            for provider in ("torch", "voxkern-packed")
-        ]
-        if times != ["-", "-"]:
-            lines.append([dtype, *times])
-    note = "Seconds of a frame: flow head of the public sizes, one request, 7 evaluations"
-    if usual:
-        note += f", on {usual.device}"
+    for with_bf16 in (False, True):
+        mine = of_cpus(figures, with_bf16)
+        for dtype in ("bf16", *FORMATS):
+            asked = wanted | {"dtype": dtype}
+            if torch_row := mine.one(**asked, provider="torch"):
+                packed = mine.value(".2f", 1e-6, **asked, provider="voxkern-packed")
+                lines.append([torch_row.device, dtype, f"{1e-6 * torch_row.value:.2f}", packed])
+    note = "Seconds of a frame: flow head of the public sizes, one request, 7 evaluations."
     command = "python -m bench run --op flow_head --shape public-b1 --provider torch voxkern-packed"
-    return ReportTable("8-bit weights on a CPU", f"{note}.", command, ("weights", "torch, s", "packed, s"), lines)
+    return ReportTable("8-bit weights on a CPU", note, command, ("CPU", "weights", "torch, s", "packed, s"), lines)
 
 
 def errors_by_bytes(figures: Figures) -> Figure:

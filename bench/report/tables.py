@@ -24,7 +24,7 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
         "gpu": gpu(figures),
         "resources": resources(ledger), "quantization_given": quantization.given(figures),
         "quantization_free": quantization.free(figures), "quantization_cpu": quantization.on_this_cpu(figures),
-        "cpu": cpu.on_a_cpu(figures),
+        "cpu": cpu.on_a_cpu(figures, with_bf16=False), "cpu_with_bf16": cpu.on_a_cpu(figures, with_bf16=True),
     }  # fmt: skip
     return {name: table for name, table in made.items() if table.lines}
 
