@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import voxkern
 from bench.ops.accuracy import CEILINGS, judge
-from voxkern.checkpoint import read_checkpoint, read_params
+from voxkern.checkpoint import quantize_checkpoint, read_checkpoint, read_params
 from voxkern.engine.kv_cache import PAGE_SIZE
 from voxkern.fused.transformer_head import FusedTransformerHead
 from voxkern.packed.backbone import PackedBackbone
@@ -27,6 +27,7 @@ from voxkern.reference import Config, VoxtralTTS
 from voxkern.reference.attention import PagedCache
 from voxkern.reference.config import END_AUDIO
 from voxkern.reference.model import make_head
+from voxkern.reference.quantized import FORMATS
 
 pytestmark = pytest.mark.interpreter("packed weights are for a CPU")
 ROOT = Path(__file__).resolve().parents[1]
@@ -357,6 +358,16 @@ def test_a_restored_int8_model_uses_no_keys_of_the_packed_one() -> None:
     tts.generate("one", **arguments)
     voxkern.restore(tts.model)
     np.testing.assert_array_equal(tts.generate("one", **arguments).samples, fresh.generate("one", **arguments).samples)
+
+
+@pytest.mark.parametrize("format_", list(FORMATS))
+def test_a_file_with_8_bit_weights(format_: str, tmp_path: Path) -> None:
+    """The weights of such a file lie at any address; the sound is that of a model quantised when it is loaded."""
+    quantize_checkpoint(DEMO, tmp_path / "quantised", format_)
+    arguments = {"seed": 1, "steps": 1, "max_frames": 4}
+    tts = voxkern.load(tmp_path / "quantised", "cpu", backend="packed")
+    expected = voxkern.load(device="cpu", backend="packed", quantize=format_).generate("one", **arguments)
+    np.testing.assert_array_equal(tts.generate("one", **arguments).codes, expected.codes)
 
 
 def test_the_same_seed_gives_the_same_sound(tiny_folder: Path) -> None:

@@ -299,3 +299,28 @@ def test_int8_product(shape: tuple[int, int], rows: int) -> None:
     assert torch.equal(product(x.view(rows, 1, -1)), product(x).view(rows, 1, -1))
     assert torch.equal(product(x.float()).bfloat16(), product(x))
     assert torch.equal(product(x[:1]), product(x)[:1])
+
+
+@pytest.mark.parametrize("offset", [1, 4, 8, 16])
+def test_int8_weights_at_any_address(offset: int) -> None:
+    """Weights in a mapped file begin at any address. The product would crash on some of them."""
+    layer = quantized(linear_of(random(37, 48)), FORMATS["int8"])
+    x = random(7, 48, seed=1)
+    expected = Int8Product(layer, nn.Parameter(random(1)))(x)
+
+    def moved() -> torch.Tensor:
+        memory = torch.zeros(layer.weight.numel() + 64, dtype=torch.int8)
+        start = -memory.data_ptr() % 64 + offset
+        return memory[start : start + layer.weight.numel()].view_as(layer.weight).copy_(layer.weight)
+
+    layer.weight = moved()
+    product = Int8Product(layer, nn.Parameter(random(1)))
+    assert torch.equal(product(x), expected)
+    layer.load_state_dict({**layer.state_dict(), "weight": moved()}, assign=True)
+    with torch.inference_mode():
+        assert torch.equal(product(x), expected)
+    layer.weight.zero_()
+    assert not product(x).any()
+    odd = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)
+    layer.weight = moved()
+    assert torch.equal(Int8Product(layer, nn.Parameter(random(1)))(odd), product(x))

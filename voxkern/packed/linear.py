@@ -11,6 +11,9 @@ from .weights import pack_weight
 
 # the int8 product reads the columns in groups of 16, and would read beyond the end of an incomplete group
 INT8_COLUMNS = 16
+# The int8 product crashes if activations begin at an address that is not a multiple of 32 bytes, or weights at one that
+# is not a multiple of 16. In a file that is mapped into memory, a weight may begin anywhere.
+INT8_ALIGNMENT = 32
 
 
 class PackedLinear(nn.Module):
@@ -120,6 +123,7 @@ class Int8Product:
 
     def __init__(self, layer: QuantizedLinear, like: nn.Parameter) -> None:
         self.layer, self.like = layer, like
+        self._align_weight()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute ``(x @ q.T) * scale``, [..., K] -> [..., N] in the dtype of `x`.
@@ -129,10 +133,22 @@ class Int8Product:
         layer = self.layer
         if self.like.dtype != torch.bfloat16 or layer.weight.device.type != "cpu":
             return QuantizedLinear.forward(layer, x)
+        self._align_weight()
         rows = x.reshape(-1, layer.in_features).bfloat16().contiguous()
+        rows = rows if _is_aligned(rows) else rows.clone()
         ones = rows.new_ones(layer.out_features)
         y: Tensor = torch._weight_int8pack_mm(rows, layer.weight, ones) * layer.qscale_weight
         return y.to(x.dtype).view(*x.shape[:-1], layer.out_features)
+
+    def _align_weight(self) -> None:
+        if not _is_aligned(self.layer.weight):
+            with torch.inference_mode(False):  # later writes to a weight made in inference mode would not be detected
+                self.layer.weight = self.layer.weight.clone()
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Return whether the int8 product can take the tensor's address."""
+    return tensor.data_ptr() % INT8_ALIGNMENT == 0
 
 
 def weights_version(*modules: nn.Module) -> Hashable:
