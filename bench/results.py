@@ -91,7 +91,8 @@ def provenance(device: str = "cpu") -> dict[str, str]:
         name = torch.cuda.get_device_name()
     else:
         instructions = WITH_BF16 if has_bf16_instructions() else ""
-        name = f"{_processor()}{instructions}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{_processor()}{instructions}, {threads} thread{'s' if threads > 1 else ''}"
     versions = f"python {platform.python_version()} torch {torch.__version__} triton {triton.__version__}"
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     return {"date": now.isoformat(), "commit": _commit(), "device": name, "versions": versions}

@@ -16,7 +16,7 @@ from bench.report.tables import tables
 from bench.results import ResultRow
 from bench.static import ledger
 
-CPU, GPU = "a CPU, 1 threads", "NVIDIA H100 80GB HBM3"
+CPU, GPU = "a CPU, 1 thread", "NVIDIA H100 80GB HBM3"
 TIME = ResultRow(
     "micro", "linear", "time", 0.25, "us", "measured", "again", "torch", "b1", "bf16", date="2026-01-01", device=CPU
 )

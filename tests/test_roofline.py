@@ -7,6 +7,7 @@ import torch
 from plant import case_of, entry_of
 
 from bench.ops.registry import TensorMaker
+from bench.report.figures import fits
 from bench.results import ResultRow
 from bench.static import roofline
 from bench.static.counters import Traffic, counting
@@ -350,9 +351,14 @@ def test_the_ledger_has_a_binary_of_every_launch_but_the_last() -> None:
 
 def test_rows_say_what_they_are() -> None:
     rows = roofline.rows()
-    assert {row.how for row in rows if row.subject in GPUS} == {"predicted"}
-    assert {row.how for row in rows if row.subject not in GPUS} == {"counted"}
-    assert len({row.key for row in rows}) == len(rows)
+    kinds = {(row.subject in GPUS, row.how, row.unit) for row in rows}
+    times, counts = {(True, "predicted", "ms")}, {(on_gpu, "counted", "1") for on_gpu in (True, False)}
+    assert kinds == times | counts | {(False, "counted", "B")}
+    wanted = {"metric": "launches of the flow head", "steps": "euler:7", "dtype": "bf16"}
+    counted = {(row.subject, row.shape): row.value for row in rows if fits(row, wanted)}
+    for shape, fused in (("frame-b1", GPUS), ("frame-b8", ("H100 SXM", "H200")), ("frame-b32", ("H100 SXM", "H200"))):
+        for gpu in GPUS:  # 14 launches of attention, unless attention is in the launch of another product
+            assert counted[gpu, shape] == (95 if gpu in fused else 109), (gpu, shape)
 
 
 def test_measured_frames_are_laid_over() -> None:

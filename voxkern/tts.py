@@ -29,7 +29,7 @@ from .reference import VoxtralTTS
 from .reference.quantized import format_of
 from .text import MAX_CHARS, split_text
 from .validation import is_list, per_text, require_overlap, resolve_backend, resolve_device, resolve_dtype, to_int
-from .voice import check_name, read_recording, voice_prefix
+from .voice import check_name, default_first, read_recording, voice_prefix
 
 T = TypeVar("T")
 Several = list[T] | tuple[T, ...] | np.ndarray | Tensor  # an argument with one value per text
@@ -129,7 +129,8 @@ class TTS:
         lengths = {name: len(voice) for name, voice in checkpoint.voices.items()}
         config = self.model.config
         encoder = PromptEncoder(checkpoint.folder / TOKENIZER, lengths, config.audio, config.backbone.vocab_size)
-        self._prompts = PromptMaker(self.model, encoder, dict(checkpoint.voices))
+        names = default_first(checkpoint.voices, config.voices)
+        self._prompts = PromptMaker(self.model, encoder, {name: checkpoint.voices[name] for name in names})
 
     @property
     def backend(self) -> str:
@@ -145,7 +146,7 @@ class TTS:
 
     @property
     def voices(self) -> Mapping[str, Tensor]:
-        """Maps each voice's name to its embeddings in a prompt, [N, dim]; :meth:`add_voice` adds one."""
+        """Maps each voice's name to its embeddings in a prompt, [N, dim], the default voice first."""
         return MappingProxyType(self._prompts.voices)
 
     def add_voice(self, name: str, recording: str | Path | Tensor) -> None:

@@ -1,5 +1,6 @@
 """The tables of the report, the README and docs/, made from the committed rows and the ledger only."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from bench.report.predicted import PREDICTED, batches, bounds, filling, overlapp
 from bench.results import ResultRow
 from bench.static.ledger import LedgerRow
 
+PARTS = ("flow head", "bookkeeping", "backbone", "codec")  # of a frame
 LEVELS = ("1 level", "2 levels", "more")  # distances of acoustic codes, as the metrics name them
 
 
@@ -57,24 +59,19 @@ def frame(figures: Figures) -> ReportTable:
 
 def launches(figures: Figures) -> ReportTable:
     """Make the table of the launches of a whole frame, which is one graph, by part."""
+    wanted = {"bench": "roofline", "steps": "euler:7"}
     lines = []
-    for shape in ("frame-b1", "frame-b32"):
-        parts = [
-            figures.one(
-                bench="roofline",
-                subject="frame",
-                metric=f"launches of the {part}",
-                shape=shape,
-                steps="euler:7",
-                dtype="bf16",
-            )
-            for part in ("flow head", "bookkeeping", "backbone", "codec")
-        ]
-        if None not in parts:
-            counts = [round(row.value) for row in parts if row]
-            lines.append([shape.removeprefix("frame-b"), *map(str, counts), str(sum(counts))])
-    head = ("max_batch", "flow head", "bookkeeping", "backbone", "codec", "whole graph")
+    for dtype, shape in itertools.product(("bf16", "int8"), ("frame-b1", "frame-b8", "frame-b32")):
+        gpus_of: dict[tuple[int, ...], list[str]] = defaultdict(list)  # GPUs with the same launches
+        for gpu in figures.values("subject", **wanted, metric="floor"):
+            asked = wanted | {"subject": gpu, "shape": shape, "dtype": dtype}
+            parts = [figures.one(**asked, metric=f"launches of the {part}") for part in PARTS]
+            if None not in parts:
+                gpus_of[tuple(round(row.value) for row in parts if row)].append(gpu)
+        for counts, gpus in gpus_of.items():
+            lines.append([dtype, shape.removeprefix("frame-b"), ", ".join(gpus), *map(str, counts), str(sum(counts))])
     note = "Public shapes, 7 evaluations of Euler's method. Recorded from the fused modules."
+    head = ("weights", "max_batch", "GPUs", *PARTS, "whole graph")
     return ReportTable("Launches of a whole frame", note, "python -m bench roofline", head, lines)
 
 
@@ -292,7 +289,7 @@ def gpu(figures: Figures) -> ReportTable:
 
 def on_cpu(row: ResultRow) -> bool:
     """Return whether a row's device is a CPU, which is named with its number of threads."""
-    return "threads" in row.device
+    return "thread" in row.device
 
 
 def _spread(row: ResultRow) -> tuple[str, str]:

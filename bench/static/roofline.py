@@ -337,6 +337,7 @@ def _rows(steps: str, B: int, format_: str | None) -> list[ResultRow]:
         if gpu.arch in OVERLAPPING:
             timed["time with overlap"] = predict(whole, gpu, OVERLAPPED)
         found += [row(name, metric, 1e3 * seconds, "ms", "predicted") for metric, seconds in timed.items()]
+        found += [row(name, f"launches of the {part}", launches(work), "1", "counted") for part, work in parts.items()]
     return found
 
 
