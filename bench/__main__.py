@@ -39,7 +39,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("tool", choices=TOOLS, metavar="NAME", help="one of the tools below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the tool's arguments; see NAME --help")
-    options = parser.parse_args()
+    options = parser.parse_args(sys.argv[1:] or ["--help"])
     folder, _ = TOOLS[options.tool]
     try:
         return int(import_module(f"bench.{folder}.{options.tool}").main(options.arguments))

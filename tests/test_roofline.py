@@ -357,7 +357,7 @@ def test_rows_say_what_they_are() -> None:
     wanted = {"metric": "launches of the flow head", "steps": "euler:7", "dtype": "bf16"}
     counted = {(row.subject, row.shape): row.value for row in rows if fits(row, wanted)}
     for shape, fused in (("frame-b1", GPUS), ("frame-b8", ("H100 SXM", "H200")), ("frame-b32", ("H100 SXM", "H200"))):
-        for gpu in GPUS:  # 14 launches of attention, unless attention is in the launch of another product
+        for gpu in GPUS:  # 14 launches of attention, unless it is in the launch of q, k and v
             assert counted[gpu, shape] == (95 if gpu in fused else 109), (gpu, shape)
 
 

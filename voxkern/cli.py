@@ -174,7 +174,7 @@ def doctor() -> None:
     for name, value in (
         ("voxkern", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("torch", f"{torch.__version__}, threads: {torch.get_num_threads()}"),
         ("triton", importlib.import_module("triton").__version__ if triton else "not installed"),
         ("GPU", gpu),
         ("backend", _backend()),

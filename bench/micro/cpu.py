@@ -7,7 +7,6 @@ also given as bytes read per second. The bandwidth of a large copy on the same m
 The whole frame needs 18 GB of memory. vLLM-Omni's module is timed where it is installed, see docs/serving.md.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 import voxkern
+from bench.command_line import parser_of
 from bench.micro.modules import STEPS, BenchPoint, frame_trial, head_trial, public_head, public_model
 from bench.micro.providers import Trial, missing
 from bench.micro.run import line_of, time_trial
@@ -162,7 +162,7 @@ def row(
 @torch.inference_mode()
 def main(arguments: Sequence[str]) -> int:
     """Time the parts, and store the rows."""
-    parser = argparse.ArgumentParser(prog="python -m bench cpu", description=__doc__)
+    parser = parser_of("cpu", __doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default: torch's")
     parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS, help="default: all")
     parser.add_argument("--csv", default=str(FILE), metavar="FILE", help="store the rows in FILE")

@@ -14,7 +14,6 @@ code are counted like those of other fused modules: 5 a layer and 1 norm, as in 
 argmax, as for the semantic code; and 1 to gather the next input. Once a frame, 1 launch projects the hidden state.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from bench.command_line import parser_of
 from bench.results import ResultRow
 from bench.static.roofline import GPU, GPUS, frame_on, predict
 from bench.static.work import Work, backbone_step, dram_bytes, launches, public, weight_bytes, work_of
@@ -263,7 +263,7 @@ def _row(
 
 def main(arguments: Sequence[str]) -> int:
     """Print the counts and predictions of each candidate, then the measured times at each width."""
-    argparse.ArgumentParser(prog="python -m bench depth", description=__doc__).parse_args(arguments)
+    parser_of("depth", __doc__).parse_args(arguments)
     print("One request, public shapes, bf16. Bytes and launches are counted; times on GPUs are PREDICTED, ms.")
     print(f"{'':30s}GB of weights  launches" + "".join(f"{name:>12s}" for name in GPUS))
     on_each = [(gpu, candidates(1, gpu)) for gpu in GPUS.values()]

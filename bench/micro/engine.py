@@ -1,11 +1,10 @@
 """Measure the engine with many requests: frames per second, time to the first sound under load, and memory.
 
 ``python -m bench engine`` runs the torch backend in one thread, with the demo voice and with a random checkpoint of
-the sizes in `mid_size_params`. No request ends before the measurement does: random models seldom generate END, and
+8 layers of 768. No request ends before the measurement does: random models seldom generate END, and
 the demo voice generates END later.
 """
 
-import argparse
 import copy
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 import voxkern
+from bench.command_line import parser_of
 from bench.results import ResultRow, with_provenance
 from voxkern.engine.kv_cache import cache_bytes
 from voxkern.random_checkpoint import make_checkpoint, tiny_params
@@ -133,6 +133,6 @@ def rows_of(model: str, folder: Path, batch: int) -> list[ResultRow]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each figure."""
-    argparse.ArgumentParser(prog="python -m bench engine", description=__doc__).parse_args(arguments)
+    parser_of("engine", __doc__).parse_args(arguments)
     rows()
     return 0

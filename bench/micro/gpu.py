@@ -10,7 +10,6 @@ This tool has not been run on a GPU. With ``--dry-run``, all measured values are
 temporary file. A dry run needs no GPU.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 import voxkern
+from bench.command_line import parser_of
 from bench.micro.modules import modules
 from bench.micro.providers import operator_trial
 from bench.micro.run import Selection, run
@@ -209,7 +209,7 @@ def _timing_key(row: ResultRow) -> tuple[str, str, str, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure until the time is up, print the table, and return 1 if a step failed, else 0."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser = parser_of("gpu", __doc__)
     parser.add_argument(
         "--minutes",
         type=float,

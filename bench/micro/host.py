@@ -5,7 +5,6 @@ replays do nothing. The time includes the stand-in's own: some 20 us for each op
 changes, and not the time on a machine with a GPU.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import voxkern
+from bench.command_line import parser_of
 from bench.results import ResultRow
 from bench.static.stand_in_gpu import stand_in_gpu
 from voxkern.engine.fused_runner import DecodeBatch
@@ -118,9 +118,7 @@ def rows() -> list[ResultRow]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each figure."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("host", __doc__)
     parser.parse_args(arguments)
     for row in rows():
         print(f"{row.shape}: {row.metric} {row.value:.4g} {row.unit}".removesuffix(" 1"))

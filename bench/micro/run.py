@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.command_line import parser_of
 from bench.micro.compare import compare
 from bench.micro.modules import BenchPoint, modules
 from bench.micro.providers import PROVIDERS, Trial, missing, operator_trial
@@ -210,7 +211,7 @@ def selection_of(arguments: Sequence[str]) -> tuple[Selection, argparse.Namespac
     Raises:
         SystemExit: a subject, provider or dtype is not known, or the device is not available.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench run", description=__doc__)
+    parser = parser_of("run", __doc__)
     parser.add_argument("--op", nargs="+", default=(), metavar="NAME", help="operators and modules (default: all)")
     parser.add_argument("--shape", default="", metavar="PART", help="only shapes with PART in their name")
     parser.add_argument("--dtype", nargs="+", default=(), choices=DTYPES, help="default: all that a shape has")

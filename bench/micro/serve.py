@@ -5,7 +5,6 @@ to 127.0.0.1, and reads the sound as pcm. The received bytes are compared with t
 Clients and server share the processors: the model has one thread less than torch takes by default.
 """
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -21,6 +20,7 @@ import httpx
 import numpy as np
 import torch
 
+from bench.command_line import parser_of
 from bench.results import FILE, ResultRow, store, with_provenance
 from voxkern import load
 
@@ -176,7 +176,7 @@ def replica_rows() -> list[ResultRow]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each figure, and write the rows if ``--csv`` is given."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser = parser_of("serve", __doc__)
     parser.add_argument("--ray", action="store_true", help="measure replicas on Ray Serve instead")
     parser.add_argument(
         "--csv", type=Path, nargs="?", const=FILE, metavar="FILE", help=f"store the rows in FILE, or in {FILE.name}"

@@ -7,7 +7,6 @@ search does not time operators that use the table of another operator, as norm_q
 afterwards. **The search has not been run on a GPU**, only with a simulated clock. ``--arch sm_90`` needs no GPU, and
 only shows which candidates fit that architecture."""
 
-import argparse
 import copy
 import difflib
 import math
@@ -24,6 +23,7 @@ from unittest import mock
 
 import torch
 
+from bench.command_line import parser_of
 from bench.micro.providers import Trial, operator_trial
 from bench.micro.timing import Clock, clock_of, copies_for, measure
 from bench.ops.registry import ROOT, Case, Entry, TensorMaker, configs_of, entries
@@ -280,7 +280,7 @@ def show(entry: Entry, configs: LaunchConfigs, arch: str) -> None:
 @torch.inference_mode()
 def main(arguments: Sequence[str]) -> int:
     """Tune the operators that the command line names, or with ``--arch`` show which configs fit."""
-    parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
+    parser = parser_of("tune", __doc__)
     known = {entry.name: (entry, configs) for entry in entries() if (configs := configs_of(entry)) is not None}
     parser.add_argument("--op", nargs="+", choices=known, metavar="NAME", help="default: all that run on the GPU")
     parser.add_argument("--arch", choices=ARCHITECTURES, help="only show which configs fit ARCH; needs no GPU")

@@ -1,6 +1,5 @@
 """Make the demo voice's checkpoint from trained weights: ``python -m bench demo_voice WORK FOLDER``."""
 
-import argparse
 import base64
 import json
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.command_line import parser_of
 from voxkern.checkpoint import write_checkpoint
 from voxkern.random_checkpoint import byte_tokenizer
 from voxkern.reference import Config, VoxtralTTS
@@ -60,7 +60,7 @@ def write(work: Path, folder: Path) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the checkpoint of the trained weights in WORK to FOLDER."""
-    parser = argparse.ArgumentParser(prog="python -m bench demo_voice", description=__doc__)
+    parser = parser_of("demo_voice", __doc__)
     parser.add_argument("work", type=Path, help="the training folder, with speech.pt")
     parser.add_argument("folder", type=Path, help="the folder of the checkpoint to write")
     args = parser.parse_args(arguments)

@@ -6,7 +6,6 @@ two-step method. Everything runs in plain PyTorch, fp32, on a CPU. ``python -m b
 many words a speech recogniser hears right with a solver and a number of evaluations.
 """
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from bench.command_line import parser_of
 from bench.quality.errors import TEXTS, conditions, generate_histories
 from bench.results import FILE, ResultRow, store, with_provenance
 from voxkern.checkpoint import read_checkpoint
@@ -101,7 +101,7 @@ def table(rows: list[ResultRow]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, and write the rows if ``--csv`` is given."""
-    parser = argparse.ArgumentParser(prog="python -m bench distortion", description=__doc__)
+    parser = parser_of("distortion", __doc__)
     parser.add_argument(
         "--csv", type=Path, nargs="?", const=FILE, metavar="FILE", help=f"store the rows in FILE, or in {FILE.name}"
     )

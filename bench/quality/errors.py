@@ -10,7 +10,6 @@ states in one pass, as it does for a prompt. The noise in the sound comes from t
 every model decodes the same codes.
 """
 
-import argparse
 import math
 import os
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.command_line import parser_of
 from bench.ops.registry import FLOATS, ROOT
 from bench.results import FILE, ResultRow, read, store, with_provenance
 from voxkern.checkpoint import read_checkpoint
@@ -254,7 +254,7 @@ def table(rows: list[ResultRow]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, and write the rows if ``--csv`` is given."""
-    parser = argparse.ArgumentParser(prog="python -m bench errors", description=__doc__)
+    parser = parser_of("errors", __doc__)
     parser.add_argument("--texts", type=int, default=N_TEXTS, choices=range(1, len(TEXTS) + 1), help="how many texts")
     parser.add_argument(
         "--csv", type=Path, nargs="?", const=FILE, metavar="FILE", help=f"store the rows in FILE, or in {FILE.name}"

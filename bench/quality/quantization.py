@@ -14,7 +14,6 @@ fp32, so that only the weights differ, and 8-bit weights are dequantised once. T
 With TRITON_INTERPRET=1, only teacher forcing is measured.
 """
 
-import argparse
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.command_line import parser_of
 from bench.ops.registry import FLOATS
 from bench.quality.errors import (
     Flips,
@@ -292,7 +292,7 @@ def rows() -> list[ResultRow]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each scheme and solver, and write the rows if ``--csv`` is given."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser = parser_of("quantization", __doc__)
     parser.add_argument(
         "--csv", type=Path, nargs="?", const=FILE, metavar="FILE", help=f"store the rows in FILE, or in {FILE.name}"
     )

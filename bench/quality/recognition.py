@@ -3,7 +3,6 @@
 A speech recogniser transcribes the voice's sound, and the sound of flite, the synthesiser of the training data.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import voxkern
+from bench.command_line import parser_of
 from bench.results import ResultRow, store, with_provenance
 from voxkern.reference.train.data import (
     DIGITS,
@@ -215,10 +215,10 @@ def rows_of(
 
 def main(arguments: Sequence[str]) -> int:
     """Print scores and ends, and append the rows if ``--csv`` is given."""
-    parser = argparse.ArgumentParser(prog="python -m bench recognition", description=__doc__)
-    parser.add_argument("folder", nargs="?", default=str(DEMO))
+    parser = parser_of("recognition", __doc__)
+    parser.add_argument("folder", nargs="?", default=str(DEMO), help="the checkpoint's folder; default: the demo voice")
     parser.add_argument("--strings", type=int, default=100, help="texts of digits; 2 sentences for each 5 of them")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="speak each text with this many seeds")
     parser.add_argument("--solver", nargs="*", default=["euler:7"], help="solvers, such as euler:4 euler:16 ab2:4")
     parser.add_argument("--show", type=int, default=10, help="print at most this many texts that were recognised wrong")
     parser.add_argument("--csv", action="store_true", help="store the rows in bench/results.csv")

@@ -20,6 +20,7 @@ from pathlib import Path
 import voxkern
 from bench import results
 from bench.__main__ import TOOLS
+from bench.command_line import parser_of
 from bench.report import cpu, page, plots, quantization
 from bench.report.figures import Figures, ReportTable
 from bench.report.tables import tables
@@ -43,7 +44,7 @@ MARKED = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 def main(arguments: Sequence[str]) -> int:
     """Measure the parts, write the report, and return the exit status: 1 if a part failed, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser = parser_of("report", __doc__)
     parser.add_argument("--no-measure", action="store_true", help="measure nothing; write the page from existing rows")
     parser.add_argument("--only", choices=(*PARTS, *LONG), nargs="+", default=PARTS, help="measure only these parts")
     parser.add_argument("--part", choices=(*PARTS, *LONG), help=argparse.SUPPRESS)  # starts the process of one part

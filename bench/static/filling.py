@@ -9,9 +9,9 @@ shapes. A line has
 - its predicted time divided by its bound.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 
+from bench.command_line import parser_of
 from bench.results import ResultRow
 from bench.static.roofline import GPU, GPUS, USUAL, binary, bound, frame_on, in_flight, l2_bytes, parts_bytes, predict
 from bench.static.work import Work
@@ -93,7 +93,7 @@ def heading(metric: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table."""
-    argparse.ArgumentParser(prog=COMMAND, description=__doc__).parse_args(arguments)
+    parser_of("filling", __doc__).parse_args(arguments)
     print("PREDICTED, not measured. Bytes in flight are those of one multiprocessor.")
     print(f"{'GPU':12s}{'launch':40s}" + "".join(f"{heading(metric):>16s}" for metric in METRICS))
     for gpu, launch, values in table():

@@ -7,7 +7,6 @@ along each axis run. The results are therefore incomplete, and are not used. The
 can move are counted too: each weight that it uses, and each activation that it reads or writes, once.
 """
 
-import argparse
 import inspect
 import itertools
 import os
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from bench.command_line import parser_of
 from bench.results import ResultRow
 from bench.static.counters import counting
 from bench.static.interpreter import speed_up
@@ -336,6 +336,6 @@ def _row(subject: str, shape: str, metric: str, value: float, unit: str) -> Resu
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each figure."""
-    argparse.ArgumentParser(prog="python -m bench frame", description=__doc__).parse_args(arguments)
+    parser_of("frame", __doc__).parse_args(arguments)
     rows()
     return 0

@@ -8,7 +8,6 @@ Kernels with the same source, constants, options and compilers as in the committ
 one in 16 (bench/static/known_kernels.py). ``--all`` compiles every kernel.
 """
 
-import argparse
 import csv
 import io
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import triton
 from torch import Tensor
 
+from bench.command_line import parser_of
 from bench.ops.registry import DTYPES, Case, Entry, TensorMaker, entries
 from bench.static import known_kernels, machine_code
 from bench.static.machine_code import Instructions, MachineCode
@@ -306,7 +306,7 @@ def _row(
 
 def main(arguments: Sequence[str]) -> int:
     """Write bench/ledger.csv, or compare with it; print the complaints, and return 1 if there is one, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench ledger", description=__doc__)
+    parser = parser_of("ledger", __doc__)
     parser.add_argument("--check", action="store_true", help="compare with bench/ledger.csv instead of writing it")
     parser.add_argument("--all", action="store_true", help="compile also kernels that the ledger has")
     options, start = parser.parse_args(arguments), time.perf_counter()

@@ -13,7 +13,6 @@ Both the PTX and the machine code that the assembler makes of it are checked, be
 instructions. On sm_100, matrix products need tensor memory, which a kernel allocates before its wait.
 """
 
-import argparse
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 
 import voxkern
+from bench.command_line import parser_of
 from bench.static.work import public
 from voxkern.compile_only import OVERLAPPING, Binary, CompiledLaunch, compiling_for
 from voxkern.engine.codec_runner import CodecRunner
@@ -137,7 +137,7 @@ def complaints(launches: Iterable[CompiledLaunch]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Compile and check the frames, print the complaints, and return 1 if there is one, else 0."""
-    argparse.ArgumentParser(prog="python -m bench overlap", description=__doc__).parse_args(arguments)
+    parser_of("overlap", __doc__).parse_args(arguments)
     found = []
     for arch in OVERLAPPING:
         for B, format_ in FRAMES:

@@ -30,7 +30,6 @@ On GPUs on which launches can overlap (voxkern/kernels/overlap.py), a second pre
 kernels instead of 1.5 us. With the latency of the first load, this is 1.1 us instead of 2.2 us.
 """
 
-import argparse
 import functools
 import itertools
 import math
@@ -38,6 +37,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.command_line import parser_of
 from bench.results import FILE, ResultRow, newest
 from bench.results import read as read_results
 from bench.static.ledger import FILE as LEDGER
@@ -365,7 +365,7 @@ def _is_a_frame(row: ResultRow) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the work, the predictions and the measured frames."""
-    argparse.ArgumentParser(prog="python -m bench roofline", description=__doc__).parse_args(arguments)
+    parser_of("roofline", __doc__).parse_args(arguments)
     print(f"Public shapes, bf16 activations, {CONTEXT} tokens of context, codec in chunks of {CHUNK} frames.")
     print("PREDICTED, not measured: no figure here comes from a run on a GPU.")
     for steps in SOLVERS:

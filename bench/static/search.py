@@ -7,11 +7,11 @@ best time is a lower limit of what other launch configs could reach. Both times 
 because their number is unknown for tiles that were not compiled.
 """
 
-import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from bench.command_line import parser_of
 from bench.static.machines import MACHINES
 from bench.static.roofline import GPU, GPUS, USUAL, frame_on, predict, running
 from bench.static.work import KernelLaunch, Work
@@ -74,7 +74,7 @@ def _tiled(one: Work, kernel: KernelLaunch, gpu: GPU, tiles: dict[str, int], war
 
 def main(arguments: Sequence[str]) -> int:
     """Print the times at each batch."""
-    parser = argparse.ArgumentParser(prog="python -m bench search", description=__doc__)
+    parser = parser_of("search", __doc__)
     parser.add_argument("--batch", type=int, nargs="*", default=[8, 32], help="numbers of requests")
     options = parser.parse_args(arguments)
     print("PREDICTED, not measured. Milliseconds of a frame, public shapes, bf16, 7 evaluations.")

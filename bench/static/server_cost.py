@@ -11,7 +11,6 @@ An operator's bytes are those of its distinct input and output tensors, each rea
 counted by the same rule. On both sides, small tensors may stay in a GPU's L2 cache.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.command_line import parser_of
 from bench.results import ResultRow
 from bench.static.work import dram_bytes, frame, launches, public, weight_bytes
 from voxkern.integrations.server_heads import CAPTURED_METHOD
@@ -211,7 +211,7 @@ def _inputs(dim: int, K: int, B: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print one line for each batch, provider and path."""
-    argparse.ArgumentParser(prog="python -m bench server_cost", description=__doc__).parse_args(arguments)
+    parser_of("server_cost", __doc__).parse_args(arguments)
     why = missing()
     print(f"The flow head's frame, public shapes, bf16, {STEPS} evaluations; counted, nothing was run on a GPU.")
     if why is not None:
