@@ -24,6 +24,7 @@ __all__ = [
     "qkv",
     "quantized",
     "rms_norm",
+    "rope",
     "semantic_argmax",
     "shares",
     "solver",

@@ -14,7 +14,8 @@ from triton.runtime import interpreter
 
 from bench.ops.accuracy import judge
 from bench.ops.paged_attention import paged_attention_reference, poisoned, prefill_attention_reference
-from bench.ops.qkv import pages_of, rope_append_reference, rope_of
+from bench.ops.qkv import pages_of, rope_of
+from bench.ops.rope import rope_append_reference
 from bench.static.counters import counting
 from voxkern.kernels import launch_config
 from voxkern.kernels.paged_attention import (
@@ -24,7 +25,8 @@ from voxkern.kernels.paged_attention import (
     prefill_attention,
     span_of,
 )
-from voxkern.kernels.qkv import norm_qkv_append, rope_append
+from voxkern.kernels.qkv import norm_qkv_append
+from voxkern.kernels.rope import rope_append
 
 LENGTHS = [300, 0, 1, 63, 64, 1000, 65]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

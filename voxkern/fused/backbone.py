@@ -21,8 +21,9 @@ from ..kernels.paged_attention import (
     launch_prefill_attention,
     paged_attention_scratch,
 )
-from ..kernels.qkv import launch_norm_qkv, launch_norm_qkv_append, launch_rope_append
+from ..kernels.qkv import launch_norm_qkv, launch_norm_qkv_append
 from ..kernels.rms_norm import launch_rms_norm
+from ..kernels.rope import launch_rope_append
 from ..kernels.shares import Scratch, Shares, new_scratch
 from ..reference.attention import PagedCache, TransformerBlock, rope_table
 from ..reference.backbone import Backbone
