@@ -17,7 +17,7 @@ from typing import Any
 
 FILE = Path(__file__).with_suffix(".csv")
 HOW = ("measured", "counted", "predicted")
-WITH_BF16 = " with bf16 instructions"  # what the name of such a CPU ends with
+WITH_BF16 = " with bf16 instructions"  # follows the name of a processor that has them
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ResultRow:
         high: the 80th percentile.
         date: UTC date and time in ISO format, to the second.
         commit: short hash of the working tree's commit, with ``+`` if code or the demo voice had uncommitted changes.
-        device: the GPU's name, or the processor's name with the number of threads.
+        device: the GPU's name; or the processor's name, whether it has bf16 instructions, and the number of threads.
         versions: versions of Python, torch and triton.
     """
 

@@ -1,4 +1,4 @@
-"""Queries, keys and values: three products after one RMSNorm, and for decode the write into the paged KV cache.
+"""Queries, keys and values: three products after one RMSNorm; for decode also the rotation and the write to the cache.
 
 x is [M, K], the weights wq [Nq, K], wk and wv [Nkv, K]; q | k | v [M, Nq + 2 Nkv] are stored next to each other::
 
@@ -8,9 +8,9 @@ x is [M, K], the weights wq [Nq, K], wk and wv [Nkv, K]; q | k | v [M, Nq + 2 Nk
 ``norm_qkv_append`` is for decode. This operator rotates queries and keys before rounding (rope.py), and writes keys and
 values directly into their pages (paged_attention.py).
 
-Each operator has one grid over the tiles of wq, wk and wv, in this order, so one launch reads all
-three weights. The tiles are those of ``norm_linear.py``: the weight's rows are the first axis of a tile. A tile begins
-at an even row and has an even number of rows, so both numbers of a pair are in the same tile.
+Each operator has one grid over the tiles of wq, wk and wv, in this order, so one launch reads all three weights. The
+tiles are those of ``norm_linear.py``: the weight's rows are the first axis of a tile. A tile begins at an even row and
+has an even number of rows, so both numbers of a pair are in the same tile.
 """
 
 from collections.abc import Mapping

@@ -108,7 +108,8 @@ def rope_append(
     The keys in `qkv` stay unrotated.
 
     Args:
-        rope: fp32 [positions, 2, D / 2], see :func:`norm_qkv_append`, also for `block_table` and `kv_cache`.
+        rope: fp32 [positions, 2, D / 2], see :func:`voxkern.kernels.qkv.norm_qkv_append`, also for `block_table` and
+            `kv_cache`.
         request_ids: int32 [R], the request of each row, as a row number of `block_table`.
         positions: int32 [R], the position of each row's token in its request. -1 means that the row has no token, and
             nothing is written for such a row.

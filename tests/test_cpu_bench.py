@@ -1,8 +1,10 @@
 """Tests of ``python -m bench cpu``: the fp64 results, the bytes of weights, the table and the plot."""
 
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +55,23 @@ def test_the_weights_that_a_frame_reads() -> None:
     in_and_out = 2 * 36 * 192 + 192
     once = 2 * 192 * 192 + head.semantic_codebook_output.weight.numel()
     assert cpu.weights_read(head) == 2 * (7 * (3 * layer + in_and_out) + once)
+
+
+def test_each_part_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    commands = []
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=-9 if command[-1] == "frame" else 0)
+
+    monkeypatch.setattr(cpu.subprocess, "run", run)
+    assert cpu.main(["--threads", "2", "--csv", "rows.csv"]) == 1
+    common = [sys.executable, "-m", "bench", "cpu", "--threads", "2", "--csv", "rows.csv", "--part"]
+    assert commands == [[*common, part] for part in ("head", "frame", "voice")]
+    assert capsys.readouterr().out == "FAILED: frame\n"
+    commands.clear()
+    assert cpu.main(["--part", "head", "voice"]) == 0
+    assert [command[-1] for command in commands] == ["head", "voice"]
 
 
 def test_the_table_and_the_picture() -> None:

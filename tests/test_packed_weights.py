@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench.ops.accuracy import judge
 from voxkern.packed import weights
-from voxkern.packed.linear import Int8Product, PackedLinear, weights_version
+from voxkern.packed.linear import INT8_ALIGNMENT, Int8Product, PackedLinear, weights_version
 from voxkern.packed.weights import FP16Weight, FP32Weight, LinearWeight, OneDNNWeight, PlainWeight, pack_weight
 from voxkern.reference.quantized import FORMATS, quantized
 
@@ -315,10 +315,12 @@ def test_int8_weights_at_any_address(offset: int) -> None:
 
     layer.weight = moved()
     product = Int8Product(layer, nn.Parameter(random(1)))
+    assert layer.weight.data_ptr() % INT8_ALIGNMENT == 0
     assert torch.equal(product(x), expected)
     layer.load_state_dict({**layer.state_dict(), "weight": moved()}, assign=True)
     with torch.inference_mode():
         assert torch.equal(product(x), expected)
+    assert layer.weight.data_ptr() % INT8_ALIGNMENT == 0
     layer.weight.zero_()
     assert not product(x).any()
     odd = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)

@@ -13,8 +13,8 @@ from bench import results
 from bench.report import page, plots, report
 from bench.report.figures import Figures, ReportTable
 from bench.report.tables import tables
-from bench.results import ResultRow
-from bench.static import ledger
+from bench.results import WITH_BF16, ResultRow
+from bench.static import filling, ledger
 
 CPU, GPU = "a CPU, 1 thread", "NVIDIA H100 80GB HBM3"
 TIME = ResultRow(
@@ -52,6 +52,53 @@ def test_a_table_that_differs_from_its_rows_is_replaced() -> None:
     assert report.with_tables(right, made) == right
     with pytest.raises(ValueError, match="marks the table 'engine', but the tables are"):
         report.with_tables(text, {"claim": made["engine"]})
+
+
+def test_launches_of_a_frame_on_each_gpu() -> None:
+    row = ResultRow(
+        "roofline",
+        "A",
+        "launches of the flow head",
+        95,
+        "1",
+        "counted",
+        "again",
+        "voxkern",
+        "frame-b8",
+        "bf16",
+        "euler:7",
+    )
+    parts = {"flow head": 95, "bookkeeping": 1, "backbone": 131, "codec": 47}
+    rows = [
+        replace(row, subject=gpu, metric=f"launches of the {part}", value=n + more * (part == "flow head"))
+        for gpu, more in (("A", 0), ("B", 14), ("C", 0))
+        for part, n in parts.items()
+    ]
+    floors = [replace(row, subject=gpu, metric="floor", how="predicted") for gpu in ("A", "B", "C", "D")]
+    table = tables(Figures([*floors, *rows]), [])["launches"]
+    assert table.lines == [
+        ["bf16", "8", "A, C", "95", "1", "131", "47", "274"], ["bf16", "8", "B", "109", "1", "131", "47", "288"],
+    ]  # fmt: skip
+
+
+def test_launches_of_an_older_run_are_left_out() -> None:
+    row = ResultRow("filling", "A", "", 2, "1", "predicted", "again", shape="frame-b32", date="2026-01-02")
+    rows = [replace(row, metric=f"new: {metric}") for metric in filling.METRICS]
+    rows += [replace(row, metric=f"old: {metric}", date="2026-01-01") for metric in filling.METRICS]
+    (line,) = tables(Figures(rows), [])["filling"].lines
+    assert line[:3] == ["A", "new", "2"]
+
+
+def test_8_bit_weights_on_each_kind_of_cpu() -> None:
+    fast = CPU.replace(",", f"{WITH_BF16},")
+    row = replace(TIME, subject="flow_head", shape="public-b1", value=2e6)
+    packed = replace(row, provider="voxkern-packed", value=1e6)
+    elsewhere = replace(packed, device="another CPU, 2 threads", value=9e6)
+    rows = [row, packed, elsewhere, replace(row, device=fast, value=5e5)]
+    assert tables(Figures(rows), [])["quantization_cpu"].lines == [
+        [CPU, "bf16", "2.00", "1.00"],
+        [fast, "bf16", "0.50", "-"],
+    ]
 
 
 def test_cells() -> None:

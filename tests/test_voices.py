@@ -146,3 +146,13 @@ def test_a_folder_of_voices_is_not_needed(tiny_folder: Path, tmp_path: Path) -> 
     tts = voxkern.load(folder, device="cpu", backend="torch")
     tts.add_voice("eve", torch.ones(3, 64))
     assert tts.generate("seven", **SHORT).samples.size > 0
+
+
+def test_the_default_voice_is_the_first() -> None:
+    tts = voxkern.load(device="cpu", backend="torch")  # the files of voices are read in the order rms, slt
+    assert list(tts.voices) == ["slt", "rms"]
+    rows = tts.voices["slt"]
+    tts.remove_voice("slt")
+    tts.add_voice("ann", rows)
+    tts.add_voice("slt", rows)
+    assert list(tts.voices) == ["slt", "rms", "ann"]

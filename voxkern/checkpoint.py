@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .heap import return_freed_memory
 from .output_file import replacing
 from .quantized_files import linears_in_8_bits, row_scales, without_activation_scales
 from .reference import Config, VoxtralTTS
@@ -157,6 +158,8 @@ def read_checkpoint(
         model.mm_audio_embeddings.audio_codebook_embeddings.offsets.to(device)
     )
     voices = {name: voice.to(device) for name, voice in read_voices(folder, config.backbone.dim, dtype).items()}
+    if quantize:
+        return_freed_memory()  # blocks of rows in fp32
     return Checkpoint(model.eval().requires_grad_(False), voices, folder)
 
 

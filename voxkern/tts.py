@@ -129,8 +129,7 @@ class TTS:
         lengths = {name: len(voice) for name, voice in checkpoint.voices.items()}
         config = self.model.config
         encoder = PromptEncoder(checkpoint.folder / TOKENIZER, lengths, config.audio, config.backbone.vocab_size)
-        names = default_first(checkpoint.voices, config.voices)
-        self._prompts = PromptMaker(self.model, encoder, {name: checkpoint.voices[name] for name in names})
+        self._prompts = PromptMaker(self.model, encoder, dict(checkpoint.voices))
 
     @property
     def backend(self) -> str:
@@ -147,7 +146,8 @@ class TTS:
     @property
     def voices(self) -> Mapping[str, Tensor]:
         """Maps each voice's name to its embeddings in a prompt, [N, dim], the default voice first."""
-        return MappingProxyType(self._prompts.voices)
+        voices = self._prompts.voices
+        return MappingProxyType({name: voices[name] for name in default_first(voices, self.model.config.voices)})
 
     def add_voice(self, name: str, recording: str | Path | Tensor) -> None:
         """Make a voice from a recording or from embeddings, and add it to ``voices`` under a name.

@@ -170,6 +170,8 @@ def main(arguments: Sequence[str]) -> int:
     if len(options.part) > 1:  # each in a process of its own, because not all memory is free after a part
         command = [sys.executable, "-m", "bench", "cpu", "--threads", str(options.threads), "--csv", options.csv]
         failed = [part for part in options.part if subprocess.run([*command, "--part", part], check=False).returncode]
+        if failed:
+            print(f"FAILED: {', '.join(failed)}")
         return 1 if failed else 0
     (part,) = options.part
     torch.set_num_threads(options.threads)

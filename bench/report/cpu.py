@@ -56,9 +56,9 @@ def on_a_cpu(figures: Figures, with_bf16: bool) -> ReportTable:
         "2 threads, s",
         "GB of weights a second, 1 / 2 threads",
     )
-    return ReportTable(
-        "Packed weights on a CPU", note, "python -m bench cpu --threads 1; python -m bench cpu --threads 2", head, lines
-    )
+    title = f"Packed weights on a CPU {'with' if with_bf16 else 'without'} bf16 instructions"
+    command = "python -m bench cpu --threads 1; python -m bench cpu --threads 2"
+    return ReportTable(title, note, command, head, lines)
 
 
 def of_cpus(figures: Figures, with_bf16: bool) -> Figures:
@@ -71,10 +71,10 @@ def head_times(figures: Figures) -> Figure:
     panels = [(n, with_bf16) for with_bf16 in (False, True) for n in THREADS]
     plot, axes = plt.subplots(1, len(panels), figsize=(14, 3.4), layout="constrained", sharey=True)
     for axis, (n, with_bf16) in zip(axes, panels, strict=True):
-        mine = of_cpus(figures, with_bf16)
+        of_kind = of_cpus(figures, with_bf16)
         for i, (provider, name) in enumerate(NAMES.items()):
             rows = [
-                mine.one(bench="cpu", subject="flow_head", shape=shape, provider=provider, metric=f"time, {n}")
+                of_kind.one(bench="cpu", subject="flow_head", shape=shape, provider=provider, metric=f"time, {n}")
                 for shape in BATCHES
             ]
             at = [j + 0.2 * i - 0.3 for j, row in enumerate(rows) if row]

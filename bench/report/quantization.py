@@ -74,15 +74,15 @@ def free(figures: Figures) -> ReportTable:
     return ReportTable("Speech with 8-bit weights", note, COMMAND, head, lines)
 
 
-def on_this_cpu(figures: Figures) -> ReportTable:
+def on_cpus(figures: Figures) -> ReportTable:
     """Make the table of the flow head's time on each kind of CPU, with the weights in each format."""
     lines, wanted = [], {"bench": "micro", "subject": "flow_head", "shape": "public-b1", "metric": "time"}
     for with_bf16 in (False, True):
-        mine = of_cpus(figures, with_bf16)
+        of_kind = of_cpus(figures, with_bf16)
         for dtype in ("bf16", *FORMATS):
-            asked = wanted | {"dtype": dtype}
-            if torch_row := mine.one(**asked, provider="torch"):
-                packed = mine.value(".2f", 1e-6, **asked, provider="voxkern-packed")
+            here = wanted | {"dtype": dtype}
+            if torch_row := of_kind.one(**here, provider="torch"):
+                packed = of_kind.value(".2f", 1e-6, **here, provider="voxkern-packed", device=torch_row.device)
                 lines.append([torch_row.device, dtype, f"{1e-6 * torch_row.value:.2f}", packed])
     note = "Seconds of a frame: flow head of the public sizes, one request, 7 evaluations."
     command = "python -m bench run --op flow_head --shape public-b1 --provider torch voxkern-packed"

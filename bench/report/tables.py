@@ -10,7 +10,7 @@ from bench.report.predicted import PREDICTED, batches, bounds, filling, overlapp
 from bench.results import ResultRow
 from bench.static.ledger import LedgerRow
 
-PARTS = ("flow head", "bookkeeping", "backbone", "codec")  # of a frame
+FRAME_PARTS = ("flow head", "bookkeeping", "backbone", "codec")  # of a frame
 LEVELS = ("1 level", "2 levels", "more")  # distances of acoustic codes, as the metrics name them
 
 
@@ -25,7 +25,7 @@ def tables(figures: Figures, ledger: Sequence[LedgerRow]) -> dict[str, ReportTab
         "engine": engine(figures), "served": served(figures), "host": host(figures), "micro": micro(figures),
         "gpu": gpu(figures),
         "resources": resources(ledger), "quantization_given": quantization.given(figures),
-        "quantization_free": quantization.free(figures), "quantization_cpu": quantization.on_this_cpu(figures),
+        "quantization_free": quantization.free(figures), "quantization_cpu": quantization.on_cpus(figures),
         "cpu": cpu.on_a_cpu(figures, with_bf16=False), "cpu_with_bf16": cpu.on_a_cpu(figures, with_bf16=True),
     }  # fmt: skip
     return {name: table for name, table in made.items() if table.lines}
@@ -64,14 +64,14 @@ def launches(figures: Figures) -> ReportTable:
     for dtype, shape in itertools.product(("bf16", "int8"), ("frame-b1", "frame-b8", "frame-b32")):
         gpus_of: dict[tuple[int, ...], list[str]] = defaultdict(list)  # GPUs with the same launches
         for gpu in figures.values("subject", **wanted, metric="floor"):
-            asked = wanted | {"subject": gpu, "shape": shape, "dtype": dtype}
-            parts = [figures.one(**asked, metric=f"launches of the {part}") for part in PARTS]
+            here = wanted | {"subject": gpu, "shape": shape, "dtype": dtype}
+            parts = [figures.one(**here, metric=f"launches of the {part}") for part in FRAME_PARTS]
             if None not in parts:
                 gpus_of[tuple(round(row.value) for row in parts if row)].append(gpu)
         for counts, gpus in gpus_of.items():
             lines.append([dtype, shape.removeprefix("frame-b"), ", ".join(gpus), *map(str, counts), str(sum(counts))])
     note = "Public shapes, 7 evaluations of Euler's method. Recorded from the fused modules."
-    head = ("weights", "max_batch", "GPUs", *PARTS, "whole graph")
+    head = ("weights", "max_batch", "GPUs", *FRAME_PARTS, "whole graph")
     return ReportTable("Launches of a whole frame", note, "python -m bench roofline", head, lines)
 
 

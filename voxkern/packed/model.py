@@ -1,12 +1,11 @@
 """Pack a whole model for a CPU, and undo it."""
 
-import ctypes
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
+from ..heap import return_freed_memory
 from ..reference.backbone import Backbone
 from ..reference.layers import RMSNorm
 from ..reference.quantized import QuantizedLinear
@@ -105,15 +104,12 @@ def _free_plain_weights(model: nn.Module) -> None:
     """Give the memory of replaced weights back to the operating system.
 
     A mapping of a checkpoint's file keeps all its pages until no tensor uses it. Therefore the remaining parameters of
-    up to :data:`COPIED` numbers are copied. glibc keeps freed blocks below 32 MB until it is asked to return them.
+    up to :data:`COPIED` numbers are copied.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.numel() <= COPIED:
             parameter.data = parameter.data.clone()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+    return_freed_memory()
 
 
 def _can_be_packed(name: str, module: nn.Module) -> bool:
