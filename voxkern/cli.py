@@ -57,7 +57,9 @@ def say(
     ] = None,
     clip: Annotated[Path | None, typer.Option(help="Speak with the voice of this recording (1 to 60 s).")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same sound; default: random.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Evaluations of the velocity network per frame, 1..64.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Evaluations of the velocity network per frame, 1..64; default: the model's, 7.")
+    ] = None,
     solver: Annotated[str, typer.Option(help="euler, or ab2, which needs fewer steps.")] = "euler",
     cfg: Annotated[float, typer.Option(help="Strength of the guidance; 1 means no guidance.")] = CFG_ALPHA,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if torch finds one.")] = None,
@@ -66,7 +68,7 @@ def say(
     max_frames: Annotated[
         int | None,
         typer.Option(
-            help="The most frames (80 ms each). A long text is split into parts, and the limit applies to each part."
+            help="The most frames (80 ms each), by default 2048. A long text is split, and each part may have as many."
         ),
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Write the file while the speech is generated.")] = False,
