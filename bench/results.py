@@ -17,7 +17,7 @@ from typing import Any
 
 FILE = Path(__file__).with_suffix(".csv")
 HOW = ("measured", "counted", "predicted")
-WITH_BF16 = " with bf16 instructions"  # follows the name of a processor that has them
+WITH_BF16 = " with bf16 instructions"  # is appended to the name of a processor with these
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ class Shares:
         blocks: blocks for each tile of rows, or 0 if each block computes one tile.
         row_tiles: tiles of the rows that the launch is prepared for.
         floats: number of fp32 elements that the parts take in scratch memory.
-        counters: number of int32 counters: one for each tile, and in norm_qkv_attention one for each key head.
+        counters: number of int32 counters. Each tile has one. In norm_qkv_attention, each key head of each tile of rows
+            has one too.
     """
 
     blocks: int
@@ -147,8 +148,8 @@ class Shares:
         if not constants["SHARES"]:
             return cls(0, 0, 0, 0)
         row_tiles = triton.cdiv(max_rows, constants["BLOCK_M"] * constants["ROW_TILES"])
-        # With more blocks than steps, a block without steps could store a part but add 0 to the tile's counter. So
-        # another block could read the part before it is stored.
+        # A launch has at most one block for each step. A block without steps would store a part but add 0 to the
+        # tile's counter, and another block could read the part before it is stored.
         steps = tiles * triton.cdiv(constants["K"], constants["BLOCK_K"])
         blocks = min(max(constants["SHARES"] * multiprocessors() // row_tiles, 1), steps)
         size = count * constants["BLOCK_M"] * constants["BLOCK_N"]

@@ -148,7 +148,9 @@ def test_alone_equals_batched_everywhere(folder: Path, dtype: torch.dtype) -> No
     h, alpha, _ = inputs(model, 33)
     seed, frame = seed_tensor(range(33)), torch.arange(33) * 3
     constants: dict[int, set[str]] = {}
-    fused.generate_codes(h, alpha, seed=seed, frame=frame)  # makes the tables, by launches that no other frame has
+    fused.generate_codes(
+        h, alpha, seed=seed, frame=frame
+    )  # the first frame makes the tables, with launches that later frames do not have
 
     def speak(rows: slice) -> list[Tensor]:
         with torch.inference_mode(), counting(whole=True, indirect=reached(model)) as launches:

@@ -159,7 +159,7 @@ def read_checkpoint(
     )
     voices = {name: voice.to(device) for name, voice in read_voices(folder, config.backbone.dim, dtype).items()}
     if quantize:
-        return_freed_memory()  # blocks of rows in fp32
+        return_freed_memory()  # quantize_weight() has made and freed many fp32 blocks
     return Checkpoint(model.eval().requires_grad_(False), voices, folder)
 
 

@@ -68,7 +68,7 @@ def say(
     max_frames: Annotated[
         int | None,
         typer.Option(
-            help="The most frames (80 ms each), by default 2048. A long text is split, and each part may have as many."
+            help="The most frames (80 ms each), by default 2048. The limit applies to each part of a long text."
         ),
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Write the file while the speech is generated.")] = False,

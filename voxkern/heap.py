@@ -5,7 +5,7 @@ import sys
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the operating system. glibc keeps freed blocks below 32 MB until it is told to."""
+    """Return freed memory to the operating system. glibc keeps freed blocks below 32 MB until then."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:

@@ -145,7 +145,7 @@ class TTS:
 
     @property
     def voices(self) -> Mapping[str, Tensor]:
-        """Maps each voice's name to its embeddings in a prompt, [N, dim], the default voice first."""
+        """Maps each voice's name to its embeddings in a prompt, [N, dim]. The default voice is the first."""
         voices = self._prompts.voices
         return MappingProxyType({name: voices[name] for name in default_first(voices, self.model.config.voices)})
 

@@ -167,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS, help="default: all")
     parser.add_argument("--csv", default=str(FILE), metavar="FILE", help="store the rows in FILE")
     options = parser.parse_args(arguments)
-    if len(options.part) > 1:  # each in a process of its own, because not all memory is free after a part
+    if len(options.part) > 1:  # each part has its own process, because a part does not free all its memory
         command = [sys.executable, "-m", "bench", "cpu", "--threads", str(options.threads), "--csv", options.csv]
         failed = [part for part in options.part if subprocess.run([*command, "--part", part], check=False).returncode]
         if failed:

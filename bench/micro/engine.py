@@ -1,8 +1,8 @@
 """Measure the engine with many requests: frames per second, time to the first sound under load, and memory.
 
 ``python -m bench engine`` runs the torch backend in one thread, with the demo voice and with a random checkpoint of
-8 layers of 768. No request ends before the measurement does: random models seldom generate END, and
-the demo voice generates END later.
+8 layers of 768. No request ends before the measurement does: random models seldom generate END, and the demo voice
+generates END later.
 """
 
 import copy

@@ -112,7 +112,7 @@ class Entry:
         return self.read_once if self.weight_names is None else self.weight_names
 
     def runs_on(self, arch: str) -> bool:
-        """Return whether the operator has launch configs for an architecture, such as ``sm_90``."""
+        """Return whether the operator has launch configs for an architecture, such as ``sm_90``, or needs none."""
         configs = configs_of(self)
         return configs is None or any(fnmatch(arch, line["arch"]) for line in configs.lines)
 

@@ -106,7 +106,7 @@ class _Instruction:
 
 
 def _loops(program: Sequence[_Instruction]) -> list[set[int]]:
-    """Return the instructions of each natural loop: its header, and all from which its back edges can be reached.
+    """Return the instructions of each natural loop: its header, and those that reach its back edges without it.
 
     A jump to an instruction is a back edge only if that instruction dominates the jump: every path to the jump passes
     it. For example, the compiler moves the wait for an incomplete barrier to the kernel's end. The jump that returns

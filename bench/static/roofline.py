@@ -1,15 +1,14 @@
 """A frame's bytes and multiply-adds, and the floor and prediction of its time, on GPUs that were not available.
 
-``python -m bench roofline`` prints these figures for the public shapes in bf16, batch 1 to 64. With int8
-weights, batch 1, 8 and 32 are printed for seven evaluations. No figure comes from a run on a GPU.
+``python -m bench roofline`` prints these figures for the public shapes in bf16, batch 1 to 64. With int8 weights, batch
+1, 8 and 32 are printed for seven evaluations. No figure comes from a run on a GPU.
 
 The work is a list of launches, computed from the config's shapes (bench/static/work.py). **The floor** is a lower
 bound for these launches if their weights come from memory. The floor is the longer of two times. One is that of the
 launches' weights, keys and values at the data sheet's bandwidth. The other is that of their multiply-adds at the data
 sheet's dense bf16 rate. **The prediction** is the sum over the launches. The time of a launch is the sum of its start,
-one latency that fills the pipeline, its waves, and the attention after a product in ``norm_qkv_attention``.
-A wave is a set of blocks that run at once, by the ledger's occupancy. A wave takes the longest
-of five times:
+one latency that fills the pipeline, its waves, and the attention after a product in ``norm_qkv_attention``. A wave is a
+set of blocks that run at once, by the ledger's occupancy. A wave takes the longest of five times:
 
 - the wave's bytes from memory, at the share of the bandwidth that streaming reaches,
 - the wave's bytes through L2, where tiles of rows read the weights again, and tiles of columns the activations,
@@ -215,8 +214,8 @@ def running(one: Work, gpu: GPU, assume: Assumptions, resident: int, step: int =
 def attention_after_product(one: Work, gpu: GPU, assume: Assumptions) -> float:
     """Return the seconds of attention that the last block of each key head computes, see norm_qkv_attention.py.
 
-    These blocks run at once. A block waits one latency for its counter, and one for each group of steps whose loads are
-    in flight together. The block's bytes move at a multiprocessor's share of the bandwidth of L2.
+    These blocks run at once. A block waits one latency for its counter, and one for each group of steps with loads in
+    flight together. The block's bytes move at a multiprocessor's share of the bandwidth of L2.
     """
     kernel = one.kernel
     assert kernel is not None

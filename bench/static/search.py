@@ -49,7 +49,7 @@ def _tilings(one: Work, gpu: GPU) -> Iterator[tuple[Work, int]]:
         sums = products * row_tiles * m * n // (32 * warps)
         if sums > SUMS or (row_tiles * m >= 2 * rows and m > 8) or k >= 32 * warps:
             continue
-        attends = kernel.constant("PAIRS", 0) > 0  # after the product; a tile of rows then has the tokens of its pairs
+        attends = kernel.constant("PAIRS", 0) > 0  # attention after the product needs all tokens of a pair in one tile
         if attends and (row_tiles != kernel.constant("ROW_TILES") or kernel.constant("D") % n):
             continue
         for stages, shares in itertools.product(STAGES, SHARES):

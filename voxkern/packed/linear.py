@@ -147,7 +147,7 @@ class Int8Product:
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Return whether the int8 product can take the tensor's address."""
+    """Return whether the tensor begins at a multiple of :data:`INT8_ALIGNMENT`."""
     return tensor.data_ptr() % INT8_ALIGNMENT == 0
 
 

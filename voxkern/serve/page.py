@@ -10,7 +10,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ..tts import TTS
-from ..voice import default_first
 from .settings import ServeSettings
 
 FILE = Path(__file__).with_suffix(".html")
@@ -31,7 +30,7 @@ def page_routes(tts: TTS, settings: ServeSettings) -> list[Route]:
             "model": settings.model_names[0],
             "sampling_rate": tts.sampling_rate,
             "steps": config.acoustic_transformer.n_decoding_steps,
-            "voices": default_first(tts.voices, config.voices),  # read for each request: voices can be added
+            "voices": list(tts.voices),  # read for each request: voices can be added
             "max_chars": settings.max_chars,
             "needs_key": settings.api_key is not None,
             "words": list(settings.words),
