@@ -85,11 +85,11 @@ def provenance(device: str = "cpu") -> dict[str, str]:
     import torch
     import triton
 
-    from voxkern.packed.weights import has_bf16_instructions
-
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name()
     else:
+        from voxkern.packed.weights import has_bf16_instructions
+
         instructions = WITH_BF16 if has_bf16_instructions() else ""
         threads = torch.get_num_threads()
         name = f"{_processor()}{instructions}, {threads} thread{'s' if threads > 1 else ''}"

@@ -2,18 +2,16 @@
 
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checks import assert_accurate, assert_bytes_once, assert_no_races
+from fresh_process import run_python
 from plant import Edit, case_of, entry_of, plant
 
-from bench.ops.registry import ROOT, Case, Entry, TensorMaker
+from bench.ops.registry import Case, Entry, TensorMaker
 from bench.static import frame as costs
 from bench.static.counters import launches_only
 from voxkern.kernels.norm_linear import launch_norm_linear
@@ -176,13 +174,8 @@ def complaints() -> dict[str, list[str]]:
         {"operator": "norm_linear", "case": "q-b1", "arch": arch, "dtype": dtype, "edits": edits}
         for arch, dtype, edits in plants.values()
     ]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    answer = subprocess.run(
-        [sys.executable, Path(__file__).with_name("plant.py")],
-        input=json.dumps(queries), capture_output=True, text=True, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr
-    return dict(zip(plants, json.loads(answer.stdout), strict=True))
+    answer = run_python(str(Path(__file__).with_name("plant.py")), stdin=json.dumps(queries))
+    return dict(zip(plants, json.loads(answer), strict=True))
 
 
 def test_the_kernel_as_it_is_has_no_complaints(complaints: dict[str, list[str]]) -> None:

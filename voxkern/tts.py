@@ -145,7 +145,10 @@ class TTS:
 
     @property
     def voices(self) -> Mapping[str, Tensor]:
-        """Maps each voice's name to its embeddings in a prompt, [N, dim]. The default voice is the first."""
+        """Maps each voice's name to its embeddings in a prompt, [N, dim]; the default voice is the first.
+
+        :meth:`add_voice` adds a voice. The mapping is read-only, and does not change when a voice is added later.
+        """
         voices = self._prompts.voices
         return MappingProxyType({name: voices[name] for name in default_first(voices, self.model.config.voices)})
 
@@ -163,7 +166,7 @@ class TTS:
                 or the embeddings have another shape or dtype, or a value that is not finite in the model's dtype.
             TypeError: `name` is not a string, or `recording` is neither a path nor a tensor.
         """
-        check_name(name, self.voices)
+        check_name(name, self._prompts.voices)
         if not isinstance(recording, str | Path | Tensor):
             kind = type(recording).__name__
             raise TypeError(f"recording must be the path of a sound file or a tensor of embeddings, got {kind}")

@@ -118,8 +118,7 @@ def rows() -> list[ResultRow]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each figure."""
-    parser = parser_of("host", __doc__)
-    parser.parse_args(arguments)
+    parser_of("host", __doc__).parse_args(arguments)
     for row in rows():
         print(f"{row.shape}: {row.metric} {row.value:.4g} {row.unit}".removesuffix(" 1"))
     return 0

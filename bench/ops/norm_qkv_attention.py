@@ -41,8 +41,7 @@ def norm_qkv_attention_inputs(s: Any, make: TensorMaker) -> dict[str, Any]:
 
 def multiply_adds(args: Args) -> int:
     """Return the multiply-adds of the products with the weights. With `n_tokens` = 1, only x tokens have queries."""
-    rows = len(args["x"])
-    return int(args["n_tokens"] * rows // 3 * args["wq"].numel() + rows * (args["wk"].numel() + args["wv"].numel()))
+    return used_elements(args) * int(args["wq"].shape[1])
 
 
 HALF = ("bf16", "fp16")

@@ -5,9 +5,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.report.figures import Figures, ReportTable
-from bench.results import WITH_BF16
 
 THREADS = ("1 thread", "2 threads")
+INSTRUCTIONS = {False: "without bf16 instructions", True: "with bf16 instructions"}
 BATCHES = ("public-b1", "public-b4", "public-b16")
 # what is timed -> subject, shapes, metric, and the factor from the row's unit to the table's
 TIMED = {
@@ -27,7 +27,7 @@ def on_a_cpu(figures: Figures, with_bf16: bool) -> ReportTable:
 
     `with_bf16` is whether the CPU has instructions for bf16.
     """
-    figures = of_cpus(figures, with_bf16)
+    figures = figures.on_cpus(with_bf16)
     lines, device = [], ""
     for what, (subject, shapes, metric, factor) in TIMED.items():
         for shape in shapes:
@@ -56,14 +56,9 @@ def on_a_cpu(figures: Figures, with_bf16: bool) -> ReportTable:
         "2 threads, s",
         "GB of weights a second, 1 / 2 threads",
     )
-    title = f"Packed weights on a CPU {'with' if with_bf16 else 'without'} bf16 instructions"
+    title = f"Packed weights on a CPU {INSTRUCTIONS[with_bf16]}"
     command = "python -m bench cpu --threads 1; python -m bench cpu --threads 2"
     return ReportTable(title, note, command, head, lines)
-
-
-def of_cpus(figures: Figures, with_bf16: bool) -> Figures:
-    """Return the figures that were measured on CPUs with instructions for bf16, or on those without."""
-    return Figures(row for row in figures.rows if (WITH_BF16 in row.device) == with_bf16)
 
 
 def head_times(figures: Figures) -> Figure:
@@ -71,7 +66,7 @@ def head_times(figures: Figures) -> Figure:
     panels = [(n, with_bf16) for with_bf16 in (False, True) for n in THREADS]
     plot, axes = plt.subplots(1, len(panels), figsize=(14, 3.4), layout="constrained", sharey=True)
     for axis, (n, with_bf16) in zip(axes, panels, strict=True):
-        of_kind = of_cpus(figures, with_bf16)
+        of_kind = figures.on_cpus(with_bf16)
         for i, (provider, name) in enumerate(NAMES.items()):
             rows = [
                 of_kind.one(bench="cpu", subject="flow_head", shape=shape, provider=provider, metric=f"time, {n}")
@@ -82,7 +77,7 @@ def head_times(figures: Figures) -> Figure:
         axis.set_xticks(np.arange(len(BATCHES)), [shape.rpartition("-b")[2] for shape in BATCHES])
         axis.set_xlabel("requests")
         axis.set_yscale("log")
-        axis.set_title(f"{n}, {'with' if with_bf16 else 'without'} bf16 instructions", fontsize=10)
+        axis.set_title(f"{n}, {INSTRUCTIONS[with_bf16]}", fontsize=10)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("seconds a frame (80 ms)")
     axes[0].legend(fontsize=8)

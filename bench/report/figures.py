@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.results import ResultRow, newest
+from bench.results import WITH_BF16, ResultRow, newest
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ class Figures:
         """Return the newest row that fits, of every figure on each device."""
         return newest(row for row in self.rows if fits(row, wanted))
 
+    def on_cpus(self, with_bf16: bool) -> "Figures":
+        """Return the figures of CPUs with instructions for bf16, or of those without."""
+        return Figures(row for row in self.rows if on_cpu(row) and (WITH_BF16 in row.device) == with_bf16)
+
     def one(self, **wanted: str) -> ResultRow | None:
         """Return the newest row that fits, or None."""
         found = [row for row in self.rows if fits(row, wanted)]
@@ -79,3 +83,8 @@ class Figures:
 def fits(row: ResultRow, wanted: Mapping[str, str]) -> bool:
     """Return whether a row has all values in `wanted`, which is column -> value."""
     return all(getattr(row, name) == value for name, value in wanted.items())
+
+
+def on_cpu(row: ResultRow) -> bool:
+    """Return whether a row's device is a CPU, which is named with its number of threads."""
+    return "thread" in row.device

@@ -4,8 +4,7 @@ import base64
 import html as escape
 from collections.abc import Mapping
 
-from bench.report.figures import Figures, ReportTable
-from bench.report.tables import on_cpu
+from bench.report.figures import Figures, ReportTable, on_cpu
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from bench.report.figures import Figures, ReportTable
+from bench.report.figures import Figures, ReportTable, fits
 from bench.static import filling as filled
 from bench.static.roofline import SOLVERS
 
@@ -97,15 +97,15 @@ def overlapped(figures: Figures) -> ReportTable:
 def filling(figures: Figures) -> ReportTable:
     """Make the table of how well each launch with many weights fills each GPU."""
     # only rows of the newest run: an older one may have launches that a frame no longer has
-    dates = [row.date for row in figures.all(bench="filling")]
-    figures = Figures(row for row in figures.rows if row.bench == "filling" and row.date == max(dates, default=""))
+    last_run = max((row.date for row in figures.rows if row.bench == "filling"), default="")
+    figures = Figures(row for row in figures.rows if fits(row, {"bench": "filling", "date": last_run}))
     lines = []
-    for gpu in figures.values("subject", bench="filling"):
-        for metric in figures.values("metric", bench="filling", subject=gpu):
+    for gpu in figures.values("subject"):
+        for metric in figures.values("metric", subject=gpu):
             launch, _, last = metric.rpartition(": ")
             if last == "launches":
                 cells = [
-                    figures.value(form, bench="filling", subject=gpu, metric=f"{launch}: {name}")
+                    figures.value(form, subject=gpu, metric=f"{launch}: {name}")
                     for name, (_, form) in filled.METRICS.items()
                 ]
                 lines.append([gpu, launch, *cells])

@@ -3,7 +3,6 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from bench.report.cpu import of_cpus
 from bench.report.figures import Figures, ReportTable
 from voxkern.reference.quantized import FORMATS
 
@@ -78,7 +77,7 @@ def on_cpus(figures: Figures) -> ReportTable:
     """Make the table of the flow head's time on each kind of CPU, with the weights in each format."""
     lines, wanted = [], {"bench": "micro", "subject": "flow_head", "shape": "public-b1", "metric": "time"}
     for with_bf16 in (False, True):
-        of_kind = of_cpus(figures, with_bf16)
+        of_kind = figures.on_cpus(with_bf16)
         for dtype in ("bf16", *FORMATS):
             here = wanted | {"dtype": dtype}
             if torch_row := of_kind.one(**here, provider="torch"):

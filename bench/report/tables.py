@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from bench.report import cpu, quantization
-from bench.report.figures import Figures, ReportTable
+from bench.report.figures import Figures, ReportTable, on_cpu
 from bench.report.predicted import PREDICTED, batches, bounds, filling, overlapped, quantized, roofline, work
 from bench.results import ResultRow
 from bench.static.ledger import LedgerRow
@@ -60,16 +60,16 @@ def frame(figures: Figures) -> ReportTable:
 def launches(figures: Figures) -> ReportTable:
     """Make the table of the launches of a whole frame, which is one graph, by part."""
     wanted = {"bench": "roofline", "steps": "euler:7"}
-    lines = []
+    lines, gpus = [], figures.values("subject", **wanted, metric="floor")
     for dtype, shape in itertools.product(("bf16", "int8"), ("frame-b1", "frame-b8", "frame-b32")):
         gpus_of: dict[tuple[int, ...], list[str]] = defaultdict(list)  # GPUs with the same launches
-        for gpu in figures.values("subject", **wanted, metric="floor"):
+        for gpu in gpus:
             here = wanted | {"subject": gpu, "shape": shape, "dtype": dtype}
             parts = [figures.one(**here, metric=f"launches of the {part}") for part in FRAME_PARTS]
             if None not in parts:
                 gpus_of[tuple(round(row.value) for row in parts if row)].append(gpu)
-        for counts, gpus in gpus_of.items():
-            lines.append([dtype, shape.removeprefix("frame-b"), ", ".join(gpus), *map(str, counts), str(sum(counts))])
+        for counts, names in gpus_of.items():
+            lines.append([dtype, shape.removeprefix("frame-b"), ", ".join(names), *map(str, counts), str(sum(counts))])
     note = "Public shapes, 7 evaluations of Euler's method. Recorded from the fused modules."
     head = ("weights", "max_batch", "GPUs", *FRAME_PARTS, "whole graph")
     return ReportTable("Launches of a whole frame", note, "python -m bench roofline", head, lines)
@@ -285,11 +285,6 @@ def gpu(figures: Figures) -> ReportTable:
             "% of a copy", "on")  # fmt: skip
     note = "Under a CUDA graph, or call after call where a provider waits for the device. GB/s of the fewest bytes."
     return ReportTable("Microbenchmarks on a GPU", note, "python -m bench run --device cuda", head, lines)
-
-
-def on_cpu(row: ResultRow) -> bool:
-    """Return whether a row's device is a CPU, which is named with its number of threads."""
-    return "thread" in row.device
 
 
 def _spread(row: ResultRow) -> tuple[str, str]:

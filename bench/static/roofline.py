@@ -319,14 +319,12 @@ def _rows(steps: str, B: int, format_: str | None) -> list[ResultRow]:
             provider="voxkern", shape=f"frame-b{B}", dtype=format_ or "bf16", steps=steps,
         )  # fmt: skip
 
-    parts = frame(B, SOLVERS[steps], format_=format_)
-    whole = _whole(parts)
+    whole = _whole(frame(B, SOLVERS[steps], format_=format_))
     counts: dict[str, tuple[float, str]] = {
         "bytes": (dram_bytes(whole), "B"),
         "multiply-adds": (total_multiply_adds(whole), "1"),
         "launches": (launches(whole), "1"),
     }
-    counts |= {f"launches of the {part}": (launches(work), "1") for part, work in parts.items()}
     found = [row("frame", metric, value, unit, "counted") for metric, (value, unit) in counts.items()]
     for name, gpu in GPUS.items():
         parts = frame_on(gpu, B, SOLVERS[steps], format_)
