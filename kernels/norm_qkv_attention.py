@@ -9,6 +9,10 @@ A tile of rows has the x, t and h tokens of the same BLOCK_M pairs (branch, requ
 values of these pairs. For each tile of rows and each key head, a counter counts the completed tiles of this key head,
 of its values and of its query heads. The block that completes the last of these tiles computes their attention. This
 block reads what other blocks wrote, and the counter orders these writes before the reads.
+
+In the last layer, only the x tokens have queries, so a tile of queries has a third of the products of a tile of keys or
+values. With KV_COST > 1, only these products are computed, and a step of keys or values counts as KV_COST steps of
+queries where tiles are divided. With KV_COST = 1, the queries of all tokens are computed.
 """
 
 from dataclasses import replace
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from .common import cast, dot
 from .launch_config import LaunchConfigs
-from .norm_linear import norm_constants, norm_product, norm_shares
+from .norm_linear import norm_constants, norm_product
 from .operator import expect, expect_batch, operator
 from .overlap import OFF, prefetch_rows, wait_for_launches
 from .qkv import expect_qkv, store_qkv, tiles_of_qkv, weight_of_tile
@@ -30,19 +34,29 @@ from .token_attention import expect_heads_of_tokens, expect_n_tokens
 
 __all__ = ["norm_qkv_attention"]
 
-# On sm_90, one launch is predicted to be faster than two for up to 16 requests, and 1 to 3 us slower for 32. On other
-# architectures, one launch is predicted to be slower, so the table has no configs for them. ROW_TILES is the number of
-# tokens. A step of the loop over pairs computes the attention of PAIRS pairs. With PAIR_STAGES > 1, the loads of
-# PAIR_STAGES - 1 steps are in flight. A step of four pairs has 48 KB of queries, keys and values, and most of it pads
-# the rows to 16.
+# On a B200 and on AMD GPUs, two launches are predicted to be faster than one, so the table has no configs for them. On
+# an H100 with 32 requests, one launch is predicted to be 1 to 3 us slower. ROW_TILES is the number of tokens. A step of
+# the loop over pairs computes the attention of PAIRS pairs. With PAIR_STAGES > 1, the loads of PAIR_STAGES - 1 steps
+# are in flight. A step of four pairs has 48 KB of queries, keys and values, and most of it pads the rows to 16.
+# KV_COST is for the last layer. It is 1 where a step takes as long as the load of its weights, however many rows it
+# multiplies. Where bf16 and fp16 differ, fp16 would spill registers with the tiles of bf16.
 NORM_QKV_ATTENTION = LaunchConfigs(
     "norm_qkv_attention",
     """
-    arch         dtype  rows | SHARES  ROW_TILES  BLOCK_M  BLOCK_N  BLOCK_K  PAIRS  PAIR_STAGES  num_warps  num_stages
-    interpreter  *16    *    | 1       3          16       16       64       16     1            4          1
-    sm_90        *16    24   | 1       3          8        64       128      8      1            8          5
-    sm_90        *16    96   | 1       3          16       64       64       4      5            8          6
-    sm_90        *16    *    | 1       3          32       128      64       4      5            8          5
+    arch        dtype rows | SHARES KV_COST ROW_TILES BLOCK_M BLOCK_N BLOCK_K PAIRS PAIR_STAGES num_warps num_stages
+    interpreter *16   *    | 1      3       3         16      16      64      16    1           4         1
+    sm_90       *16   24   | 1      1       3         8       64      128     8     1           8         5
+    sm_90       *16   96   | 1      1       3         16      64      64      4     5           8         6
+    sm_90       *16   *    | 1      1       3         32      128     64      4     5           8         5
+    sm_80       *16   48   | 1      1       3         8       64      64      8     1           8         4
+    sm_80       fp16  *    | 1      2       3         16      128     64      16    1           8         4
+    sm_80       *16   *    | 1      2       3         32      128     64      16    1           8         4
+    sm_8?       *16   48   | 1      1       3         8       64      64      8     1           8         4
+    sm_8?       *16   *    | 1      3       3         16      128     32      8     1           8         6
+    sm_12?      fp16  48   | 1      1       3         8       64      64      4     1           8         4
+    sm_12?      fp16  *    | 1      3       3         16      64      64      4     1           8         4
+    sm_12?      *16   48   | 1      1       3         8       64      64      8     1           8         4
+    sm_12?      *16   *    | 1      3       3         16      128     32      8     1           8         6
     """,
 )
 ROWS = tl.constexpr(16)  # the queries of a pair that share a key head, padded to the fewest rows of a matrix product
@@ -81,12 +95,40 @@ def _store_attention(
     tl.store(p_out + (o_token * B2 + o_p) * (H * D) + o_q, cast(b_o, p_out.dtype.element_ty), mask=m_q)
 
 
+@triton.jit
+def _add_tile(
+    p_x, p_norm, p_w, p_qkv, p_parts, p_arrived, o_m, B2, which, i_tile, i_n, n, stride_x, eps, first, end,
+    N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr, CHEAP: tl.constexpr, KV_COST: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add the steps `first` to `end` of a tile, for the first TOKENS tokens of the pairs `o_m`.
+
+    If the tile is complete, its columns of q | k | v are stored, and the result is true.
+    """
+    rows = TOKENS * B2
+    o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
+    blocks = norm_product(
+        p_x, p_norm, p_w, None, o_m, B2, o_n, rows, o_n < n, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
+        K, NORM_FIRST, TOKENS, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    blocks, is_complete = add_parts(
+        blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N, CHEAP, KV_COST
+    )
+    if is_complete:
+        store_qkv(
+            blocks, which, None, None, None, p_qkv, o_m, B2, o_n, rows, n, eps,
+            N, N_KV, K, NORM_FIRST, TOKENS,
+        )  # fmt: skip
+    return is_complete
+
+
 @triton.jit(do_not_specialize=["B2"])
 def _norm_qkv_attention_kernel(
     p_x, p_norm, p_q, p_k, p_v, p_qkv, p_out, p_parts, p_arrived,
     B2, stride_x, eps,
     N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, D: tl.constexpr, N_TOKENS: tl.constexpr,
-    NORM_FIRST: tl.constexpr, COUNT: tl.constexpr, SHARES: tl.constexpr,
+    NORM_FIRST: tl.constexpr, COUNT: tl.constexpr, SHARES: tl.constexpr, KV_COST: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr,
     PAIR_STAGES: tl.constexpr,
     OVERLAP: tl.constexpr = OFF,
@@ -95,10 +137,11 @@ def _norm_qkv_attention_kernel(
     HKV: tl.constexpr = N_KV // D
     TILES: tl.constexpr = (N + 2 * N_KV) // BLOCK_N
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    CHEAP: tl.constexpr = N // BLOCK_N * STEPS
     i_m = tl.program_id(0).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)  # pairs, and rows of the x tokens
     o_m = tl.where(o_m < B2, o_m, 3 * B2)  # past the last pair, no token has a row
-    start, stop = share_of_block(TILES * STEPS)
+    start, stop = share_of_block(TILES * STEPS, CHEAP, KV_COST)
     _, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, start // STEPS, N, N_KV, BLOCK_N)
     o_first = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
     prefetch_rows(p_w, o_first, n, start % STEPS * BLOCK_K, K, OVERLAP)
@@ -106,20 +149,17 @@ def _norm_qkv_attention_kernel(
     for i_tile in range(start // STEPS, tl.cdiv(stop, STEPS)):
         first, end = tl.maximum(start - i_tile * STEPS, 0), tl.minimum(stop - i_tile * STEPS, STEPS)
         which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, i_tile, N, N_KV, BLOCK_N)
-        rows = tl.where(which == 0, N_TOKENS, 3) * B2
-        o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
-        blocks = norm_product(
-            p_x, p_norm, p_w, None, o_m, B2, o_n, rows, o_n < n, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
-            K, NORM_FIRST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        blocks, is_complete = add_parts(
-            blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N
-        )
-        if is_complete:
-            store_qkv(
-                blocks, which, None, None, None, p_qkv, o_m, B2, o_n, rows, n, eps,
-                N, N_KV, K, NORM_FIRST, ROW_TILES,
+        if (which == 0) & (KV_COST > 1):
+            is_complete = _add_tile(
+                p_x, p_norm, p_w, p_qkv, p_parts, p_arrived, o_m, B2, which, i_tile, i_n, n, stride_x, eps, first, end,
+                N, N_KV, K, NORM_FIRST, TILES, STEPS, COUNT, CHEAP, KV_COST, N_TOKENS, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
+        else:
+            is_complete = _add_tile(
+                p_x, p_norm, p_w, p_qkv, p_parts, p_arrived, o_m, B2, which, i_tile, i_n, n, stride_x, eps, first, end,
+                N, N_KV, K, NORM_FIRST, TILES, STEPS, COUNT, CHEAP, KV_COST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        if is_complete:
             i_kv = i_n * BLOCK_N // tl.where(which == 0, H // HKV * D, D)
             p_counter = p_arrived + tl.num_programs(0) * TILES + i_m * HKV + i_kv
             tl.debug_barrier()  # as in add_parts: the stores of all threads come before the atomic add
@@ -134,13 +174,16 @@ def _norm_qkv_attention_kernel(
 
 
 def norm_qkv_attention_shares(wq: Tensor, wk: Tensor, dtype: torch.dtype, n_kv_heads: int, max_batch: int) -> Shares:
-    """Return how :func:`launch_norm_qkv_attention` divides the products of `wq`, `wk` and a third weight."""
-    constants = _constants(wq, dtype, max_batch)
-    return _shares(constants, tiles_of_qkv(constants, wq, wk), n_kv_heads, max_batch)
+    """Return how :func:`launch_norm_qkv_attention` divides the products of `wq`, `wk` and a third weight.
+
+    The result is for three tokens. A launch with the queries of one token needs no more scratch memory.
+    """
+    return _shares(_constants(wq, dtype, 3, max_batch), wq, wk, n_kv_heads, max_batch)
 
 
-def _shares(constants: dict[str, Any], tiles: int, n_kv_heads: int, max_batch: int) -> Shares:
-    shares = norm_shares(constants, 6 * max_batch, tiles)
+def _shares(constants: dict[str, Any], wq: Tensor, wk: Tensor, n_kv_heads: int, max_batch: int) -> Shares:
+    tiles, cheap = tiles_of_qkv(constants, wq, wk), len(wq) // constants["BLOCK_N"]
+    shares = Shares.of(constants, 6 * max_batch, tiles, constants["COUNT"], cheap, constants["KV_COST"])
     return replace(shares, counters=shares.counters + shares.row_tiles * n_kv_heads)
 
 
@@ -154,15 +197,16 @@ def can_fuse_attention(wq: Tensor, dtype: torch.dtype, n_heads: int, n_kv_heads:
     given: dict[str, Any] = {"N": len(wq), "K": wq.shape[1], "dtype": dtype, "rows": 6 * max_batch, "weight": wq.dtype}
     if not NORM_QKV_ATTENTION.has(**given):
         return False
-    return _heads_fit(D, n_heads, n_kv_heads) and D % _constants(wq, dtype, max_batch)["BLOCK_N"] == 0
+    return _heads_fit(D, n_heads, n_kv_heads) and D % _constants(wq, dtype, 3, max_batch)["BLOCK_N"] == 0
 
 
 def _heads_fit(D: int, n_heads: int, n_kv_heads: int) -> bool:
     return D <= MAX_COLUMNS and 3 * n_heads // n_kv_heads <= ROWS.value
 
 
-def _constants(wq: Tensor, dtype: torch.dtype, max_batch: int) -> dict[str, Any]:
-    return norm_constants(NORM_QKV_ATTENTION, wq, dtype, 6 * max_batch, "decode")
+def _constants(wq: Tensor, dtype: torch.dtype, n_tokens: int, max_batch: int) -> dict[str, Any]:
+    constants = norm_constants(NORM_QKV_ATTENTION, wq, dtype, 6 * max_batch, "decode") | {"N_TOKENS": n_tokens}
+    return constants if n_tokens == 1 else constants | {"KV_COST": 1}
 
 
 def launch_norm_qkv_attention(
@@ -178,16 +222,14 @@ def launch_norm_qkv_attention(
         ValueError: the columns of a head are not a multiple of BLOCK_N.
     """
     M = len(x)
-    constants = _constants(wq, x.dtype, max_batch)
-    constants |= {"N_KV": len(wk), "D": len(wk) // n_kv_heads, "N_TOKENS": n_tokens}
+    constants = _constants(wq, x.dtype, n_tokens, max_batch) | {"N_KV": len(wk), "D": len(wk) // n_kv_heads}
     if constants["D"] % constants["BLOCK_N"]:
         raise ValueError(
             f"wq has heads of {constants['D']} columns, but on this device they must be a multiple of "
             f"{constants['BLOCK_N']}: call norm_qkv, then token_attention"
         )
-    tiles = tiles_of_qkv(constants, wq, wk)
-    shares = _shares(constants, tiles, n_kv_heads, max_batch)
-    grid = shares.grid(constants, M, tiles)
+    shares = _shares(constants, wq, wk, n_kv_heads, max_batch)
+    grid = shares.grid(constants, M, tiles_of_qkv(constants, wq, wk))
     parts, arrived = shares.scratch(scratch, x)
     _norm_qkv_attention_kernel[grid](
         x, norm, wq, wk, wv, qkv, out, parts, arrived,

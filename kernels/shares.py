@@ -10,6 +10,12 @@ A tile that several blocks share is the sum of their parts. Each of these blocks
 steps to the tile's counter. The block that completes the counter adds up the parts in the order of K, whichever block
 that is. So the result does not depend on the order in which blocks run. The result depends on G.
 
+The steps of some tiles may take longer than others. Then the steps from ``CHEAP`` on count as ``COST`` steps each. With
+CHEAP = 4 and COST = 2, the tiles above have 4 + 2 * 8 = 20 counts, and block b begins at the fourth count::
+
+    tile      0  0  0  0  1  1  1  1  2  2  2  2
+    block     a  a  a  a  b  b  c  c  d  d  e  e
+
 This is the "stream-K" of Osama et al., arXiv 2301.03598.
 """
 
@@ -26,6 +32,8 @@ from .launch_config import multiprocessors
 
 __all__ = ["Scratch", "Shares", "new_scratch"]
 
+ALL_EQUAL, ONE = tl.constexpr(0), tl.constexpr(1)  # all steps count once
+
 
 @dataclass(frozen=True)
 class Scratch:
@@ -41,10 +49,31 @@ class Scratch:
 
 
 @triton.jit
-def share_of_block(TOTAL: tl.constexpr):
-    """Return the first of TOTAL steps that this block computes, and the step after its last."""
-    i_block, n_blocks = tl.program_id(1), tl.num_programs(1)
-    return TOTAL * i_block // n_blocks, TOTAL * (i_block + 1) // n_blocks
+def _first_step(i_block, TOTAL: tl.constexpr, CHEAP: tl.constexpr, COST: tl.constexpr):
+    """Return the first of TOTAL steps that block `i_block` computes. For the number of blocks, this is TOTAL."""
+    count = (TOTAL + (TOTAL - CHEAP) * (COST - 1)) * i_block // tl.num_programs(1)
+    if COST == 1:
+        return count
+    return tl.where(count < CHEAP, count, CHEAP + (count - CHEAP) // COST)
+
+
+@triton.jit
+def block_of_step(step, TOTAL: tl.constexpr, CHEAP: tl.constexpr, COST: tl.constexpr):
+    """Return the block that computes a step: the last one whose first step is not behind it."""
+    end = step + 1
+    if COST > 1:
+        end += tl.maximum(end - CHEAP, 0) * (COST - 1)
+    return (end * tl.num_programs(1) - 1) // (TOTAL + (TOTAL - CHEAP) * (COST - 1))
+
+
+@triton.jit
+def share_of_block(TOTAL: tl.constexpr, CHEAP: tl.constexpr = ALL_EQUAL, COST: tl.constexpr = ONE):
+    """Return the first of TOTAL steps that this block computes, and the step after its last.
+
+    The steps from CHEAP on count as COST steps each.
+    """
+    i_block = tl.program_id(1)
+    return _first_step(i_block, TOTAL, CHEAP, COST), _first_step(i_block + 1, TOTAL, CHEAP, COST)
 
 
 @triton.jit
@@ -69,11 +98,12 @@ def _offsets(b_v):
 def add_parts(
     blocks, p_parts, p_arrived, i_tile, first, end,
     TILES: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+    CHEAP: tl.constexpr = ALL_EQUAL, COST: tl.constexpr = ONE,
 ):  # fmt: skip
     """Complete a tile, if this block has all its steps or is the last block to add its part.
 
     Args:
-        blocks: COUNT fp32 arrays with two dimensions, this block's sums over the steps `first` to `end` of the tile.
+        blocks: fp32 arrays with two dimensions, this block's sums over the steps `first` to `end` of the tile.
         p_parts: memory for the parts, see :class:`Scratch`.
         p_arrived: counters of the tiles' steps.
         i_tile: the tile.
@@ -81,19 +111,20 @@ def add_parts(
         end: the step after the part's last.
         TILES: number of tiles.
         STEPS: number of steps of a tile.
-        COUNT: number of arrays.
+        COUNT: the most arrays of a tile.
         SIZE: the most elements of one array.
+        CHEAP: see :func:`share_of_block`.
+        COST: the same.
 
     Returns:
         The arrays and a bool. If it is true, the arrays are the sums over all steps; if false, they have no meaning.
     """
-    i_block, n_blocks = tl.program_id(1), tl.num_programs(1)
     is_whole = end - first == STEPS
     p_counter = p_arrived + tl.program_id(0) * TILES + i_tile
     arrived = end - first
     if not is_whole:
-        p_part = _part(p_parts, i_block, first == 0, COUNT, SIZE)
-        for i in tl.static_range(COUNT):
+        p_part = _part(p_parts, tl.program_id(1), first == 0, COUNT, SIZE)
+        for i in tl.static_range(len(blocks)):
             tl.store(p_part + i * SIZE + _offsets(blocks[i]), blocks[i])
         tl.debug_barrier()  # the stores of all threads must come before the atomic add, which one thread does
         arrived += tl.atomic_add(p_counter, end - first, sem="acq_rel", scope="gpu")
@@ -101,15 +132,15 @@ def add_parts(
     start = i_tile * STEPS
     is_last = (arrived == STEPS) & (end - first < STEPS)
     # the blocks that have the tile's first step and its last; for a whole tile, no part is read
-    i_first = ((start + 1) * n_blocks - 1) // (TILES * STEPS)
-    i_end = tl.where(is_last, ((start + STEPS) * n_blocks - 1) // (TILES * STEPS) + 1, i_first)
+    i_first = block_of_step(start, TILES * STEPS, CHEAP, COST)
+    i_end = tl.where(is_last, block_of_step(start + STEPS - 1, TILES * STEPS, CHEAP, COST) + 1, i_first)
     sums = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(len(blocks)):
         sums = with_block(sums, tl.where(is_whole, blocks[i], 0.0))
     for j in range(i_first, i_end):
-        p_part = _part(p_parts, j, TILES * STEPS * j // n_blocks <= start, COUNT, SIZE)
+        p_part = _part(p_parts, j, _first_step(j, TILES * STEPS, CHEAP, COST) <= start, COUNT, SIZE)
         added = ()
-        for i in tl.static_range(COUNT):
+        for i in tl.static_range(len(blocks)):
             # .cg bypasses the L1 cache, which may hold values from before the stores of other multiprocessors
             added = with_block(added, sums[i] + tl.load(p_part + i * SIZE + _offsets(blocks[i]), cache_modifier=".cg"))
         sums = added
@@ -136,22 +167,26 @@ class Shares:
     counters: int
 
     @classmethod
-    def of(cls, constants: Mapping[str, int], max_rows: int, tiles: int, count: int) -> "Shares":
+    def of(
+        cls, constants: Mapping[str, int], max_rows: int, tiles: int, count: int, cheap: int = 0, cost: int = 1
+    ) -> "Shares":
         """Return the division of a launch.
 
         Args:
             constants: the launch config, and K. SHARES are blocks per multiprocessor, or 0 for one tile in each block.
             max_rows: the rows that the launch is prepared for.
             tiles: tiles of the weight's rows.
-            count: arrays that make up a part of a tile.
+            count: the most arrays that make up a part of a tile.
+            cheap: the first tiles whose steps count once.
+            cost: how often the other tiles' steps count.
         """
         if not constants["SHARES"]:
             return cls(0, 0, 0, 0)
         row_tiles = triton.cdiv(max_rows, constants["BLOCK_M"] * constants["ROW_TILES"])
-        # A launch has at most one block for each step. A block without steps would store a part but add 0 to the
-        # tile's counter, and another block could read the part before it is stored.
-        steps = tiles * triton.cdiv(constants["K"], constants["BLOCK_K"])
-        blocks = min(max(constants["SHARES"] * multiprocessors() // row_tiles, 1), steps)
+        # Each block has at least one step. A block without steps would store a part but add 0 to the tile's counter,
+        # and another block could read the part before it is stored.
+        counts = (tiles + (tiles - cheap) * (cost - 1)) * triton.cdiv(constants["K"], constants["BLOCK_K"])
+        blocks = min(max(constants["SHARES"] * multiprocessors() // row_tiles, 1), counts // cost)
         size = count * constants["BLOCK_M"] * constants["BLOCK_N"]
         return cls(blocks, row_tiles, row_tiles * blocks * 2 * size, row_tiles * tiles)
 

@@ -61,10 +61,11 @@ def test_any_number_of_blocks_gives_the_right_result(blocks: int, n_tokens: int)
     torch.testing.assert_close(args["qkv"].double(), wide["qkv"], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90", "sm_89"])
 @pytest.mark.parametrize("n_tokens", [1, 3])
 def test_a_request_does_not_depend_on_the_others(n_tokens: int, arch: str, device: torch.device) -> None:
-    args = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in inputs(n_tokens=n_tokens).items()}
+    made = inputs(n_tokens=n_tokens, D=128 if arch == "sm_89" else 64)  # sm_89 has tiles of 128 rows of the weights
+    args = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in made.items()}
     with own_or(arch, device, first="interpreter"):
         whole = norm_qkv_attention(**args)
         for part in ([0], [B // 2], [B - 1, 0, 1]):
@@ -111,27 +112,42 @@ def test_which_sizes_fit_one_launch() -> None:
         assert not can_fuse_attention(torch.empty(4096, 3072, device="meta"), torch.float32, 32, 8, 32)
     for arch in MACHINES:
         with target_arch(arch):
-            assert fits() == (arch == "sm_90") == entry_of("norm_qkv_attention").runs_on(arch)
+            is_listed = arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+            assert fits() == is_listed == entry_of("norm_qkv_attention").runs_on(arch)
 
 
 @pytest.mark.interpreter("accesses of each block are recorded")
 @pytest.mark.parametrize(
-    "edit",
+    ("edit", "name"),
     [
-        pytest.param(("(D // BLOCK_N) - 1:", "(D // BLOCK_N) - 2:"), id="a block does not wait for the last tile"),
-        pytest.param(('sem="acq_rel"', 'sem="relaxed"'), id="the atomic orders nothing"),
-        pytest.param(("tl.debug_barrier()  # as in", "pass  # as in"), id="no barrier before the atomic"),
-        pytest.param(("+ i_m * HKV + i_kv", "+ i_kv"), id="one counter for all tiles of rows"),
-        pytest.param(("tl.load(p_k + HKV * D,", "tl.load(p_k,"), id="keys in place of values"),
-        pytest.param(("ROWS)[None, None, :] < 3", "ROWS)[None, None, :] < 4"), id="a key of padding"),
-        pytest.param(("tl.store(p_counter, 0)", "pass"), id="the counter is not reset"),
+        pytest.param(
+            (", CHEAP, KV_COST\n    )", "\n    )"), "odd-last", id="parts are divided as if all steps were equal"
+        ),
+        pytest.param(
+            ("(which == 0) & (KV_COST > 1)", "(which >= 0) & (KV_COST > 1)"), "odd-last", id="keys of x alone"
+        ),
+        pytest.param(
+            ("(D // BLOCK_N) - 1:", "(D // BLOCK_N) - 2:"), "odd", id="a block does not wait for the last tile"
+        ),
+        pytest.param(('sem="acq_rel"', 'sem="relaxed"'), "odd", id="the atomic orders nothing"),
+        pytest.param(("tl.debug_barrier()  # as in", "pass  # as in"), "odd", id="no barrier before the atomic"),
+        pytest.param(("+ i_m * HKV + i_kv", "+ i_kv"), "odd", id="one counter for all tiles of rows"),
+        pytest.param(("tl.load(p_k + HKV * D,", "tl.load(p_k,"), "odd", id="keys in place of values"),
+        pytest.param(("ROWS)[None, None, :] < 3", "ROWS)[None, None, :] < 4"), "odd", id="a key of padding"),
+        pytest.param(("tl.store(p_counter, 0)", "pass"), "odd", id="the counter is not reset"),
     ],
 )
-def test_a_planted_fault_is_caught(edit: tuple[str, str]) -> None:
+def test_a_planted_fault_is_caught(edit: tuple[str, str], name: str) -> None:
     entry = plant(entry_of("norm_qkv_attention"), edit)
-    case = case_of(entry, "odd")
+    case = case_of(entry, name)
     with pytest.raises((RuntimeError, AssertionError)):
         assert_right(entry, case)
+
+
+@pytest.mark.interpreter("accesses of each block are recorded")
+@pytest.mark.parametrize("name", ["odd", "odd-last"])
+def test_the_kernel_as_it_is_passes_the_checks(name: str) -> None:
+    assert_right(entry_of("norm_qkv_attention"), case_of(entry_of("norm_qkv_attention"), name))
 
 
 def assert_right(entry: Entry, case: Case) -> None:

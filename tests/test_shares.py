@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from checks import GuardedMemory, assert_accurate, assert_bands, assert_no_races, guarded
 from plant import case_of, entry_of
 from torch import Tensor
@@ -19,7 +21,7 @@ from voxkern.kernels.launch_config import override, target_arch
 from voxkern.kernels.linear import launch_linear, linear, linear_shares
 from voxkern.kernels.norm_linear import launch_norm_swiglu, norm_swiglu_shares
 from voxkern.kernels.qkv import launch_norm_qkv, norm_qkv_shares
-from voxkern.kernels.shares import Scratch, Shares, new_scratch
+from voxkern.kernels.shares import Scratch, Shares, block_of_step, new_scratch, share_of_block
 
 TABLES = ("linear", "norm_linear", "norm_swiglu")
 M, N, K = 37, 75, 150  # with tiles of 16 rows, 32 weights and 32 columns: 1 tile of 3 x 16 rows, 3 tiles, 5 steps each
@@ -98,6 +100,46 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_rows(row_tiles: int) -> None
         assert torch.equal(few, many[:17])
 
 
+@triton.jit
+def record_kernel(p_bounds, p_owners, TOTAL: tl.constexpr, CHEAP: tl.constexpr, COST: tl.constexpr):
+    start, stop = share_of_block(TOTAL, CHEAP, COST)
+    tl.store(p_bounds + 2 * tl.program_id(1), start)
+    tl.store(p_bounds + 2 * tl.program_id(1) + 1, stop)
+    for step in range(start, stop):
+        tl.store(p_owners + step, block_of_step(step, TOTAL, CHEAP, COST))
+
+
+def shares_of(blocks: int, total: int, cheap: int, cost: int, device: torch.device) -> tuple[list[list[int]], Tensor]:
+    """Return the first step and the end of each block's share, and the block that each step is said to belong to."""
+    bounds = torch.full((blocks, 2), -1, dtype=torch.int32, device=device)
+    owners = torch.full((total,), -1, dtype=torch.int32, device=device)
+    record_kernel[(1, blocks)](bounds, owners, TOTAL=total, CHEAP=cheap, COST=cost)
+    return bounds.tolist(), owners
+
+
+def test_steps_of_unequal_cost_by_hand(device: torch.device) -> None:
+    """The picture of shares.py: 4 steps count once and 8 count twice, so each of 5 blocks has a count of 4."""
+    bounds, owners = shares_of(5, 12, 4, 2, device)
+    assert bounds == [[0, 4], [4, 6], [6, 8], [8, 10], [10, 12]]
+    assert owners.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("total", "cheap", "cost"), [(1, 0, 1), (12, 0, 1), (12, 4, 2), (13, 5, 3), (30, 29, 3), (30, 0, 3), (17, 17, 2)]
+)
+def test_every_step_has_one_block(total: int, cheap: int, cost: int, device: torch.device) -> None:
+    """Shares follow each other, none is empty, and their counts differ by less than the cost of two steps."""
+    counts = total + (total - cheap) * (cost - 1)
+    for blocks in range(1, counts // cost + 1):
+        bounds, owners = shares_of(blocks, total, cheap, cost, device)
+        assert [start for start, _ in bounds] + [total] == [0] + [stop for _, stop in bounds]
+        for i, (start, stop) in enumerate(bounds):
+            assert start < stop
+            assert owners[start:stop].eq(i).all()
+            count = sum(1 if step < cheap else cost for step in range(start, stop))
+            assert abs(count - counts / blocks) < 2 * cost
+
+
 @pytest.mark.interpreter("the number of blocks is set")
 def test_sizes_by_hand() -> None:
     """100 rows are 3 tiles of 48 rows. Each is divided among a third of the 50 blocks of 25 multiprocessors."""
@@ -105,6 +147,8 @@ def test_sizes_by_hand() -> None:
     with target_arch("sm_90", 25):
         shares = Shares.of(constants, 100, 7, 5)
         assert Shares.of(constants | {"K": 60}, 100, 7, 5).blocks == 14  # 2 steps of each of 7 tiles
+        # the steps of 4 tiles count once, and those of 3 tiles three times: 26 in all, and a block has at least 3
+        assert Shares.of(constants | {"K": 60}, 100, 7, 5, cheap=4, cost=3).blocks == 8
     assert shares == Shares(blocks=16, row_tiles=3, floats=3 * 16 * 2 * 5 * 16 * 32, counters=21)
     assert shares.grid(constants, 49, 7) == (2, 16)
     with pytest.raises(ValueError, match="has 145 rows, but is prepared for 3 tiles"):

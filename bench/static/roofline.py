@@ -193,10 +193,11 @@ def running(one: Work, gpu: GPU, assume: Assumptions, resident: int, step: int =
     flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor, 1/s
     blocks, row_tiles = kernel.blocks, kernel.grid[0]  # all kernels have tiles of rows, or requests, along x
     flops = 2 * one.padded_multiply_adds / blocks
-    alone = (one.weights * row_tiles + one.cache + one.moved) / blocks / in_flight(one, gpu.arch) * assume.latency
+    streamed = one.weights * row_tiles * kernel.largest_share / blocks  # bytes of weights of one block
+    alone = (streamed + (one.cache + one.moved) / blocks) / in_flight(one, gpu.arch) * assume.latency
     alone += (kernel.pieces[0] - 1) * assume.latency  # the pipeline fills again for each tile
     issue_rate = MACHINES[gpu.arch].issue_rate * gpu.clock
-    instructions = kernel.warps * step * one.weights * row_tiles / blocks / max(stage_bytes(one), 1)  # of a block
+    instructions = kernel.warps * step * streamed / max(stage_bytes(one), 1)  # of a block
     alone = max(alone, instructions / min(kernel.warps / 4, 1) / issue_rate)  # a warp runs on one of four units
     # what all blocks take together, in proportion to their number
     dram = one.dram + parts_bytes(one)  # parts are written to memory, but read while they are still in L2

@@ -7,6 +7,7 @@ operators' entries state (``partly``, ``weights`` and ``multiply_adds`` in bench
 
 import functools
 import inspect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -97,8 +98,30 @@ class KernelLaunch:
         """The most tiles that one block works on, and the number of parts of tiles that all blocks store."""
         if not self.constant("SHARES", 0):
             return 1, 0
-        most, parts = _pieces(self.grid[1], self.column_tiles, -(-self.constant("K") // self.constant("BLOCK_K")))
+        steps, cost = -(-self.constant("K") // self.constant("BLOCK_K")), self.constant("KV_COST")
+        most, parts = _pieces(self.grid[1], self.column_tiles, steps, self._cheap_tiles, cost)
         return most, self.grid[0] * parts
+
+    @property
+    def largest_share(self) -> float:
+        """The most steps of a block, over the mean of all blocks."""
+        tiles, cost = self.column_tiles, self.constant("KV_COST")
+        return (tiles + (tiles - self._cheap_tiles) * (cost - 1)) / tiles
+
+    @property
+    def largest_product(self) -> float:
+        """The most multiply-adds of a block, over the mean of all blocks if every step had all rows."""
+        cost = self.constant("KV_COST")
+        return (
+            self.largest_share * max(self.constant("N_TOKENS") / self.constant("ROW_TILES"), 1 / cost)
+            if cost > 1
+            else 1.0
+        )
+
+    @property
+    def _cheap_tiles(self) -> int:
+        """Number of tiles whose steps count once where tiles are divided among blocks, see kernels/shares.py."""
+        return -(-self.constant("N") // self.constant("BLOCK_N"))
 
     def constant(self, name: str, missing: int = 1) -> int:
         """Return the constant `name`, or `missing` if the kernel has no such constant."""
@@ -106,11 +129,12 @@ class KernelLaunch:
 
 
 @functools.cache
-def _pieces(blocks: int, tiles: int, steps: int) -> tuple[int, int]:
+def _pieces(blocks: int, tiles: int, steps: int, cheap_tiles: int, cost: int) -> tuple[int, int]:
     """Return :attr:`KernelLaunch.pieces` for one tile of rows, `tiles` tiles of columns, and `steps` steps of each."""
-    total, most, parts = tiles * steps, 0, 0
-    for i in range(blocks):
-        first, end = total * i // blocks, total * (i + 1) // blocks
+    cheap, most, parts = cheap_tiles * steps, 0, 0
+    counts = tiles * steps + (tiles * steps - cheap) * (cost - 1)
+    bounds = [counts * i // blocks for i in range(blocks + 1)]
+    for first, end in itertools.pairwise(n if n < cheap else cheap + (n - cheap) // cost for n in bounds):
         mine = range(first // steps, -(-end // steps))
         most = max(most, len(mine))
         parts += sum(first > tile * steps or end < (tile + 1) * steps for tile in mine)
@@ -232,18 +256,23 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> Work:
     first = next(name for name, arg in args.items() if isinstance(arg, Tensor) and name != "out")
     row_argument = ROWS.get(operator, "x" if "x" in args else first)
     traffic = fewest(entry, args)
+    padded = entry.multiply_adds(_with_whole_tiles(args, row_argument, kernel) if kernel else args)
     columns_read = [args[name] for name in READ_BY_COLUMNS.get(operator, ("x",)) if name in args]
     return Work(
         operator=name, kernel=kernel, times=1, rows=len(args[row_argument]),
         weights=traffic.weights, cache=traffic.cache, moved=traffic.moved,
         columns_read=sum(tensor.numel() * tensor.element_size() for tensor in columns_read),
         multiply_adds=entry.multiply_adds(args),
-        padded_multiply_adds=entry.multiply_adds(_with_whole_tiles(args, row_argument, kernel) if kernel else args),
+        padded_multiply_adds=round(padded * (kernel.largest_product if kernel else 1.0)),
     )  # fmt: skip
 
 
 def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: KernelLaunch) -> dict[str, Any]:
-    """Return the arguments with the rows and `q_rows` rounded up to whole tiles of rows."""
+    """Return the arguments with the rows and `q_rows` rounded up to whole tiles of rows.
+
+    With shares, blocks for rows without queries have nothing to do in the steps of queries, but no block takes over
+    another one's steps. The launch takes as long as if all rows had queries.
+    """
     tile = kernel.constant("BLOCK_M", kernel.constant("BLOCK_B")) * kernel.constant("ROW_TILES")
 
     def rounded(n: int) -> int:
@@ -251,9 +280,11 @@ def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: Kernel
 
     rows = args[row_argument]
     padded = {**args, row_argument: rows.new_empty(rounded(len(rows)), *rows.shape[1:], device="meta")}
-    if "n_tokens" in args:  # the kernel multiplies the rows of all tokens, although some need no queries
+    if "n_tokens" in args:
         return padded | {"n_tokens": 3}
-    return padded | ({"q_rows": rounded(args["q_rows"])} if "q_rows" in args else {})
+    if "q_rows" in args:
+        return padded | {"q_rows": rounded(len(rows) if kernel.constant("SHARES", 0) else args["q_rows"])}
+    return padded
 
 
 def recorded(
