@@ -107,7 +107,8 @@ NORM_LINEAR = LaunchConfigs(
 
 # Each step loads two tiles of weights, one of w1 and one of w3, and a block has two accumulators. The tiles are
 # therefore smaller, or the stages fewer, than in NORM_LINEAR. The public flow head has N = 9216, which makes 144 tiles
-# with 64 rows of each weight. A B200 has 148 multiprocessors, so SHARES is 0 on sm_10?.
+# with 64 rows of each weight. A B200 has 148 multiprocessors, so SHARES is 0 on sm_10?. An RTX 4090 has 128. With three
+# stages, three blocks fit on each, so all 288 tiles with 32 rows run at once.
 NORM_SWIGLU = LaunchConfigs(
     "norm_swiglu",
     """
@@ -161,14 +162,21 @@ NORM_SWIGLU = LaunchConfigs(
     sm_10?       *8     *        *    | 1       1          64       128      64       8          4
     sm_*         *      *        8    | 0       1          8        32       128      8          5
     sm_*         *      *        16   | 0       1          16       32       128      8          4
+    sm_8[69]     *      *        32   | 0       1          32       32       64       4          3
     sm_*         *      *        32   | 0       1          32       64       64       4          4
     sm_10?       *      *        48   | 0       3          16       64       64       4          4
+    sm_8[69]     *      *        48   | 0       3          16       32       64       4          3
     sm_*         *      *        48   | 0       3          16       32       64       4          4
     sm_10?       *      *        64   | 0       1          64       64       64       8          4
+    sm_8[69]     *      *        64   | 0       1          64       32       64       4          3
+    sm_12?       *      *        64   | 1       1          64       32       64       4          4
     sm_*         *      *        64   | 0       1          64       32       64       4          4
     sm_90        *      *        *    | 1       3          32       64       64       8          5
     sm_10?       *      *        96   | 0       3          32       64       64       8          4
     sm_10?       *      *        *    | 0       3          64       64       64       8          4
+    sm_80        *      *        96   | 1       3          32       64       64       8          4
+    sm_8?        *      *        96   | 1       3          32       32       64       8          4
+    sm_12?       bf16   *        96   | 1       3          32       64       64       8          4
     sm_12?       *      *        *    | 2       1          64       64       32       8          4
     sm_*         *      *        *    | 2       1          64       64       64       8          4
     """,
