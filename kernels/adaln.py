@@ -30,7 +30,7 @@ from .common import cast, dot
 from .launch_config import LaunchConfigs
 from .linear import expect_modulation, expect_rows
 from .operator import expect, operator
-from .overlap import OFF, wait_for_launches
+from .overlap import OFF, prefetch_rows, wait_for_launches
 
 __all__ = ["adaln_linear_silu", "adaln_modulation"]
 
@@ -196,10 +196,11 @@ def _adaln_linear_silu_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
-    wait_for_launches(OVERLAP)
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    prefetch_rows(p_w, o_n, N, 0, K, OVERLAP)
+    wait_for_launches(OVERLAP)
     o_k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [SPLIT, K]
     m_m, m_n = o_m < M, o_n < N
     eps = tl.full([], eps, tl.float32)  # torch.compile passes eps as fp64

@@ -30,7 +30,7 @@ from torch import Tensor
 from .common import cast, dot
 from .launch_config import LaunchConfigs, launch_options
 from .operator import expect, expect_batch, operator
-from .overlap import OFF, wait_for_launches
+from .overlap import OFF, prefetch_rows, wait_for_launches
 
 __all__ = ["codec_conv", "codec_dequantise", "codec_update_state"]
 
@@ -161,8 +161,10 @@ def _codec_conv_kernel(
     PAD_MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
-    wait_for_launches(OVERLAP)
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m, o_n, o_k = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    prefetch_rows(p_w, o_n, N, 0, (N_PAST + 1) * K, OVERLAP)
+    wait_for_launches(OVERLAP)
     parity = tl.load(p_parity).to(tl.int64)
     p_old, p_new = p_state + parity * B * N_PAST * K, p_state + (1 - parity) * B * N_PAST * K
     if i_n == tl.num_programs(1) - 1:  # the last column of blocks writes the rows that the next chunk needs
@@ -176,7 +178,6 @@ def _codec_conv_kernel(
                 b_x = _load_rows(p_x, p_old, i_b, b_t, b_fresh, c + o_c, m_c, T, K, N_PAST, PAD_MODE)
                 tl.store(p_new + (i_b * N_PAST + o_r)[:, None] * K + (c + o_c)[None, :], b_x, mask=m_c)
         return
-    o_m, o_n, o_k = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < B * T, o_n < N
     i_b, b_t = o_m // T, o_m % T
     b_fresh = tl.load(p_past + i_b, mask=m_m, other=0) == 0
