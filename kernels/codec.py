@@ -162,7 +162,7 @@ def _codec_conv_kernel(
     OVERLAP: tl.constexpr = OFF,
 ):  # fmt: skip
     i_m, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_m, o_n, o_k = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     prefetch_rows(p_w, o_n, N, 0, (N_PAST + 1) * K, OVERLAP)
     wait_for_launches(OVERLAP)
     parity = tl.load(p_parity).to(tl.int64)
@@ -178,7 +178,7 @@ def _codec_conv_kernel(
                 b_x = _load_rows(p_x, p_old, i_b, b_t, b_fresh, c + o_c, m_c, T, K, N_PAST, PAD_MODE)
                 tl.store(p_new + (i_b * N_PAST + o_r)[:, None] * K + (c + o_c)[None, :], b_x, mask=m_c)
         return
-    m_m, m_n = o_m < B * T, o_n < N
+    m_m, m_n, o_k = o_m < B * T, o_n < N, tl.arange(0, BLOCK_K)
     i_b, b_t = o_m // T, o_m % T
     b_fresh = tl.load(p_past + i_b, mask=m_m, other=0) == 0
     valid = tl.load(p_new_frames + i_b, mask=m_m, other=0) * rate

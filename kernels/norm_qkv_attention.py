@@ -10,9 +10,10 @@ values of these pairs. For each tile of rows and each key head, a counter counts
 of its values and of its query heads. The block that completes the last of these tiles computes their attention. This
 block reads what other blocks wrote, and the counter orders these writes before the reads.
 
-In the last layer, only the x tokens have queries, so a tile of queries has a third of the products of a tile of keys or
-values. With KV_COST > 1, only these products are computed, and a step of keys or values counts as KV_COST steps of
-queries where tiles are divided. With KV_COST = 1, the queries of all tokens are computed.
+In the last layer, only the x tokens need queries. So a tile of queries needs a third of the multiply-adds of a tile of
+keys or values. With KV_COST > 1, a launch computes only the queries that are needed, and a step of keys or values costs
+KV_COST steps of queries (shares.py). With KV_COST = 1, a launch multiplies the rows of all tokens, and does not store
+the queries that are not needed.
 """
 
 from dataclasses import replace
@@ -34,12 +35,13 @@ from .token_attention import expect_heads_of_tokens, expect_n_tokens
 
 __all__ = ["norm_qkv_attention"]
 
-# On a B200 and on AMD GPUs, two launches are predicted to be faster than one, so the table has no configs for them. On
-# an H100 with 32 requests, one launch is predicted to be 1 to 3 us slower. ROW_TILES is the number of tokens. A step of
+# On sm_100 and on AMD GPUs, two launches are predicted to be faster, so the table has no configs for these GPUs. On an
+# H100 with 32 requests, one launch is predicted to be 1 to 3 us slower. ROW_TILES is the number of tokens. A step of
 # the loop over pairs computes the attention of PAIRS pairs. With PAIR_STAGES > 1, the loads of PAIR_STAGES - 1 steps
 # are in flight. A step of four pairs has 48 KB of queries, keys and values, and most of it pads the rows to 16.
-# KV_COST is for the last layer. It is 1 where a step takes as long as the load of its weights, however many rows it
-# multiplies. Where bf16 and fp16 differ, fp16 would spill registers with the tiles of bf16.
+# KV_COST is for the last layer. It is 1 where loading a step's weights takes longer than multiplying the rows of all
+# tokens. On sm_80, blocks with 3 would have so many steps of queries that their instructions limit the time. Where bf16
+# and fp16 differ, fp16 would spill registers with the tiles of bf16.
 NORM_QKV_ATTENTION = LaunchConfigs(
     "norm_qkv_attention",
     """
@@ -48,10 +50,9 @@ NORM_QKV_ATTENTION = LaunchConfigs(
     sm_90       *16   24   | 1      1       3         8       64      128     8     1           8         5
     sm_90       *16   96   | 1      1       3         16      64      64      4     5           8         6
     sm_90       *16   *    | 1      1       3         32      128     64      4     5           8         5
-    sm_80       *16   48   | 1      1       3         8       64      64      8     1           8         4
+    sm_8?       *16   48   | 1      1       3         8       64      64      8     1           8         4
     sm_80       fp16  *    | 1      2       3         16      128     64      16    1           8         4
     sm_80       *16   *    | 1      2       3         32      128     64      16    1           8         4
-    sm_8?       *16   48   | 1      1       3         8       64      64      8     1           8         4
     sm_8?       *16   *    | 1      3       3         16      128     32      8     1           8         6
     sm_12?      fp16  48   | 1      1       3         8       64      64      4     1           8         4
     sm_12?      fp16  *    | 1      3       3         16      64      64      4     1           8         4
@@ -96,24 +97,24 @@ def _store_attention(
 
 
 @triton.jit
-def _add_tile(
-    p_x, p_norm, p_w, p_qkv, p_parts, p_arrived, o_m, B2, which, i_tile, i_n, n, stride_x, eps, first, end,
+def _compute_part(
+    p_x, p_norm, p_w, p_qkv, p_parts, p_arrived, o_m, B2, rows, which, i_tile, i_n, n, stride_x, eps, first, end,
     N: tl.constexpr, N_KV: tl.constexpr, K: tl.constexpr, NORM_FIRST: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr, CHEAP: tl.constexpr, KV_COST: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr, CHEAP_STEPS: tl.constexpr, KV_COST: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add the steps `first` to `end` of a tile, for the first TOKENS tokens of the pairs `o_m`.
+    """Compute this block's part of a tile of q | k | v, and store the tile if it is complete.
 
-    If the tile is complete, its columns of q | k | v are stored, and the result is true.
+    The part is the sum over the steps `first` to `end`, for the first TOKENS tokens of the pairs `o_m`. Rows from
+    `rows` on count as zero, and are not stored. The result is whether the tile is complete.
     """
-    rows = TOKENS * B2
     o_n = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
     blocks = norm_product(
         p_x, p_norm, p_w, None, o_m, B2, o_n, rows, o_n < n, stride_x, eps, first * BLOCK_K, end * BLOCK_K,
         K, NORM_FIRST, TOKENS, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     blocks, is_complete = add_parts(
-        blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N, CHEAP, KV_COST
+        blocks, p_parts, p_arrived, i_tile, first, end, TILES, STEPS, COUNT, BLOCK_M * BLOCK_N, CHEAP_STEPS, KV_COST
     )
     if is_complete:
         store_qkv(
@@ -137,11 +138,11 @@ def _norm_qkv_attention_kernel(
     HKV: tl.constexpr = N_KV // D
     TILES: tl.constexpr = (N + 2 * N_KV) // BLOCK_N
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    CHEAP: tl.constexpr = N // BLOCK_N * STEPS
+    CHEAP_STEPS: tl.constexpr = N // BLOCK_N * STEPS
     i_m = tl.program_id(0).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)  # pairs, and rows of the x tokens
     o_m = tl.where(o_m < B2, o_m, 3 * B2)  # past the last pair, no token has a row
-    start, stop = share_of_block(TILES * STEPS, CHEAP, KV_COST)
+    start, stop = share_of_block(TILES * STEPS, CHEAP_STEPS, KV_COST)
     _, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, start // STEPS, N, N_KV, BLOCK_N)
     o_first = tl.arange(0, BLOCK_N).to(tl.int64) + i_n * BLOCK_N
     prefetch_rows(p_w, o_first, n, start % STEPS * BLOCK_K, K, OVERLAP)
@@ -149,15 +150,18 @@ def _norm_qkv_attention_kernel(
     for i_tile in range(start // STEPS, tl.cdiv(stop, STEPS)):
         first, end = tl.maximum(start - i_tile * STEPS, 0), tl.minimum(stop - i_tile * STEPS, STEPS)
         which, p_w, n, i_n = weight_of_tile(p_q, p_k, p_v, i_tile, N, N_KV, BLOCK_N)
+        rows = tl.where(which == 0, N_TOKENS, 3) * B2
         if (which == 0) & (KV_COST > 1):
-            is_complete = _add_tile(
-                p_x, p_norm, p_w, p_qkv, p_parts, p_arrived, o_m, B2, which, i_tile, i_n, n, stride_x, eps, first, end,
-                N, N_KV, K, NORM_FIRST, TILES, STEPS, COUNT, CHEAP, KV_COST, N_TOKENS, BLOCK_M, BLOCK_N, BLOCK_K,
+            is_complete = _compute_part(
+                p_x, p_norm, p_w, p_qkv, p_parts, p_arrived, o_m, B2, rows, which, i_tile, i_n, n, stride_x, eps,
+                first, end, N, N_KV, K, NORM_FIRST, TILES, STEPS, COUNT, CHEAP_STEPS, KV_COST,
+                N_TOKENS, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
-            is_complete = _add_tile(
-                p_x, p_norm, p_w, p_qkv, p_parts, p_arrived, o_m, B2, which, i_tile, i_n, n, stride_x, eps, first, end,
-                N, N_KV, K, NORM_FIRST, TILES, STEPS, COUNT, CHEAP, KV_COST, ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+            is_complete = _compute_part(
+                p_x, p_norm, p_w, p_qkv, p_parts, p_arrived, o_m, B2, rows, which, i_tile, i_n, n, stride_x, eps,
+                first, end, N, N_KV, K, NORM_FIRST, TILES, STEPS, COUNT, CHEAP_STEPS, KV_COST,
+                ROW_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         if is_complete:
             i_kv = i_n * BLOCK_N // tl.where(which == 0, H // HKV * D, D)
@@ -182,8 +186,8 @@ def norm_qkv_attention_shares(wq: Tensor, wk: Tensor, dtype: torch.dtype, n_kv_h
 
 
 def _shares(constants: dict[str, Any], wq: Tensor, wk: Tensor, n_kv_heads: int, max_batch: int) -> Shares:
-    tiles, cheap = tiles_of_qkv(constants, wq, wk), len(wq) // constants["BLOCK_N"]
-    shares = Shares.of(constants, 6 * max_batch, tiles, constants["COUNT"], cheap, constants["KV_COST"])
+    tiles, cheap_tiles = tiles_of_qkv(constants, wq, wk), len(wq) // constants["BLOCK_N"]
+    shares = Shares.of(constants, 6 * max_batch, tiles, constants["COUNT"], cheap_tiles, constants["KV_COST"])
     return replace(shares, counters=shares.counters + shares.row_tiles * n_kv_heads)
 
 
@@ -206,7 +210,7 @@ def _heads_fit(D: int, n_heads: int, n_kv_heads: int) -> bool:
 
 def _constants(wq: Tensor, dtype: torch.dtype, n_tokens: int, max_batch: int) -> dict[str, Any]:
     constants = norm_constants(NORM_QKV_ATTENTION, wq, dtype, 6 * max_batch, "decode") | {"N_TOKENS": n_tokens}
-    return constants if n_tokens == 1 else constants | {"KV_COST": 1}
+    return constants if n_tokens == 1 else constants | {"KV_COST": 1}  # with three tokens, all steps cost the same
 
 
 def launch_norm_qkv_attention(

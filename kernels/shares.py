@@ -10,8 +10,9 @@ A tile that several blocks share is the sum of their parts. Each of these blocks
 steps to the tile's counter. The block that completes the counter adds up the parts in the order of K, whichever block
 that is. So the result does not depend on the order in which blocks run. The result depends on G.
 
-The steps of some tiles may take longer than others. Then the steps from ``CHEAP`` on count as ``COST`` steps each. With
-CHEAP = 4 and COST = 2, the tiles above have 4 + 2 * 8 = 20 counts, and block b begins at the fourth count::
+The steps of some tiles may take longer than others. Then each of the first CHEAP_STEPS steps costs 1, and each later
+step costs COST. Blocks get equal shares of the total cost. With CHEAP_STEPS = 4 and COST = 2, the total cost of the
+tiles above is 4 + 8 * 2 = 20, and the cost of a block is 4::
 
     tile      0  0  0  0  1  1  1  1  2  2  2  2
     block     a  a  a  a  b  b  c  c  d  d  e  e
@@ -32,7 +33,7 @@ from .launch_config import multiprocessors
 
 __all__ = ["Scratch", "Shares", "new_scratch"]
 
-ALL_EQUAL, ONE = tl.constexpr(0), tl.constexpr(1)  # all steps count once
+NO_CHEAP_STEPS, EQUAL_COST = tl.constexpr(0), tl.constexpr(1)  # the defaults: every step costs 1
 
 
 @dataclass(frozen=True)
@@ -49,31 +50,33 @@ class Scratch:
 
 
 @triton.jit
-def _first_step(i_block, TOTAL: tl.constexpr, CHEAP: tl.constexpr, COST: tl.constexpr):
-    """Return the first of TOTAL steps that block `i_block` computes. For the number of blocks, this is TOTAL."""
-    count = (TOTAL + (TOTAL - CHEAP) * (COST - 1)) * i_block // tl.num_programs(1)
+def _first_step(i_block, TOTAL: tl.constexpr, CHEAP_STEPS: tl.constexpr, COST: tl.constexpr):
+    """Return the first of TOTAL steps that block `i_block` computes. For the number of blocks, the result is TOTAL."""
+    cost_before = (TOTAL + (TOTAL - CHEAP_STEPS) * (COST - 1)) * i_block // tl.num_programs(1)
     if COST == 1:
-        return count
-    return tl.where(count < CHEAP, count, CHEAP + (count - CHEAP) // COST)
+        return cost_before
+    return tl.where(cost_before < CHEAP_STEPS, cost_before, CHEAP_STEPS + (cost_before - CHEAP_STEPS) // COST)
 
 
 @triton.jit
-def block_of_step(step, TOTAL: tl.constexpr, CHEAP: tl.constexpr, COST: tl.constexpr):
-    """Return the block that computes a step: the last one whose first step is not behind it."""
-    end = step + 1
+def block_of_step(step, TOTAL: tl.constexpr, CHEAP_STEPS: tl.constexpr, COST: tl.constexpr):
+    """Return the block that computes a step: the last block whose first step is not greater than `step`."""
+    cost = step + 1  # of all steps up to this one
     if COST > 1:
-        end += tl.maximum(end - CHEAP, 0) * (COST - 1)
-    return (end * tl.num_programs(1) - 1) // (TOTAL + (TOTAL - CHEAP) * (COST - 1))
+        cost += tl.maximum(cost - CHEAP_STEPS, 0) * (COST - 1)
+    return (cost * tl.num_programs(1) - 1) // (TOTAL + (TOTAL - CHEAP_STEPS) * (COST - 1))
 
 
 @triton.jit
-def share_of_block(TOTAL: tl.constexpr, CHEAP: tl.constexpr = ALL_EQUAL, COST: tl.constexpr = ONE):
+def share_of_block(
+    TOTAL: tl.constexpr, CHEAP_STEPS: tl.constexpr = NO_CHEAP_STEPS, COST: tl.constexpr = EQUAL_COST
+):  # fmt: skip
     """Return the first of TOTAL steps that this block computes, and the step after its last.
 
-    The steps from CHEAP on count as COST steps each.
+    Each of the first CHEAP_STEPS steps costs 1, and each later step costs COST.
     """
     i_block = tl.program_id(1)
-    return _first_step(i_block, TOTAL, CHEAP, COST), _first_step(i_block + 1, TOTAL, CHEAP, COST)
+    return _first_step(i_block, TOTAL, CHEAP_STEPS, COST), _first_step(i_block + 1, TOTAL, CHEAP_STEPS, COST)
 
 
 @triton.jit
@@ -98,7 +101,7 @@ def _offsets(b_v):
 def add_parts(
     blocks, p_parts, p_arrived, i_tile, first, end,
     TILES: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
-    CHEAP: tl.constexpr = ALL_EQUAL, COST: tl.constexpr = ONE,
+    CHEAP_STEPS: tl.constexpr = NO_CHEAP_STEPS, COST: tl.constexpr = EQUAL_COST,
 ):  # fmt: skip
     """Complete a tile, if this block has all its steps or is the last block to add its part.
 
@@ -111,10 +114,10 @@ def add_parts(
         end: the step after the part's last.
         TILES: number of tiles.
         STEPS: number of steps of a tile.
-        COUNT: the most arrays of a tile.
+        COUNT: the most arrays that `blocks` has for a tile of the launch.
         SIZE: the most elements of one array.
-        CHEAP: see :func:`share_of_block`.
-        COST: the same.
+        CHEAP_STEPS: number of steps that cost 1, see :func:`share_of_block`.
+        COST: the cost of each later step.
 
     Returns:
         The arrays and a bool. If it is true, the arrays are the sums over all steps; if false, they have no meaning.
@@ -132,13 +135,13 @@ def add_parts(
     start = i_tile * STEPS
     is_last = (arrived == STEPS) & (end - first < STEPS)
     # the blocks that have the tile's first step and its last; for a whole tile, no part is read
-    i_first = block_of_step(start, TILES * STEPS, CHEAP, COST)
-    i_end = tl.where(is_last, block_of_step(start + STEPS - 1, TILES * STEPS, CHEAP, COST) + 1, i_first)
+    i_first = block_of_step(start, TILES * STEPS, CHEAP_STEPS, COST)
+    i_end = tl.where(is_last, block_of_step(start + STEPS - 1, TILES * STEPS, CHEAP_STEPS, COST) + 1, i_first)
     sums = ()
     for i in tl.static_range(len(blocks)):
         sums = with_block(sums, tl.where(is_whole, blocks[i], 0.0))
     for j in range(i_first, i_end):
-        p_part = _part(p_parts, j, _first_step(j, TILES * STEPS, CHEAP, COST) <= start, COUNT, SIZE)
+        p_part = _part(p_parts, j, _first_step(j, TILES * STEPS, CHEAP_STEPS, COST) <= start, COUNT, SIZE)
         added = ()
         for i in tl.static_range(len(blocks)):
             # .cg bypasses the L1 cache, which may hold values from before the stores of other multiprocessors
@@ -168,7 +171,7 @@ class Shares:
 
     @classmethod
     def of(
-        cls, constants: Mapping[str, int], max_rows: int, tiles: int, count: int, cheap: int = 0, cost: int = 1
+        cls, constants: Mapping[str, int], max_rows: int, tiles: int, count: int, cheap_tiles: int = 0, cost: int = 1
     ) -> "Shares":
         """Return the division of a launch.
 
@@ -177,16 +180,16 @@ class Shares:
             max_rows: the rows that the launch is prepared for.
             tiles: tiles of the weight's rows.
             count: the most arrays that make up a part of a tile.
-            cheap: the first tiles whose steps count once.
-            cost: how often the other tiles' steps count.
+            cheap_tiles: number of tiles, from the first on, whose steps cost 1.
+            cost: the cost of each step of the other tiles.
         """
         if not constants["SHARES"]:
             return cls(0, 0, 0, 0)
         row_tiles = triton.cdiv(max_rows, constants["BLOCK_M"] * constants["ROW_TILES"])
-        # Each block has at least one step. A block without steps would store a part but add 0 to the tile's counter,
-        # and another block could read the part before it is stored.
-        counts = (tiles + (tiles - cheap) * (cost - 1)) * triton.cdiv(constants["K"], constants["BLOCK_K"])
-        blocks = min(max(constants["SHARES"] * multiprocessors() // row_tiles, 1), counts // cost)
+        # A share costs at least `cost`, so each block has a step. A block without steps would store a part, and add 0
+        # to the tile's counter. Another block could then read the part before it is stored.
+        total_cost = (tiles + (tiles - cheap_tiles) * (cost - 1)) * triton.cdiv(constants["K"], constants["BLOCK_K"])
+        blocks = min(max(constants["SHARES"] * multiprocessors() // row_tiles, 1), total_cost // cost)
         size = count * constants["BLOCK_M"] * constants["BLOCK_N"]
         return cls(blocks, row_tiles, row_tiles * blocks * 2 * size, row_tiles * tiles)
 

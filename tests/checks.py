@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import triton.language as tl
 from poison import GuardedMemory, assert_bands, guarded, guarded_args, spread
 from torch import Tensor
+from triton.runtime import interpreter
 
 from bench.ops.accuracy import judge
 from bench.ops.registry import Case, Entry, TensorMaker, each_tensor, listed, to_dtype
@@ -155,6 +158,24 @@ def assert_bytes_once(entry: Entry, case: Case, dtype: str, arch: str) -> None:
         assert sum(t.again for t in traffic) <= least * (row_tiles - 1), (
             f"{name} is loaded more than once by one of {row_tiles} row tiles: {traffic}"
         )
+
+
+def stand_in_for_overlap(
+    patch: pytest.MonkeyPatch, wait: Callable[[], Any] = lambda: None, prefetch: Callable[[Any], Any] = lambda _: None
+) -> None:
+    """Give Triton's interpreter the instructions of overlapping launches, which it does not have.
+
+    A kernel's wait calls `wait`, and a prefetch calls `prefetch` with the NumPy array of its addresses.
+    """
+
+    def inline_assembly(_: Any, assembly: str, constraints: str, values: Any, *rest: Any) -> SimpleNamespace:
+        assert assembly.startswith("prefetch.global.L2")
+        prefetch(values[0].data)
+        return SimpleNamespace(get_result=lambda i: None)
+
+    patch.setattr(tl.extra.cuda, "gdc_wait", wait)
+    patch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+    patch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", inline_assembly)
 
 
 def with_reference_codec(tts: "TTS") -> "TTS":

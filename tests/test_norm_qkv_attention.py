@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.ops.norm_qkv_attention import norm_qkv_attention_inputs, norm_qkv_attention_reference
 from bench.ops.registry import Case, Entry, TensorMaker, to_dtype
 from bench.static.machines import MACHINES
-from voxkern.kernels.launch_config import architecture, target_arch
+from voxkern.kernels.launch_config import architecture, override, target_arch
 from voxkern.kernels.norm_qkv_attention import (
     can_fuse_attention,
     launch_norm_qkv_attention,
@@ -61,10 +61,10 @@ def test_any_number_of_blocks_gives_the_right_result(blocks: int, n_tokens: int)
     torch.testing.assert_close(args["qkv"].double(), wide["qkv"], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("arch", ["interpreter", "sm_90", "sm_89"])
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90", "sm_80", "sm_89"])
 @pytest.mark.parametrize("n_tokens", [1, 3])
 def test_a_request_does_not_depend_on_the_others(n_tokens: int, arch: str, device: torch.device) -> None:
-    made = inputs(n_tokens=n_tokens, D=128 if arch == "sm_89" else 64)  # sm_89 has tiles of 128 rows of the weights
+    made = inputs(n_tokens=n_tokens, D=128 if arch.startswith("sm_8") else 64)  # a multiple of BLOCK_N
     args = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in made.items()}
     with own_or(arch, device, first="interpreter"):
         whole = norm_qkv_attention(**args)
@@ -84,10 +84,12 @@ def test_a_request_of_nan_stays_alone(device: torch.device) -> None:
     assert torch.equal(result[others], expected[others])
 
 
-def test_queries_that_are_not_needed_are_left_unchanged(device: torch.device) -> None:
+@pytest.mark.parametrize("kv_cost", [1, 3])
+def test_queries_that_are_not_needed_are_left_unchanged(kv_cost: int, device: torch.device) -> None:
     args = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in inputs(n_tokens=1).items()}
     args["qkv"] = torch.full_like(args["qkv"], 7.0)
-    norm_qkv_attention(**args)
+    with override("norm_qkv_attention", KV_COST=kv_cost):
+        norm_qkv_attention(**args)
     is_old = args["qkv"].eq(7.0)
     assert is_old[2 * B :, :256].all()
     assert not is_old[: 2 * B].any()
@@ -118,13 +120,13 @@ def test_which_sizes_fit_one_launch() -> None:
 
 @pytest.mark.interpreter("accesses of each block are recorded")
 @pytest.mark.parametrize(
-    ("edit", "name"),
+    ("edit", "case_name"),
     [
         pytest.param(
-            (", CHEAP, KV_COST\n    )", "\n    )"), "odd-last", id="parts are divided as if all steps were equal"
+            (", CHEAP_STEPS, KV_COST\n    )", "\n    )"), "odd-last", id="add_parts takes all steps to cost 1"
         ),
         pytest.param(
-            ("(which == 0) & (KV_COST > 1)", "(which >= 0) & (KV_COST > 1)"), "odd-last", id="keys of x alone"
+            ("(which == 0) & (KV_COST > 1)", "(which >= 0) & (KV_COST > 1)"), "odd-last", id="only x tokens have keys"
         ),
         pytest.param(
             ("(D // BLOCK_N) - 1:", "(D // BLOCK_N) - 2:"), "odd", id="a block does not wait for the last tile"
@@ -137,17 +139,19 @@ def test_which_sizes_fit_one_launch() -> None:
         pytest.param(("tl.store(p_counter, 0)", "pass"), "odd", id="the counter is not reset"),
     ],
 )
-def test_a_planted_fault_is_caught(edit: tuple[str, str], name: str) -> None:
+def test_a_planted_fault_is_caught(edit: tuple[str, str], case_name: str) -> None:
     entry = plant(entry_of("norm_qkv_attention"), edit)
-    case = case_of(entry, name)
+    case = case_of(entry, case_name)
     with pytest.raises((RuntimeError, AssertionError)):
         assert_right(entry, case)
 
 
 @pytest.mark.interpreter("accesses of each block are recorded")
-@pytest.mark.parametrize("name", ["odd", "odd-last"])
-def test_the_kernel_as_it_is_passes_the_checks(name: str) -> None:
-    assert_right(entry_of("norm_qkv_attention"), case_of(entry_of("norm_qkv_attention"), name))
+@pytest.mark.parametrize("case_name", ["odd", "odd-last"])
+@pytest.mark.parametrize("kv_cost", [1, 2, 3])
+def test_the_kernel_as_it_is_passes_the_checks(kv_cost: int, case_name: str) -> None:
+    with override("norm_qkv_attention", KV_COST=kv_cost):
+        assert_right(entry_of("norm_qkv_attention"), case_of(entry_of("norm_qkv_attention"), case_name))
 
 
 def assert_right(entry: Entry, case: Case) -> None:

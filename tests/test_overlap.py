@@ -9,13 +9,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from checks import stand_in_for_overlap
 from fresh_process import run_python
 from triton.runtime import interpreter
 
@@ -187,10 +187,7 @@ def test_the_launches_of_a_loaded_model_overlap(tiny_folder: Path, monkeypatch: 
 
 @contextlib.contextmanager
 def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Record the starts, waits and accesses of all programs, in order, in Triton's interpreter.
-
-    The interpreter has no wait and no prefetch, so stand-ins take their places.
-    """
+    """Record the starts, waits and accesses of all programs, in order, in Triton's interpreter."""
     builder, events = interpreter.InterpreterBuilder, list[str]()
 
     def note(name: str, event: str) -> None:
@@ -206,9 +203,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         for name in filter(re.compile(ACCESS).fullmatch, dir(builder)):
             note(name, name)
         note("set_grid_idx", "start")
-        patch.setattr(tl.extra.cuda, "gdc_wait", lambda: events.append("wait"))
-        patch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
-        patch.setattr(builder, "create_inline_asm", lambda *_: SimpleNamespace(get_result=lambda i: None))
+        stand_in_for_overlap(patch, wait=lambda: events.append("wait"))
         yield events
 
 

@@ -49,7 +49,7 @@ from voxkern.reference import Config
 from voxkern.reference.codec import AudioTokenizer
 
 # requests -> DRAM bytes of flow head and backbone, as ``python -m bench frame`` prints them
-COUNTED = {1: (4.751e9, 6.056e9), 32: (5.623e9, 6.137e9)}
+COUNTED = {1: (4.751e9, 6.056e9), 32: (5.615e9, 6.137e9)}
 HEADS = {1: 95, 32: 95}  # requests -> launches of the flow head
 
 
@@ -247,7 +247,7 @@ def test_rows_that_pad_a_tile_take_their_time() -> None:
 
 
 def test_rows_without_queries_take_their_time_in_a_launch_with_shares() -> None:
-    """In the last layer, 64 of 192 rows have queries. The third of the blocks that has these rows has all products."""
+    """In the last layer, 64 of 192 rows have queries: one of three tiles of rows. Its blocks multiply q, k and v."""
     layers = [one for one in frame_on(GPUS["MI300X"], 32, 7)["flow head"] if one.operator == "norm_qkv"]
     (last,) = [one for one in layers if one.rows == 192 and one.multiply_adds < 192 * 6144 * 3072]
     assert last.multiply_adds == (64 * 4096 + 192 * 2048) * 3072
@@ -256,12 +256,12 @@ def test_rows_without_queries_take_their_time_in_a_launch_with_shares() -> None:
     assert predict([replace(last, times=1)], slow) == pytest.approx(2.2e-6 + a_block / (0.5e12 / 304), rel=1e-6)
 
 
-def test_products_divided_by_their_cost_by_hand() -> None:
+def test_steps_that_cost_their_multiply_adds_by_hand() -> None:
     """On an RTX 4090, 64 pairs are 4 tiles of 16, and each divides 48 tiles of 96 steps among 32 blocks.
 
-    Of the tiles, 32 are of queries, whose steps count once, and 16 of keys and values, whose steps count three times.
-    A block counts (32 + 3 * 16) * 96 / 32 = 240. With queries, it has 240 steps of 3 tiles, where the mean is 144.
-    A step loads 8 KB of weights, and 5 steps are in flight.
+    Of the tiles, 32 are of queries, whose steps cost 1, and 16 are of keys and values, whose steps cost 3. The cost of
+    a block is (32 + 3 * 16) * 96 / 32 = 240. A block with only queries has 240 steps, in 3 tiles; the mean is 144. A
+    step loads 8 KB of weights, and 5 steps are in flight.
     """
     gpu = GPUS["RTX 4090"]
     launches = [one for one in frame_on(gpu, 32, 7)["flow head"] if one.operator == "norm_qkv_attention"]
@@ -269,9 +269,10 @@ def test_products_divided_by_their_cost_by_hand() -> None:
     assert last.kernel is not None
     assert last.kernel.grid == (4, 32, 1)
     assert last.kernel.pieces[0] == 3
-    assert last.kernel.largest_share == 240 / 144
+    assert last.kernel.step_imbalance == 240 / 144
     assert last.padded_multiply_adds == (64 * 4096 + 192 * 2048) * 3072
-    waits, attention = 2.2e-6 + 3 * 0.7e-6, 2 * 16 * (2 * 4 + 6) * 128 * 128  # the second is divided by L2's bandwidth
+    waits = 2.2e-6 + 3 * 0.7e-6  # seconds
+    attention = 2 * 16 * (2 * 4 + 6) * 128 * 128  # bytes through L2, if every multiprocessor moved a block's
     by_hand = waits + attention / 4.9e12 + 2 * last.padded_multiply_adds / 0.5e12
     assert predict([last], replace(gpu, flops=1e12)) == pytest.approx(by_hand, rel=1e-6)
     loads = (240 * 8192 + last.moved / 128) / (5 * 8192) * 0.7e-6 + 2 * 0.7e-6
@@ -279,10 +280,11 @@ def test_products_divided_by_their_cost_by_hand() -> None:
     assert predict([last], fast) == pytest.approx(waits + attention / 1e15 + loads, rel=1e-6)
 
 
-def test_products_divided_by_less_than_their_cost_by_hand() -> None:
-    """On an A100, a step of keys or values counts as two steps of queries, but has three times their products.
+def test_steps_that_cost_less_than_their_multiply_adds_by_hand() -> None:
+    """On an A100, a step of keys or values costs 2, but has three times the multiply-adds of a step of queries.
 
-    The launch takes as long as its blocks of keys or values. Of the counts, (32 + 2 * 16) * 48, each block has a 54th.
+    So blocks with only keys or values take longest. Each of 54 blocks has an equal share of the total cost,
+    (32 + 2 * 16) * 48.
     """
     gpu = GPUS["A100 80GB"]
     launches = [one for one in frame_on(gpu, 32, 7)["flow head"] if one.operator == "norm_qkv_attention"]

@@ -17,6 +17,7 @@ from plant import case_of, entry_of
 from torch import Tensor
 
 from bench.ops.registry import ROOT, TensorMaker
+from bench.static.work import pieces_of_shares
 from voxkern.kernels.launch_config import override, target_arch
 from voxkern.kernels.linear import launch_linear, linear, linear_shares
 from voxkern.kernels.norm_linear import launch_norm_swiglu, norm_swiglu_shares
@@ -101,43 +102,58 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_rows(row_tiles: int) -> None
 
 
 @triton.jit
-def record_kernel(p_bounds, p_owners, TOTAL: tl.constexpr, CHEAP: tl.constexpr, COST: tl.constexpr):
-    start, stop = share_of_block(TOTAL, CHEAP, COST)
+def record_kernel(p_bounds, p_owners, TOTAL: tl.constexpr, CHEAP_STEPS: tl.constexpr, COST: tl.constexpr):
+    start, stop = share_of_block(TOTAL, CHEAP_STEPS, COST)
     tl.store(p_bounds + 2 * tl.program_id(1), start)
     tl.store(p_bounds + 2 * tl.program_id(1) + 1, stop)
     for step in range(start, stop):
-        tl.store(p_owners + step, block_of_step(step, TOTAL, CHEAP, COST))
+        tl.store(p_owners + step, block_of_step(step, TOTAL, CHEAP_STEPS, COST))
 
 
-def shares_of(blocks: int, total: int, cheap: int, cost: int, device: torch.device) -> tuple[list[list[int]], Tensor]:
-    """Return the first step and the end of each block's share, and the block that each step is said to belong to."""
+def shares_of(
+    blocks: int, total: int, cheap_steps: int, cost: int, device: torch.device
+) -> tuple[list[list[int]], Tensor]:
+    """Return each block's first step and end, and the block that `block_of_step` gives for each step."""
     bounds = torch.full((blocks, 2), -1, dtype=torch.int32, device=device)
     owners = torch.full((total,), -1, dtype=torch.int32, device=device)
-    record_kernel[(1, blocks)](bounds, owners, TOTAL=total, CHEAP=cheap, COST=cost)
+    record_kernel[(1, blocks)](bounds, owners, TOTAL=total, CHEAP_STEPS=cheap_steps, COST=cost)
     return bounds.tolist(), owners
 
 
 def test_steps_of_unequal_cost_by_hand(device: torch.device) -> None:
-    """The picture of shares.py: 4 steps count once and 8 count twice, so each of 5 blocks has a count of 4."""
+    """The example in shares.py: 4 steps cost 1 and 8 steps cost 2, so each of 5 blocks has a cost of 4."""
     bounds, owners = shares_of(5, 12, 4, 2, device)
     assert bounds == [[0, 4], [4, 6], [6, 8], [8, 10], [10, 12]]
     assert owners.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 @pytest.mark.parametrize(
-    ("total", "cheap", "cost"), [(1, 0, 1), (12, 0, 1), (12, 4, 2), (13, 5, 3), (30, 29, 3), (30, 0, 3), (17, 17, 2)]
+    ("total", "cheap_steps", "cost"),
+    [(1, 0, 1), (12, 0, 1), (12, 4, 2), (13, 5, 3), (30, 29, 3), (30, 0, 3), (17, 17, 2)],
 )
-def test_every_step_has_one_block(total: int, cheap: int, cost: int, device: torch.device) -> None:
-    """Shares follow each other, none is empty, and their counts differ by less than the cost of two steps."""
-    counts = total + (total - cheap) * (cost - 1)
-    for blocks in range(1, counts // cost + 1):
-        bounds, owners = shares_of(blocks, total, cheap, cost, device)
+def test_every_step_has_one_block(total: int, cheap_steps: int, cost: int, device: torch.device) -> None:
+    """Shares are contiguous and not empty. Each share's cost differs from the mean by less than that of two steps."""
+    total_cost = total + (total - cheap_steps) * (cost - 1)
+    for blocks in range(1, total_cost // cost + 1):
+        bounds, owners = shares_of(blocks, total, cheap_steps, cost, device)
         assert [start for start, _ in bounds] + [total] == [0] + [stop for _, stop in bounds]
         for i, (start, stop) in enumerate(bounds):
             assert start < stop
             assert owners[start:stop].eq(i).all()
-            count = sum(1 if step < cheap else cost for step in range(start, stop))
-            assert abs(count - counts / blocks) < 2 * cost
+            mine = sum(1 if step < cheap_steps else cost for step in range(start, stop))
+            assert abs(mine - total_cost / blocks) < 2 * cost
+
+
+@pytest.mark.parametrize(("tiles", "steps", "cheap_tiles", "cost"), [(3, 4, 0, 1), (3, 4, 1, 2), (12, 6, 8, 3)])
+def test_the_model_divides_tiles_as_the_kernels_do(
+    tiles: int, steps: int, cheap_tiles: int, cost: int, device: torch.device
+) -> None:
+    for blocks in (1, 2, 3, 5, 7):
+        bounds, _ = shares_of(blocks, tiles * steps, cheap_tiles * steps, cost, device)
+        shares = [[step // steps for step in range(start, stop)] for start, stop in bounds]  # the tile of each step
+        most = max(len(set(share)) for share in shares)
+        parts = sum(0 < share.count(tile) < steps for share in shares for tile in range(tiles))
+        assert pieces_of_shares(blocks, tiles, steps, cheap_tiles, cost) == (most, parts)
 
 
 @pytest.mark.interpreter("the number of blocks is set")
@@ -147,8 +163,8 @@ def test_sizes_by_hand() -> None:
     with target_arch("sm_90", 25):
         shares = Shares.of(constants, 100, 7, 5)
         assert Shares.of(constants | {"K": 60}, 100, 7, 5).blocks == 14  # 2 steps of each of 7 tiles
-        # the steps of 4 tiles count once, and those of 3 tiles three times: 26 in all, and a block has at least 3
-        assert Shares.of(constants | {"K": 60}, 100, 7, 5, cheap=4, cost=3).blocks == 8
+        # 2 steps of each of 4 tiles cost 1, and of each of 3 tiles 3: the total is 26, and 26 // 3 = 8
+        assert Shares.of(constants | {"K": 60}, 100, 7, 5, cheap_tiles=4, cost=3).blocks == 8
     assert shares == Shares(blocks=16, row_tiles=3, floats=3 * 16 * 2 * 5 * 16 * 32, counters=21)
     assert shares.grid(constants, 49, 7) == (2, 16)
     with pytest.raises(ValueError, match="has 145 rows, but is prepared for 3 tiles"):

@@ -13,7 +13,8 @@ set of blocks that run at once, by the ledger's occupancy. A wave takes the long
 - the wave's bytes from memory, at the share of the bandwidth that streaming reaches,
 - the wave's bytes through L2, where tiles of rows read the weights again, and tiles of columns the activations,
 - the bytes of one block, of which the ledger's bytes in flight arrive in each latency (Little's law),
-- the wave's multiply-adds with the padding of tiles, at the share of the dense rate that thin tiles reach,
+- the wave's multiply-adds with the padding of tiles, at the share of the dense rate that thin tiles reach (see
+  ``Work.padded_multiply_adds``),
 - the wave's instructions; a multiprocessor issues four a clock, or one on AMD GPUs. The ledger counts the instructions
   of each step of a product, which include the widening of 8-bit weights.
 
@@ -193,11 +194,11 @@ def running(one: Work, gpu: GPU, assume: Assumptions, resident: int, step: int =
     flop_rate = gpu.flops * assume.dense / gpu.multiprocessors  # of one multiprocessor, 1/s
     blocks, row_tiles = kernel.blocks, kernel.grid[0]  # all kernels have tiles of rows, or requests, along x
     flops = 2 * one.padded_multiply_adds / blocks
-    streamed = one.weights * row_tiles * kernel.largest_share / blocks  # bytes of weights of one block
-    alone = (streamed + (one.cache + one.moved) / blocks) / in_flight(one, gpu.arch) * assume.latency
+    weights = one.weights * row_tiles * kernel.step_imbalance / blocks  # bytes, of the block with the most steps
+    alone = (weights + (one.cache + one.moved) / blocks) / in_flight(one, gpu.arch) * assume.latency
     alone += (kernel.pieces[0] - 1) * assume.latency  # the pipeline fills again for each tile
     issue_rate = MACHINES[gpu.arch].issue_rate * gpu.clock
-    instructions = kernel.warps * step * streamed / max(stage_bytes(one), 1)  # of a block
+    instructions = kernel.warps * step * weights / max(stage_bytes(one), 1)  # of the same block
     alone = max(alone, instructions / min(kernel.warps / 4, 1) / issue_rate)  # a warp runs on one of four units
     # what all blocks take together, in proportion to their number
     dram = one.dram + parts_bytes(one)  # parts are written to memory, but read while they are still in L2

@@ -68,7 +68,8 @@ def _tiled(one: Work, kernel: KernelLaunch, gpu: GPU, tiles: dict[str, int], war
     made = KernelLaunch(kernel.kernel, (row_tiles, shared_by, 1), constants, warps, stages)
     if not tiles["SHARES"]:
         made = replace(made, grid=(row_tiles, made.weight_tiles, 1))
-    padded = one.multiply_adds * row_tiles * height // one.rows
+    of_a_row = one.padded_multiply_adds / kernel.multiply_adds_factor / kernel.padded_rows
+    padded = round(of_a_row * made.padded_rows * made.multiply_adds_factor)
     return replace(one, kernel=made, padded_multiply_adds=padded)
 
 

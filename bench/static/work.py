@@ -94,33 +94,37 @@ class KernelLaunch:
         return -(-self.constant("N") // tile) + 2 * -(-n_kv // tile)
 
     @property
+    def padded_rows(self) -> int:
+        """Number of rows of activations, with those that pad the tiles of rows."""
+        return self.grid[0] * self.constant("BLOCK_M", self.constant("BLOCK_B")) * self.constant("ROW_TILES")
+
+    @property
     def pieces(self) -> tuple[int, int]:
         """The most tiles that one block works on, and the number of parts of tiles that all blocks store."""
         if not self.constant("SHARES", 0):
             return 1, 0
         steps, cost = -(-self.constant("K") // self.constant("BLOCK_K")), self.constant("KV_COST")
-        most, parts = _pieces(self.grid[1], self.column_tiles, steps, self._cheap_tiles, cost)
+        most, parts = pieces_of_shares(self.grid[1], self.column_tiles, steps, self._cheap_tiles, cost)
         return most, self.grid[0] * parts
 
     @property
-    def largest_share(self) -> float:
-        """The most steps of a block, over the mean of all blocks."""
+    def step_imbalance(self) -> float:
+        """The most steps of a block, divided by the mean number of steps, if a block has only steps that cost 1."""
         tiles, cost = self.column_tiles, self.constant("KV_COST")
         return (tiles + (tiles - self._cheap_tiles) * (cost - 1)) / tiles
 
     @property
-    def largest_product(self) -> float:
-        """The most multiply-adds of a block, over the mean of all blocks if every step had all rows."""
+    def multiply_adds_factor(self) -> float:
+        """The most multiply-adds of a block, divided by the mean if every step multiplied the rows of all tokens."""
         cost = self.constant("KV_COST")
-        return (
-            self.largest_share * max(self.constant("N_TOKENS") / self.constant("ROW_TILES"), 1 / cost)
-            if cost > 1
-            else 1.0
-        )
+        if cost == 1:
+            return 1.0
+        # the most steps are all of queries, or a KV_COST-th as many steps are all of keys or values
+        return self.step_imbalance * max(self.constant("N_TOKENS") / self.constant("ROW_TILES"), 1 / cost)
 
     @property
     def _cheap_tiles(self) -> int:
-        """Number of tiles whose steps count once where tiles are divided among blocks, see kernels/shares.py."""
+        """Number of tiles whose steps cost 1 where blocks share tiles, see kernels/shares.py."""
         return -(-self.constant("N") // self.constant("BLOCK_N"))
 
     def constant(self, name: str, missing: int = 1) -> int:
@@ -129,12 +133,13 @@ class KernelLaunch:
 
 
 @functools.cache
-def _pieces(blocks: int, tiles: int, steps: int, cheap_tiles: int, cost: int) -> tuple[int, int]:
+def pieces_of_shares(blocks: int, tiles: int, steps: int, cheap_tiles: int, cost: int) -> tuple[int, int]:
     """Return :attr:`KernelLaunch.pieces` for one tile of rows, `tiles` tiles of columns, and `steps` steps of each."""
-    cheap, most, parts = cheap_tiles * steps, 0, 0
-    counts = tiles * steps + (tiles * steps - cheap) * (cost - 1)
-    bounds = [counts * i // blocks for i in range(blocks + 1)]
-    for first, end in itertools.pairwise(n if n < cheap else cheap + (n - cheap) // cost for n in bounds):
+    cheap_steps, most, parts = cheap_tiles * steps, 0, 0
+    total_cost = tiles * steps + (tiles * steps - cheap_steps) * (cost - 1)
+    before = [total_cost * i // blocks for i in range(blocks + 1)]  # the cost of all steps before each block's
+    firsts = [one if one < cheap_steps else cheap_steps + (one - cheap_steps) // cost for one in before]
+    for first, end in itertools.pairwise(firsts):
         mine = range(first // steps, -(-end // steps))
         most = max(most, len(mine))
         parts += sum(first > tile * steps or end < (tile + 1) * steps for tile in mine)
@@ -155,7 +160,8 @@ class Work:
         moved: bytes of activations that one launch reads and writes.
         columns_read: bytes of activations that each column of tiles reads.
         multiply_adds: multiply-adds of one launch's products.
-        padded_multiply_adds: the same, with the rows that pad the tiles.
+        padded_multiply_adds: the most multiply-adds of a block, times the number of blocks. They include the rows that
+            pad the tiles, and where blocks share tiles, also the queries of rows without queries.
     """
 
     operator: str
@@ -263,15 +269,15 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> Work:
         weights=traffic.weights, cache=traffic.cache, moved=traffic.moved,
         columns_read=sum(tensor.numel() * tensor.element_size() for tensor in columns_read),
         multiply_adds=entry.multiply_adds(args),
-        padded_multiply_adds=round(padded * (kernel.largest_product if kernel else 1.0)),
+        padded_multiply_adds=round(padded * (kernel.multiply_adds_factor if kernel else 1.0)),
     )  # fmt: skip
 
 
 def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: KernelLaunch) -> dict[str, Any]:
-    """Return the arguments with the rows and `q_rows` rounded up to whole tiles of rows.
+    """Return the arguments with whole tiles of rows, and with queries of all rows that the launch's time includes.
 
-    With shares, blocks for rows without queries have nothing to do in the steps of queries, but no block takes over
-    another one's steps. The launch takes as long as if all rows had queries.
+    With shares, blocks whose rows have no queries are idle in the steps of queries. Steps of other blocks are not moved
+    to them, so the launch takes as long as if all rows had queries.
     """
     tile = kernel.constant("BLOCK_M", kernel.constant("BLOCK_B")) * kernel.constant("ROW_TILES")
 
@@ -280,7 +286,7 @@ def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: Kernel
 
     rows = args[row_argument]
     padded = {**args, row_argument: rows.new_empty(rounded(len(rows)), *rows.shape[1:], device="meta")}
-    if "n_tokens" in args:
+    if "n_tokens" in args:  # all tokens; multiply_adds_factor takes off what a kernel does not multiply
         return padded | {"n_tokens": 3}
     if "q_rows" in args:
         return padded | {"q_rows": rounded(len(rows) if kernel.constant("SHARES", 0) else args["q_rows"])}
