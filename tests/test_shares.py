@@ -144,16 +144,16 @@ def test_every_step_has_one_block(total: int, cheap_steps: int, cost: int, devic
             assert abs(mine - total_cost / blocks) < 2 * cost
 
 
-@pytest.mark.parametrize(("tiles", "steps", "cheap_tiles", "cost"), [(3, 4, 0, 1), (3, 4, 1, 2), (12, 6, 8, 3)])
+@pytest.mark.parametrize(("n_tiles", "steps", "cheap_tiles", "cost"), [(3, 4, 0, 1), (3, 4, 1, 2), (12, 6, 8, 3)])
 def test_the_model_divides_tiles_as_the_kernels_do(
-    tiles: int, steps: int, cheap_tiles: int, cost: int, device: torch.device
+    n_tiles: int, steps: int, cheap_tiles: int, cost: int, device: torch.device
 ) -> None:
     for blocks in (1, 2, 3, 5, 7):
-        bounds, _ = shares_of(blocks, tiles * steps, cheap_tiles * steps, cost, device)
+        bounds, _ = shares_of(blocks, n_tiles * steps, cheap_tiles * steps, cost, device)
         shares = [[step // steps for step in range(start, stop)] for start, stop in bounds]  # the tile of each step
         most = max(len(set(share)) for share in shares)
-        parts = sum(0 < share.count(tile) < steps for share in shares for tile in range(tiles))
-        assert pieces_of_shares(blocks, tiles, steps, cheap_tiles, cost) == (most, parts)
+        parts = sum(0 < share.count(tile) < steps for share in shares for tile in range(n_tiles))
+        assert pieces_of_shares(blocks, n_tiles, steps, cheap_tiles, cost) == (most, parts)
 
 
 @pytest.mark.interpreter("the number of blocks is set")
