@@ -118,7 +118,7 @@ def bytes_of(sector: int) -> bytes:
 
 @pytest.mark.parametrize(("entry", "case"), ODD, ids=lambda one: one.name)
 def test_an_operator_prefetches_only_its_weights(entry: Entry, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a launch prefetches, it also loads. A program loads the first bytes of each row that it prefetches itself."""
+    """A launch loads what it prefetches. A program loads the first bytes of each row that it prefetches itself."""
     args = entry.args(case, TensorMaker.of(case.float_dtype))
     weights = [args[name] for name in entry.weights if isinstance(args[name], Tensor)]
     with recording(monkeypatch) as found:
