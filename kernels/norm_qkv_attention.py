@@ -40,8 +40,8 @@ __all__ = ["norm_qkv_attention"]
 # the loop over pairs computes the attention of PAIRS pairs. With PAIR_STAGES > 1, the loads of PAIR_STAGES - 1 steps
 # are in flight. A step of four pairs has 48 KB of queries, keys and values, and most of it pads the rows to 16.
 # KV_COST is for the last layer. It is 1 where loading a step's weights takes longer than multiplying the rows of all
-# tokens. On sm_80, blocks with 3 would have so many steps of queries that their instructions limit the time. Where bf16
-# and fp16 differ, fp16 would spill registers with the tiles of bf16.
+# tokens. It is 2 on sm_80: with 3, the instructions of the many steps of queries would limit the time. Where bf16 and
+# fp16 differ, fp16 would spill registers with the tiles of bf16.
 NORM_QKV_ATTENTION = LaunchConfigs(
     "norm_qkv_attention",
     """
