@@ -39,7 +39,7 @@ __all__ = ["linear"]
 # every unit a block. gfx950 has 160 KB of shared memory instead of 64, into which it copies asynchronously.
 # If two warps use the same rows of 8-bit weights, both widen them. Most small tiles therefore have one warp for every
 # 16 rows of weights. In a large tile, widening costs little beside the products with many rows of x.
-# 65 to 96 rows are a tile of 3 * 32 rows. Tiles of 64 rows would pad 96 rows to 128.
+# 65 to 96 rows use one tile of 3 * 32 rows, because tiles of 64 rows would pad 96 rows to 128.
 # A codec launch may have more rows than `max_rows`, because a chunk may have many frames. So its SHARES is 0.
 LINEAR = LaunchConfigs(
     "linear",

@@ -109,7 +109,7 @@ NORM_LINEAR = LaunchConfigs(
 # therefore smaller, or the stages fewer, than in NORM_LINEAR. The public flow head has N = 9216, which makes 144 tiles
 # with 64 rows of each weight. A B200 has 148 multiprocessors, so SHARES is 0 on sm_10?. An RTX 4090 has 128
 # multiprocessors. With three stages, three blocks fit on a multiprocessor, so all 288 tiles with 32 rows of each weight
-# run at once. For 65 to 96 rows, tiles of 3 * 32 rows waste no products; tiles of 64 would pad 96 rows to 128.
+# run at once. 65 to 96 rows use one tile of 3 * 32 rows, because tiles of 64 rows would pad 96 rows to 128.
 NORM_SWIGLU = LaunchConfigs(
     "norm_swiglu",
     """

@@ -11,9 +11,9 @@ of its values and of its query heads. The block that completes the last of these
 block reads what other blocks wrote, and the counter orders these writes before the reads.
 
 In the last layer, only the x tokens need queries. So a tile of queries needs a third of the multiply-adds of a tile of
-keys or values. With KV_COST > 1, a launch computes only the queries that are needed, and a step of keys or values costs
-KV_COST steps of queries (shares.py). With KV_COST = 1, a launch multiplies the rows of all tokens, and does not store
-the queries that are not needed.
+keys or values. With KV_COST > 1, a launch computes only the queries that are needed. The division among blocks
+(shares.py) counts a step of keys or values as KV_COST steps of queries. With KV_COST = 1, a launch multiplies the rows
+of all tokens, and does not store the queries that are not needed.
 """
 
 from dataclasses import replace
@@ -39,9 +39,10 @@ __all__ = ["norm_qkv_attention"]
 # H100 with 32 requests, one launch is predicted to be 1 to 3 us slower. ROW_TILES is the number of tokens. A step of
 # the loop over pairs computes the attention of PAIRS pairs. With PAIR_STAGES > 1, the loads of PAIR_STAGES - 1 steps
 # are in flight. A step of four pairs has 48 KB of queries, keys and values, and most of it pads the rows to 16.
-# KV_COST is for the last layer. It is 1 where loading a step's weights takes longer than multiplying the rows of all
-# tokens. It is 2 on sm_80: with 3, the instructions of the many steps of queries would limit the time. Where bf16 and
-# fp16 differ, fp16 would spill registers with the tiles of bf16.
+# KV_COST has an effect in the last layer only. KV_COST is 1 where loading a step's weights takes longer than
+# multiplying the rows of all tokens. Elsewhere, KV_COST is 3, the ratio of the multiply-adds. On sm_80, KV_COST is 2:
+# with 3, a block could have so many steps of queries that their instructions limit the time. Where bf16 and fp16
+# differ, fp16 would spill registers with the tiles of bf16.
 NORM_QKV_ATTENTION = LaunchConfigs(
     "norm_qkv_attention",
     """

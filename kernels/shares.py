@@ -51,7 +51,7 @@ class Scratch:
 
 @triton.jit
 def _first_step(i_block, TOTAL: tl.constexpr, CHEAP_STEPS: tl.constexpr, COST: tl.constexpr):
-    """Return the first of TOTAL steps that block `i_block` computes. For the number of blocks, the result is TOTAL."""
+    """Return the first of TOTAL steps that block `i_block` computes, or TOTAL if `i_block` is the number of blocks."""
     cost_before = (TOTAL + (TOTAL - CHEAP_STEPS) * (COST - 1)) * i_block // tl.num_programs(1)
     if COST == 1:
         return cost_before
@@ -60,7 +60,7 @@ def _first_step(i_block, TOTAL: tl.constexpr, CHEAP_STEPS: tl.constexpr, COST: t
 
 @triton.jit
 def block_of_step(step, TOTAL: tl.constexpr, CHEAP_STEPS: tl.constexpr, COST: tl.constexpr):
-    """Return the block that computes a step: the last block whose first step is not greater than `step`."""
+    """Return the block that computes a step: the last block with a first step of at most `step`."""
     cost = step + 1  # of all steps up to this one
     if COST > 1:
         cost += tl.maximum(cost - CHEAP_STEPS, 0) * (COST - 1)
@@ -114,7 +114,7 @@ def add_parts(
         end: the step after the part's last.
         TILES: number of tiles.
         STEPS: number of steps of a tile.
-        COUNT: the most arrays that `blocks` has for a tile of the launch.
+        COUNT: the largest number of arrays in `blocks`, over all tiles of the launch.
         SIZE: the most elements of one array.
         CHEAP_STEPS: number of steps that cost 1, see :func:`share_of_block`.
         COST: the cost of each later step.
@@ -179,8 +179,8 @@ class Shares:
             constants: the launch config, and K. SHARES are blocks per multiprocessor, or 0 for one tile in each block.
             max_rows: the rows that the launch is prepared for.
             tiles: tiles of the weight's rows.
-            count: the most arrays that make up a part of a tile.
-            cheap_tiles: number of tiles, from the first on, whose steps cost 1.
+            count: the largest number of arrays in one part of a tile.
+            cheap_tiles: number of tiles, from the first on, with steps that cost 1.
             cost: the cost of each step of the other tiles.
         """
         if not constants["SHARES"]:

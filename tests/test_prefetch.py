@@ -31,7 +31,7 @@ from voxkern.random_checkpoint import TINY_MOE, make_checkpoint
 
 pytestmark = pytest.mark.interpreter("addresses are recorded in the interpreter")
 ODD = [(entry, case) for entry in entries() for case in entry.cases if not case.public]
-# operators whose kernels stream weights at addresses that are known before the wait
+# operators that stream weights at addresses known before the wait
 PREFETCHING = {
     "adaln_linear_silu", "codec_conv", "linear", "norm_linear", "norm_qkv", "norm_qkv_append", "norm_qkv_attention",
     "norm_swiglu", "semantic_argmax", "token_attention_linear",
@@ -118,7 +118,7 @@ def bytes_of(sector: int) -> bytes:
 
 @pytest.mark.parametrize(("entry", "case"), ODD, ids=lambda one: one.name)
 def test_an_operator_prefetches_only_its_weights(entry: Entry, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch loads what it prefetches. A program loads the first bytes of each row that it prefetches itself."""
+    """A launch loads what it prefetches. A program that loads weights loads the first bytes of each prefetched row."""
     args = entry.args(case, TensorMaker.of(case.float_dtype))
     weights = [args[name] for name in entry.weights if isinstance(args[name], Tensor)]
     with recording(monkeypatch) as found:

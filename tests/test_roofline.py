@@ -259,9 +259,9 @@ def test_rows_without_queries_take_their_time_in_a_launch_with_shares() -> None:
 def test_steps_that_cost_their_multiply_adds_by_hand() -> None:
     """On an RTX 4090, 64 pairs are 4 tiles of 16, and each divides 48 tiles of 96 steps among 32 blocks.
 
-    Of the tiles, 32 are of queries, whose steps cost 1, and 16 are of keys and values, whose steps cost 3. The cost of
-    a block is (32 + 3 * 16) * 96 / 32 = 240. A block with only queries has 240 steps, in 3 tiles; the mean is 144. A
-    step loads 8 KB of weights, and 5 steps are in flight.
+    A step of the 32 tiles of queries costs 1. A step of the 16 tiles of keys and values costs 3. The cost of a block is
+    (32 + 3 * 16) * 96 / 32 = 240. A block with only queries has 240 steps, in 3 tiles; the mean is 144. A step loads
+    8 KB of weights, and 5 steps are in flight.
     """
     gpu = GPUS["RTX 4090"]
     launches = [one for one in frame_on(gpu, 32, 7)["flow head"] if one.operator == "norm_qkv_attention"]

@@ -132,7 +132,7 @@ def test_steps_of_unequal_cost_by_hand(device: torch.device) -> None:
     [(1, 0, 1), (12, 0, 1), (12, 4, 2), (13, 5, 3), (30, 29, 3), (30, 0, 3), (17, 17, 2)],
 )
 def test_every_step_has_one_block(total: int, cheap_steps: int, cost: int, device: torch.device) -> None:
-    """Shares are contiguous and not empty. Each share's cost differs from the mean by less than that of two steps."""
+    """Shares are contiguous and not empty. Each share's cost differs from the mean by less than 2 * cost."""
     total_cost = total + (total - cheap_steps) * (cost - 1)
     for blocks in range(1, total_cost // cost + 1):
         bounds, owners = shares_of(blocks, total, cheap_steps, cost, device)

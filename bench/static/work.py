@@ -109,22 +109,23 @@ class KernelLaunch:
 
     @property
     def step_imbalance(self) -> float:
-        """The most steps of a block, divided by the mean number of steps, if a block has only steps that cost 1."""
+        """Steps of a block that has only steps that cost 1, divided by the mean number of steps of a block."""
         tiles, cost = self.column_tiles, self.constant("KV_COST")
         return (tiles + (tiles - self._cheap_tiles) * (cost - 1)) / tiles
 
     @property
     def multiply_adds_factor(self) -> float:
-        """The most multiply-adds of a block, divided by the mean if every step multiplied the rows of all tokens."""
+        """The most multiply-adds of a block, divided by the mean of a block if each step has the rows of all tokens."""
         cost = self.constant("KV_COST")
         if cost == 1:
             return 1.0
-        # the most steps are all of queries, or a KV_COST-th as many steps are all of keys or values
+        # The most are in a block with only steps of queries, or in one with only steps of keys or values. The second
+        # has 1 / KV_COST as many steps.
         return self.step_imbalance * max(self.constant("N_TOKENS") / self.constant("ROW_TILES"), 1 / cost)
 
     @property
     def _cheap_tiles(self) -> int:
-        """Number of tiles whose steps cost 1 where blocks share tiles, see kernels/shares.py."""
+        """Number of tiles with steps that cost 1 where blocks share tiles, see kernels/shares.py."""
         return -(-self.constant("N") // self.constant("BLOCK_N"))
 
     def constant(self, name: str, missing: int = 1) -> int:
@@ -161,7 +162,8 @@ class Work:
         columns_read: bytes of activations that each column of tiles reads.
         multiply_adds: multiply-adds of one launch's products.
         padded_multiply_adds: the most multiply-adds of a block, times the number of blocks. They include the rows that
-            pad the tiles, and where blocks share tiles, also the queries of rows without queries.
+            pad the tiles. Where blocks share tiles, every row counts as a row with queries, unless the kernel has
+            KV_COST > 1.
     """
 
     operator: str
@@ -274,9 +276,9 @@ def work_of(operator: str, args: Mapping[str, Any], part: str = "") -> Work:
 
 
 def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: KernelLaunch) -> dict[str, Any]:
-    """Return the arguments with whole tiles of rows, and with queries of all rows that the launch's time includes.
+    """Return the arguments padded to whole tiles of rows. Where blocks share tiles, all rows get queries.
 
-    With shares, blocks whose rows have no queries are idle in the steps of queries. Steps of other blocks are not moved
+    With shares, blocks for rows without queries are idle in the steps of queries. Steps of other blocks are not moved
     to them, so the launch takes as long as if all rows had queries.
     """
     tile = kernel.constant("BLOCK_M", kernel.constant("BLOCK_B")) * kernel.constant("ROW_TILES")
@@ -286,7 +288,7 @@ def _with_whole_tiles(args: Mapping[str, Any], row_argument: str, kernel: Kernel
 
     rows = args[row_argument]
     padded = {**args, row_argument: rows.new_empty(rounded(len(rows)), *rows.shape[1:], device="meta")}
-    if "n_tokens" in args:  # all tokens; multiply_adds_factor takes off what a kernel does not multiply
+    if "n_tokens" in args:  # queries of all tokens; multiply_adds_factor removes those that a kernel does not compute
         return padded | {"n_tokens": 3}
     if "q_rows" in args:
         return padded | {"q_rows": rounded(len(rows) if kernel.constant("SHARES", 0) else args["q_rows"])}
